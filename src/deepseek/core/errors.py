@@ -1,0 +1,94 @@
+"""Every exception that deepseek raises on purpose, drawn once.
+
+    DeepSeekError
+    |-- PermanentError            trying again gives the same answer
+    |   |-- ConfigError           a setting is unknown, malformed or contradicts another (also a ValueError)
+    |   |-- DataError             a corpus, a tokenizer or a data cache cannot be used
+    |   |-- ArtifactError         a model folder cannot be used
+    |   |   |-- CorruptArtifactError      its bytes are not the bytes that were written
+    |   |   |-- UnsafeFileError           it would have to be unpickled
+    |   |   `-- UnsupportedSchemaError    a newer deepseek wrote it
+    |   |-- CheckpointError       no checkpoint here can be resumed from
+    |   |-- TrainingError         the loss or a gradient stopped being a number
+    |   |-- RequestError          a request to a server cannot be served (carries status, param and code)
+    |   `-- MissingExtraError     an optional library is not installed (also an ImportError)
+    `-- TemporaryError            the same call may succeed later
+        |-- StorageError          a disk is full, read-only or not ours (also an OSError)
+        |-- AddressInUseError     another process listens on the port (also an OSError)
+        `-- OverloadedError       the server's queue is full
+
+The two halves answer one question for a caller: may this be retried? A message is one sentence that says
+what was seen, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class DeepSeekError(Exception):
+    """Root of all errors raised on purpose; catching it never hides a bug in deepseek."""
+
+
+class PermanentError(DeepSeekError):
+    """Trying again gives the same answer: a user error, a damaged file, a missing library."""
+
+
+class TemporaryError(DeepSeekError):
+    """The same call may succeed later: storage, ports, load."""
+
+
+class ConfigError(PermanentError, ValueError):
+    """A setting is unknown, malformed or contradicts another one."""
+
+
+class DataError(PermanentError):
+    """A corpus, a tokenizer or a data cache cannot be used."""
+
+
+class ArtifactError(PermanentError):
+    """A model folder cannot be used."""
+
+
+class CorruptArtifactError(ArtifactError):
+    """The bytes on disk are not the bytes that were written."""
+
+
+class UnsafeFileError(ArtifactError):
+    """The file would have to be unpickled, which runs code chosen by whoever wrote it."""
+
+
+class UnsupportedSchemaError(ArtifactError):
+    """The folder was written by a newer deepseek than this one."""
+
+
+class CheckpointError(PermanentError):
+    """No checkpoint in the folder can be resumed from, or it belongs to another run."""
+
+
+class TrainingError(PermanentError):
+    """The loss or a gradient stopped being a finite number."""
+
+
+class RequestError(PermanentError):
+    """A request to a server cannot be served; `status`, `param` and `code` go into the HTTP answer."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+class MissingExtraError(PermanentError, ImportError):
+    """An optional library is needed here and is not installed."""
+
+
+class StorageError(TemporaryError, OSError):
+    """A disk is full, read-only, or does not belong to this user."""
+
+
+class AddressInUseError(TemporaryError, OSError):
+    """Another process already listens on the requested port."""
+
+
+class OverloadedError(TemporaryError):
+    """The server's queue is full; the request was not started."""

@@ -1,0 +1,35 @@
+"""The two feed-forward blocks of decoders: gated (Llama) and plain (GPT-2).
+
+Shapes: (..., D) in, (..., D) out, F inside. Sources: Shazeer 2020, "GLU Variants Improve Transformer", equation 6;
+Radford et al. 2019. Cost: 6DF multiply-adds a token for the gated one's forward and backward each way, 4DF for the plain.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.down_proj = nn.Linear(ffn_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MLP(nn.Module):
+    """`down(gelu(up(x)))` with the tanh approximation that GPT-2 was trained with."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.down_proj = nn.Linear(ffn_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
