@@ -16,11 +16,14 @@ general kernel instead of the causal one; at the lengths this is meant for the m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from deepseek.core.config import Config
-from pydantic import Field
 
 
 class MaskConfig(Config):
@@ -47,13 +50,46 @@ class MaskConfig(Config):
         return min(1.0, step / self.opening_steps) if self.opening_steps else 1.0
 
 
-def causal_mask(positions_BT: Tensor, num_keys: int) -> Tensor:
-    """(B, 1, T, S) bool: a token at position p sees keys 0 to p."""
-    keys_S = torch.arange(num_keys, device=positions_BT.device)
-    return (keys_S <= positions_BT[..., None])[:, None]
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys the queries of one forward pass may see; made once, read by every layer."""
+
+    positions_BT: Tensor
+    """Position of each query token (B may be 1)."""
+    causal_B1TS: Tensor | None
+    """True where a key is not in the future; `None` for a whole sequence from position 0, which is causal by itself."""
+    far_B1TS: Tensor | None
+    """True where a key lies beyond the local distance; `None` for a decoder without local heads."""
+    openness: Tensor | None
+    """() weight of the gates; `None` for a decoder without local heads."""
+
+    def hard_mask(self, num_heads: int, num_local_heads: int) -> Tensor:
+        """(B, N, T, S) bool, True where a head may look: local heads, which come first, stay within their distance."""
+        assert self.causal_B1TS is not None and self.far_B1TS is not None
+        near_B1TS = self.causal_B1TS & ~self.far_B1TS
+        local_BNTS = near_B1TS.expand(-1, num_local_heads, -1, -1)
+        return torch.cat((local_BNTS, self.causal_B1TS.expand(-1, num_heads - num_local_heads, -1, -1)), dim=1)
+
+    def soft_mask(self, num_heads: int, gate_BTN: Tensor) -> Tensor:
+        """(B, N, T, S) additive float32 bias from the gates of the local heads, which come first."""
+        assert self.causal_B1TS is not None and self.far_B1TS is not None and self.openness is not None
+        batch, _, num_local_heads = gate_BTN.shape
+        far_bias_BNT1 = (F.logsigmoid(gate_BTN.float()) * self.openness).transpose(1, 2)[..., None]
+        bias_BNTS = torch.where(self.far_B1TS, far_bias_BNT1, 0.0)
+        global_BNTS = bias_BNTS.new_zeros(()).expand(batch, num_heads - num_local_heads, *bias_BNTS.shape[2:])
+        return torch.cat((bias_BNTS, global_BNTS), dim=1).masked_fill(~self.causal_B1TS, -torch.inf)
 
 
-def far_mask(positions_BT: Tensor, num_keys: int, local_distance: int) -> Tensor:
-    """(B, 1, T, S) bool: keys that lie more than `local_distance` tokens back."""
-    keys_S = torch.arange(num_keys, device=positions_BT.device)
-    return (positions_BT[..., None] - keys_S > local_distance)[:, None]
+def see(
+    positions_BT: Tensor, num_keys: int, *, is_whole: bool, local_distance: int | None, openness: Tensor | None
+) -> Visibility:
+    """The `Visibility` of queries at `positions_BT` over `num_keys` keys.
+
+    `is_whole` says that queries and keys are one sequence from position 0; `local_distance` is `None` for a decoder
+    without local heads, which then needs no mask at all.
+    """
+    if is_whole and local_distance is None:
+        return Visibility(positions_BT, None, None, None)
+    distance_BTS = positions_BT[..., None] - torch.arange(num_keys, device=positions_BT.device)
+    far_B1TS = None if local_distance is None else (distance_BTS > local_distance)[:, None]
+    return Visibility(positions_BT, (distance_BTS >= 0)[:, None], far_B1TS, openness)

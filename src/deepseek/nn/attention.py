@@ -1,0 +1,101 @@
+"""Grouped-query attention with rotary positions, an optional KV cache and the optional local/global mask.
+
+One module covers multi-head attention (`num_kv_heads == num_heads`), grouped-query and multi-query attention. The
+matrix products and the softmax are torch's `scaled_dot_product_attention`, which picks the fused kernel where the mask
+allows it: plain causal attention always, the content-dependent mask when it needs no gradient.
+
+Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head size, S key positions.
+Sources: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.nn.kv_cache import LayerCache
+from deepseek.nn.masks import Visibility
+from deepseek.nn.rotary import rotate
+
+
+class Attention(nn.Module):
+    """Causal self-attention; `num_local_heads` of the heads are local with a gate each where `is_dynamic`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        bias: bool = False,
+        output_bias: bool = False,
+        num_local_heads: int = 0,
+        is_dynamic: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.num_local_heads = num_local_heads
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_size, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_size, hidden_size, bias=output_bias)
+        self.far_gate = nn.Linear(hidden_size, num_local_heads) if num_local_heads and is_dynamic else None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        table_2BTH: Tensor | None,
+        visibility: Visibility,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        batch, length, _ = x_BTD.shape
+        q_BTNH = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.head_size)
+        k_BTKH = self.k_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_size)
+        v_BTKH = self.v_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_size)
+        if table_2BTH is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, table_2BTH), rotate(k_BTKH, table_2BTH)
+        if cache is None:
+            k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+        else:
+            k_BKSH, v_BKSH = cache.write(k_BTKH, v_BTKH, visibility.positions_BT)
+        q_BNTH = q_BTNH.transpose(1, 2)
+        if self.far_gate is not None and torch.is_grad_enabled():
+            bias_BNTS = visibility.soft_mask(self.num_heads, self.far_gate(x_BTD))
+            y_BNTH = attend_with_bias(q_BNTH, k_BKSH, v_BKSH, bias_BNTS)
+        else:
+            mask = self._mask(x_BTD, visibility, q_BTNH.dtype)
+            y_BNTH = F.scaled_dot_product_attention(
+                q_BNTH,
+                k_BKSH.to(q_BNTH.dtype),
+                v_BKSH.to(q_BNTH.dtype),
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=self.num_kv_heads != self.num_heads,
+            )
+        return self.o_proj(y_BNTH.transpose(1, 2).reshape(batch, length, -1))
+
+    def _mask(self, x_BTD: Tensor, visibility: Visibility, dtype: torch.dtype) -> Tensor | None:
+        """What SDPA adds to the scores; `None` is the causal kernel's own mask."""
+        if self.num_local_heads == 0:
+            return visibility.causal_B1TS
+        if self.far_gate is None:
+            return visibility.hard_mask(self.num_heads, self.num_local_heads)
+        gate_BTN = self.far_gate(x_BTD)
+        return visibility.soft_mask(self.num_heads, gate_BTN).to(dtype)
+
+
+def attend_with_bias(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BNTS: Tensor) -> Tensor:
+    """Attention whose bias needs a gradient, which the fused kernels do not give.
+
+    The products run in the inputs' dtype and the softmax in float32; torch's own fallback for this case runs the
+    products in float32 as well, which costs a CPU with bf16 instructions a factor of four.
+    """
+    group_size = q_BNTH.shape[1] // k_BKSH.shape[1]
+    k_BNSH, v_BNSH = (each.repeat_interleave(group_size, dim=1) for each in (k_BKSH, v_BKSH))
+    scores_BNTS = (q_BNTH * q_BNTH.shape[-1] ** -0.5) @ k_BNSH.transpose(2, 3)
+    weights_BNTS = (scores_BNTS + bias_BNTS).softmax(dim=-1, dtype=bias_BNTS.dtype)
+    return weights_BNTS.to(v_BNSH.dtype) @ v_BNSH
