@@ -3,7 +3,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models.decoders import EXAMPLES, GPT2_SHAPE, MOE, SMALL, randomize
 
 from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.models.decoder.keymap import (
@@ -20,6 +19,7 @@ from deepseek.models.decoder.keymap import (
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
+from tests.models.decoders import EXAMPLES, GPT2_SHAPE, MOE, SMALL, randomize
 
 
 def stored(model):

@@ -44,8 +44,8 @@ def generate(
     from deepseek.data.tokenizing import load_tokenizer
     from deepseek.models.loading import load_model
     from deepseek.serve.config import EngineConfig
-    from deepseek.serve.engine import Engine, collect
-    from deepseek.serve.sequences import Sampling
+    from deepseek.serve.engine import Engine
+    from deepseek.serve.sequences import Sampling, collect
 
     engine = Engine(load_model(model), load_tokenizer(model), EngineConfig(max_num_seqs=1))
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)

@@ -58,8 +58,18 @@ def quantize(
         f"{model} -> {out}",
         ("", "before", "after", "ratio"),
         [
-            ("weights, MB", f"{report.bytes_before / 1e6:.1f}", f"{report.bytes_after / 1e6:.1f}", f"{report.bytes_ratio:.2f}"),
-            ("loss, nats per token", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}", f"{1 + report.loss_increase:.4f}"),
+            (
+                "weights, MB",
+                f"{report.bytes_before / 1e6:.1f}",
+                f"{report.bytes_after / 1e6:.1f}",
+                f"{report.bytes_ratio:.2f}",
+            ),
+            (
+                "loss, nats per token",
+                f"{report.loss_before:.4f}",
+                f"{report.loss_after:.4f}",
+                f"{1 + report.loss_increase:.4f}",
+            ),
             (
                 "decoding, tokens/s",
                 f"{report.decode_tokens_per_s_before:.0f}",

@@ -13,7 +13,7 @@ from deepseek.core.config import parse_overrides
 def quickstart(
     *,
     folder: Path = Path("runs/quickstart"),
-    set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,  # noqa: A002
+    set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,
     json: bool = False,
 ) -> None:
     """Train a small language model on Python's own source code, make it int8, serve it, and report.

@@ -22,7 +22,7 @@ def train(
     recipe: str | None = None,
     *,
     config: Path | None = None,
-    set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,  # noqa: A002
+    set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,
     show: bool = False,
     json: bool = False,
 ) -> None:

@@ -43,7 +43,9 @@ class Comparison(Config):
     """Decoding speed after over before."""
 
 
-def compare(before: Decoder, after: Decoder, batches: Iterable[Batch], *, bytes_before: int, bytes_after: int) -> Comparison:
+def compare(
+    before: Decoder, after: Decoder, batches: Iterable[Batch], *, bytes_before: int, bytes_after: int
+) -> Comparison:
     """Measure both models on the same held-out `batches` and on decoding."""
     losses, num_tokens = measure_losses([before, after], batches)
     speeds = measure_decoding([before, after])

@@ -6,6 +6,7 @@ Prefixes are decimal, and binary with an `i` (`1GiB` is 2**30 bytes), as in IEC 
 
 from __future__ import annotations
 
+import math
 import re
 
 from deepseek.core.errors import ConfigError
@@ -84,7 +85,10 @@ def _parse(text: str, factors: dict[str, int] | dict[str, float], noun: str, exa
     match = _QUANTITY.fullmatch(text)
     if match is None or match[2].lower() not in factors:
         raise ConfigError(f"{text!r} is not a {noun}; write a number and a unit, for example {example}")
-    return float(match[1]) * factors[match[2].lower()]
+    value = float(match[1]) * factors[match[2].lower()]
+    if math.isinf(value):
+        raise ConfigError(f"{text!r} is too large for a {noun}; write one such as {example}")
+    return value
 
 
 def _format(value: float, suffixes: list[str]) -> str:

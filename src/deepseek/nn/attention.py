@@ -76,7 +76,8 @@ class Attention(nn.Module):
                 is_causal=mask is None,
                 enable_gqa=self.num_kv_heads != self.num_heads,
             )
-        return self.o_proj(y_BNTH.transpose(1, 2).reshape(batch, length, -1))
+        y_BTD: Tensor = self.o_proj(y_BNTH.transpose(1, 2).reshape(batch, length, -1))
+        return y_BTD
 
     def _mask(self, x_BTD: Tensor, visibility: Visibility, dtype: torch.dtype) -> Tensor | None:
         """What SDPA adds to the scores; `None` is the causal kernel's own mask."""
@@ -91,11 +92,12 @@ class Attention(nn.Module):
 def attend_with_bias(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BNTS: Tensor) -> Tensor:
     """Attention whose bias needs a gradient, which the fused kernels do not give.
 
-    The products run in the inputs' dtype and the softmax in float32; torch's own fallback for this case runs the
-    products in float32 as well, which costs a CPU with bf16 instructions a factor of four.
+    The products run in the inputs' dtype and the softmax in float32, the bias's, or wider; torch's own fallback for this
+    case runs the products in float32 as well, which costs a CPU with bf16 instructions a factor of four.
     """
     group_size = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = (each.repeat_interleave(group_size, dim=1) for each in (k_BKSH, v_BKSH))
     scores_BNTS = (q_BNTH * q_BNTH.shape[-1] ** -0.5) @ k_BNSH.transpose(2, 3)
-    weights_BNTS = (scores_BNTS + bias_BNTS).softmax(dim=-1, dtype=bias_BNTS.dtype)
-    return weights_BNTS.to(v_BNSH.dtype) @ v_BNSH
+    weights_BNTS = (scores_BNTS + bias_BNTS).softmax(dim=-1)
+    y_BNTH: Tensor = weights_BNTS.to(v_BNSH.dtype) @ v_BNSH
+    return y_BNTH

@@ -42,7 +42,6 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """A linear layer over int8 weights; float32 or bfloat16 in, the same out."""
 
-
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

@@ -13,12 +13,14 @@ everything a step depends on is in the checkpoint or a pure function of the step
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deepseek.checkpoint.randomness import capture_rng, restore_rng
@@ -95,7 +97,7 @@ def build(config: TrainConfig, data: PreparedData) -> Run:
             "make model.vocab_size at least as large"
         )
     device = torch.device(config.device)
-    torch.manual_seed(config.seed)
+    _seed(config.seed)
     model = Decoder(config.model).to(device).train()
     learning_rate = scale_learning_rate(
         config.sequences_per_step,
@@ -108,6 +110,13 @@ def build(config: TrainConfig, data: PreparedData) -> Run:
             layer.compile()
     loader = BatchLoader(data.train, config.data)
     return Run(config, data, model, optimizer, loader, choose_precision(config.precision, device), learning_rate)
+
+
+def _seed(seed: int) -> None:
+    """Every generator that a layer or a hook of the user's may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def resume(run: Run) -> None:

@@ -84,7 +84,9 @@ class DecoderConfig(Config):
                 f"choose one of {', '.join(map(str, choices))}"
             )
         if self.position == "rotary" and self.size_of_head % 2:
-            raise ConfigError(f"rotary positions pair channels and head_size={self.size_of_head} is odd; choose an even one")
+            raise ConfigError(
+                f"rotary positions pair channels and head_size={self.size_of_head} is odd; choose an even one"
+            )
         if self.moe and self.feedforward != "swiglu":
             raise ConfigError("mixture-of-experts blocks are gated, and feedforward is 'gelu'; choose 'swiglu'")
         return self
