@@ -54,6 +54,7 @@ def serve(
     from deepseek.cli.showing import print_event
     from deepseek.data.tokenizing import load_tokenizer
     from deepseek.models.loading import load_model, make_int8_
+    from deepseek.nn.packed import pack_
     from deepseek.serve.config import ServeConfig
     from deepseek.serve.serving import serve as run
 
@@ -67,8 +68,7 @@ def serve(
         shutdown_timeout_s=shutdown_timeout_s,
     )
     loaded = load_model(model)
-    if quantize == "int8":
-        loaded = make_int8_(loaded)
+    loaded = pack_(make_int8_(loaded) if quantize == "int8" else loaded)
     api_key = os.environ.get(API_KEY_VARIABLE)
     run(loaded, load_tokenizer(model), config, api_key=api_key, listen=lambda event: print_event(event, as_json=json))
     sys.stdout.flush()

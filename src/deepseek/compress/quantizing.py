@@ -20,6 +20,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.data.batching import Batch
 from deepseek.data.tokenizing import load_tokenizer
 from deepseek.models.loading import count_stored_bytes, load_model, make_int8_, save_model
+from deepseek.nn.packed import pack_
 
 MAX_LOSS_INCREASE = 0.02
 
@@ -44,7 +45,11 @@ def quantize(
     model = load_model(source, precision="fp32")
     quantized = make_int8_(copy.deepcopy(model))
     comparison = compare(
-        model, quantized, batches, bytes_before=count_stored_bytes(model), bytes_after=count_stored_bytes(quantized)
+        pack_(copy.deepcopy(model)),
+        pack_(copy.deepcopy(quantized)),
+        batches,
+        bytes_before=count_stored_bytes(model),
+        bytes_after=count_stored_bytes(quantized),
     )
     if comparison.loss_increase > max_loss_increase:
         raise ConfigError(

@@ -15,7 +15,7 @@ _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z
 _COUNT_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _BYTE_FACTORS = {"": 1, "b": 1} | {
     prefix + ("ib" if binary else "b"): (1024 if binary else 1000) ** power
-    for power, prefix in enumerate("kmgt", start=1)
+    for power, prefix in enumerate("kmgtp", start=1)
     for binary in (False, True)
 }
 _SECOND_FACTORS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}

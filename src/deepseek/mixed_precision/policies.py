@@ -37,7 +37,7 @@ def choose_precision(precision: Precision, device: torch.device) -> Precision:
 def has_native_bf16(device: torch.device) -> bool:
     """Whether bf16 products have instructions of their own on `device`."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False

@@ -42,6 +42,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, num_heads * head_size, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias)
+        self.qkv_proj: nn.Module | None = None  # all three in one, in a packed model
         self.o_proj = nn.Linear(num_heads * head_size, hidden_size, bias=output_bias)
         self.far_gate = nn.Linear(hidden_size, num_local_heads) if num_local_heads and is_dynamic else None
 
@@ -53,11 +54,11 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         batch, length, _ = x_BTD.shape
-        q_BTNH = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.head_size)
-        k_BTKH = self.k_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_size)
-        v_BTKH = self.v_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_size)
+        qkv_BTMH = self._project(x_BTD).view(batch, length, -1, self.head_size)
+        qk_BTMH, v_BTKH = qkv_BTMH.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
         if table_2BTH is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, table_2BTH), rotate(k_BTKH, table_2BTH)
+            qk_BTMH = rotate(qk_BTMH, table_2BTH)
+        q_BTNH, k_BTKH = qk_BTMH.split((self.num_heads, self.num_kv_heads), dim=2)
         if cache is None:
             k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         else:
@@ -79,6 +80,13 @@ class Attention(nn.Module):
         y_BTD: Tensor = self.o_proj(y_BNTH.transpose(1, 2).reshape(batch, length, -1))
         return y_BTD
 
+    def _project(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, (N + 2K) H): queries, keys and values of all heads, side by side."""
+        if self.qkv_proj is None:
+            return torch.cat((self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)), dim=-1)
+        qkv: Tensor = self.qkv_proj(x_BTD)
+        return qkv
+
     def _mask(self, x_BTD: Tensor, visibility: Visibility, dtype: torch.dtype) -> Tensor | None:
         """What SDPA adds to the scores; `None` is the causal kernel's own mask."""
         if self.num_local_heads == 0:
@@ -92,8 +100,8 @@ class Attention(nn.Module):
 def attend_with_bias(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BNTS: Tensor) -> Tensor:
     """Attention whose bias needs a gradient, which the fused kernels do not give.
 
-    The products run in the inputs' dtype and the softmax in float32, the bias's, or wider; torch's own fallback for this
-    case runs the products in float32 as well, which costs a CPU with bf16 instructions a factor of four.
+    The products run in the inputs' dtype and the softmax in float32, the bias's own; torch's fallback for this case
+    runs the products in float32 as well, which costs a CPU with bf16 instructions a factor of four.
     """
     group_size = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = (each.repeat_interleave(group_size, dim=1) for each in (k_BKSH, v_BKSH))

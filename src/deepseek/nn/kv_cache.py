@@ -23,12 +23,13 @@ class LayerCache:
 
     keys_SKLH: Tensor
     values_SKLH: Tensor
+    slots_S1: Tensor
+    """0, 1, ...: the rows that the tokens of a pass are written to."""
 
     def write(self, keys_BTKH: Tensor, values_BTKH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens at their positions and return all keys and values, (S, K, L, H) each."""
-        slots_B1 = torch.arange(keys_BTKH.shape[0], device=positions_BT.device)[:, None]
-        self.keys_SKLH.transpose(1, 2)[slots_B1, positions_BT] = keys_BTKH.to(self.keys_SKLH.dtype)
-        self.values_SKLH.transpose(1, 2)[slots_B1, positions_BT] = values_BTKH.to(self.values_SKLH.dtype)
+        self.keys_SKLH.transpose(1, 2)[self.slots_S1, positions_BT] = keys_BTKH.to(self.keys_SKLH.dtype)
+        self.values_SKLH.transpose(1, 2)[self.slots_S1, positions_BT] = values_BTKH.to(self.values_SKLH.dtype)
         return self.keys_SKLH, self.values_SKLH
 
 
@@ -66,7 +67,8 @@ class KVCache:
                 f"{self.num_slots} slots of length {self.max_length}; make a larger cache"
             )
         part = self._storage[:, :, first_slot : first_slot + num_slots, :, :length]
-        return CacheView(tuple(LayerCache(keys, values) for keys, values in part.unbind(0)), length)
+        slots_S1 = torch.arange(num_slots, device=part.device)[:, None]
+        return CacheView(tuple(LayerCache(keys, values, slots_S1) for keys, values in part.unbind(0)), length)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Make slot `target` equal to slot `source`."""

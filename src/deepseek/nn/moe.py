@@ -2,8 +2,8 @@
 
     scores -> top-k -> tokens grouped by expert -> each expert runs once on its group -> weighted sum back per token
 
-- Gate weights are the softmax scores of the chosen experts, normalized to sum to one. With `top_k=1` that is always one,
-  so the gate gets no gradient from the answers; choose at least two where it is meant to learn.
+- Gate weights are the softmax scores of the chosen experts, normalized to sum to one. With `top_k=1` the weight is one
+  whatever the gate says, so the gate gets no gradient; choose at least two where it is meant to learn.
 - *Capacity balancing* works on the load factor of an expert, lambda = its load / the average load. A bias that falls
   while lambda is above one steers the choice (not the weights) towards idle experts, and with a `capacity_factor`
   no expert takes more than that multiple of the average load: first choices go first, the rest is dropped for that
@@ -134,7 +134,9 @@ class MoERouter(nn.Module):
                 "choose 1 <= top_k <= num_candidates <= number of experts"
             )
         if capacity_factor is not None and capacity_factor <= 0:
-            raise ConfigError(f"capacity_factor={capacity_factor} leaves no room for a token; choose one above 0, or none")
+            raise ConfigError(
+                f"capacity_factor={capacity_factor} leaves no room for a token; choose one above 0, or none"
+            )
         self.top_k = top_k
         self.capacity_factor = capacity_factor
         self.balance_rate = balance_rate

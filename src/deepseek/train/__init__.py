@@ -1,9 +1,9 @@
 """Training: the loop that yields events, and `prepare` for those who keep their own loop.
 
-    from deepseek.train import TrainConfig, train
+from deepseek.train import TrainConfig, train
 
-    for event in train(TrainConfig(num_steps=100)):
-        print(event)
+for event in train(TrainConfig(num_steps=100)):
+    print(event)
 """
 
 from __future__ import annotations
