@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.config import parse_overrides
 
 
@@ -35,6 +36,7 @@ def quickstart(
     from deepseek.recipes.quickstart import quickstart as recipe
 
     config = recipe().override({"folder": str(folder)} | parse_overrides(set or []))
+    keep_freed_memory()
     last = follow(run_main_job(config), as_json=json)
     if isinstance(last, ReportWritten):
         show_summary(last.report, Path(config.folder), Path(config.folder) / EVENTS_FILE, as_json=json)

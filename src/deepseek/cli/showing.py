@@ -145,7 +145,7 @@ class _Bars:
             if values["kind"] == "cache_ready":
                 self._finish("tokenizing")
             if text := _describe(values):
-                self._progress.console.print(text, markup=False, highlight=False)
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, name: str, completed: int, total: int | None, note: str) -> None:
         if name not in self._tasks:

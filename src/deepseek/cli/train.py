@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.config import parse_overrides
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import record
@@ -54,6 +55,7 @@ def train(
     from deepseek.cli.showing import follow
     from deepseek.train.loop import train as run
 
+    keep_freed_memory()
     follow(record(run(settings), Path(settings.folder) / EVENTS_FILE), as_json=json)
 
 

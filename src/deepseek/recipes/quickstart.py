@@ -30,6 +30,7 @@ def quickstart() -> TrainConfig:
         ),
         data=DataConfig(sources=("stdlib",), vocab_size=4096, sequence_length=128, batch_size=16),
         optimizer=OptimizerConfig(
+            name="muon",
             base_learning_rate=0.048,
             weight_decay=0.1,
             schedule="trapezoid",
