@@ -41,7 +41,7 @@ BATCH_SIZE, LENGTH, LEARNING_RATE, GRAD_CLIP = 8, 256, 1e-3, 1.0
 def main() -> None:
     """Measure all sides and report."""
     arguments = parse_arguments(__doc__ or "")
-    num_steps, num_rounds = (3, 1) if arguments.quick else (8, 7)
+    num_steps, num_rounds = (3, 1) if arguments.quick else (8, 5)
     rows = measure(build_sides(num_steps), num_rounds=num_rounds)
     best = best_of(rows, "deepseek")
     bars = [

@@ -9,6 +9,10 @@ from cyclopts import Parameter
 
 from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.config import parse_overrides
+from deepseek.core.extras import require
+
+# Optional libraries that the end of the job needs -> the extra that brings each.
+_LIBRARIES = {"matplotlib": "train", "plotext": "train", "starlette": "serve", "uvicorn": "serve"}
 
 
 def quickstart(
@@ -22,6 +26,8 @@ def quickstart(
     Takes a few minutes on two cores. FOLDER/report.json has the numbers, FOLDER/loss.png the picture, FOLDER/model and
     FOLDER/model-int8 the artifacts. Stopped with Ctrl-C, the same command goes on where it was.
 
+    Example: deepseek quickstart --folder runs/short --set num_steps=100
+
     Parameters
     ----------
     folder
@@ -31,12 +37,16 @@ def quickstart(
     json
         Print events as JSON lines instead of progress bars.
     """
+    for library, extra in _LIBRARIES.items():
+        require(library, extra=extra)  # now, and not when minutes of work are done
     from deepseek.cli.showing import follow, show_summary
-    from deepseek.recipes.main_job import EVENTS_FILE, ReportWritten, run_main_job
+    from deepseek.recipes.main_job import EVENTS_FILE, ReportWritten, read_events, run_main_job, steps_by_number
     from deepseek.recipes.quickstart import quickstart as recipe
 
     config = recipe().override({"folder": str(folder)} | parse_overrides(set or []))
     keep_freed_memory()
     last = follow(run_main_job(config), as_json=json)
-    if isinstance(last, ReportWritten):
-        show_summary(last.report, Path(config.folder), Path(config.folder) / EVENTS_FILE, as_json=json)
+    assert isinstance(last, ReportWritten)
+    steps = steps_by_number(read_events(Path(config.folder) / EVENTS_FILE))
+    losses = {number: step["loss"] for number, step in steps.items()}
+    show_summary(last.report, losses, Path(config.folder), as_json=json)

@@ -28,6 +28,8 @@ def serve(
     The API is OpenAI's, at /v1/completions and /v1/chat/completions; /healthz, /readyz and /metrics are for operators.
     With DEEPSEEK_API_KEY in the environment, /v1 asks for it as a bearer token.
 
+    Example: deepseek serve runs/quickstart/model-int8 --port 8080
+
     Parameters
     ----------
     model

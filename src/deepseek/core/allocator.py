@@ -25,4 +25,4 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER_BYTES, _TOP_PAD: _GROWTH_BYTES}
-    return all([libc.mallopt(name, value) for name, value in settings.items()])
+    return bool(sum(libc.mallopt(name, value) for name, value in settings.items()) == len(settings))
