@@ -93,7 +93,6 @@ def test_each_shape_finds_the_family_that_can_express_it():
         {"feedforward": "gelu"},
         {"position": "learned"},
         {"hidden_size": 30, "head_size": 8},
-        {"moe": MOE, "feedforward_bias": True},
         {"moe": MoEConfig(num_candidates=4)},
         {"moe": MoEConfig(balance_rate=0.1)},
         GPT2_SHAPE | {"num_kv_heads": 2},

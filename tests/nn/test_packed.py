@@ -73,3 +73,11 @@ def test_packed_bf16_layer_is_as_close_as_bf16_allows() -> None:
     x = torch.randn(3, 5, 256).bfloat16()
     exact = linear.double()(x.double())
     torch.testing.assert_close(PackedLinear(linear.bfloat16())(x).double(), exact, rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_packing_twice_changes_nothing() -> None:
+    packed = pack_(make_model("llama"))
+    tokens = torch.randint(0, 96, (1, 8))
+    before = packed(tokens)
+    assert torch.equal(pack_(packed)(tokens), before)

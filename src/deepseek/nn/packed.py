@@ -68,12 +68,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def pack_(model: M) -> M:
-    """Merge and pack the layers of `model` in place, and return it."""
+    """Merge and pack the layers of `model` in place, and return it; what is packed already stays."""
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and module.qkv_proj is None:
             module.qkv_proj = merge([module.q_proj, module.k_proj, module.v_proj])
             del module.q_proj, module.k_proj, module.v_proj
-        elif isinstance(module, SwiGLU):
+        elif isinstance(module, SwiGLU) and module.gate_up_proj is None:
             module.gate_up_proj = merge([module.gate_proj, module.up_proj])
             del module.gate_proj, module.up_proj
     for path, module in list(model.named_modules()):

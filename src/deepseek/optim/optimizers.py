@@ -78,6 +78,12 @@ class JointOptimizer(torch.optim.Optimizer):
         for part in self.parts:
             part.step()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: nobody could say which part should update the new parameters."""
+        if len(self.param_groups) == sum(len(part.param_groups) for part in self.parts):
+            raise ConfigError("a joint optimizer takes no new parameters; build it again from the whole model")
+        super().add_param_group(param_group)
+
     def state_dict(self) -> dict[str, Any]:
         """The parts' states, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}

@@ -87,6 +87,8 @@ class DecoderConfig(Config):
             raise ConfigError(
                 f"rotary positions pair channels and head_size={self.size_of_head} is odd; choose an even one"
             )
+        if self.moe and self.feedforward_bias:
+            raise ConfigError("mixture-of-experts blocks have no biases, and feedforward_bias is set; leave it out")
         if self.moe and self.feedforward != "swiglu":
             raise ConfigError("mixture-of-experts blocks are gated, and feedforward is 'gelu'; choose 'swiglu'")
         return self
