@@ -9,7 +9,6 @@ pages, `--help` and the errors all read it from there. `tests/test_docs.py` fail
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import types
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from cyclopts import App
 from pydantic import AwareDatetime, JsonValue
 from pydantic.fields import FieldInfo
 
 from deepseek.artifact.format import FileRecord, Manifest
-from deepseek.cli import VERBS
+from deepseek.cli import VERBS, build_app
 from deepseek.compress.comparing import Comparison
 from deepseek.core.config import Config
 from deepseek.data.config import DataConfig
@@ -113,10 +111,9 @@ def write_cli_page() -> str:
         "",
     ]
     for verb in VERBS:
-        app = App(name=verb)
-        app.default(getattr(importlib.import_module(f"deepseek.cli.{verb}"), verb))
-        page = app.generate_docs(heading_level=2, usage_name=f"deepseek {verb}")
-        lines += [page.replace(f"## {verb}", f"## deepseek {verb}", 1).strip(), ""]
+        sections = build_app(asked=verb).generate_docs().split("\n## ")
+        (section,) = (each for each in sections if each.startswith(f"deepseek {verb}\n"))
+        lines += [f"## {section.strip()}", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -8,7 +8,6 @@ small by `SMALLER`, openly and here; a block below `<!-- test: skip-slow -->` ho
 import importlib
 import importlib.util
 import inspect
-import json
 import os
 import pkgutil
 import re
@@ -24,13 +23,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cyclopts import App
 from markdown_it import MarkdownIt
 
 import deepseek
 from deepseek.cli import VERBS, build_app
 from deepseek.core.config import Config
-from deepseek.data.tokenizing import save_tokenizer, train_tokenizer
+from deepseek.data.tokenizing import train_tokenizer
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import make_int8_, save_model
 from deepseek.nn.masks import MaskConfig
@@ -43,8 +41,8 @@ ALL_PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 # (what a page says, what runs here instead); a row that no page needs any more is an error.
 SMALLER = (
-    ('"num_steps": 100', '"num_steps": 3'),
-    ("num_steps=100", "num_steps=3"),
+    ('"num_steps": 100', '"num_steps": 3, "data.sources": ["notes"]'),
+    ("num_steps=100", "num_steps=3 --set data.sources=[notes]"),
     ("num_steps=60", "num_steps=3"),
     ("num_steps=20", "num_steps=3"),
     ("num_steps = 20", "num_steps = 3"),
@@ -78,9 +76,9 @@ def home(tmp_path_factory):
     """What a reader has after `make quickstart`, and some text of their own."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "notes").mkdir()
-    for path in ALL_PAGES:
-        (folder / "notes" / path.name).write_bytes(path.read_bytes())
-    texts = [path.read_text(encoding="utf-8") for path in PAGES]
+    texts = [text for path in ALL_PAGES for text in path.read_text(encoding="utf-8").split("\n## ")]
+    for number, text in enumerate(texts):
+        (folder / "notes" / f"{number}.md").write_text(text, encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a few pages do not give all the tokens that are asked for
         tokenizer = train_tokenizer(texts, vocab_size=4096)
@@ -163,9 +161,10 @@ def test_every_row_of_smaller_is_needed():
 def test_the_commands_of_make_that_the_pages_name_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for page in ALL_PAGES:
-        code = " ".join(re.findall(r"`([^`]+)`", page.read_text(encoding="utf-8")))
-        code += " ".join(block.code for block in read_blocks(page) if block.language == "sh")
-        assert set(re.findall(r"\bmake ([a-z-]+)", code)) <= targets, page
+        named = set(re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8")))
+        shell = "".join(block.code for block in read_blocks(page) if block.language == "sh")
+        named |= set(re.findall(r"^make ([a-z-]+)", shell, flags=re.MULTILINE))
+        assert named <= targets, page
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -234,11 +233,10 @@ def test_every_config_has_its_place_in_the_reference():
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_command_and_every_parameter_has_help(verb):
     function = getattr(importlib.import_module(f"deepseek.cli.{verb}"), verb)
-    assert function.__doc__ and VERBS[verb].endswith(".")
-    app = App(name=verb)
-    app.default(function)
-    arguments = app.assemble_argument_collection()
-    assert len(arguments) >= len(inspect.signature(function).parameters)
+    assert function.__doc__
+    assert VERBS[verb].endswith(".")
+    arguments = build_app(asked=verb)[verb].assemble_argument_collection(parse_docstring=True)
+    assert len(arguments) == len(inspect.signature(function).parameters)
     for argument in arguments:
         assert argument.parameter.help, argument.name
 

@@ -81,7 +81,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
 def test_cold_rooms_import_without_torch():
     modules = cold_modules()
     assert len(modules) > 20
-    # A finder in front of all others turns an import of torch, however late in a chain, into a failure with a traceback.
+    # A finder before all others turns an import of torch, however late in a chain, into a failure with a traceback.
     guard = """
 import importlib, sys
 class Refuse:

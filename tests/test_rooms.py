@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_the_architecture_page_shows_each_room_on_its_floor_of_the_contract():
     shown = [room for _, room in rows]
     assert sorted(shown) == ROOMS
     rank = {room: -index for index, floor in enumerate(layers()) for room, _ in floor}
-    for (upper_floor, upper), (lower_floor, lower) in zip(rows, rows[1:], strict=False):
+    for (upper_floor, upper), (lower_floor, lower) in pairwise(rows):
         assert (int(upper_floor) > int(lower_floor)) == (rank[upper] > rank[lower])
         assert (upper_floor == lower_floor) == (rank[upper] == rank[lower])
 

@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 
 # Public name -> module that holds it. A module's own name stands for the module itself.
 _PUBLIC = {
+    "Linear": "torch.nn",
+    "ReLU": "torch.nn",
     "MoERouter": "deepseek.nn.moe",
     "prepare": "deepseek.train.preparing",
     "load_model": "deepseek.models.loading",

@@ -85,7 +85,7 @@ def test_wrong_usage_is_one_sentence_and_status_2(
     result = call(*arguments)
     assert_one_sentence(result, 2, *words)
     assert result.out == ""
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size] == []
 
 
 @pytest.mark.parametrize("command", [["-m", "deepseek"], ["deepseek"], ["deepseek-serve"]], ids=" ".join)
@@ -93,8 +93,9 @@ def test_the_ways_to_start_it_are_one(call: Call, command: list[str], tmp_path: 
     program = [sys.executable, *command] if command[0] == "-m" else [str(BIN / command[0])]
     verb = [] if command == ["deepseek-serve"] else ["serve"]
     done = subprocess.run([*program, *verb, str(tmp_path)], capture_output=True, text=True, env=environment())
-    assert (done.returncode, done.stdout, done.stderr) == (lambda r: (r.status, r.out, r.err))(call("serve", tmp_path))
-    assert "holds no model" in done.stderr
+    result = Result(done.returncode, done.stdout, done.stderr)
+    assert result == call("serve", tmp_path)
+    assert_one_sentence(result, 1, "holds no model")
 
 
 def test_the_version_is_the_packages(call: Call) -> None:

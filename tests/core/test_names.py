@@ -9,11 +9,11 @@ words = st.text(string.ascii_lowercase, min_size=5, max_size=12)
 
 
 def test_a_name_like_no_other_gets_all_names_in_order():
-    assert explain_unknown("recipe", "zzz", ["b", "a"]) == "unknown recipe 'zzz'; (known: a, b)"
+    assert explain_unknown("recipe", "zzz", ["b", "a"]) == "unknown recipe 'zzz' (known: a, b)"
 
 
 def test_nothing_known_is_said_so():
-    assert explain_unknown("recipe", "a", []) == "unknown recipe 'a'; (known: none)"
+    assert explain_unknown("recipe", "a", []) == "unknown recipe 'a' (known: none)"
 
 
 @given(word=words, place=st.integers(0, 4))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SHARD_BYTES = 5_000_000_000  # what Hugging Face tools split at
+_READ_WRITE = 0o666
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -85,6 +86,8 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if number is None:
             raise ArtifactError(f"{path} cannot be written as safetensors ({error}); check the tensors") from error
         raise OSError(int(number[1]), str(error), str(path)) from error
+    # The library makes files for their owner alone; a server often runs as somebody else.
+    path.chmod(path.parent.stat().st_mode & _READ_WRITE)
 
 
 def split(sizes_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

@@ -17,5 +17,5 @@ def explain_unknown(noun: str, name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown {noun} {name!r}; {hint}(known: {', '.join(names) or 'none'})"
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown {noun} {name!r}{hint} (known: {', '.join(names) or 'none'})"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from deepseek.core.config import Config
 
@@ -38,6 +38,12 @@ class DataConfig(Config):
     """Tokens after which a document is cut off in token-budget batches."""
     seed: int = Field(default=0, ge=0)
     """Decides the order of documents and rows; the same seed gives the same order on any number of ranks."""
+
+    @field_validator("sources", "heldout_sources", mode="before")
+    @classmethod
+    def _list_one(cls, value: Any) -> Any:
+        """One source may be written without brackets."""
+        return (value,) if isinstance(value, str) else value
 
     @property
     def has_heldout(self) -> bool:

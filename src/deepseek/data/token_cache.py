@@ -76,24 +76,36 @@ class StoredFile(Config):
     """What a file of the cache must look like."""
 
     size_bytes: int
+    """Its length in bytes."""
     sha256: str
+    """Hex SHA-256 of its bytes."""
 
 
 class CacheManifest(Config):
     """What a cache holds and what it was made from."""
 
     schema_version: int
+    """Version of this format."""
     documents_digest: str
     """SHA-256 over the names and texts."""
     tokenizer_digest: str
+    """SHA-256 of the tokenizer that made the tokens."""
     vocab_size: int
+    """All tokens are below it."""
     token_dtype: str
+    """numpy's name for how a token is stored: `<u2` or `<u4`."""
     num_documents: int
+    """Documents in the cache."""
     num_tokens: int
+    """Tokens in the cache, end tokens included."""
     num_text_bytes: int
+    """Bytes of the text in UTF-8."""
     num_undecodable: int
+    """Places where bytes that are not UTF-8 were replaced."""
     num_undecodable_documents: int
+    """Documents with such places."""
     files: dict[str, StoredFile]
+    """The other files of the cache, by name."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,124 @@
+"""`deepseek train`: from settings to an artifact, and on from where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deepseek.checkpoint.restoring import newest_valid
+from deepseek.models.loading import load_model
+from deepseek.recipes import RECIPES, load_recipe
+from deepseek.train.config import TrainConfig
+from tests.cli.commands import Finished, Result, as_options, assert_one_sentence
+
+Call = Callable[..., Result]
+
+
+def test_json_lines_tell_the_whole_run(trained: Finished) -> None:
+    assert (trained.result.status, trained.result.err) == (0, "")
+    events = trained.result.events
+    assert trained.result.kinds[0] == "tokenizer_ready"
+    assert [event["step"] for event in events if event["kind"] == "step_done"] == [1, *range(2, 21, 2)]
+    assert [event["step"] for event in events if event["kind"] == "checkpoint_saved"] == [5, 10, 15, 20]
+    assert events[-1]["kind"] == "model_saved"
+    assert events[-1]["path"] == str(trained.folder / "model")
+    assert load_model(events[-1]["path"]).config.hidden_size == 32
+
+
+def test_events_file_holds_what_was_shown(trained: Finished) -> None:
+    lines = (trained.folder / "events.jsonl").read_text().splitlines()
+    written = [json.loads(line) for line in lines]
+    assert all(event.pop("time_s") > 1.7e9 for event in written)
+    assert written == trained.result.events
+
+
+def test_a_folder_holds_the_run_and_nothing_else(trained: Finished) -> None:
+    assert {path.name for path in trained.folder.iterdir()} == {"data", "checkpoints", "events.jsonl", "model"}
+    assert not [path for path in trained.folder.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_shown_settings_are_read_back_as_a_config_file(call: Call, tmp_path: Path, recipe: str) -> None:
+    shown = call("train", recipe, "--set", "num_steps=7", "--show")
+    as_json = call("train", recipe, "--set", "num_steps=7", "--show", "--json")
+    (tmp_path / "run.yaml").write_text(shown.out)
+    (tmp_path / "run.json").write_text(as_json.out)
+    expected = load_recipe(recipe).override({"num_steps": 7})
+    assert TrainConfig.from_file(tmp_path / "run.yaml") == expected
+    assert TrainConfig.from_file(tmp_path / "run.json") == expected
+    assert (shown.err, as_json.err) == ("", "")
+
+
+def test_a_config_file_with_overrides_trains(call: Call, tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = load_recipe("decoder_tiny").override(tiny | {"folder": str(tmp_path / "run")})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    result = call("train", "--config", tmp_path / "run.yaml", "--set", "num_steps=2", "--json")
+    assert result.status == 0
+    assert [event["step"] for event in result.events if event["kind"] == "step_done"] == [1, 2]
+
+
+def test_a_finished_run_is_written_again_without_a_step(call: Call, tiny: dict[str, Any], trained: Finished) -> None:
+    before = (trained.folder / "model" / "model.safetensors").read_bytes()
+    result = call("train", "decoder_tiny", "--set", f"folder={trained.folder}", *as_options(tiny))
+    assert result.status == 0
+    assert "steps 20 to 20" in result.out
+    assert (trained.folder / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_another_number_of_steps_in_the_same_folder_says_what_changed_and_what_to_do(
+    call: Call, tiny: dict[str, Any], trained: Finished
+) -> None:
+    before = newest_valid(trained.folder / "checkpoints")
+    changes = tiny | {"num_steps": 30}
+    result = call("train", "decoder_tiny", "--set", f"folder={trained.folder}", *as_options(changes), "--json")
+    assert_one_sentence(result, 1, "num_steps was 20 and is 30", "choose another folder")
+    after = newest_valid(trained.folder / "checkpoints")
+    assert before is not None
+    assert after is not None
+    assert (before.step, before.path) == (after.step, after.path)
+
+
+def test_settings_that_decide_nothing_may_change(call: Call, tiny: dict[str, Any], trained: Finished) -> None:
+    changes = tiny | {"log_every": 7, "checkpoint_every": 9, "evaluation_tokens": 100}
+    result = call("train", "decoder_tiny", "--set", f"folder={trained.folder}", *as_options(changes), "--json")
+    assert result.status == 0
+
+
+def test_a_run_without_held_out_text_trains_and_says_no_loss_of_it(
+    call: Call, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = tiny | {"data.heldout_fraction": 0, "num_steps": 2, "folder": str(tmp_path / "run")}
+    result = call("train", "decoder_tiny", *as_options(changes), "--json")
+    assert result.status == 0
+    assert "evaluated" not in result.kinds
+
+
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "lines"])
+def test_text_that_is_not_utf8_is_counted_and_shown(
+    call: Call, tiny: dict[str, Any], corpus: Path, tmp_path: Path, as_json: bool
+) -> None:
+    text = shutil.copytree(corpus, tmp_path / "text")
+    (text / "latin1.txt").write_bytes("café crème brûlé".encode("latin-1"))
+    (text / "broken.txt").write_bytes(b"half \xe6\xbc and stray \xff")
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("a short text\n" * 50)
+    changes = {"data.sources": [str(text)], "data.heldout_sources": [str(held_out)], "num_steps": 1}
+    options = as_options(tiny | changes | {"folder": str(tmp_path / "run")})
+    result = call("train", "decoder_tiny", *options, *(["--json"] if as_json else []))
+    assert result.status == 0
+    if as_json:
+        counts = [(event["num_undecodable"], event["num_undecodable_documents"]) for event in cache_events(result)]
+        assert counts == [(0, 0), (6, 2)]
+    else:
+        assert result.out.count("not UTF-8") == 1
+        assert "6 places in 2 of them are not UTF-8 and became U+FFFD" in result.out
+
+
+def cache_events(result: Result) -> list[dict[str, Any]]:
+    return [event for event in result.events if event["kind"] == "cache_ready"]
