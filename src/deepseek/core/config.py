@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,7 +65,7 @@ class Config(BaseModel):
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The top-level mapping in a YAML, TOML or JSON file."""
-    readers = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads, ".json": json.loads}
+    readers: dict[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads, ".json": json.loads}
     if path.suffix not in readers:
         raise ConfigError(f"{path} ends in {path.suffix!r}; a config file ends in one of {', '.join(readers)}")
     try:
@@ -96,7 +96,7 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
 
 def _parse_value(text: str) -> Any:
     try:
-        return float(text)  if _looks_like_float(text) else yaml.safe_load(text)
+        return float(text) if _looks_like_float(text) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{text!r} cannot be read as a value; quote it if it holds brackets or colons") from error
 

@@ -23,10 +23,12 @@ from deepseek.core.errors import StorageError
 _CHUNK_BYTES = 1 << 20
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EFBIG: "the file would be larger than this user may write; raise the limit or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EACCES: "this user may not write there; choose another folder or change its owner",
     errno.EPERM: "this user may not write there; choose another folder or change its owner",
     errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOENT: "there is no such place and it cannot be made; choose another folder",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path",
     errno.EISDIR: "this path is a folder, not a file; choose another path",
 }

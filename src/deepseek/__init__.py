@@ -1,0 +1,42 @@
+"""One PyTorch-native framework that takes a model from training, through compression, to serving.
+
+    import deepseek as ds
+
+Importing it defines names and does nothing else: a public name is loaded when it is first touched, and torch with the
+first one that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that holds it. A module's own name stands for the module itself.
+_PUBLIC = {
+    "MoERouter": "deepseek.nn.moe",
+    "prepare": "deepseek.train.preparing",
+    "train": "deepseek.train.loop",
+    "load_model": "deepseek.models.loading",
+    "save_model": "deepseek.models.loading",
+    "quantize": "deepseek.compress.quantizing",
+}
+_MODULES = ("artifact", "checkpoint", "compress", "core", "data", "mixed_precision", "models", "nn", "optim", "recipes", "serve")
+
+__all__ = ["__version__", *_PUBLIC, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"deepseek.{name}")
+    else:
+        raise AttributeError(f"module 'deepseek' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m deepseek` is the command `deepseek`."""
+
+from deepseek.cli import main
+
+main()

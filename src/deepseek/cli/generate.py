@@ -1,0 +1,67 @@
+"""`deepseek generate`: continue a text, shown as it is written."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+
+def generate(
+    model: Path,
+    prompt: str,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: list[str] | None = None,
+    json: bool = False,
+) -> None:
+    """Continue PROMPT with MODEL.
+
+    Example: deepseek generate runs/quickstart/model-int8 "def " --max-tokens 40
+
+    Parameters
+    ----------
+    model
+        Folder of an artifact or a Hugging Face model.
+    prompt
+        Text to continue.
+    max_tokens
+        Tokens to write at most.
+    temperature
+        0 always takes the likeliest token; 1 samples from the model's own distribution.
+    top_p
+        Share of probability that sampling chooses from.
+    seed
+        Makes sampling repeatable.
+    stop
+        Text that ends the answer; may be given several times.
+    json
+        Print one JSON object at the end instead of the text as it comes.
+    """
+    from deepseek.data.tokenizing import load_tokenizer
+    from deepseek.models.loading import load_model
+    from deepseek.serve.config import EngineConfig
+    from deepseek.serve.engine import Engine, collect
+    from deepseek.serve.sequences import Sampling
+
+    engine = Engine(load_model(model), load_tokenizer(model), EngineConfig(max_num_seqs=1))
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    request = engine.request(prompt, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop or ()))
+    outputs = []
+    if not json:
+        sys.stdout.write(prompt)
+    for _, output in engine.run([request]):
+        outputs.append(output)
+        if not json:
+            sys.stdout.write(output.text)
+            sys.stdout.flush()
+    if not json:
+        sys.stdout.write("\n")
+        return
+    from json import dumps
+
+    generation = collect(outputs)
+    sys.stdout.write(dumps({"prompt": prompt} | {k: v for k, v in asdict(generation).items() if k != "tokens"}) + "\n")

@@ -1,0 +1,63 @@
+"""From a float artifact to an int8 one, with a report, and a refusal when it got too much worse.
+
+    report = quantize("runs/train/model", "runs/train/model-int8", batches)
+
+Every linear layer, expert and embedding goes to int8 weights with dynamic int8 activations (`nn/quantized.py` says how
+and why that variant); routers and gates of the attention mask stay in float, since they are small and decide. The new
+artifact names the original as its parent. Nothing is written when the held-out loss rises by more than the bound.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+from deepseek.artifact.format import TOKENIZER_NAME
+from deepseek.artifact.reading import read_manifest
+from deepseek.compress.comparing import Comparison, compare
+from deepseek.core.errors import ConfigError
+from deepseek.data.batching import Batch
+from deepseek.data.tokenizing import load_tokenizer
+from deepseek.models.loading import count_stored_bytes, load_model, make_int8_, save_model
+
+MAX_LOSS_INCREASE = 0.02
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    batches: Iterable[Batch],
+    *,
+    max_loss_increase: float = MAX_LOSS_INCREASE,
+    overwrite: bool = False,
+) -> Comparison:
+    """Write the int8 version of the artifact `source` to `target` and say what it costs and brings.
+
+    `batches` are held-out text in the model's own tokens. Raises `ConfigError`, and writes nothing, when the loss on
+    them rises by more than `max_loss_increase` (relative) or `source` is int8 already.
+    """
+    source, target = Path(source), Path(target)
+    original = read_manifest(source)
+    if original.precision == "int8":
+        raise ConfigError(f"{source} is int8 already; give the float model that it came from")
+    model = load_model(source, precision="fp32")
+    quantized = make_int8_(copy.deepcopy(model))
+    comparison = compare(
+        model, quantized, batches, bytes_before=count_stored_bytes(model), bytes_after=count_stored_bytes(quantized)
+    )
+    if comparison.loss_increase > max_loss_increase:
+        raise ConfigError(
+            f"int8 raises the held-out loss by {comparison.loss_increase:.1%}, and at most {max_loss_increase:.1%} was "
+            "allowed; nothing was written: keep the float model, or raise the bound"
+        )
+    save_model(
+        quantized,
+        target,
+        tokenizer=load_tokenizer(source) if (source / TOKENIZER_NAME).is_file() else None,
+        metrics={"heldout_loss": comparison.loss_after},
+        parent_digest=original.digest,
+        config_digest=original.config_digest,
+        overwrite=overwrite,
+    )
+    return comparison

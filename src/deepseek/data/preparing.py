@@ -1,0 +1,131 @@
+"""From a `DataConfig` to a tokenizer and two token caches: everything a training run needs from its text.
+
+    for event in prepare_data(config, folder):
+        show(event)
+    data = load_data(config, folder)         # data.tokenizer, data.train, data.heldout
+
+    corpus -> training part -> tokenizer (trained, or loaded) -> folder/tokenizer
+           `-> training part, held-out part -> token caches   -> folder/train, folder/heldout
+
+Called by recipes and by `deepseek train`. Done twice with one text, the second time finds everything and only reads
+the text to see that it is the same. A trained tokenizer is kept together with what it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek.core.errors import DataError
+from deepseek.core.events import Event
+from deepseek.core.storage import new_folder
+from deepseek.data.config import DataConfig
+from deepseek.data.sources import Corpus
+from deepseek.data.token_cache import TokenCache, build_token_cache, digest_documents, load_token_cache
+from deepseek.data.tokenizing import (
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+TOKENIZER_FOLDER, TRAIN_FOLDER, HELDOUT_FOLDER = "tokenizer", "train", "heldout"
+_ORIGIN_FILE = "trained_on.json"
+
+
+@dataclass(frozen=True)
+class TokenizerReady(Event):
+    """The tokenizer is there; tokenizing follows."""
+
+    vocab_size: int
+    is_reused: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedData:
+    """What a training run reads."""
+
+    tokenizer: Tokenizer
+    train: TokenCache
+    heldout: TokenCache | None
+    """`None` where nothing is held out."""
+
+
+def prepare_data(config: DataConfig, folder: Path) -> Iterator[Event]:
+    """Fill `folder`; events are `TokenizerReady`, then `TokenizingProgress` and `CacheReady` for each part.
+
+    The held-out part comes first: it is small, and where it turns out empty no hours were spent before that is said.
+    """
+    train, heldout = open_corpora(config)
+    tokenizer, is_reused = _provide_tokenizer(config, train, folder / TOKENIZER_FOLDER)
+    yield TokenizerReady(tokenizer.vocab_size, is_reused)
+    if heldout is not None:
+        yield from build_token_cache(heldout, tokenizer, folder / HELDOUT_FOLDER, total_bytes=heldout.num_bytes())
+    yield from build_token_cache(train, tokenizer, folder / TRAIN_FOLDER, total_bytes=train.num_bytes())
+
+
+def load_data(config: DataConfig, folder: Path, *, is_verified: bool = False) -> PreparedData:
+    """What `prepare_data` made in `folder`; `is_verified` skips the comparison of checksums, for just after it ran."""
+    heldout = load_token_cache(folder / HELDOUT_FOLDER, is_verified=is_verified) if config.has_heldout else None
+    return PreparedData(
+        tokenizer=load_tokenizer(folder / TOKENIZER_FOLDER),
+        train=load_token_cache(folder / TRAIN_FOLDER, is_verified=is_verified),
+        heldout=heldout,
+    )
+
+
+def open_corpora(config: DataConfig) -> tuple[Corpus, Corpus | None]:
+    """The training text and the held-out text of `config`."""
+    corpus = Corpus(config.sources, config.text_field, config.document_separator)
+    if config.heldout_sources:
+        return corpus, Corpus(config.heldout_sources, config.text_field, config.document_separator)
+    if not config.has_heldout:
+        return corpus, None
+    return corpus.split(config.heldout_fraction)
+
+
+def _provide_tokenizer(config: DataConfig, train: Corpus, folder: Path) -> tuple[Tokenizer, bool]:
+    """The tokenizer that `config` names or wants trained, kept in `folder`, and whether it was there already."""
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        _keep(tokenizer, folder, origin={})
+        return tokenizer, True
+    origin = {"documents_digest": digest_documents(train), "vocab_size": config.vocab_size}
+    if kept := _find_kept(folder, origin):
+        return kept, True
+    tokenizer = train_tokenizer((document.text for document in train), vocab_size=config.vocab_size)
+    _keep(tokenizer, folder, origin)
+    return tokenizer, False
+
+
+def _keep(tokenizer: Tokenizer, folder: Path, origin: dict[str, Any]) -> None:
+    """Put the tokenizer in place of the one kept before; refuses a folder that holds anything else."""
+    kept = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if foreign := kept - {TOKENIZER_FILE, SETTINGS_FILE, _ORIGIN_FILE}:
+        raise DataError(f"{folder} holds {min(foreign)!r}, which is not ours to replace; choose another data folder")
+    with new_folder(folder) as temporary:
+        save_tokenizer(tokenizer, temporary)
+        content = json.dumps(origin | {"tokenizer_digest": tokenizer.digest}, indent=2)
+        (temporary / _ORIGIN_FILE).write_text(content, encoding="utf-8")
+
+
+def _find_kept(folder: Path, origin: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer kept in `folder`, if it was trained from `origin` and is still what it was."""
+    if not folder.exists():
+        return None
+    try:
+        kept_origin = json.loads((folder / _ORIGIN_FILE).read_text(encoding="utf-8"))
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, DataError) as error:
+        warnings.warn(f"the tokenizer kept in {folder} is damaged and is trained again: {error}", stacklevel=3)
+        return None
+    if kept_origin.pop("tokenizer_digest", None) != tokenizer.digest:
+        warnings.warn(f"{folder} does not hold the tokenizer that was trained; it is trained again", stacklevel=3)
+        return None
+    return tokenizer if kept_origin == origin else None

@@ -1,0 +1,1 @@
+"""Optimizers, learning-rate rules and clipping."""

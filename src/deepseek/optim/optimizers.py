@@ -1,0 +1,137 @@
+"""From a model and a config to a torch optimizer.
+
+Weights that multiply (two or more dims, embeddings aside) are decayed; norms, biases, gates' biases and embeddings are
+not. AdamW runs torch's fused kernel. SGD is there for gradient comparisons, since Adam hides a wrong scale.
+
+`muon` orthogonalizes the updates of the matrices between the embedding and the head (Jordan et al. 2024; torch's
+`Muon`) and leaves everything else to AdamW. Its updates are scaled to the size that AdamW's would have (Liu et al.
+2025), so that one learning rate serves both. On the quickstart's run it is worth more than twice the steps: see
+docs/log.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from deepseek.core.config import Config
+from deepseek.core.errors import ConfigError
+from deepseek.optim.learning_rates import BASE_LEARNING_RATE, REFERENCE_BATCH_SIZE, Schedule
+
+
+class OptimizerConfig(Config):
+    """Optimizer, learning rate and clipping."""
+
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """Update rule."""
+    base_learning_rate: float = Field(default=BASE_LEARNING_RATE, gt=0)
+    """Peak learning rate for a batch of `reference_batch_size` sequences; it scales linearly with the batch."""
+    reference_batch_size: int = Field(default=REFERENCE_BATCH_SIZE, ge=1)
+    """Sequences per optimizer step that `base_learning_rate` is meant for."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled decay of weight matrices, per step and unit of learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment per step."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to AdamW's denominator."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum of SGD."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient; none does not clip."""
+    schedule: Schedule = "cosine"
+    """Shape of the learning rate over the run."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Optimizer steps of linear warm-up."""
+    final_factor: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end, as a multiple of the peak."""
+    decay_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the run over which a trapezoid falls."""
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    """A torch optimizer over all trainable parameters of `model`."""
+    return _BUILDERS[config.name](model, config, learning_rate)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Use `learning_rate` in every parameter group from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+class JointOptimizer(torch.optim.Optimizer):
+    """Two optimizers, each with its own parameters, that act as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([each for part in parts for each in part.param_groups], {})
+        # The parts read the very groups that are shown here, so a learning rate set on one is set on the other.
+        self.param_groups = [each for part in parts for each in part.param_groups]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of each part; there is no closure, since two parts cannot share one evaluation."""
+        if closure is not None:
+            raise ConfigError("a joint optimizer takes no closure; compute the gradients before step()")
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' states, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [each for part in self.parts for each in part.param_groups]
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters that are decayed (two dims or more, embeddings aside), and the others."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    decayed = [each for each in parameters if each.ndim >= 2 and id(each) not in embeddings]
+    kept = [each for each in parameters if each.ndim < 2 or id(each) in embeddings]
+    return decayed, kept
+
+
+def _build_adamw(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    decayed, kept = split_parameters(model)
+    return _adamw(decayed, kept, config, learning_rate)
+
+
+def _build_muon(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    decayed, kept = split_parameters(model)
+    matrices = [each for each in decayed if each.ndim == 2 and min(each.shape) >= _SMALLEST_MATRIX]
+    if not matrices:
+        raise ConfigError("muon is for matrices and this model has none between its embedding and head; choose 'adamw'")
+    others = [each for each in decayed if not any(each is matrix for matrix in matrices)]
+    muon = torch.optim.Muon(
+        matrices, lr=learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return JointOptimizer(muon, _adamw(others, kept, config, learning_rate))
+
+
+def _build_sgd(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    decayed, kept = split_parameters(model)
+    return torch.optim.SGD(_groups(decayed, kept, config), lr=learning_rate, momentum=config.momentum)
+
+
+def _adamw(
+    decayed: list[nn.Parameter], kept: list[nn.Parameter], config: OptimizerConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    groups = _groups(decayed, kept, config)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _groups(decayed: list[nn.Parameter], kept: list[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+# A narrower matrix (a router, a gate) is a handful of vectors; there is nothing to orthogonalize.
+_SMALLEST_MATRIX = 16
+_BUILDERS = {"adamw": _build_adamw, "muon": _build_muon, "sgd": _build_sgd}

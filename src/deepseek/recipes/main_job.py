@@ -1,0 +1,146 @@
+"""The main job, end to end, as one stream of events: train, compare, quantize, serve, report.
+
+    text -> train -> ARTIFACT -> compare with n-grams -> int8 -> ARTIFACT -> server process <- completions over HTTP
+                                                                                   `-> report.json
+
+`deepseek quickstart` shows these events. Each phase reads what the one before wrote to disk, so a run that was stopped
+goes on where it was, and every phase proves that the artifact of the one before is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from deepseek.compress.comparing import Comparison
+from deepseek.compress.quantizing import quantize
+from deepseek.core.events import Event, record
+from deepseek.core.machine import describe_machine, describe_versions
+from deepseek.core.storage import write_file
+from deepseek.data.batching import evaluation_batches
+from deepseek.data.ngrams import NgramLosses, measure_ngrams
+from deepseek.data.preparing import load_data
+from deepseek.recipes.probing import Completion, probe_server
+from deepseek.train.config import TrainConfig
+from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, train
+
+INT8_FOLDER, EVENTS_FILE, REPORT_FILE = "model-int8", "events.jsonl", "report.json"
+PROMPTS = ("def ", "import ", "class ")
+
+
+@dataclass(frozen=True)
+class BaselinesMeasured(Event):
+    """What counting gets on the same held-out tokens, in nats per token."""
+
+    unigram_loss: float
+    bigram_loss: float
+    bigram_discounted_loss: float
+
+
+@dataclass(frozen=True)
+class ModelQuantized(Event):
+    """The int8 artifact is written."""
+
+    path: str
+    bytes_ratio: float
+    heldout_loss: float
+    heldout_loss_float: float
+    decode_speedup: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class CompletionReceived(Event):
+    """The server streamed one answer."""
+
+    prompt: str
+    text: str
+    first_token_ms: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class ReportWritten(Event):
+    """The job is done."""
+
+    path: str
+    report: dict[str, Any]
+
+
+def run_main_job(config: TrainConfig) -> Iterator[Event]:
+    """All phases for `config`; the report and the artifacts are in its folder."""
+    began_s = time.perf_counter()
+    folder = Path(config.folder)
+    phases = chain(train(config), _measure_baselines(config), _quantize(config), _serve(folder / INT8_FOLDER))
+    yield from record(phases, folder / EVENTS_FILE)
+    report = build_report(read_events(folder / EVENTS_FILE), wall_s=time.perf_counter() - began_s)
+    write_file(folder / REPORT_FILE, json.dumps(report, indent=2).encode())
+    yield ReportWritten(str(folder / REPORT_FILE), report)
+
+
+def build_report(events: list[dict[str, Any]], *, wall_s: float) -> dict[str, Any]:
+    """The report's values from the events of all processes that worked on the run."""
+    latest = {event["kind"]: event for event in events}
+    steps = [event for event in events if event["kind"] == "step_done"]
+    completions = [event for event in events if event["kind"] == "completion_received"][-len(PROMPTS) :]
+    quantized, baselines = latest["model_quantized"], latest["baselines_measured"]
+    return {
+        "train": {
+            "loss_first": steps[0]["loss"],
+            "loss_last": steps[-1]["loss"],
+            "heldout_loss": latest["evaluated"]["heldout_loss"],
+            "tokens_per_s": statistics.median(event["tokens_per_s"] for event in steps),
+            "num_parameters": latest["run_started"]["num_parameters"],
+            "num_steps": steps[-1]["step"],
+            "precision": latest["run_started"]["precision"],
+        },
+        "baseline": {name: baselines[name] for name in ("unigram_loss", "bigram_loss", "bigram_discounted_loss")},
+        "int8": {name: quantized[name] for name in ("bytes_ratio", "heldout_loss", "decode_speedup")},
+        "serve": {
+            "first_token_ms": statistics.median(event["first_token_ms"] for event in completions),
+            "tokens_per_s": statistics.median(event["tokens_per_s"] for event in completions),
+        },
+        "wall_s": wall_s,
+        "versions": describe_versions(),
+        "machine": describe_machine(),
+    }
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events that `record` wrote, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _measure_baselines(config: TrainConfig) -> Iterator[Event]:
+    data = load_data(config.data, Path(config.folder) / DATA_FOLDER, is_verified=True)
+    assert data.heldout is not None
+    losses: NgramLosses = measure_ngrams(data.train.tokens, data.heldout.tokens, data.tokenizer.vocab_size)
+    yield BaselinesMeasured(losses.unigram, losses.bigram, losses.bigram_discounted)
+
+
+def _quantize(config: TrainConfig) -> Iterator[Event]:
+    folder = Path(config.folder)
+    data = load_data(config.data, folder / DATA_FOLDER, is_verified=True)
+    assert data.heldout is not None
+    batches = evaluation_batches(data.heldout, config.data)
+    comparison: Comparison = quantize(folder / MODEL_FOLDER, folder / INT8_FOLDER, batches, overwrite=True)
+    yield ModelQuantized(
+        path=str(folder / INT8_FOLDER),
+        bytes_ratio=comparison.bytes_ratio,
+        heldout_loss=comparison.loss_after,
+        heldout_loss_float=comparison.loss_before,
+        decode_speedup=comparison.decode_speedup,
+        decode_tokens_per_s=comparison.decode_tokens_per_s_after,
+    )
+
+
+def _serve(model: Path) -> Iterator[Event]:
+    completions: Iterator[Completion] = probe_server(model, PROMPTS)
+    for completion in completions:
+        yield CompletionReceived(**asdict(completion))

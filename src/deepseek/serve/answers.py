@@ -1,0 +1,181 @@
+"""Answers of the OpenAI API as JSON values: whole ones, the chunks of streamed ones, and errors.
+
+`CompletionAnswer` and `ChatAnswer` have the same methods, so that their endpoints differ only in the body they read.
+Field names and shapes are those of https://platform.openai.com/docs/api-reference; the tests read them with OpenAI's
+own client.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from deepseek.serve.sequences import FinishReason, Generation, LiveSequence, Logprobs, Output, Token
+
+Json: TypeAlias = dict[str, Any]
+
+_ERROR_TYPES = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def error(message: str, *, status: int, param: str | None = None, code: str | None = None) -> Json:
+    """The body of an error.
+
+    >>> error("no", status=404)["error"]["type"]
+    'invalid_request_error'
+    """
+    kind = _ERROR_TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def model_card(name: str, created_s: int, max_length: int) -> Json:
+    """An entry of `/v1/models`; `max_model_len` is vLLM's addition."""
+    return {"id": name, "object": "model", "created": created_s, "owned_by": "deepseek", "max_model_len": max_length}
+
+
+def usage(sequences: Iterable[LiveSequence]) -> Json:
+    """Token counts of an answer; a prompt with several choices counts once."""
+    requests = [(sequence.request, sequence.tokens) for sequence in sequences]
+    num_prompt_tokens = sum(len(request.prompt) for request, _ in requests if request.choice == 0)
+    num_generated = sum(len(tokens) for _, tokens in requests)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
+    }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer in the making; `decode` gives the text of a token id."""
+
+    model: str
+    decode: Callable[[int], str]
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def whole(self, generations: Sequence[Generation], counts: Json) -> Json:
+        """The answer in one piece."""
+        choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
+        return self._envelope(self.whole_object, choices) | {"usage": counts}
+
+    def opening(self, num_choices: int) -> list[Json]:
+        """Chunks before the first token."""
+        raise NotImplementedError
+
+    def chunk(self, index: int, output: Output) -> Json:
+        """What `output` adds to the choice `index`."""
+        return self._envelope(self.chunk_object, [self._delta(index, output.text, output.tokens, output.finish_reason)])
+
+    def closing(self, counts: Json) -> Json:
+        """The chunk of token counts."""
+        return self._envelope(self.chunk_object, []) | {"usage": counts}
+
+    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": f"{self.id_prefix}-{self.key}",
+            "object": kind,
+            "created": self.created_s,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _choice(self, index: int, generation: Generation) -> Json:
+        raise NotImplementedError
+
+    def _delta(self, index: int, text: str, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Json:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CompletionAnswer(Answer):
+    """`/v1/completions`; `echoes` are put before the choices."""
+
+    echoes: tuple[str, ...] = ()
+
+    id_prefix = "cmpl"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def opening(self, num_choices: int) -> list[Json]:
+        deltas = [self._delta(index, echo, (), None) for index, echo in enumerate(self.echoes)]
+        return [self._envelope(self.chunk_object, [delta]) for delta in deltas]
+
+    def _choice(self, index: int, generation: Generation) -> Json:
+        echo = self.echoes[index] if self.echoes else ""
+        return self._delta(index, echo + generation.text, generation.tokens, generation.finish_reason)
+
+    def _delta(self, index: int, text: str, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Json:
+        return {"index": index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": finish_reason}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
+        scored = [(token, token.logprobs) for token in tokens if token.logprobs is not None]
+        if not scored:
+            return None
+        return {
+            "tokens": [self.decode(token.id) for token, _ in scored],
+            "token_logprobs": [logprobs.chosen for _, logprobs in scored],
+            "top_logprobs": [self._top(token.id, logprobs) for token, logprobs in scored],
+            "text_offset": [token.offset for token, _ in scored],
+        }
+
+    def _top(self, token_id: int, logprobs: Logprobs) -> dict[str, float]:
+        """The likeliest first, the chosen one among them; where several tokens have one text, the likeliest."""
+        values: dict[str, float] = {}
+        for each, value in (*logprobs.top, (token_id, logprobs.chosen)):
+            values.setdefault(self.decode(each), value)
+        return values
+
+
+@dataclass(frozen=True)
+class ChatAnswer(Answer):
+    """`/v1/chat/completions`."""
+
+    id_prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening(self, num_choices: int) -> list[Json]:
+        delta = {"role": "assistant", "content": ""}
+        choices = [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(num_choices)]
+        return [self._envelope(self.chunk_object, [choice]) for choice in choices]
+
+    def _choice(self, index: int, generation: Generation) -> Json:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": generation.text, "refusal": None},
+            "logprobs": self._logprobs(generation.tokens),
+            "finish_reason": generation.finish_reason,
+        }
+
+    def _delta(self, index: int, text: str, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Json:
+        return {
+            "index": index,
+            "delta": {"content": text} if text else {},
+            "logprobs": self._logprobs(tokens),
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
+        scored = [(token, token.logprobs) for token in tokens if token.logprobs is not None]
+        if not scored:
+            return None
+        return {
+            "content": [
+                self._entry(token.id, logprobs.chosen) | {"top_logprobs": [self._entry(*pair) for pair in logprobs.top]}
+                for token, logprobs in scored
+            ],
+            "refusal": None,
+        }
+
+    def _entry(self, token_id: int, logprob: float) -> Json:
+        """The bytes of a token that is not whole characters are not known here, and `null` as OpenAI allows it."""
+        text = self.decode(token_id)
+        return {"token": text, "logprob": logprob, "bytes": None if _REPLACEMENT in text else list(text.encode())}

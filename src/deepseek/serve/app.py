@@ -1,0 +1,414 @@
+"""The HTTP door: OpenAI's completions, chat and models, two health checks and the metrics, as a starlette application.
+
+    request -> key, size -> body -> prompts -> EngineThread.open -> whole answer, or server-sent events
+                                                  `-> the client hangs up: the stream is closed, its slots are freed
+
+Errors of every kind leave in one shape, `{"error": {message, type, param, code}}`. Status 503 carries `Retry-After`;
+status 500 carries `x-should-retry: false`, since an engine that failed stays so. Keys protect `/v1`; health and metrics
+are for the machine room and stay open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deepseek.core.errors import DeepSeekError, OverloadedError, RequestError
+from deepseek.data.chat_templates import render_chat
+from deepseek.serve import answers
+from deepseek.serve.answers import Answer, ChatAnswer, CompletionAnswer, Json
+from deepseek.serve.bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, parse
+from deepseek.serve.config import ServeConfig
+from deepseek.serve.driving import EngineThread, Stream
+from deepseek.serve.metrics import CONTENT_TYPE, Metrics
+from deepseek.serve.sequences import Generation, GenerationRequest, Output, collect
+
+B = TypeVar("B", bound=GenerationBody)
+T = TypeVar("T")
+_CLIENT_CLOSED = 499  # nginx's status for a client that hung up; nobody is left to read it
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+
+@dataclass
+class Service:
+    """What the endpoints share."""
+
+    thread: EngineThread
+    metrics: Metrics
+    config: ServeConfig
+    api_key: str | None = field(default=None, repr=False)
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    is_draining: bool = False
+    """Whether the server is on its way out and takes no new requests."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests would be served."""
+        return self.thread.is_ready and self.thread.is_alive and not self.is_draining
+
+    @property
+    def card(self) -> Json:
+        """The one model, as `/v1/models` shows it."""
+        return answers.model_card(self.config.model_name, self.created_s, self.thread.engine.max_length)
+
+    def require_model(self, name: str) -> None:
+        """Raise `RequestError` (404) unless `name` is the model that is served."""
+        if name != self.config.model_name:
+            raise RequestError(
+                f"model {name!r} does not exist here; this server has {self.config.model_name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def require_room(self, num_choices: int) -> None:
+        """Raise `OverloadedError` when so many sequences find no room now, `RequestError` when they never would."""
+        if self.is_draining:
+            raise OverloadedError("the server is shutting down; try again later")
+        capacity = self.thread.engine.capacity
+        if num_choices > capacity:
+            raise RequestError(
+                f"the request asks for {num_choices} answers and this server holds {capacity} at once; "
+                "send fewer prompts or a lower n",
+                param="n",
+            )
+        self.thread.engine.require_room(num_choices)
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The application over `service`, whose engine thread is started and stopped by whoever made it."""
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", complete, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/models", list_models, methods=["GET"]),
+            Route("/v1/models/{name:path}", show_model, methods=["GET"]),
+            Route("/healthz", show_health, methods=["GET"]),
+            Route("/readyz", show_readiness, methods=["GET"]),
+            Route("/metrics", show_metrics, methods=["GET"]),
+        ],
+        exception_handlers={
+            DeepSeekError: answer_error,
+            HTTPException: answer_http_error,
+            ClientDisconnect: answer_nobody,
+            Exception: answer_bug,
+        },
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return RequestIds(app)
+
+
+# Endpoints
+
+
+async def complete(request: Request) -> Response:
+    """`POST /v1/completions`."""
+    service, body = await admit(request, CompletionBody)
+    prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
+    service.require_room(len(prompts))
+    requests = await asyncio.to_thread(_completion_requests, service, body)
+    decode = _token_text(service)
+    echoes = await asyncio.to_thread(_echoes, service, prompts) if body.echo else ()
+    return await respond(request, body, requests, CompletionAnswer(body.model, decode, echoes=echoes))
+
+
+async def chat(request: Request) -> Response:
+    """`POST /v1/chat/completions`."""
+    service, body = await admit(request, ChatBody)
+    service.require_room(body.n)
+    requests = await asyncio.to_thread(_chat_requests, service, body)
+    return await respond(request, body, requests, ChatAnswer(body.model, _token_text(service)))
+
+
+async def list_models(request: Request) -> Response:
+    """`GET /v1/models`."""
+    service = authorize(request)
+    return JSONResponse({"object": "list", "data": [service.card]})
+
+
+async def show_model(request: Request) -> Response:
+    """`GET /v1/models/{name}`."""
+    service = authorize(request)
+    service.require_model(request.path_params["name"])
+    return JSONResponse(service.card)
+
+
+async def show_health(request: Request) -> Response:
+    """`GET /healthz`: 200 while the engine makes progress."""
+    thread = request.app.state.service.thread
+    status = {"status": "ok" if thread.is_alive else "failed", "last_step_age_s": round(thread.beat_age_s, 3)}
+    return JSONResponse(status, status_code=200 if thread.is_alive else 503)
+
+
+async def show_readiness(request: Request) -> Response:
+    """`GET /readyz`: 200 when loaded, warmed up and not shutting down."""
+    is_ready = request.app.state.service.is_ready
+    return JSONResponse({"status": "ready" if is_ready else "not ready"}, status_code=200 if is_ready else 503)
+
+
+async def show_metrics(request: Request) -> Response:
+    """`GET /metrics` in the Prometheus text format."""
+    return Response(request.app.state.service.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+# From request to answer
+
+
+async def admit(request: Request, body: type[B]) -> tuple[Service, B]:
+    """The checked body of a request that may be served."""
+    service = authorize(request)
+    parsed = parse(body, await read_body(request, service.config.max_body_bytes))
+    service.require_model(parsed.model)
+    return service, parsed
+
+
+def authorize(request: Request) -> Service:
+    """The service, for who has its key; raises `RequestError` (401) otherwise. The comparison takes constant time."""
+    service: Service = request.app.state.service
+    if service.api_key is not None:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), service.api_key.encode()):
+            raise RequestError(
+                "the API key is missing or wrong; send 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
+            )
+    return service
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, read no further than `max_bytes`; raises `RequestError` (413) beyond."""
+    content = bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > max_bytes:
+            raise RequestError(
+                f"the body is longer than {max_bytes} bytes; send less", status=413, code="body_too_large"
+            )
+    return bytes(content)
+
+
+async def respond(
+    request: Request, body: GenerationBody, requests: Sequence[GenerationRequest], answer: Answer
+) -> Response:
+    """Generate and answer, streamed or whole; cancels the work when the client hangs up."""
+    thread = request.app.state.service.thread
+    stream = thread.open(requests)
+    if body.stream:
+        return EventStream(thread, stream, _events(stream, body, answer))
+    try:
+        generations = await until_disconnect(request.receive, gather(stream))
+    finally:
+        thread.close(stream)
+    return JSONResponse(answer.whole(generations, answers.usage(stream.sequences)))
+
+
+async def gather(stream: Stream) -> list[Generation]:
+    """The whole answers of `stream`, in the order of its requests."""
+    outputs: list[list[Output]] = [[] for _ in stream.sequences]
+    async for index, output in stream:
+        outputs[index].append(output)
+    return [collect(each) for each in outputs]
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; raises `ClientDisconnect` and cancels it when the client hangs up before."""
+    working = asyncio.ensure_future(work)
+    listening = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((working, listening), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        listening.cancel()
+        await asyncio.gather(working, listening, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events; closes `stream` when they are sent, and when the client hangs up before."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, thread: EngineThread, stream: Stream, events: AsyncIterator[bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._thread = thread
+        self._stream = stream
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._send_all(send))
+        finally:
+            self._thread.close(self._stream)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _events(stream: Stream, body: GenerationBody, answer: Answer) -> AsyncIterator[bytes]:
+    """The events of a streamed answer; an error in the middle is an event too, since the status is long sent."""
+    extra: Json = {"usage": None} if body.includes_usage else {}
+    for chunk in answer.opening(len(stream.sequences)):
+        yield _event(chunk | extra)
+    try:
+        async for index, output in stream:
+            if output.text or output.tokens or output.finish_reason:
+                yield _event(answer.chunk(index, output) | extra)
+    except RequestError as failure:
+        yield _event(_error_body(failure))
+        return
+    if body.includes_usage:
+        yield _event(answer.closing(answers.usage(stream.sequences)))
+    yield b"data: [DONE]\n\n"
+
+
+def _event(value: Json) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Return when the client hangs up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _completion_requests(service: Service, body: CompletionBody) -> list[GenerationRequest]:
+    """One request per prompt and choice; without `max_tokens`, OpenAI's default or what still fits."""
+    engine = service.thread.engine
+    requests = []
+    for prompt in body.prompts:
+        first = engine.request(
+            prompt,
+            max_tokens=body.limit,
+            sampling=body.sampling,
+            stop=body.stop_strings,
+            ignore_eos=body.ignore_eos,
+        )
+        if body.limit is None:
+            first = replace(first, max_tokens=min(first.max_tokens, DEFAULT_COMPLETION_TOKENS))
+        requests += [replace(first, choice=choice) for choice in range(body.n)]
+    return requests
+
+
+def _chat_requests(service: Service, body: ChatBody) -> list[GenerationRequest]:
+    """One request per choice; the template writes the special tokens, so none are added."""
+    engine = service.thread.engine
+    roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
+    messages = [{"role": roles.get(each.role, each.role), "content": each.text} for each in body.messages]
+    try:
+        first = engine.request(
+            engine.tokenizer.encode(render_chat(engine.tokenizer, messages)),
+            max_tokens=body.limit,
+            sampling=body.sampling,
+            stop=body.stop_strings,
+            ignore_eos=body.ignore_eos,
+        )
+    except RequestError as error:
+        error.param = "messages" if error.param == "prompt" else error.param  # what the client calls it
+        raise
+    return [replace(first, choice=choice) for choice in range(body.n)]
+
+
+def _echoes(service: Service, prompts: Sequence[str | list[int]]) -> tuple[str, ...]:
+    tokenizer = service.thread.engine.tokenizer
+    return tuple(prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts)
+
+
+def _token_text(service: Service) -> Callable[[int], str]:
+    """What a single token is called in log-probabilities."""
+    tokenizer = service.thread.engine.tokenizer
+    return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+# Errors
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """An error that was raised on purpose."""
+    headers = {}
+    body = _error_body(error)
+    status = _status(error)
+    if status == 503:
+        headers["Retry-After"] = str(request.app.state.service.config.retry_after_s)
+    if status == 500:
+        headers["x-should-retry"] = "false"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status == 413:
+        headers["Connection"] = "close"  # the rest of the body is not wanted
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    """An unknown path or a wrong method."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    message = {404: f"there is no {what} here", 405: f"{what} does not exist; this path takes another method"}
+    body = answers.error(message.get(error.status_code, error.detail), status=error.status_code)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """The client hung up; the answer goes nowhere."""
+    return Response(status_code=_CLIENT_CLOSED)
+
+
+async def answer_bug(request: Request, error: Exception) -> Response:
+    """An error that nobody expected; its traceback is in the log, not in the answer."""
+    body = answers.error("the server failed on this request; its log has the reason", status=500, code="internal_error")
+    return JSONResponse(body, status_code=500, headers={"x-should-retry": "false"})
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, RequestError):
+        return error.status
+    return 503 if isinstance(error, OverloadedError) else 500
+
+
+def _error_body(error: Exception) -> Json:
+    if isinstance(error, RequestError):
+        return answers.error(str(error), status=error.status, param=error.param, code=error.code)
+    code = "overloaded" if isinstance(error, OverloadedError) else "server_error"
+    return answers.error(str(error), status=_status(error), code=code)
+
+
+class RequestIds:
+    """Gives every answer an `X-Request-Id`: the one the client sent, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)

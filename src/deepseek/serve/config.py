@@ -1,0 +1,39 @@
+"""Settings of the engine and of the server around it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from deepseek.core.config import Config
+
+
+class EngineConfig(Config):
+    """How much the engine works on at once."""
+
+    max_num_seqs: int = Field(default=8, ge=1)
+    """Sequences that are generated at once; each holds `max_length` positions of the KV cache."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest prompt and answer together, in tokens; none is the longest that the model was made for."""
+    max_queue: int = Field(default=128, ge=0)
+    """Sequences that may wait for a free place; more are refused with status 503."""
+    prefill_tokens: int = Field(default=256, ge=1)
+    """Prompt tokens read between two decoding steps; fewer keep the streams even, more read long prompts faster."""
+
+
+class ServeConfig(EngineConfig):
+    """The HTTP server. A key is no setting, since settings are printed and recorded; `serve` takes it by itself."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen on; 0.0.0.0 is every IPv4 address of the machine."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """TCP port to listen on; 0 takes a free one."""
+    model_name: str = Field(default="deepseek", min_length=1)
+    """Name that requests give as `model`, and that `/v1/models` lists."""
+    max_body_bytes: int = Field(default=4 << 20, ge=1)
+    """Longest request body; longer ones are refused with status 413."""
+    shutdown_timeout_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """How long requests may go on after SIGTERM or Ctrl-C; then they are ended with an error."""
+    stall_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    """`/healthz` fails when the engine has not finished a step for so long."""
+    retry_after_s: int = Field(default=1, ge=0)
+    """What a refused client is told to wait, as `Retry-After`."""

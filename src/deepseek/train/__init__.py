@@ -1,0 +1,1 @@
+"""Training: the loop that yields events, and `prepare` for those who keep their own loop."""

@@ -1,0 +1,66 @@
+"""The settings of a training run: one config that says everything, so that a run is a recipe plus overrides."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from deepseek.core.config import Config
+from deepseek.core.errors import ConfigError
+from deepseek.data.config import DataConfig
+from deepseek.mixed_precision.policies import Precision
+from deepseek.models.decoder.model import DecoderConfig
+from deepseek.optim.optimizers import OptimizerConfig
+
+
+class TrainConfig(Config):
+    """One training run of a decoder."""
+
+    folder: str = "runs/train"
+    """Folder of the run; data caches, checkpoints, events and the finished model go there."""
+    model: DecoderConfig = DecoderConfig()
+    """Shape of the model."""
+    data: DataConfig = DataConfig()
+    """Text, tokenizer and batches."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule and learning rate."""
+    num_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    accum_steps: int = Field(default=1, ge=1)
+    """Micro-batches whose gradients are added up before each optimizer step."""
+    precision: Precision = "auto"
+    """What the products compute in: `bf16`, `fp32`, or `auto` for bf16 where the hardware has it."""
+    compile: Literal["none", "blocks"] = "none"
+    """Compile each kind of block once, or run eagerly; compiling pays on runs of more than a few minutes."""
+    device: str = "cpu"
+    """Torch device that the run computes on."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the initial weights; the order of the data has its own seed."""
+    checkpoint_every: int = Field(default=500, ge=1, le=500)
+    """Optimizer steps between two checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints that stay on disk."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Optimizer steps between two held-out losses; 0 evaluates at the end only."""
+    evaluation_tokens: int = Field(default=0, ge=0)
+    """Held-out tokens that each evaluation reads; 0 reads all of them."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimizer steps between two `StepDone` events."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        longest = self.data.sequence_length if self.data.batching == "packed" else self.data.max_len
+        if longest > self.model.max_length:
+            raise ConfigError(
+                f"the data has rows of {longest} tokens and model.max_length is {self.model.max_length}; "
+                "shorten the rows or raise model.max_length"
+            )
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Rows that one optimizer step learns from; a token budget counts as its number of longest rows."""
+        if self.data.batching == "packed":
+            return self.data.batch_size * self.accum_steps
+        return max(1, self.data.max_tokens // self.data.max_len) * self.accum_steps

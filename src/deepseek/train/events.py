@@ -1,0 +1,71 @@
+"""What a training run says while it goes on; the data room's events come first in the stream.
+
+Tokens are targets that count towards the loss; losses are in nats per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepseek.core.events import Event
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """Everything is built; steps follow."""
+
+    num_parameters: int
+    num_train_tokens: int
+    precision: str
+    first_step: int
+    """Steps that an earlier process of this run has done; 0 for a new run."""
+    num_steps: int
+    learning_rate: float
+    """Peak of the schedule."""
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    """Mean over the step's tokens, before the step."""
+    learning_rate: float
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    num_tokens: int
+    """Tokens of this step."""
+    tokens_per_s: float
+    """Throughput since the previous `StepDone`."""
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """A held-out loss."""
+
+    step: int
+    heldout_loss: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A checkpoint that a later process can resume from is on disk."""
+
+    step: int
+    path: str
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class ModelSaved(Event):
+    """The finished model is on disk."""
+
+    path: str
+    digest: str
+    num_bytes: int
+
+
+TrainEvent = RunStarted | StepDone | Evaluated | CheckpointSaved | ModelSaved

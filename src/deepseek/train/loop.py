@@ -1,0 +1,234 @@
+"""The training loop: a generator of events from a config to a finished model.
+
+    for event in train(config):
+        print(event)
+
+    text -> tokenizer, token caches -> model, optimizer, loader -> [step, ..., evaluation, checkpoint] -> artifact
+
+Whoever iterates decides when it stops: closing the generator (or leaving the `for` with Ctrl-C) between two steps saves
+a checkpoint first, so that the next `train(config)` goes on with the next step. A process that is killed goes on from
+its last periodic checkpoint. Either way the weights become bit-equal to those of a run that was never stopped, since
+everything a step depends on is in the checkpoint or a pure function of the step's number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek.checkpoint.randomness import capture_rng, restore_rng
+from deepseek.checkpoint.restoring import newest_valid
+from deepseek.checkpoint.saving import save
+from deepseek.core.errors import CheckpointError, ConfigError
+from deepseek.core.events import Event
+from deepseek.data.batching import BatchLoader, evaluation_batches
+from deepseek.data.preparing import PreparedData, load_data, prepare_data
+from deepseek.mixed_precision.policies import Precision, choose_precision
+from deepseek.models.decoder.model import Decoder, count_parameters
+from deepseek.models.loading import save_model
+from deepseek.optim.learning_rates import scale_learning_rate, schedule_factor
+from deepseek.optim.optimizers import build_optimizer, set_learning_rate
+from deepseek.train.config import TrainConfig
+from deepseek.train.evaluating import measure_loss
+from deepseek.train.events import CheckpointSaved, Evaluated, ModelSaved, RunStarted, StepDone
+from deepseek.train.steps import StepResult, take_step
+
+DATA_FOLDER, CHECKPOINT_FOLDER, MODEL_FOLDER = "data", "checkpoints", "model"
+# Settings that a resumed run may change without becoming another run.
+_FREE_SETTINGS = ("folder", "checkpoint_every", "keep_checkpoints", "log_every", "evaluate_every", "evaluation_tokens")
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything that lives while a run goes on."""
+
+    config: TrainConfig
+    data: PreparedData
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    loader: BatchLoader
+    precision: Precision
+    peak_learning_rate: float
+    step: int = 0
+    """Optimizer steps done."""
+    saved_step: int = 0
+    """Steps done when the newest checkpoint was saved."""
+
+
+def train(config: TrainConfig) -> Iterator[Event]:
+    """Train from `config`, or go on with it where an earlier call was stopped; the model is in `folder/model`.
+
+    Raises `ConfigError`, `DataError`, `TrainingError`, `CheckpointError` or `StorageError`.
+    """
+    folder = Path(config.folder)
+    yield from prepare_data(config.data, folder / DATA_FOLDER)
+    run = build(config, load_data(config.data, folder / DATA_FOLDER, is_verified=True))
+    resume(run)
+    yield RunStarted(
+        num_parameters=count_parameters(run.model),
+        num_train_tokens=len(run.data.train.tokens),
+        precision=run.precision,
+        first_step=run.step,
+        num_steps=config.num_steps,
+        learning_rate=run.peak_learning_rate,
+    )
+    try:
+        yield from _take_steps(run)
+    except GeneratorExit:
+        # The reader left between two steps, where the state is whole.
+        if run.step > run.saved_step:
+            save_checkpoint(run)
+        raise
+    yield from _finish(run)
+
+
+def build(config: TrainConfig, data: PreparedData) -> Run:
+    """Model, optimizer and loader of a new run."""
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {data.tokenizer.vocab_size} tokens and model.vocab_size is {config.model.vocab_size}; "
+            "make model.vocab_size at least as large"
+        )
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    model = Decoder(config.model).to(device).train()
+    learning_rate = scale_learning_rate(
+        config.sequences_per_step,
+        base=config.optimizer.base_learning_rate,
+        reference_batch_size=config.optimizer.reference_batch_size,
+    )
+    optimizer = build_optimizer(model, config.optimizer, learning_rate)
+    if config.compile == "blocks":
+        for layer in model.layers:
+            layer.compile()
+    loader = BatchLoader(data.train, config.data)
+    return Run(config, data, model, optimizer, loader, choose_precision(config.precision, device), learning_rate)
+
+
+def resume(run: Run) -> None:
+    """Take up the newest valid checkpoint of the run's folder, if there is one."""
+    checkpoint = newest_valid(Path(run.config.folder) / CHECKPOINT_FOLDER)
+    if checkpoint is None:
+        return
+    state = checkpoint.state
+    if state["run_digest"] != run_digest(run.config):
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to a run with other settings; "
+            "go on with the settings it was started with, or choose another folder"
+        )
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.loader.load_state_dict(state["loader"])
+    restore_rng(state["rng"])
+    run.step = run.saved_step = checkpoint.step
+
+
+def run_digest(config: TrainConfig) -> str:
+    """Digest of the settings that decide what the weights become; two runs that share it may share checkpoints."""
+    default = TrainConfig()
+    return config.model_copy(update={name: getattr(default, name) for name in _FREE_SETTINGS}).digest
+
+
+def save_checkpoint(run: Run) -> CheckpointSaved:
+    """Write everything the next step depends on."""
+    began_s = time.perf_counter()
+    state: dict[str, Any] = {
+        "run_digest": run_digest(run.config),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "loader": run.loader.state_dict(),
+        "rng": capture_rng(),
+    }
+    path = save(Path(run.config.folder) / CHECKPOINT_FOLDER, run.step, state, keep=run.config.keep_checkpoints)
+    run.saved_step = run.step
+    return CheckpointSaved(run.step, str(path), time.perf_counter() - began_s)
+
+
+def _take_steps(run: Run) -> Iterator[Event]:
+    config = run.config
+    num_tokens, began_s = 0, time.perf_counter()
+    while run.step < config.num_steps:
+        result = _take_one(run)
+        num_tokens += result.num_tokens
+        if run.step % config.log_every == 0 or run.step in (1, config.num_steps):
+            now_s = time.perf_counter()
+            yield _describe(run, result, num_tokens / (now_s - began_s))
+            num_tokens, began_s = 0, now_s
+        if config.evaluate_every and run.step % config.evaluate_every == 0 and run.step < config.num_steps:
+            yield from _evaluate(run)
+        if run.step % config.checkpoint_every == 0 or run.step == config.num_steps:
+            yield save_checkpoint(run)
+
+
+def _take_one(run: Run) -> StepResult:
+    set_learning_rate(run.optimizer, learning_rate_at(run, run.step))
+    run.model.set_step(run.step)
+    micro_batches = [run.loader.next_batch() for _ in range(run.config.accum_steps)]
+    result = take_step(
+        run.model,
+        run.optimizer,
+        micro_batches,
+        precision=run.precision,
+        grad_clip=run.config.optimizer.grad_clip,
+    )
+    run.step += 1
+    return result
+
+
+def learning_rate_at(run: Run, step: int) -> float:
+    """Learning rate of `step`, counted from 0."""
+    settings = run.config.optimizer
+    return run.peak_learning_rate * schedule_factor(
+        settings.schedule,
+        step,
+        num_steps=run.config.num_steps,
+        warmup_steps=settings.warmup_steps,
+        final_factor=settings.final_factor,
+        decay_share=settings.decay_share,
+    )
+
+
+def _describe(run: Run, result: StepResult, tokens_per_s: float) -> StepDone:
+    return StepDone(
+        step=run.step,
+        loss=result.loss,
+        learning_rate=learning_rate_at(run, run.step - 1),
+        grad_norm=result.grad_norm,
+        num_tokens=result.num_tokens,
+        tokens_per_s=tokens_per_s,
+    )
+
+
+def _evaluate(run: Run) -> Iterator[Evaluated]:
+    """The held-out loss as it would be if training ended here; nothing where no text is held out."""
+    if run.data.heldout is None:
+        return
+    batches = evaluation_batches(run.data.heldout, run.config.data)
+    limit = run.config.evaluation_tokens
+    loss, num_tokens = measure_loss(run.model, batches, precision=run.precision, max_tokens=limit)
+    yield Evaluated(run.step, loss, num_tokens)
+
+
+def _finish(run: Run) -> Iterator[Event]:
+    """The final held-out loss and the artifact."""
+    run.model.set_step(run.config.num_steps)
+    metrics: dict[str, float] = {}
+    for event in _evaluate(run):
+        metrics = {"heldout_loss": event.heldout_loss}
+        yield event
+    path = Path(run.config.folder) / MODEL_FOLDER
+    manifest = save_model(
+        run.model,
+        path,
+        tokenizer=run.data.tokenizer,
+        metrics=metrics,
+        config_digest=run.config.digest,
+        data_position=run.loader.state_dict(),
+        overwrite=True,
+    )
+    yield ModelSaved(str(path), manifest.digest, sum(file.num_bytes for file in manifest.files.values()))

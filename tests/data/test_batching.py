@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek.core.errors import ConfigError, DataError
+from deepseek.data.batching import Batch, BatchLoader, evaluation_batches, fill_batches
+from deepseek.data.config import DataConfig
+from deepseek.data.token_cache import CacheManifest, TokenCache
+
+LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=40)
+
+
+def _cache(lengths: Iterable[int], name: str = "x") -> TokenCache:
+    """Documents whose tokens are all different, so that each can be found again."""
+    starts = np.concatenate([[0], np.cumsum(list(lengths))])
+    manifest = CacheManifest(
+        schema_version=1,
+        documents_digest=name,
+        tokenizer_digest="t",
+        vocab_size=1 << 16,
+        token_dtype="<u2",
+        num_documents=len(starts) - 1,
+        num_tokens=int(starts[-1]),
+        num_text_bytes=0,
+        num_undecodable=0,
+        num_undecodable_documents=0,
+        files={},
+    )
+    return TokenCache(np.arange(starts[-1], dtype=np.uint16), starts.astype(np.int64), manifest)
+
+
+def _config(**settings: Any) -> DataConfig:
+    return DataConfig(**{"sequence_length": 8, "batch_size": 2, "max_tokens": 64, "max_len": 20} | settings)
+
+
+def _take(loader: BatchLoader, count: int) -> list[Batch]:
+    return list(islice(loader, count))
+
+
+def _values(batch: Batch) -> list[list[list[int]]]:
+    return [batch.tokens_BT.tolist(), batch.targets_BT.tolist()]
+
+
+def _pairs(batches: Iterable[Batch]) -> Counter[tuple[int, int]]:
+    """Each (token, next token) that counts."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    for batch in batches:
+        shown = batch.targets_BT != -100
+        assert batch.num_target_tokens == int(shown.sum())
+        pairs.update(zip(batch.tokens_BT[shown].tolist(), batch.targets_BT[shown].tolist(), strict=True))
+    return pairs
+
+
+@settings(max_examples=50)
+@given(LENGTHS, st.integers(0, 5))
+def test_a_packed_epoch_predicts_the_text_once_but_for_less_than_a_row(lengths: list[int], seed: int) -> None:
+    cache = _cache([*lengths, 9])
+    num_rows = (len(cache.tokens) - 1) // 8
+    loader = BatchLoader(cache, _config(batch_size=1, seed=seed))
+    pairs = _pairs(_take(loader, num_rows))
+    assert loader.state_dict()["epoch"] == 0
+    assert pairs.total() == num_rows * 8
+    assert max(Counter(target for _, target in pairs.elements()).values()) == 1
+    inside = {(token, token + 1) for token in range(len(cache.tokens) - 1)}
+    last_tokens = set((cache.starts[1:] - 1).tolist())
+    first_tokens = set(cache.starts[:-1].tolist())
+    assert all(pair in inside or (pair[0] in last_tokens and pair[1] in first_tokens) for pair in pairs)
+
+
+def test_packed_rows_are_the_layout_of_shuffled_documents() -> None:
+    cache = _cache([5, 9, 3, 12, 4])
+    loader = BatchLoader(cache, _config(batch_size=4))
+    following = dict(_pairs([loader.next_batch()]).keys())
+    order, token = [], next(iter(set(following) - set(following.values())))
+    while token in following:
+        order.append(token)
+        token = following[token]
+    order.append(token)
+    documents = [cache.document(index).tolist() for index in range(5)]
+    met = sorted((document for document in documents if document[0] in order), key=lambda d: order.index(d[0]))
+    assert list(chain(*met))[: len(order)] == order
+    assert len(met) >= 4
+
+
+@pytest.mark.parametrize("batching", ["packed", "token_budget"])
+def test_order_depends_on_seed_and_epoch_alone(batching: str) -> None:
+    cache = _cache([7, 3, 20, 11, 30, 2, 9] * 5)
+    runs = [
+        [_values(batch) for batch in _take(BatchLoader(cache, _config(batching=batching, seed=seed)), 40)]
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+    loader = BatchLoader(cache, _config(batching=batching, seed=1, batch_size=1))
+    epochs: dict[int, list[Any]] = {}
+    while loader.state_dict()["epoch"] < 2:
+        values = _values(loader.next_batch())
+        epochs.setdefault(loader.state_dict()["epoch"], []).append(values)
+    assert epochs[0] != epochs[1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(LENGTHS, st.sampled_from([2, 3, 5]))
+def test_ranks_share_the_rows_of_a_single_process(lengths: list[int], world_size: int) -> None:
+    cache = _cache([*lengths, 9])
+    alone = BatchLoader(cache, _config(batch_size=2 * world_size))
+    ranks = [BatchLoader(cache, _config(batch_size=2), rank=rank, world_size=world_size) for rank in range(world_size)]
+    for _ in range(6):
+        whole = alone.next_batch()
+        for rank, loader in enumerate(ranks):
+            part = loader.next_batch()
+            assert sorted(part.tokens_BT.tolist()) == sorted(whole.tokens_BT[rank::world_size].tolist())
+        assert {json.dumps(loader.state_dict()) for loader in ranks} == {json.dumps(alone.state_dict())}
+
+
+def test_ranks_take_turns_at_token_budget_batches() -> None:
+    cache = _cache(range(2, 60))
+    config = _config(batching="token_budget")
+    alone = [_values(batch) for batch in _take(BatchLoader(cache, config), 30)]
+    for rank in range(3):
+        loader = BatchLoader(cache, config, rank=rank, world_size=3)
+        assert [_values(batch) for batch in _take(loader, 10)] == alone[rank::3]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 60), st.sampled_from(["packed", "token_budget"]), st.integers(0, 1))
+def test_a_restored_position_goes_on_exactly(num_before: int, batching: str, rank: int) -> None:
+    cache, config = _cache([7, 3, 20, 11, 30, 2, 9]), _config(batching=batching)
+    loader = BatchLoader(cache, config, rank=rank, world_size=2)
+    _take(loader, num_before)
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = BatchLoader(cache, config, rank=rank, world_size=2)
+    resumed.load_state_dict(state)
+    assert [_values(each) for each in _take(resumed, 20)] == [_values(each) for each in _take(loader, 20)]
+
+
+def test_a_position_is_resumed_with_another_number_of_ranks() -> None:
+    cache = _cache([7, 3, 20, 11, 30, 2, 9] * 4)
+    four = [BatchLoader(cache, _config(batch_size=1), rank=rank, world_size=4) for rank in range(4)]
+    expected = BatchLoader(cache, _config(batch_size=4))
+    for _ in range(13):
+        expected.next_batch()
+        for loader in four:
+            loader.next_batch()
+    one = BatchLoader(cache, _config(batch_size=4))
+    one.load_state_dict(four[2].state_dict())
+    assert [_values(each) for each in _take(one, 9)] == [_values(each) for each in _take(expected, 9)]
+
+
+@settings(max_examples=50)
+@given(LENGTHS, st.integers(20, 100), st.integers(0, 5))
+def test_a_token_budget_epoch_holds_each_document_once_within_the_budget(
+    lengths: list[int], max_tokens: int, seed: int
+) -> None:
+    cache = _cache(lengths)
+    loader = BatchLoader(cache, _config(batching="token_budget", max_tokens=max_tokens, seed=seed))
+    batches = [loader.next_batch()]
+    while loader.state_dict()["index"] < loader._plan.num_items:
+        batches.append(loader.next_batch())
+    assert all(batch.tokens_BT.numel() <= max_tokens for batch in batches)
+    expected = [
+        (token, token + 1)
+        for start, length in zip(cache.starts[:-1].tolist(), lengths, strict=True)
+        for token in range(start, start + min(length - 1, 20))
+    ]
+    assert _pairs(batches) == Counter(expected)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1), st.integers(50, 200))
+def test_batches_are_filled_as_far_as_they_go(lengths: list[int], max_tokens: int) -> None:
+    documents = np.argsort(-np.asarray(lengths), kind="stable")
+    batches = fill_batches(documents, np.asarray(lengths), max_tokens)
+    assert np.concatenate(batches).tolist() == documents.tolist()
+    for batch in batches[:-1]:
+        assert len(batch) * lengths[batch[0]] <= max_tokens < (len(batch) + 1) * lengths[batch[0]]
+
+
+def test_documents_of_similar_length_share_a_batch() -> None:
+    random = np.random.default_rng(0)
+    cache = _cache(random.integers(2, 200, size=600))
+    loader = BatchLoader(cache, _config(batching="token_budget", max_tokens=1024, max_len=512))
+    batches = _take(loader, loader._plan.num_items)
+    filled = sum(batch.num_target_tokens for batch in batches) / sum(batch.tokens_BT.numel() for batch in batches)
+    assert filled > 0.95  # documents in random order would fill about half
+
+
+def test_padding_does_not_count_in_a_loss() -> None:
+    cache = _cache([3, 9])
+    batch = BatchLoader(cache, _config(batching="token_budget")).next_batch()
+    assert batch.tokens_BT.dtype == batch.targets_BT.dtype == torch.int64
+    logits = torch.zeros(*batch.targets_BT.shape, 12)
+    total = F.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten(), reduction="sum")
+    assert batch.num_target_tokens == 2 + 8
+    assert total.item() == pytest.approx(10 * np.log(12), rel=1e-6)
+
+
+@settings(max_examples=50)
+@given(LENGTHS, st.integers(1, 4), st.integers(1, 12))
+def test_evaluation_predicts_every_token_but_the_first_once(
+    lengths: list[int], world_size: int, sequence_length: int
+) -> None:
+    cache = _cache(lengths)
+    config = _config(sequence_length=sequence_length)
+    batches = [
+        b for rank in range(world_size) for b in evaluation_batches(cache, config, rank=rank, world_size=world_size)
+    ]
+    assert _pairs(batches) == Counter((token, token + 1) for token in range(len(cache.tokens) - 1))
+    assert all(batch.tokens_BT.shape[1] == sequence_length and len(batch.tokens_BT) <= 2 for batch in batches)
+
+
+def test_a_position_in_another_text_or_order_is_refused() -> None:
+    cache = _cache([50])
+    state = BatchLoader(cache, _config()).state_dict()
+    for other in (
+        BatchLoader(_cache([50], name="y"), _config()),
+        BatchLoader(cache, _config(seed=1)),
+        BatchLoader(cache, _config(sequence_length=9)),
+        BatchLoader(cache, _config(batching="token_budget")),
+    ):
+        with pytest.raises(DataError, match="belongs to another corpus"):
+            other.load_state_dict(state)
+    BatchLoader(cache, _config(batch_size=3)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"), [({"index": 99}, "outside its epoch"), ({"extra": 1}, "epoch, index and order")]
+)
+def test_a_malformed_position_is_refused(change: dict[str, Any], seen: str) -> None:
+    loader = BatchLoader(_cache([50]), _config())
+    with pytest.raises(DataError, match=seen):
+        loader.load_state_dict(loader.state_dict() | change)
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(DataError, match=r"8 tokens, too few for one row of sequence_length=8"):
+        BatchLoader(_cache([8]), _config())
+    with pytest.raises(DataError, match="no document has two tokens"):
+        BatchLoader(_cache([1, 1]), _config(batching="token_budget"))
+    with pytest.raises(DataError, match="nothing to predict"):
+        list(evaluation_batches(_cache([1]), _config()))
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_outside_the_world_is_refused(rank: int, world_size: int) -> None:
+    with pytest.raises(ConfigError, match="is not below world_size"):
+        BatchLoader(_cache([50]), _config(), rank=rank, world_size=world_size)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
+from transformers import AutoTokenizer
+
+from deepseek.core.errors import ConfigError, DataError
+from deepseek.data.tokenizing import (
+    END_OF_TEXT,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+TEXTS = ["def run(self):\n    return self.value\n", "Straße, 東京, naïve café 🙂🙂", "import os, sys\n" * 3] * 4
+
+
+@cache
+def trained() -> Tokenizer:
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+@cache
+def llama_like() -> Tokenizer:
+    """Words with a space drawn in front, and bytes for what is unknown, as in Llama 2."""
+    words = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghij", "▁a", "▁ab"]
+    merges = [("▁", "a"), ("▁a", "b")]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, eos_token="</s>")
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_every_text_comes_back(text: str) -> None:
+    assert trained().decode(trained().encode(text), skip_special_tokens=False) == text
+
+
+def test_the_first_tokens_learnt_are_the_most_frequent_pairs() -> None:
+    text = "abab abab cd abab cd"
+    tokenizer = train_tokenizer([text], vocab_size=258)
+    words = [" " + word for word in text.split()]
+    pairs = Counter(word[i : i + 2] for word in words for i in range(len(word) - 1))
+    (merged,) = tokenizer.encode(pairs.most_common(1)[0][0])
+    assert merged == 257
+
+
+def test_training_again_in_another_process_gives_the_same_tokenizer() -> None:
+    program = (
+        "import json, sys\n"
+        "from deepseek.data.tokenizing import train_tokenizer\n"
+        "print(train_tokenizer(json.loads(sys.argv[1]), vocab_size=300).digest)"
+    )
+    command = [sys.executable, "-c", program, json.dumps(TEXTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == trained().digest
+
+
+def test_the_end_token_is_number_zero_and_read_from_text() -> None:
+    assert trained().eos_id == 0
+    assert trained().encode(f"a{END_OF_TEXT}b")[1] == 0
+    assert trained().decode([0, *trained().encode("ab")]) == "ab"
+
+
+def test_a_batch_is_encoded_like_its_texts_one_by_one() -> None:
+    assert trained().encode_batch(TEXTS, max_len=7) == [trained().encode(text, max_len=7) for text in TEXTS]
+    assert all(len(ids) == 7 for ids in trained().encode_batch(TEXTS, max_len=7))
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="vocab_size=256 is below 257"):
+        train_tokenizer(TEXTS, vocab_size=256)
+
+
+def test_too_little_text_warns_about_the_smaller_vocabulary() -> None:
+    with pytest.warns(UserWarning, match=r"yield 258 tokens, not vocab_size=1000"):
+        tokenizer = train_tokenizer(["aa"], vocab_size=1000)
+    assert tokenizer.vocab_size == 258
+
+
+def test_transformers_reads_the_saved_folder(tmp_path: Path) -> None:
+    save_tokenizer(trained(), tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(TEXTS)["input_ids"] == trained().encode_batch(TEXTS)
+    assert theirs.eos_token_id == trained().eos_id
+    assert theirs.decode(trained().encode(TEXTS[1])) == TEXTS[1]
+
+
+def test_a_saved_tokenizer_comes_back_the_same(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(trained().backend, END_OF_TEXT, bos_token=END_OF_TEXT, chat_template="{{ messages }}")
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.digest == tokenizer.digest
+    assert (loaded.eos_id, loaded.bos_id, loaded.chat_template) == (0, 0, "{{ messages }}")
+
+
+def test_a_lone_tokenizer_file_is_enough(tmp_path: Path) -> None:
+    save_tokenizer(trained(), tmp_path / "full")
+    shutil.copy(tmp_path / "full" / "tokenizer.json", tmp_path / "mine.json")
+    assert load_tokenizer(tmp_path / "mine.json").eos_token == END_OF_TEXT
+
+
+def test_settings_as_model_folders_write_them_are_understood(tmp_path: Path) -> None:
+    save_tokenizer(trained(), tmp_path)
+    settings = {
+        "eos_token": {"content": END_OF_TEXT, "lstrip": False},
+        "bos_token": None,
+        "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert load_tokenizer(tmp_path).chat_template == "yes"
+    (tmp_path / "chat_template.jinja").write_text("own file", encoding="utf-8")
+    assert load_tokenizer(tmp_path).chat_template == "own file"
+    assert load_tokenizer(tmp_path).bos_id is None
+
+
+def test_what_is_no_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no tokenizer at"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": ', encoding="utf-8")
+    with pytest.raises(DataError, match="cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path)
+    save_tokenizer(trained(), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}', encoding="utf-8")
+    with pytest.raises(DataError, match="eos_token is '<end>'"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_token_says_where_to_name_it(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"write eos_token into tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+@given(st.lists(st.integers(0, 299)))
+def test_a_stream_of_any_tokens_is_their_text(ids: list[int]) -> None:
+    stream = StreamDecoder(trained())
+    pieces = [stream.push(each) for each in ids]
+    assert "".join(pieces) + stream.finish() == trained().decode(ids)
+    assert stream.finish() == ""
+
+
+@given(st.text(alphabet="aé東🙂 \n"))
+def test_a_stream_of_real_text_never_shows_half_a_character(text: str) -> None:
+    stream = StreamDecoder(trained())
+    pieces = [stream.push(each) for each in trained().encode(text)]
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == text
+
+
+@given(st.text(alphabet="abé🙂 ", min_size=1), st.text(alphabet="abé🙂 ", min_size=1))
+def test_a_stream_after_a_prompt_keeps_the_space_between_them(prompt: str, answer: str) -> None:
+    tokenizer = llama_like()
+    prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(answer)
+    stream = StreamDecoder(tokenizer, prompt_ids)
+    pieces = [stream.push(each) for each in ids]
+    whole = tokenizer.decode([*prompt_ids, *ids])
+    assert tokenizer.decode(prompt_ids) + "".join(pieces) + stream.finish() == whole

@@ -1,0 +1,442 @@
+"""The HTTP door with raw requests: bad input, clients that hang up, full queues, failing engines, health, metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deepseek.data.tokenizing import Tokenizer
+from deepseek.models.decoder.model import Decoder
+from deepseek.serve.config import ServeConfig
+from deepseek.serve.serving import Server, running_server
+
+Make = Callable[..., Any]
+LONG = {"model": "tiny", "prompt": "x", "max_tokens": 80, "ignore_eos": True}
+SHORT = {"model": "tiny", "prompt": "x", "max_tokens": 2, "temperature": 0}
+
+
+class Slow(Decoder):
+    """A decoder that takes its time, so that something can happen meanwhile."""
+
+    step_s = 0.02
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        time.sleep(self.step_s)
+        return super().forward(*args, **keywords)
+
+
+class Breakable(Slow):
+    """A decoder that fails from some moment on."""
+
+    is_broken = False
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        if self.is_broken:
+            raise RuntimeError("the device is lost")
+        return super().forward(*args, **keywords)
+
+
+class Held(Decoder):
+    """A decoder that does nothing until it is let go."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.is_free = threading.Event()
+        self.is_free.set()
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        assert self.is_free.wait(60)
+        return super().forward(*args, **keywords)
+
+
+@pytest.fixture(scope="module")
+def server(model: Decoder, tokenizer: Tokenizer) -> Iterator[Server]:
+    with running_server(model, tokenizer, ServeConfig(port=0, model_name="tiny", max_body_bytes=5000)) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def serving(model: Decoder, tokenizer: Tokenizer, **settings: Any) -> Iterator[tuple[Server, httpx.Client]]:
+    config = ServeConfig(**{"port": 0, "model_name": "tiny", "shutdown_timeout_s": 2} | settings)
+    with running_server(model, tokenizer, config) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        yield server, client
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.005)
+
+
+def read_metrics(client: httpx.Client) -> dict[str, float]:
+    """Samples by name, and by name{finished_reason} where there is one."""
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            reason = sample.labels.get("finished_reason")
+            found[sample.name + (f"{{{reason}}}" if reason else "")] = sample.value
+    return found
+
+
+def check_error(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status
+    body = answer.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str)
+    assert answer.headers["x-request-id"]
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+BAD_BODIES = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"7",
+    b"\xff\xfe",
+    b'{"model": "tiny", "prompt": "\\ud800"}',
+    b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+    b"[" * 4000,
+    b'{"a":' * 900,
+    b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 4500 + b"}",
+    b'{"model": "tiny"}',
+    b'{"prompt": "x"}',
+]
+BAD_VALUES: list[dict[str, Any]] = [
+    {"prompt": ""},
+    {"prompt": []},
+    {"prompt": [[]]},
+    {"prompt": [1, "x"]},
+    {"prompt": [True]},
+    {"prompt": [1.5]},
+    {"prompt": [-1]},
+    {"prompt": [10**30]},
+    {"prompt": {"text": "x"}},
+    {"prompt": 3},
+    {"model": 3},
+    {"max_tokens": 0},
+    {"max_tokens": -1},
+    {"max_tokens": 2.5},
+    {"max_tokens": "2"},
+    {"max_tokens": True},
+    {"max_tokens": 10**30},
+    {"temperature": -0.1},
+    {"temperature": "warm"},
+    {"temperature": 1e999},
+    {"top_p": 1.1},
+    {"top_k": -2},
+    {"n": 0},
+    {"stop": ""},
+    {"stop": ["a", 1]},
+    {"stop": ["a"] * 17},
+    {"stop": {"a": 1}},
+    {"seed": "x"},
+    {"stream": "yes"},
+    {"stream_options": {"include_usage": True}},
+    {"stream": True, "stream_options": {"include": True}},
+    {"logprobs": 21},
+    {"logprobs": True},
+    {"echo": True, "logprobs": 1},
+    {"best_of": 3},
+    {"suffix": "end"},
+    {"logit_bias": {"1": 5}},
+    {"presence_penalty": 1},
+    {"frequence_penalty": 1},
+    {"messages": []},
+]
+BAD_CHATS: list[dict[str, Any]] = [
+    {"messages": []},
+    {"messages": "Hi"},
+    {"messages": [{"role": "user"}]},
+    {"messages": [{"role": "wizard", "content": "Hi"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+    {"messages": [{"role": "user", "content": "Hi", "mood": "good"}]},
+    {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"response_format": {"type": "json_object"}},
+    {"top_logprobs": 3},
+    {"logprobs": 3},
+    {"max_tokens": 3, "max_completion_tokens": 4},
+    {"prompt": "x"},
+]
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=range(len(BAD_BODIES)))
+def test_a_body_that_is_not_a_request_is_refused(http: httpx.Client, body: bytes) -> None:
+    check_error(http.post("/v1/completions", content=body), 400)
+
+
+@pytest.mark.parametrize("change", BAD_VALUES, ids=str)
+def test_a_wrong_value_is_refused_by_name(http: httpx.Client, change: dict[str, Any]) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "x"} | change)
+    error = check_error(http.post("/v1/completions", content=body), 400)
+    assert error["param"] is None or error["param"].partition(".")[0] in change
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("change", BAD_CHATS, ids=str)
+def test_a_wrong_chat_is_refused_by_name(http: httpx.Client, change: dict[str, Any]) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]} | change
+    error = check_error(http.post("/v1/chat/completions", json=body), 400)
+    assert error["param"].partition(".")[0] in change
+
+
+def test_a_misspelt_parameter_is_answered_with_the_nearest_one(http: httpx.Client) -> None:
+    error = check_error(http.post("/v1/completions", json=SHORT | {"max_token": 3}), 400)
+    assert "did you mean 'max_tokens'" in error["message"]
+    assert error["code"] == "unknown_parameter"
+
+
+def test_null_is_the_same_as_left_out(http: httpx.Client) -> None:
+    body = SHORT | dict.fromkeys(["stop", "seed", "logprobs", "tools", "stream_options", "suffix", "n", "best_of"])
+    assert http.post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions/", "/v1/embeddings", "/docs", "/v1/models/other"])
+def test_an_unknown_path_is_a_json_error(http: httpx.Client, path: str) -> None:
+    check_error(http.get(path), 404)
+
+
+def test_a_wrong_method_is_a_json_error_that_names_the_right_ones(http: httpx.Client) -> None:
+    answer = http.get("/v1/completions")
+    check_error(answer, 405)
+    assert answer.headers["allow"] == "POST"
+    check_error(http.post("/healthz"), 405)
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_that_is_too_long_is_refused(http: httpx.Client, is_chunked: bool) -> None:
+    content = b'{"model": "tiny", "prompt": "' + b"x" * 6000 + b'"}'
+    answer = http.post("/v1/completions", content=iter([content]) if is_chunked else content)
+    error = check_error(answer, 413)
+    assert "5000 bytes" in error["message"]
+    assert http.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_a_context_that_is_too_long_is_refused_with_openais_code(http: httpx.Client) -> None:
+    error = check_error(http.post("/v1/completions", json=SHORT | {"prompt": "漢" * 100}), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "prompt"
+    assert "96 tokens" in error["message"]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "漢" * 100}]}
+    error = check_error(http.post("/v1/chat/completions", json=chat), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+def test_request_ids_are_echoed_or_made(http: httpx.Client) -> None:
+    assert http.get("/healthz", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    made = [http.get("/healthz", headers=headers).headers["x-request-id"] for headers in ({}, {"X-Request-Id": "a b"})]
+    assert len(set(made)) == 2
+    assert all(len(each) == 32 for each in made)
+
+
+def test_a_stream_is_server_sent_events_with_an_end_mark(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json=SHORT | {"stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, last, rest = answer.text.split("\n\n")
+    assert (last, rest) == ("data: [DONE]", "")
+    assert all(event.startswith("data: ") for event in events)
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events)
+
+
+def test_health_and_readiness_are_good_in_a_running_server(http: httpx.Client) -> None:
+    assert http.get("/healthz").json()["status"] == "ok"
+    assert http.get("/readyz").json() == {"status": "ready"}
+
+
+def test_metrics_count_what_was_asked_and_answered(model: Decoder, tokenizer: Tokenizer) -> None:
+    with serving(model, tokenizer) as (_, http):
+        for is_streamed in (False, True):
+            body = SHORT | {"prompt": [1] * 7, "max_tokens": 5, "ignore_eos": True, "stream": is_streamed}
+            assert http.post("/v1/completions", json=body).status_code == 200
+        found = read_metrics(http)
+    assert found["ds_prompt_tokens_total"] == 14
+    assert found["ds_generation_tokens_total"] == 10
+    assert found["ds_request_success_total{length}"] == 2
+    assert found["ds_request_success_total{abort}"] == 0
+    assert found["ds_time_to_first_token_seconds_count"] == 2
+    assert found["ds_inter_token_latency_seconds_count"] == 8
+    assert found["ds_e2e_request_latency_seconds_count"] == 2
+    assert found["ds_request_queue_time_seconds_count"] == 2
+    assert found["ds_e2e_request_latency_seconds_sum"] >= found["ds_time_to_first_token_seconds_sum"]
+    gauges = ("ds_num_requests_running", "ds_num_requests_waiting", "ds_kv_cache_usage_perc")
+    assert [found[name] for name in gauges] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_hangs_up_frees_its_slots(
+    make_model: Make, tokenizer: Tokenizer, path: str, is_streamed: bool
+) -> None:
+    body: dict[str, Any] = LONG | {"stream": is_streamed, "n": 3, "max_tokens": 40}
+    if "chat" in path:
+        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    with serving(make_model(Slow), tokenizer, max_num_seqs=2) as (server, http):
+        engine = server.service.thread.engine
+        content = json.dumps(body).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+            connection.sendall(head.encode() + content)
+            if is_streamed:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            wait_until(lambda: engine.num_running == 2 and engine.num_waiting == 1, "two run and one waits")
+        wait_until(lambda: not engine.has_work, "the slots are free")
+        found = read_metrics(http)
+        assert found["ds_request_success_total{abort}"] == 3
+        assert found["ds_generation_tokens_total"] < 3 * 40
+        assert http.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_its_body_does_no_harm(server: Server, http: httpx.Client) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    assert http.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_a_full_queue_refuses_with_a_time_to_retry(make_model: Make, tokenizer: Tokenizer) -> None:
+    with serving(make_model(Slow), tokenizer, max_num_seqs=1, max_queue=1, retry_after_s=7) as (server, http):
+        engine = server.service.thread.engine
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(http.post, "/v1/completions", json=LONG | {"max_tokens": 30}) for _ in range(2)]
+            wait_until(lambda: (engine.num_running, engine.num_waiting) == (1, 1), "one runs and one waits")
+            refused = http.post("/v1/completions", json=SHORT)
+            refused_stream = http.post("/v1/completions", json=SHORT | {"stream": True})
+            assert read_metrics(http)["ds_num_requests_waiting"] == 1
+            assert [answer.result().status_code for answer in answers] == [200, 200]
+        for answer in (refused, refused_stream):
+            assert check_error(answer, 503)["type"] == "overloaded_error"
+            assert answer.headers["retry-after"] == "7"
+        assert http.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_openais_client_waits_and_gets_through_a_full_queue(make_model: Make, tokenizer: Tokenizer) -> None:
+    with serving(make_model(Slow), tokenizer, max_num_seqs=1, max_queue=0, retry_after_s=0) as (server, _):
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=20) as client:
+            ask: Any = {"model": "tiny", "prompt": "x", "max_tokens": 3}
+            with ThreadPoolExecutor(3) as pool:
+                answers = list(pool.map(lambda _: client.completions.create(**ask), range(3)))
+        assert len(answers) == 3
+
+
+def test_a_failed_engine_fails_loudly_and_for_good(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model(Breakable)
+    with serving(model, tokenizer) as (server, http), ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(http.post, "/v1/completions", json=LONG)
+        streamed = pool.submit(http.post, "/v1/completions", json=LONG | {"stream": True})
+        wait_until(lambda: server.service.thread.engine.num_running == 2, "both run")
+        model.is_broken = True
+        error = check_error(whole.result(), 500)
+        assert error["code"] == "engine_failed"
+        assert "the device is lost" in error["message"]
+        assert whole.result().headers["x-should-retry"] == "false"
+        *_, last, rest = streamed.result().text.split("\n\n")
+        assert rest == ""
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        assert http.get("/healthz").status_code == 503
+        assert http.get("/readyz").status_code == 503
+        check_error(http.post("/v1/completions", json=SHORT), 500)
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused") as client,
+            pytest.raises(openai.InternalServerError),
+        ):
+            client.completions.create(model="tiny", prompt="x")
+
+
+def test_openais_client_raises_on_an_error_in_the_middle_of_a_stream(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model(Breakable)
+    with serving(model, tokenizer) as (server, _):
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
+        ask: Any = {"model": "tiny", "prompt": "x", "max_tokens": 80, "extra_body": {"ignore_eos": True}}
+        with client, client.completions.create(stream=True, **ask) as stream:
+            next(stream)
+            model.is_broken = True
+            with pytest.raises(openai.APIError, match="the device is lost"):
+                list(stream)
+
+
+def test_an_engine_that_is_stuck_is_not_healthy_and_an_idle_one_is(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model(Held)
+    with serving(model, tokenizer, stall_timeout_s=1) as (_, http), ThreadPoolExecutor(1) as pool:
+        time.sleep(1.1)  # longer than the limit, with nothing to do
+        wait_until(lambda: http.get("/healthz").status_code == 200, "an idle engine is well")
+        model.is_free.clear()
+        answer = pool.submit(http.post, "/v1/completions", json=SHORT)
+        wait_until(lambda: http.get("/healthz").status_code == 503, "the stall shows")
+        model.is_free.set()
+        assert answer.result().status_code == 200
+        wait_until(lambda: http.get("/healthz").status_code == 200, "the engine is well again")
+
+
+def test_a_chat_template_that_refuses_is_the_clients_error(model: Decoder, tokenizer: Tokenizer) -> None:
+    strict = Tokenizer(tokenizer.backend, tokenizer.eos_token, chat_template="{{ raise_exception('roles alternate') }}")
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    with serving(model, strict) as (_, http):
+        assert "roles alternate" in check_error(http.post("/v1/chat/completions", json=body), 400)["message"]
+
+
+def test_a_broken_chat_template_is_the_servers_error(model: Decoder, tokenizer: Tokenizer) -> None:
+    broken = Tokenizer(tokenizer.backend, tokenizer.eos_token, chat_template="{% for %}")
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    with serving(model, broken) as (_, http):
+        answer = http.post("/v1/chat/completions", json=body)
+        check_error(answer, 500)
+        assert answer.headers["x-should-retry"] == "false"
+
+
+def test_special_bytes_in_a_prompt_come_back_with_echo(http: httpx.Client) -> None:
+    prompt = 'a\x00b\u2028c"\\\n\r\tд'
+    answer = http.post("/v1/completions", json=SHORT | {"prompt": prompt, "echo": True})
+    assert answer.json()["choices"][0]["text"].startswith(prompt)
+    streamed = http.post("/v1/completions", json=SHORT | {"prompt": prompt, "echo": True, "stream": True})
+    assert json.loads(streamed.text.split("\n\n")[0].removeprefix("data: "))["choices"][0]["text"] == prompt
+
+
+def test_a_crowd_in_which_half_hang_up_leaves_right_answers_and_an_empty_engine(
+    model: Decoder, tokenizer: Tokenizer
+) -> None:
+    with serving(model, tokenizer, max_num_seqs=3, max_queue=200, prefill_tokens=5) as (server, http):
+        alone = {
+            prompt: http.post("/v1/completions", json=SHORT | {"prompt": prompt, "max_tokens": 12}).json()
+            for prompt in ("def ", "class Größe", "x" * 30, "import os")
+        }
+
+        def visit(index: int) -> None:
+            prompt = list(alone)[index % 4]
+            body = SHORT | {"prompt": prompt, "max_tokens": 12, "stream": index % 3 == 0}
+            if index % 2:
+                with contextlib.suppress(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.02) as hasty:
+                    hasty.post("/v1/completions", json=body)
+            elif body["stream"]:
+                events = http.post("/v1/completions", json=body).text.split("\n\n")[:-2]
+                chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+                text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+                assert text == alone[prompt]["choices"][0]["text"]
+            else:
+                answer = http.post("/v1/completions", json=body).json()
+                assert answer["choices"][0]["text"] == alone[prompt]["choices"][0]["text"]
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(visit, range(64)))
+        wait_until(lambda: not server.service.thread.engine.has_work, "the engine is empty")
+        assert server.service.thread.engine.cache_usage == 0
+        assert http.get("/healthz").status_code == 200

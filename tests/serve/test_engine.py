@@ -1,0 +1,270 @@
+"""The engine against greedy decoding without a cache, one whole forward pass for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek.core.errors import ConfigError, OverloadedError, PermanentError, RequestError
+from deepseek.data.tokenizing import Tokenizer
+from deepseek.models.decoder.model import Decoder
+from deepseek.serve.config import EngineConfig
+from deepseek.serve.engine import Engine
+from deepseek.serve.sequences import FinishReason, LiveSequence, Output, Sampling
+
+Make = Callable[..., Any]
+MAX_LENGTH = 96
+PROMPTS = ["def ", "class Größe", "import os, sys  # 漢字 und Wörter\n" * 2, "x", "return left"]
+
+
+def decode_by_hand(model: Decoder, tokenizer: Tokenizer, prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    with torch.no_grad():
+        while len(tokens) < len(prompt) + max_tokens and tokenizer.eos_id not in tokens[len(prompt) :]:
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("prefill_tokens", [3, 256])
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 8])
+def test_greedy_answers_in_a_batch_are_those_of_plain_decoding(
+    model: Decoder, tokenizer: Tokenizer, max_num_seqs: int, prefill_tokens: int
+) -> None:
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=max_num_seqs, prefill_tokens=prefill_tokens))
+    lengths = [20, 7, 12, 30, 1]
+    requests = [engine.request(prompt, max_tokens=n) for prompt, n in zip(PROMPTS, lengths, strict=True)]
+    sequences = [LiveSequence(request) for request in requests]
+    engine.submit(sequences)
+    texts = [""] * len(sequences)
+    while engine.has_work:
+        for output in engine.step():
+            texts[[each.id for each in sequences].index(output.sequence_id)] += output.text
+    for sequence, text, prompt in zip(sequences, texts, PROMPTS, strict=True):
+        expected = decode_by_hand(model, tokenizer, tokenizer.encode(prompt), sequence.request.max_tokens)
+        assert sequence.tokens == expected
+        assert text == tokenizer.decode(expected)
+
+
+def test_requests_that_come_and_go_leave_the_others_as_they_would_be_alone(
+    model: Decoder, tokenizer: Tokenizer
+) -> None:
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=3, prefill_tokens=4))
+    sequences = [LiveSequence(engine.request(prompt, max_tokens=15)) for prompt in PROMPTS * 2]
+    unsent = list(sequences)
+    for step in range(400):
+        if unsent and step % 3 == 0:
+            engine.submit([unsent.pop(0)])
+        if step in {5, 9, 20}:
+            engine.cancel(sequences[step // 4])
+        engine.step()
+    assert not engine.has_work
+    for sequence in sequences:
+        whole = decode_by_hand(model, tokenizer, list(sequence.request.prompt), 15)
+        if sequence.is_cancelled:
+            assert sequence.finish_reason is FinishReason.CANCELLED
+            assert sequence.tokens == whole[: len(sequence.tokens)]
+        else:
+            assert sequence.tokens == whole
+
+
+def test_generate_answers_in_the_order_of_the_prompts_and_beyond_the_queue(
+    model: Decoder, tokenizer: Tokenizer
+) -> None:
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=2, max_queue=1))
+    answers = engine.generate(PROMPTS * 2, max_tokens=6)
+    for prompt, answer in zip(PROMPTS * 2, answers, strict=True):
+        expected = decode_by_hand(model, tokenizer, tokenizer.encode(prompt), 6)
+        assert answer.text == tokenizer.decode(expected)
+        assert answer.num_generated == len(expected)
+        assert answer.num_prompt_tokens == len(tokenizer.encode(prompt))
+
+
+def test_the_end_of_text_token_ends_an_answer_and_is_not_in_it(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model(Scripted)
+    engine = Engine(model, tokenizer)
+    model.script = [*tokenizer.encode("abc"), tokenizer.eos_id, *tokenizer.encode("def")]
+    answer = engine.generate(["x"], max_tokens=20)[0]
+    assert (answer.text, answer.finish_reason) == ("abc", FinishReason.STOP)
+    assert answer.num_generated == len(tokenizer.encode("abc")) + 1
+    longer = engine.generate(["x"], max_tokens=len(model.script), ignore_eos=True)[0]
+    assert longer.finish_reason is FinishReason.LENGTH
+    assert longer.num_generated == len(model.script)
+
+
+@pytest.mark.parametrize("stop", [["b 漢"], ["漢", "zz"], ["b 漢字 c"]])
+def test_a_stop_string_over_several_tokens_cuts_the_answer(
+    make_model: Make, tokenizer: Tokenizer, stop: list[str]
+) -> None:
+    model = make_model(Scripted)
+    model.script = tokenizer.encode("a b 漢字 c d e f")
+    engine = Engine(model, tokenizer)
+    answer = engine.generate(["x"], max_tokens=len(model.script), stop=stop)[0]
+    assert answer.finish_reason is FinishReason.STOP
+    assert answer.text == "a b 漢字 c d e f".partition(stop[0])[0]
+
+
+def test_one_seed_gives_one_answer_in_any_company_and_several_choices_differ(
+    model: Decoder, tokenizer: Tokenizer
+) -> None:
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=4))
+    sampling = Sampling(temperature=1.5, top_p=0.99, seed=7)
+    alone = engine.generate(["def "], max_tokens=20, sampling=sampling)[0].tokens
+    again = engine.generate(["x", "def ", "class"], max_tokens=20, sampling=sampling)[1].tokens
+    assert [token.id for token in alone] == [token.id for token in again]
+    choices = [engine.request("def ", max_tokens=20, sampling=sampling, choice=choice) for choice in range(3)]
+    answers: dict[int, str] = {}
+    for index, output in engine.run(choices):
+        answers[index] = answers.get(index, "") + output.text
+    assert len(set(answers.values())) == 3
+    other = engine.generate(["def "], max_tokens=20, sampling=Sampling(temperature=1.5, top_p=0.99, seed=8))[0].tokens
+    assert [token.id for token in alone] != [token.id for token in other]
+
+
+def test_log_probabilities_are_those_of_a_whole_forward_pass(model: Decoder, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    answer = engine.generate(["def "], max_tokens=5, sampling=Sampling(temperature=0, num_logprobs=3))[0]
+    prompt = tokenizer.encode("def ")
+    with torch.no_grad():
+        whole = torch.tensor([[*prompt, *(token.id for token in answer.tokens)]])
+        expected_TV = torch.log_softmax(model(whole)[0].double(), -1)
+    for position, token in enumerate(answer.tokens, start=len(prompt) - 1):
+        assert token.logprobs is not None
+        assert token.logprobs.chosen == pytest.approx(float(expected_TV[position, token.id]), abs=1e-4)
+        assert [each for each, _ in token.logprobs.top] == expected_TV[position].topk(3).indices.tolist()
+
+
+def test_a_cancelled_sequence_frees_its_place_wherever_it_is(model: Decoder, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=2, prefill_tokens=2, max_queue=5))
+    decoding, reading, waiting = (LiveSequence(engine.request([5] * length, max_tokens=30)) for length in (2, 40, 3))
+    engine.submit([decoding, reading, waiting])
+    for _ in range(3):
+        engine.step()
+    assert (decoding.is_read, reading.is_read, engine.num_waiting) == (True, False, 1)
+    for sequence in (waiting, reading, decoding):
+        engine.cancel(sequence)
+    outputs = engine.step()
+    assert {output.finish_reason for output in outputs} == {FinishReason.CANCELLED}
+    assert len(outputs) == 3
+    assert not engine.has_work
+    assert engine.cache_usage == 0
+
+
+def test_a_caller_who_stops_reading_leaves_nothing_behind(model: Decoder, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    run = engine.run([engine.request("def ", max_tokens=50)])
+    next(run)
+    run.close()
+    engine.step()
+    assert not engine.has_work
+
+
+def test_outputs_tell_counts_and_times(model: Decoder, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    outputs: list[Output] = [
+        output for _, output in engine.run([engine.request("def ", max_tokens=4, ignore_eos=True)])
+    ]
+    assert [output.num_generated for output in outputs] == [1, 2, 3, 4]
+    assert [output.is_first for output in outputs] == [True, False, False, False]
+    spans = [output.token_s for output in outputs]
+    assert all(span is not None and span >= 0 for span in spans)
+    assert sum(span or 0 for span in spans) == pytest.approx(outputs[-1].elapsed_s)
+    assert 0 <= outputs[0].queued_s <= outputs[0].elapsed_s
+
+
+def test_cache_usage_counts_the_positions_in_use(model: Decoder, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=2, max_length=50))
+    engine.submit([LiveSequence(engine.request([1] * 10, max_tokens=5, ignore_eos=True))])
+    engine.step()
+    assert engine.cache_usage == 10 / 100
+    engine.step()
+    assert engine.cache_usage == 11 / 100
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"),
+    [
+        ([], 1, "no tokens"),
+        ("", 1, "no tokens"),
+        ([1] * MAX_LENGTH, None, f"{MAX_LENGTH} tokens"),
+        ([1] * 90, 7, "max_tokens=7"),
+        ([1, 10**6], 1, "outside 0 to"),
+        ([-1], 1, "outside 0 to"),
+    ],
+)
+def test_prompts_that_cannot_be_served_are_refused(
+    model: Decoder, tokenizer: Tokenizer, prompt: str | list[int], max_tokens: int | None, words: str
+) -> None:
+    with pytest.raises(RequestError, match=words):
+        Engine(model, tokenizer).request(prompt, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 0}, {"max_tokens": -1}, {"stop": [""]}, {"stop": ["a", ""]}], ids=str
+)
+def test_options_that_make_no_sense_are_refused(model: Decoder, tokenizer: Tokenizer, options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        Engine(model, tokenizer).request("x", **options)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_k": -1}], ids=str
+)
+def test_sampling_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(settings))):
+        Sampling(**settings)
+
+
+def test_a_full_context_is_generated_to_its_last_position(model: Decoder, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    answer = engine.generate([[1] * 90], ignore_eos=True)[0]
+    assert answer.num_generated == MAX_LENGTH - 90
+
+
+def test_a_queue_that_is_full_refuses(model: Decoder, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=1, max_queue=0))
+    engine.submit([LiveSequence(engine.request("x", max_tokens=1))])
+    with pytest.raises(OverloadedError):
+        engine.submit([LiveSequence(engine.request("x", max_tokens=1))])
+
+
+def test_a_length_beyond_the_model_and_a_foreign_tokenizer_are_refused(model: Decoder, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="made for 96"):
+        Engine(model, tokenizer, EngineConfig(max_length=97))
+    small = Decoder(model.config.override({"vocab_size": 10}))
+    with pytest.raises(ConfigError, match="the model 10"):
+        Engine(small, tokenizer)
+
+
+def test_a_model_that_returns_no_numbers_is_found_in_the_warm_up(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(PermanentError, match="finite"):
+        Engine(model, tokenizer).warm_up()
+
+
+def test_a_prompt_that_ends_inside_a_character_is_not_repeated(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model(Scripted)
+    model.script = tokenizer.encode("abc")
+    prompt = tokenizer.encode("prompt 🎉")[:-1]
+    assert "prompt" not in Engine(model, tokenizer).generate([prompt], max_tokens=3)[0].text
+
+
+class Scripted(Decoder):
+    """A decoder that says the tokens of `script`, one after the other, whatever it is asked."""
+
+    script: list[int]
+
+    def forward(
+        self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, cache: object = None, last_only: bool = False
+    ) -> Tensor:
+        assert positions_BT is not None
+        if tokens_BT.shape[1] > 1 or int(positions_BT[0, -1]) == 0:
+            self._start = int(positions_BT[0, -1])
+        logits_11V = torch.zeros(1, 1, self.config.vocab_size)
+        logits_11V[0, 0, self.script[int(positions_BT[0, -1]) - self._start]] = 1.0
+        return logits_11V

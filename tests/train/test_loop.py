@@ -1,0 +1,210 @@
+"""The same run gives the same weights: twice, stopped between steps, or killed anywhere."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek.checkpoint.restoring import newest_valid
+from deepseek.core.errors import CheckpointError, ConfigError, DataError
+from deepseek.data.ngrams import measure_ngrams
+from deepseek.data.preparing import load_data
+from deepseek.models.loading import load_model
+from deepseek.train.config import TrainConfig
+from deepseek.train.events import CheckpointSaved, Evaluated, ModelSaved, StepDone
+from deepseek.train.loop import train
+
+NUM_STEPS = 12
+
+
+def write_corpus(folder: Path) -> None:
+    folder.mkdir()
+    source = random.Random(0)
+    words = ["def", "return", "import", "class", "self", "value", "for", "in", "range", "print"]
+    for number in range(12):
+        lines = [" ".join(source.choices(words, k=8)) for _ in range(120)]
+        (folder / f"text{number}.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    write_corpus(folder)
+    return folder
+
+
+def make_config(corpus: Path, folder: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "folder": str(folder),
+        "model": {
+            "vocab_size": 300,
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "max_length": 64,
+            "moe": {"num_experts": 4, "ffn_size": 32, "capacity_factor": 1.5, "balance_rate": 0.01},
+            "mask": {"opening_steps": 6},
+        },
+        "data": {
+            "sources": [str(corpus)],
+            "heldout_fraction": 0.2,
+            "vocab_size": 300,
+            "sequence_length": 32,
+            "batch_size": 4,
+        },
+        "optimizer": {"name": "muon", "base_learning_rate": 0.64, "warmup_steps": 2},
+        "num_steps": NUM_STEPS,
+        "accum_steps": 2,
+        "checkpoint_every": 3,
+        "log_every": 1,
+    }
+    return TrainConfig.from_dict(values).override(changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = newest_valid(folder / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == NUM_STEPS
+    flat: dict[str, torch.Tensor] = {}
+    collect(checkpoint.state, (), flat)
+    return flat
+
+
+def collect(value: Any, path: tuple[str, ...], flat: dict[str, torch.Tensor]) -> None:
+    """Every number of a checkpoint by its path: weights, moments, RNG, position."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            collect(inner, (*path, str(key)), flat)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            collect(inner, (*path, str(index)), flat)
+    elif isinstance(value, torch.Tensor):
+        flat[".".join(path)] = value
+    elif isinstance(value, int | float):
+        flat[".".join(path)] = torch.tensor(value, dtype=torch.float64)
+
+
+def assert_bit_equal(one: Path, other: Path) -> None:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("finished")
+    for _ in train(make_config(corpus, folder)):
+        pass
+    return folder
+
+
+def test_two_runs_with_one_seed_have_bit_equal_weights(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    for _ in train(make_config(corpus, tmp_path)):
+        pass
+    assert_bit_equal(finished, tmp_path)
+
+
+def test_another_seed_gives_other_weights(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    for _ in train(make_config(corpus, tmp_path, seed=1)):
+        pass
+    assert not torch.equal(weights(finished)["model.embed.weight"], weights(tmp_path)["model.embed.weight"])
+
+
+def test_run_that_is_left_between_two_steps_goes_on_bit_equal(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    config = make_config(corpus, tmp_path, checkpoint_every=500)
+    for stop_at in (4, 5, 9):
+        events = train(config)
+        for event in events:
+            if isinstance(event, StepDone) and event.step == stop_at:
+                events.close()
+                break
+        saved = newest_valid(tmp_path / "checkpoints")
+        assert saved is not None
+        assert saved.step == stop_at
+    steps = [event.step for event in train(config) if isinstance(event, StepDone)]
+    assert steps == list(range(10, NUM_STEPS + 1))
+    assert_bit_equal(finished, tmp_path)
+
+
+def test_run_that_is_killed_anywhere_goes_on_bit_equal(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    config = make_config(corpus, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-m", "deepseek", "train", "--config", str(path), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    moment = random.Random(os.getpid())
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        kill_at = moment.randint(3, NUM_STEPS - 2)
+        for line in process.stdout:
+            if f'"step_done", "step": {kill_at},' in line:
+                time.sleep(moment.random() * 0.05)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.read()
+    assert process.returncode == -signal.SIGKILL
+    resumed = newest_valid(tmp_path / "checkpoints")
+    assert resumed is not None
+    assert resumed.step < NUM_STEPS
+    for _ in train(config):
+        pass
+    assert_bit_equal(finished, tmp_path)
+
+
+def test_events_tell_the_whole_run_and_the_model_reloads(corpus: Path, tmp_path: Path) -> None:
+    config = make_config(corpus, tmp_path, num_steps=60, checkpoint_every=25, evaluate_every=30)
+    events = list(train(config))
+    assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, 61))
+    assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [25, 50, 60]
+    evaluations = [event for event in events if isinstance(event, Evaluated)]
+    assert [event.step for event in evaluations] == [30, 60]
+    saved = events[-1]
+    assert isinstance(saved, ModelSaved)
+    data = load_data(config.data, tmp_path / "data")
+    assert data.heldout is not None
+    baseline = measure_ngrams(data.train.tokens, data.heldout.tokens, data.tokenizer.vocab_size)
+    assert evaluations[-1].heldout_loss < baseline.unigram
+    assert evaluations[-1].num_tokens == len(data.heldout.tokens) - 1
+    model = load_model(saved.path)
+    assert model.config == config.model
+
+
+def test_checkpoints_of_other_settings_are_not_taken_up(corpus: Path, finished: Path) -> None:
+    with pytest.raises(CheckpointError, match="other settings"):
+        list(train(make_config(corpus, finished, **{"optimizer.weight_decay": 0.5})))
+
+
+def test_finished_run_is_evaluated_and_written_again_without_a_step(corpus: Path, finished: Path) -> None:
+    events = list(train(make_config(corpus, finished, log_every=5)))
+    assert not [event for event in events if isinstance(event, StepDone)]
+    assert isinstance(events[-1], ModelSaved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data.sources": ["/no/such/folder"]}, DataError, "/no/such/folder"),
+        ({"model.vocab_size": 260}, ConfigError, "vocab_size"),
+        ({"data.sequence_length": 65}, ConfigError, "max_length"),
+        ({"model.num_heads": 5}, ConfigError, "choose one of"),
+        ({"modle": 1}, ConfigError, "did you mean 'model'"),
+        ({"precision": "fp8"}, ConfigError, "precision"),
+    ],
+)
+def test_bad_settings_are_one_sentence(
+    corpus: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        list(train(make_config(corpus, tmp_path, **changes)))
+    assert "\n" not in str(caught.value)
