@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.cli.advise import run
+from deepseek.cli.advise import advise as run_advise
 from deepseek.compat.advising import advise
 from deepseek.compat.generations import find_generation, load_table
 from deepseek.core.errors import ConfigError
@@ -86,7 +86,7 @@ def test_a_value_outside_the_question_is_refused(question: dict[str, Any], messa
 
 
 def test_the_command_prints_the_rule_and_the_changes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(params="7B", gpu_memory="24GB", latency="batch", scale="single") == 0
+    run_advise(params="7B", gpu_memory="24GB", latency="batch", scale="single")
     shown = capsys.readouterr().out
     assert "2.3" in shown
     assert "one-machine" in shown
