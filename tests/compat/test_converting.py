@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from deepseek.compat.converting import VersionConverter
 from deepseek.compat.generations import load_table
-from deepseek.compat.steps import FUSE_LLAMA, STEPS, Change, Step, find_path, net_changes
+from deepseek.compat.steps import FUSE_LLAMA, STEPS, Change, Step, find_path, identify, net_changes
+from deepseek.compat.tensors import describe
 from deepseek.core.errors import ArtifactError, ConfigError
 from tests.compat.models import build, logits
 from tests.compat.torchvision_resnet import ResNet
@@ -285,6 +286,29 @@ def test_a_generation_without_checkpoints_names_the_reachable_ones(version: str)
 def test_an_unknown_generation_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"unknown generation 'v9'.*3\.5"):
         VersionConverter(src_version="v2.0", dst_version="v9")
+
+
+IDENTIFIED = [
+    ("llama", "5.0", ("2.0", "2.3", "5.0")),
+    ("llama", "3.5", ("3.0", "3.1", "3.5", "4.0")),
+    ("gpt2", "5.0", ("3.0", "3.1", "3.5", "4.0", "5.0")),
+    ("gpt2", "1.3", ("1.3",)),
+    ("bert", "1.0", ("1.0",)),
+    ("bert", "1.0-quant", ("1.0-quant",)),
+    ("mixtral", "5.0", ("5.0",)),
+    ("mixtral", "2.0", ("2.0", "2.3")),
+    ("resnet", "5.0", ("5.0",)),
+    ("resnet", "2.0", ("1.0", "1.3", "2.0", "2.3", "3.0", "3.1", "3.5", "4.0")),
+]
+
+
+@pytest.mark.parametrize(("family", "version", "generations"), IDENTIFIED)
+def test_names_tell_the_generations_a_checkpoint_can_be_of(
+    family: str, version: str, generations: tuple[str, ...]
+) -> None:
+    weights = VersionConverter("5.0", version).convert(build(family).state_dict())
+    found = identify({name: describe(name, each) for name, each in weights.items()})
+    assert tuple(sorted(found)) == generations
 
 
 # --- Bad weights ---

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepseek.compat.transforms import Direction, Drop, Fuse, Quantize, Rename, Stack, Transform
+from deepseek.compat.transforms import Direction, Drop, Fuse, Quantize, Rename, Specs, Stack, Transform
 from deepseek.core.errors import ConfigError
 
 _NORMS = [f"{{prefix}}{name}" for name in ("LayerNorm", "ln_{i}", "ln_f", "norm", "attention_norm", "ffn_norm")]
@@ -102,7 +102,7 @@ class Change:
     @property
     def inverse(self) -> Change:
         """The same transform the other way."""
-        return Change(self.transform, "backward" if self.direction == "forward" else "forward")
+        return Change(self.transform, _other(self.direction))
 
 
 @dataclass(frozen=True)
@@ -176,3 +176,27 @@ def net_changes(path: Sequence[Step]) -> tuple[tuple[Change, ...], ...]:
                     changes[late].remove(change.inverse)
                     break
     return tuple(tuple(each) for each in changes)
+
+
+def identify(specs: Specs, steps: Sequence[Step] = STEPS) -> tuple[str, ...]:
+    """The generations whose layout the weights can have, oldest first; all of them when no name tells.
+
+    None at all means half converted weights. Raises `ArtifactError` for groups with a part missing.
+    """
+    forms: dict[str, dict[str, Direction]] = {steps[0].source: {}}
+    for step in steps:
+        # A transform that was made can only be taken back: that is the direction in which evidence is looked for.
+        made = {each.transform.name: each.inverse.direction for each in step.changes}
+        forms.setdefault(step.target, {**forms[step.source], **made})
+    transforms = {each.transform.name: each.transform for step in steps for each in step.changes}
+    judged = [each for each in transforms.values() if each.is_evidence]
+    found = {(each.name, way): bool(each.plan(specs, way)) for each in judged for way in ("forward", "backward")}
+    return tuple(
+        generation
+        for generation, form in forms.items()
+        if not any(found[each.name, _other(form.get(each.name, "forward"))] for each in judged)
+    )
+
+
+def _other(direction: Direction) -> Direction:
+    return "backward" if direction == "forward" else "forward"
