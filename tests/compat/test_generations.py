@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from deepseek.compat.generations import Claim, find_generation, load_table, profile
-from deepseek.compat.rendering import render_generations
+from deepseek.compat.migration.rules import load_rules
+from deepseek.compat.rendering import render_generations, render_rules
 from deepseek.core.errors import ConfigError
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
@@ -96,7 +97,24 @@ def test_the_page_in_the_docs_is_the_table() -> None:
     assert shown == render_generations(load_table()), "run python -m deepseek.compat.rendering docs/reference"
 
 
-@pytest.mark.parametrize("module", ["generations", "advising"])
+def test_the_page_of_migration_rules_is_the_data() -> None:
+    shown = (REFERENCE / "migration-rules.md").read_text(encoding="utf-8")
+    assert shown == render_rules(load_rules()), "run python -m deepseek.compat.rendering docs/reference"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "generations",
+        "advising",
+        "adapting",
+        "converting",
+        "sharding",
+        "migration.scanning",
+        "migration.applying",
+        "checking",
+    ],
+)
 def test_the_room_imports_without_torch(module: str) -> None:
     program = f"import sys, deepseek.compat.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.compat.generations import Generation, Table, load_table
+from deepseek.compat.migration.rules import ConfigRule, PythonRule, Rules, load_rules
 from deepseek.core.config import Config
 
 _NOTE = "<!-- Rendered by `python -m deepseek.compat.rendering docs/reference`; edit the data file, not this page. -->"
@@ -61,6 +62,23 @@ def render_generations(table: Table) -> str:
         _bullets(table.config_notes),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_rules(rules: Rules) -> str:
+    """The page "Migration rules": one section for each, with its example."""
+    parts = [
+        "# Migration rules",
+        _NOTE,
+        "What `deepseek-migrate --check` finds. A rule applies on the way to its generation or a later one; an error "
+        "stops the code or changes results, a warning is deprecated or changes a default.",
+    ]
+    for rule in (*rules.config, *rules.python, *rules.checkpoint):
+        parts.append(f"## {rule.id}")
+        parts.append(f"Since {rule.since}, {rule.severity}, from {rule.source}: {rule.why}. To do: {rule.fix}.")
+        if isinstance(rule, ConfigRule | PythonRule):
+            language = "yaml" if isinstance(rule, ConfigRule) else "python"
+            parts += [f"```{language}\n# before\n{rule.before}# after\n{rule.after}```"]
+    return "\n\n".join(parts) + "\n"
 
 
 def _section(generation: Generation) -> str:
@@ -115,6 +133,7 @@ def _table(header: list[str], rows: Iterable[list[Any]]) -> str:
 def main(folder: Path) -> None:
     """Write the pages into `folder`."""
     (folder / "generations.md").write_text(render_generations(load_table()), encoding="utf-8")
+    (folder / "migration-rules.md").write_text(render_rules(load_rules()), encoding="utf-8")
 
 
 if __name__ == "__main__":
