@@ -21,6 +21,7 @@ from deepseek.compat.headers import INDEX_NAME
 from deepseek.compat.migration.checkpoints import check_pickle, check_weights
 from deepseek.compat.migration.config_files import check_config
 from deepseek.compat.migration.findings import Finding, unreadable
+from deepseek.compat.migration.mentions import mentions_any
 from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
 from deepseek.compat.migration.python_files import check_python
 from deepseek.compat.migration.rules import Rules, load_rules
@@ -45,7 +46,6 @@ class Scan:
 
     rules: Rules
     target: Generation
-    python_words: re.Pattern[bytes]
     config_words: re.Pattern[bytes]
 
 
@@ -60,7 +60,6 @@ def prepare_scan(target: str, source: str | None = None) -> Scan:
     return Scan(
         rules,
         goal,
-        _any_word([rule.keyword or rule.name.rpartition(".")[2] for rule in rules.python]),
         _any_word([rule.key.rpartition(".")[2] for rule in rules.config]),
     )
 
@@ -113,12 +112,15 @@ def scan_file(path: Path, prepared: Scan, root: Path, *, is_named: bool = False)
 
 
 def _check_text(path: Path, shown: str, prepared: Scan, *, is_named: bool) -> list[Finding]:
-    words = prepared.python_words if path.suffix == ".py" else prepared.config_words
     try:
         content = path.read_bytes()
     except OSError as error:
         return [unreadable(shown, f"cannot be read: {error.strerror}", "check its permissions")]
-    if not words.search(content):
+    if path.suffix == ".py":
+        has_mention = mentions_any(content, prepared.rules.python)
+    else:
+        has_mention = bool(prepared.config_words.search(content))
+    if not has_mention:
         return []
     if len(content) > _MAX_TEXT_BYTES:
         return [unreadable(shown, f"holds {len(content)} bytes, more than source or config do", "exclude it")]
