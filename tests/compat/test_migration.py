@@ -306,6 +306,12 @@ def test_a_config_in_a_folder_is_known_by_its_keys(tmp_path: Path) -> None:
     assert found(tmp_path / "compose.yaml")
 
 
+def test_the_generation_is_renamed_wherever_one_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("generation: v4.2\n")
+    assert [each.rule for each in found(tmp_path, "v5.0", "v4.0")] == ["config-generation"]
+    assert found(tmp_path, "v4.0") == []
+
+
 def test_rules_up_to_the_source_do_not_apply(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("gradient_clip: 1.0\ncoldStartTimeout: 60\n")
     assert [each.rule for each in found(tmp_path, "v5.0", "v3.5")] == ["config-cold-start"]

@@ -6,9 +6,7 @@ import sys
 
 
 def check_compatibility(*, json: bool = False) -> None:
-    """Say what this machine can run: Python, torch, drivers, memory, processor, compilers, limits, cluster, generations.
-
-    Every failing line carries the next step.
+    """Say what this machine can run, from Python to the cluster, with the next step for every failing line.
 
     Parameters
     ----------

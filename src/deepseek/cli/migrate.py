@@ -89,7 +89,7 @@ def _show(findings: list[Finding], *, as_json: bool) -> None:
         return
     for finding in findings:
         sys.stdout.write(f"{finding}\n")
-    num_fixable = sum(bool(each.edits) for each in findings)
+    num_fixable = sum(each.is_fixable for each in findings)
     sys.stdout.write(f"{len(findings)} findings, {num_fixable} of them settled by --apply --out DIR\n")
 
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 
+from deepseek.compat.generations import load_table
 from deepseek.compat.migration.findings import Edit, Finding, Lines, find, unreadable
 from deepseek.compat.migration.rules import ConfigRule, Markers, Rules
 from deepseek.compat.migration.settings import Entry, SettingsError, read_entries
@@ -59,7 +60,9 @@ def _apply(
 
 
 def _same_generation(value: str, target: str) -> bool:
-    return value.strip("v") == target
+    """Whether the value is a name of the target; one that is no generation at all is left to whoever reads it."""
+    names = {name: row.name for row in load_table().generations for name in (row.name, *row.aliases)}
+    return names.get(value.removeprefix("v"), target) == target
 
 
 def _replace(

@@ -38,13 +38,18 @@ class Finding:
         """Whether the file itself was the trouble."""
         return self.rule == UNREADABLE
 
+    @property
+    def is_fixable(self) -> bool:
+        """Whether `--apply` settles it: by an edit, or by converting the file."""
+        return bool(self.edits) or self.rule in ("checkpoint-layout", "checkpoint-pickle")
+
     def __str__(self) -> str:
         return f"{self.path}:{self.line}:{self.column}: {self.severity} {self.rule}: {self.why}; {self.fix}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `is_fixable` says whether `--apply` settles it."""
         names = ("path", "line", "column", "rule", "severity", "why", "fix")
-        return {name: getattr(self, name) for name in names} | {"is_fixable": bool(self.edits)}
+        return {name: getattr(self, name) for name in names} | {"is_fixable": self.is_fixable}
 
 
 UNREADABLE = "unreadable"

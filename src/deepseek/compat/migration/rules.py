@@ -27,6 +27,8 @@ class Rule(Config):
     why: str
     fix: str
     source: str
+    is_always: bool = False
+    """Whether it applies whichever generations one comes from and goes to."""
 
 
 class ConfigRule(Rule):
@@ -91,8 +93,7 @@ class Rules(Config):
         floor = (0, 0) if source is None else source.version
 
         def matters(rule: Rule) -> bool:
-            is_always = rule.id in ("checkpoint-malicious", "checkpoint-half-converted")
-            return is_always or floor < find_generation(rule.since).version <= target.version
+            return rule.is_always or floor < find_generation(rule.since).version <= target.version
 
         return Rules(
             markers=self.markers,
