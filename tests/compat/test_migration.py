@@ -568,7 +568,8 @@ def test_broken_files_are_reported_and_the_rest_is_still_checked(tmp_path: Path)
     (tmp_path / "a.py").write_text("import numpy as np\nx = np.float(\n")
     (tmp_path / "b.py").write_text("import numpy as np\nx = np.float\n")
     (tmp_path / "c.yaml").write_bytes(b"gradient_clip: \xff\n")
-    assert [each.rule for each in found(tmp_path)] == ["unreadable", "python-numpy-float", "unreadable"]
+    (tmp_path / "d.py").write_bytes(b"x = '\xff'\n")
+    assert [each.rule for each in found(tmp_path)] == ["unreadable", "python-numpy-float", "unreadable", "unreadable"]
     assert run(tmp_path) == 2
 
 

@@ -48,10 +48,7 @@ def migrate(
     root = path if path.is_dir() else path.parent
     with new_folder(out) as copy:
         if path.is_dir():
-            shutil.copytree(path, copy, dirs_exist_ok=True, symlinks=True)
-            # A link to nothing holds nothing, and cannot be flushed to the disk with the rest.
-            for each in [each for each in copy.rglob("*") if each.is_symlink() and not each.exists()]:
-                each.unlink()
+            shutil.copytree(path, copy, dirs_exist_ok=True, symlinks=True, ignore=_hollow)
         else:
             shutil.copy2(path, copy / path.name)
         for done, file in enumerate(files, start=1):
@@ -60,8 +57,14 @@ def migrate(
             if twin.resolve().is_relative_to(copy.resolve()):
                 _migrate_file(file, twin, prepared, root, is_named=file == path)
             on_progress(done, len(files))
-        is_named = not path.is_dir()
-        return [each for file in list_files(copy) for each in scan_file(file, prepared, copy, is_named=is_named)]
+    is_named = not path.is_dir()
+    return [each for file in list_files(out) for each in scan_file(file, prepared, out, is_named=is_named)]
+
+
+def _hollow(folder: str, names: list[str]) -> set[str]:
+    """Links to nothing, pipes and sockets: they hold nothing that could be copied."""
+    paths = {name: Path(folder, name) for name in names}
+    return {name for name, path in paths.items() if not (path.is_file() or path.is_dir())}
 
 
 def _migrate_file(file: Path, copy: Path, prepared: Scan, root: Path, *, is_named: bool) -> None:

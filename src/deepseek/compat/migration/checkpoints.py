@@ -23,7 +23,7 @@ def check_weights(path: Path, shown: str, rules: Rules, target: Generation) -> l
     try:
         specs = {name: place.spec for name, place in read_checkpoint(path).items()}
     except (CorruptArtifactError, OSError) as error:
-        return [unreadable(shown, str(error), "copy the checkpoint again, or exclude it")]
+        return [_unreadable(shown, error)]
     try:
         generations = identify(specs)
     except ArtifactError as error:
@@ -43,7 +43,13 @@ def check_pickle(path: Path, shown: str, rules: Rules) -> list[Finding]:
     except (CorruptArtifactError, OSError) as error:
         if path.suffix == ".bin" and not looks_like_pickle(path):
             return []
-        return [unreadable(shown, str(error), "copy the file again, or exclude it")]
+        return [_unreadable(shown, error)]
     if content.foreign:
         return [find(by_id["checkpoint-malicious"], shown, 1, 1, detail=f"it names {', '.join(content.foreign[:5])}")]
     return [find(by_id["checkpoint-pickle"], shown, 1, 1)] if "checkpoint-pickle" in by_id else []
+
+
+def _unreadable(shown: str, error: Exception) -> Finding:
+    """Our errors say what was seen and, after a semicolon, what to do next."""
+    why, _, fix = str(error).partition("; ")
+    return unreadable(shown, why, fix or "copy it again, or exclude it")

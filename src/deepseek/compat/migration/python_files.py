@@ -63,6 +63,15 @@ def decode_python(content: bytes) -> str:
     return content.decode(encoding)
 
 
+def is_decodable(content: bytes) -> bool:
+    """Whether the bytes are text at all."""
+    try:
+        decode_python(content)
+    except (SyntaxError, UnicodeDecodeError):
+        return False
+    return True
+
+
 def encode_python(text: str, content: bytes) -> bytes:
     """`text` in the encoding of the `content` it came from."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)

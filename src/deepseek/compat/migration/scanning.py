@@ -4,7 +4,8 @@
         scanned.findings
 
 Files are read one by one and none is imported, unpickled or loaded. A file whose bytes mention no name of any rule
-cannot hold a finding and is not parsed, which is what makes ten thousand files a matter of seconds. Links are followed
+cannot hold a finding and is not parsed (so a syntax error in it goes unreported), which is what makes ten thousand
+files a matter of seconds. Links are followed
 to files, and to folders only once, so that a loop ends.
 """
 
@@ -23,7 +24,7 @@ from deepseek.compat.migration.config_files import check_config
 from deepseek.compat.migration.findings import Finding, unreadable
 from deepseek.compat.migration.mentions import mentions_any
 from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
-from deepseek.compat.migration.python_files import check_python
+from deepseek.compat.migration.python_files import check_python, is_decodable
 from deepseek.compat.migration.rules import Rules, load_rules
 from deepseek.compat.migration.settings import SUFFIXES as CONFIG_SUFFIXES
 from deepseek.core.errors import ConfigError
@@ -117,7 +118,7 @@ def _check_text(path: Path, shown: str, prepared: Scan, *, is_named: bool) -> li
     except OSError as error:
         return [unreadable(shown, f"cannot be read: {error.strerror}", "check its permissions")]
     if path.suffix == ".py":
-        has_mention = mentions_any(content, prepared.rules.python)
+        has_mention = mentions_any(content, prepared.rules.python) or not is_decodable(content)
     else:
         has_mention = bool(prepared.config_words.search(content))
     if not has_mention:
