@@ -510,6 +510,14 @@ def test_checkpoints_are_judged_by_their_headers(tmp_path: Path) -> None:
     }
 
 
+def test_a_family_that_is_fused_by_nature_is_not_judged(tmp_path: Path) -> None:
+    phi3 = build("phi3")
+    save_file({name: each.clone() for name, each in phi3.state_dict().items()}, tmp_path / "model.safetensors")
+    assert [each.rule for each in found(tmp_path)] == ["checkpoint-layout"]
+    phi3.config.save_pretrained(tmp_path)
+    assert found(tmp_path) == []
+
+
 # --- Folders ---
 
 

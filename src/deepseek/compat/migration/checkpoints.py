@@ -6,6 +6,7 @@ read by its opcodes (`pickles.py`) and never run.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from deepseek.compat.generations import Generation
@@ -16,6 +17,9 @@ from deepseek.compat.migration.rules import Rules
 from deepseek.compat.steps import identify
 from deepseek.core.errors import ArtifactError, CorruptArtifactError
 
+# Families that `transformers` itself holds with fused projections, so that their names say nothing about a generation.
+_NATIVELY_FUSED = ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "dia", "zamba2")
+
 
 def check_weights(path: Path, shown: str, rules: Rules, target: Generation) -> list[Finding]:
     """The findings for a safetensors file, or a folder of shards with their index."""
@@ -24,6 +28,8 @@ def check_weights(path: Path, shown: str, rules: Rules, target: Generation) -> l
         specs = {name: place.spec for name, place in read_checkpoint(path).items()}
     except (CorruptArtifactError, OSError) as error:
         return [_unreadable(shown, error)]
+    if _model_type(path) in _NATIVELY_FUSED:
+        return []
     try:
         generations = identify(specs)
     except ArtifactError as error:
@@ -47,6 +53,17 @@ def check_pickle(path: Path, shown: str, rules: Rules) -> list[Finding]:
     if content.foreign:
         return [find(by_id["checkpoint-malicious"], shown, 1, 1, detail=f"it names {', '.join(content.foreign[:5])}")]
     return [find(by_id["checkpoint-pickle"], shown, 1, 1)] if "checkpoint-pickle" in by_id else []
+
+
+def _model_type(path: Path) -> str | None:
+    """What the Hugging Face config beside the weights calls the architecture."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        settings = json.loads(config.read_bytes()) if config.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        # The scan reports a broken config by itself; the weights are judged without it.
+        return None
+    return str(settings.get("model_type")) if isinstance(settings, dict) else None
 
 
 def _unreadable(shown: str, error: Exception) -> Finding:
