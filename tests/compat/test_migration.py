@@ -409,11 +409,13 @@ def zipped(name: str, content: bytes) -> bytes:
         b"\x80",
         b"\x80\x04",
         b"hello",
+        b"\x80\x02\x8e\nl\xfc\x9cF\xf9 j\xa8P\x19.",
+        zipped("a/data.pkl", b"\x80\x02.")[30:],
         zipped("x.txt", b""),
         zipped("a/data.pkl", b"\x80\x04"),
         zipped("a/data.pkl", bytes(65_000_000)),
     ],
-    ids=["empty", "start", "cut", "text", "no pickle", "cut in a zip", "bomb"],
+    ids=["empty", "start", "cut", "text", "terabytes", "no front", "no pickle", "cut in a zip", "bomb"],
 )
 def test_what_is_no_pickle_is_reported(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(content)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import io
 import pickletools
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,22 @@ SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _MAX_PICKLE_BYTES = 64_000_000
 # A file of the older `torch.save` holds a magic number, a version, facts about the system, the object and its keys.
 _MAX_PICKLES = 5
+
+# What the standard library's readers raise for damaged bytes; a length of terabytes is a MemoryError.
+_BROKEN = (
+    *(
+        ValueError,
+        KeyError,
+        IndexError,
+        EOFError,
+        OverflowError,
+        OSError,
+        MemoryError,
+        NotImplementedError,
+        RuntimeError,
+    ),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 _HARMLESS = re.compile(
     r"collections\.OrderedDict"
@@ -55,15 +73,7 @@ def read_pickle(path: Path) -> PickleContent:
         else:
             with path.open("rb") as file:
                 found = list(_globals_in_a_row(file))
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        EOFError,
-        OverflowError,
-        zipfile.BadZipFile,
-        NotImplementedError,
-    ) as error:
+    except _BROKEN as error:
         raise CorruptArtifactError(f"{path} is not a readable pickle ({error}); copy it again or exclude it") from error
     return PickleContent(tuple(dict.fromkeys(found)))
 
