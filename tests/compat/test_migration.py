@@ -386,6 +386,13 @@ def test_names_hidden_in_the_memo_or_the_stack_are_not_trusted(tmp_path: Path) -
         assert read_pickle(path).foreign, content
 
 
+def test_an_archive_behind_a_pickle_does_not_hide_it(tmp_path: Path) -> None:
+    harmless = io.BytesIO()
+    torch.save({"w": torch.ones(1)}, harmless)
+    (tmp_path / "both.pt").write_bytes(pickle.dumps(Evil("true")) + harmless.getvalue())
+    assert [each.rule for each in found(tmp_path)] == ["checkpoint-malicious"]
+
+
 def test_tensors_in_pickles_are_harmless(tmp_path: Path) -> None:
     state = OrderedDict(w=torch.ones(2), n=torch.ones(1, dtype=torch.int64), p=torch.nn.Parameter(torch.ones(1)))
     for number, is_new in enumerate((True, False)):

@@ -68,11 +68,12 @@ class PickleContent:
 def read_pickle(path: Path) -> PickleContent:
     """The globals of every pickle in a file. Raises `CorruptArtifactError` for a file that is none, or too large."""
     try:
-        if zipfile.is_zipfile(path):
-            found = [name for content in _zipped(path) for name in _globals(io.BytesIO(content))]
-        else:
-            with path.open("rb") as file:
-                found = list(_globals_in_a_row(file))
+        found = [name for content in _zipped(path) for name in _globals(io.BytesIO(content))]
+        with path.open("rb") as file:
+            # An archive can stand behind a pickle in one file; which of them runs is up to who loads it, so read both.
+            is_archive = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            found += [] if is_archive else list(_globals_in_a_row(file))
     except _BROKEN as error:
         raise CorruptArtifactError(f"{path} is not a readable pickle ({error}); copy it again or exclude it") from error
     return PickleContent(tuple(dict.fromkeys(found)))
@@ -85,6 +86,8 @@ def looks_like_pickle(path: Path) -> bool:
 
 
 def _zipped(path: Path) -> Iterator[bytes]:
+    if not zipfile.is_zipfile(path):
+        return
     with zipfile.ZipFile(path) as archive:
         names = [each for each in archive.infolist() if each.filename.endswith(".pkl")]
         if not names:
