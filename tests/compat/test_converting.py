@@ -126,7 +126,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return weights
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(state_dicts(), st.sampled_from(["3.0", "3.1", "3.5", "4.0"]))
 def test_moves_are_lossless_both_ways(weights: dict[str, torch.Tensor], version: str) -> None:
     there = VersionConverter("2.0", version).convert(weights)

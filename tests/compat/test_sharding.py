@@ -129,7 +129,7 @@ def test_a_bad_file_is_named_with_its_fault(content: bytes, message: str, tmp_pa
         read_header(path)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_damaged_bytes_are_read_or_refused_and_never_crash(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -143,7 +143,10 @@ def test_damaged_bytes_are_read_or_refused_and_never_crash(
         tensors = {name: place.read() for name, place in read_header(path).items()}
     except CorruptArtifactError:
         return
-    assert all(torch.equal(tensors[name], each, equal_nan=True) for name, each in load_file(path).items())
+    expected = load_file(path)
+    assert tensors.keys() == expected.keys()
+    for name, each in expected.items():
+        assert tensors[name].reshape(-1).view(torch.uint8).tolist() == each.reshape(-1).view(torch.uint8).tolist()
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ class Stack:
         for group in _groups((self.whole,), specs):
             whole = _fill(self.whole, group)
             spec = specs[whole]
-            if len(spec.shape) != 3 or spec.shape[1] % len(self.parts):
+            if len(spec.shape) != 3 or not spec.shape[0] or spec.shape[1] % len(self.parts):
                 raise ArtifactError(
                     f"{whole} has shape {spec.shape}; expected (experts, {len(self.parts)} x rows, columns)"
                 )
@@ -223,7 +223,8 @@ class Quantize:
         matrices = [
             name
             for name, spec in specs.items()
-            if name.endswith(".weight") and len(spec.shape) >= 2 and not re.fullmatch(self.skip, name)
+            if name.endswith(".weight") and len(spec.shape) >= 2 and 0 not in spec.shape
+            if not re.fullmatch(self.skip, name)
         ]
         if direction == "forward":
             return [self._pack(name, specs[name]) for name in matrices if specs[name].is_float]
