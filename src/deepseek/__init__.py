@@ -17,14 +17,26 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MoERouter": "deepseek.nn.moe",
     "prepare": "deepseek.train.preparing",
-    "train": "deepseek.train.loop",
     "load_model": "deepseek.models.loading",
     "save_model": "deepseek.models.loading",
     "quantize": "deepseek.compress.quantizing",
 }
-_MODULES = ("artifact", "checkpoint", "compress", "core", "data", "mixed_precision", "models", "nn", "optim", "recipes", "serve")
+_MODULES = (
+    "artifact",
+    "checkpoint",
+    "compress",
+    "core",
+    "data",
+    "mixed_precision",
+    "models",
+    "nn",
+    "optim",
+    "recipes",
+    "serve",
+    "train",
+)
 
-__all__ = ["__version__", *_PUBLIC, *_MODULES]
+__all__ = ["__version__", *_PUBLIC, *_MODULES]  # noqa: PLE0604 - strings, one by one
 
 
 def __getattr__(name: str) -> Any:

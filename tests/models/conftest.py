@@ -1,6 +1,7 @@
 import shutil
 
 import pytest
+
 from tests.models.smollm2 import write_huggingface_folder
 
 

@@ -3,7 +3,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models.decoders import EXAMPLES, GPT2_SHAPE, MOE, SMALL, randomize
 
 from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.models.decoder.keymap import (
@@ -20,6 +19,7 @@ from deepseek.models.decoder.keymap import (
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
+from tests.models.decoders import EXAMPLES, GPT2_SHAPE, MOE, SMALL, randomize
 
 
 def stored(model):
@@ -93,7 +93,6 @@ def test_each_shape_finds_the_family_that_can_express_it():
         {"feedforward": "gelu"},
         {"position": "learned"},
         {"hidden_size": 30, "head_size": 8},
-        {"moe": MOE, "feedforward_bias": True},
         {"moe": MoEConfig(num_candidates=4)},
         {"moe": MoEConfig(balance_rate=0.1)},
         GPT2_SHAPE | {"num_kv_heads": 2},

@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tests.models.decoders import EXAMPLES, SMALL, randomize
 
 from deepseek.artifact.format import Description
 from deepseek.artifact.reading import open_artifact, read_manifest
@@ -18,6 +17,7 @@ from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import count_stored_bytes, load_model, make_int8_, save_model
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
+from tests.models.decoders import EXAMPLES, SMALL, randomize
 
 OURS_ONLY = {
     "masked experts": DecoderConfig(**SMALL, moe=MoEConfig(num_experts=4, balance_rate=0.1), mask=MaskConfig()),

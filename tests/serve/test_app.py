@@ -286,7 +286,7 @@ def test_metrics_count_what_was_asked_and_answered(model: Decoder, tokenizer: To
 @pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_client_that_hangs_up_frees_its_slots(
-    make_model: Make, tokenizer: Tokenizer, path: str, is_streamed: bool
+    make_model: Make, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, path: str, is_streamed: bool
 ) -> None:
     body: dict[str, Any] = LONG | {"stream": is_streamed, "n": 3, "max_tokens": 40}
     if "chat" in path:
@@ -304,7 +304,18 @@ def test_a_client_that_hangs_up_frees_its_slots(
         found = read_metrics(http)
         assert found["ds_request_success_total{abort}"] == 3
         assert found["ds_generation_tokens_total"] < 3 * 40
+        assert caplog.messages == [], "a client that hangs up is nothing to report"
         assert http.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_given_up(model: Decoder, tokenizer: Tokenizer) -> None:
+    with serving(model, tokenizer, body_timeout_s=0.1) as (server, _):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            with connection.makefile("rb") as reader:
+                head, _, body = reader.read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408")
+        assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
 def test_a_client_that_hangs_up_in_the_middle_of_its_body_does_no_harm(server: Server, http: httpx.Client) -> None:

@@ -239,6 +239,11 @@ def test_a_length_beyond_the_model_and_a_foreign_tokenizer_are_refused(model: De
         Engine(small, tokenizer)
 
 
+def test_a_cache_that_does_not_fit_into_memory_is_one_sentence(model: Decoder, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="max_num_seqs=1000000000000 of max_length=96 tokens does not fit"):
+        Engine(model, tokenizer, EngineConfig(max_num_seqs=10**12))
+
+
 def test_a_model_that_returns_no_numbers_is_found_in_the_warm_up(make_model: Make, tokenizer: Tokenizer) -> None:
     model = make_model()
     with torch.no_grad():
@@ -251,7 +256,7 @@ def test_a_prompt_that_ends_inside_a_character_is_not_repeated(make_model: Make,
     model = make_model(Scripted)
     model.script = tokenizer.encode("abc")
     prompt = tokenizer.encode("prompt 🎉")[:-1]
-    assert "prompt" not in Engine(model, tokenizer).generate([prompt], max_tokens=3)[0].text
+    assert Engine(model, tokenizer).generate([prompt], max_tokens=len(model.script))[0].text == "abc"
 
 
 class Scripted(Decoder):

@@ -93,6 +93,11 @@ def test_the_likeliest_token_always_stays(top_p: float) -> None:
     assert draw(torch.tensor([1.0, 1.5, 0.0]), Sampling(top_p=top_p), 0.999) == 1
 
 
+def test_a_token_without_probability_is_never_drawn() -> None:
+    assert draw(torch.tensor([-1e5, 0.0, -1e5]), Sampling(), 0.0) == 1
+    assert draw(torch.tensor([-1e5, 0.0, -1e5]), Sampling(), 1 - 2**-53) == 1
+
+
 def test_a_tiny_temperature_does_not_overflow() -> None:
     assert draw(torch.tensor([100.0, 101.0, 0.0]), Sampling(temperature=1e-300), 0.5) == 1
 

@@ -19,9 +19,7 @@ def make_model() -> nn.Sequential:
 
 def make_loader() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(4, 8, generator=generator), torch.randint(0, 3, (4,), generator=generator)) for _ in range(6)
-    ]
+    return [(torch.randn(4, 8, generator=generator), torch.randint(0, 3, (4,), generator=generator)) for _ in range(6)]
 
 
 def test_prepared_loop_equals_the_loop_written_out() -> None:
@@ -37,9 +35,7 @@ def test_prepared_loop_equals_the_loop_written_out() -> None:
 
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    same_model, same_optimizer, loader = ds.prepare(
-        model, optimizer, make_loader(), precision="bf16", grad_clip=0.1
-    )
+    same_model, same_optimizer, loader = ds.prepare(model, optimizer, make_loader(), precision="bf16", grad_clip=0.1)
     assert same_model is model
     assert same_optimizer is optimizer
     assert len(loader) == 6

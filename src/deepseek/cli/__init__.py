@@ -8,20 +8,23 @@
     deepseek info PATH                  ->  what a folder holds
 
 Listing the verbs imports none of them, and none imports torch before it has read its arguments. Exit status: 0 done,
-1 failed, 2 wrong usage, 130 stopped with Ctrl-C (143 with SIGTERM).
+1 failed, 2 wrong usage, 130 stopped with Ctrl-C (143 with SIGTERM). An error is one line on standard error.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 import deepseek
 from deepseek.core.errors import ConfigError, DeepSeekError
 
-DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
 # Verb -> what it does, in one line; the verb's function has its file's name.
 VERBS = {
@@ -34,22 +37,35 @@ VERBS = {
 }
 
 
-def build_app() -> App:
-    """The command with all its verbs, none of them loaded."""
+class Stopped(KeyboardInterrupt):
+    """A signal ended work that a later call goes on with."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__("stopped; the same command goes on where it was")
+        self.number = number
+
+
+def build_app(asked: str | None = None) -> App:
+    """The command with all its verbs, none of them loaded; the verb that is `asked` for explains itself in full."""
     app = App(
         name="deepseek",
         help="One framework that takes a model from training, through compression, to serving.",
         version=deepseek.__version__,
+        default_parameter=Parameter(negative_iterable=()),  # no `--empty-set` beside `--set`
+        suppress_keyboard_interrupt=False,
     )
     for verb, purpose in VERBS.items():
-        app.command(f"deepseek.cli.{verb}:{verb}", name=verb, help=purpose)
+        # One line of help is there without loading the verb; without it, the help is the docstring of its function.
+        app.command(f"deepseek.cli.{verb}:{verb}", name=verb, help=None if verb == asked else purpose)
     app.register_install_completion_command()
     return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
-    sys.exit(run(build_app(), list(sys.argv[1:] if arguments is None else arguments)))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.formatwarning = lambda message, *_, **__: f"deepseek: warning: {_one_line(str(message))}\n"
+    sys.exit(run(build_app(asked=words[0] if words else None), words))
 
 
 def serve_main() -> None:
@@ -61,17 +77,40 @@ def run(app: App, arguments: list[str]) -> int:
     """Run one verb; errors come out as one sentence on standard error and a status."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except CycloptsError as error:
-        return _fail(str(error), WRONG_USAGE)
-    except ConfigError as error:
-        return _fail(str(error), WRONG_USAGE)
-    except DeepSeekError as error:
-        return _fail(str(error), FAILED)
-    except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on where it was", INTERRUPTED)
+        sys.stdout.flush()
+    except (CycloptsError, DeepSeekError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError):
+            _abandon_output()
+        print(f"deepseek: {_one_line(_explain(error))}", file=sys.stderr)
+        return _status_of(error)
     return DONE
 
 
-def _fail(message: str, status: int) -> int:
-    print(f"deepseek: {message}", file=sys.stderr)
-    return status
+def _status_of(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+    return WRONG_USAGE if isinstance(error, CycloptsError | ConfigError) else FAILED
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, CycloptsError | DeepSeekError | Stopped):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    if isinstance(error, BrokenPipeError):
+        return "whoever read the output has left; give it a reader that stays, or a file"
+    # What no room explains better: a file that this user may not read, for example.
+    assert isinstance(error, OSError)
+    return f"{error.filename or 'the system'}: {error.strerror or error}; check that it is there and yours"
+
+
+def _one_line(message: str) -> str:
+    """`message` without the line ends that libraries put into theirs."""
+    return " ".join(message.split())
+
+
+def _abandon_output() -> None:
+    """Let what is still to be written go nowhere, so that Python does not fail on it again while it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -9,6 +9,8 @@ from pathlib import Path
 def info(path: Path, *, verify: bool = True, json: bool = False) -> None:
     """Say what the artifact in PATH holds, after comparing every file with its checksum.
 
+    Example: deepseek info runs/quickstart/model
+
     Parameters
     ----------
     path

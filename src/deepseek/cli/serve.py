@@ -28,6 +28,8 @@ def serve(
     The API is OpenAI's, at /v1/completions and /v1/chat/completions; /healthz, /readyz and /metrics are for operators.
     With DEEPSEEK_API_KEY in the environment, /v1 asks for it as a bearer token.
 
+    Example: deepseek serve runs/quickstart/model-int8 --port 8080
+
     Parameters
     ----------
     model
@@ -54,6 +56,7 @@ def serve(
     from deepseek.cli.showing import print_event
     from deepseek.data.tokenizing import load_tokenizer
     from deepseek.models.loading import load_model, make_int8_
+    from deepseek.nn.packed import pack_
     from deepseek.serve.config import ServeConfig
     from deepseek.serve.serving import serve as run
 
@@ -67,8 +70,7 @@ def serve(
         shutdown_timeout_s=shutdown_timeout_s,
     )
     loaded = load_model(model)
-    if quantize == "int8":
-        loaded = make_int8_(loaded)
+    loaded = pack_(make_int8_(loaded) if quantize == "int8" else loaded)
     api_key = os.environ.get(API_KEY_VARIABLE)
     run(loaded, load_tokenizer(model), config, api_key=api_key, listen=lambda event: print_event(event, as_json=json))
     sys.stdout.flush()

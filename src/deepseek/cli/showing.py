@@ -1,38 +1,47 @@
 """Events on a screen: progress bars for long work, lines for what happened, a table and a curve at the end.
 
-`follow` is the one reader of event streams. The first Ctrl-C asks the stream to end at its next event, which is where
-its state is whole and can be saved; a second one stops at once.
+What is not a terminal gets lines alone: a log would keep every state of a bar, or none.
+
+`follow` is the one reader of event streams. The first Ctrl-C, or SIGTERM, asks the stream to end at its next event,
+which is where its state is whole and can be saved; a second one stops at once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from deepseek.core.events import Event
+from deepseek.cli import Stopped
+from deepseek.core.events import Event, record
 from deepseek.core.units import format_bytes, format_count, format_seconds
 
+_STEP_LINE_EVERY_S = 10.0
 
-def follow(events: Iterable[Event], *, as_json: bool) -> Event | None:
-    """Show all of `events` and return the last one. Raises `KeyboardInterrupt` after Ctrl-C."""
+
+def follow(events: Generator[Event, None, None], *, file: Path | None = None, as_json: bool) -> Event | None:
+    """Show all of `events`, appending them to `file`, and return the last one.
+
+    Raises `Stopped` after Ctrl-C or SIGTERM. However it ends, `events` is closed, which is when a run saves itself.
+    """
     last = None
-    with Interrupt() as interrupt, _display(as_json) as show:
-        for event in events:
+    with Interrupt() as interrupt, _display(as_json) as show, closing(events):
+        for event in record(events, file) if file else events:
             show(event)
             last = event
-            if interrupt.is_asked:
-                if isinstance(events, Generator):
-                    events.close()
-                raise KeyboardInterrupt
+            if interrupt.number is not None:
+                raise Stopped(interrupt.number)
     return last
 
 
@@ -46,23 +55,22 @@ def print_event(event: Event, *, as_json: bool) -> None:
 
 def show_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A small table on standard output; numbers to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(header))
+    table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=any(header))
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 or not any(header) else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # plain text: a path may hold what rich takes for markup
     Console().print(table)
 
 
-def show_summary(report: dict[str, Any], folder: Path, events_file: Path, *, as_json: bool) -> None:
-    """The end of the quickstart: the loss as a picture and in the terminal, and the table of what came out."""
+def show_summary(report: dict[str, Any], losses: dict[int, float], folder: Path, *, as_json: bool) -> None:
+    """The end of the quickstart: the loss by step as a picture and in the terminal, and the table of what came out."""
     from deepseek.cli.drawing import draw_loss, print_loss
 
-    steps, losses = _read_losses(events_file)
-    draw_loss(steps, losses, report, folder / "loss.png")
+    draw_loss(losses, report, folder / "loss.png")
     if as_json:
         return
-    print_loss(steps, losses)
+    print_loss(losses, width=Console().width)
     train, baseline, int8, serve = report["train"], report["baseline"], report["int8"], report["serve"]
     show_table(
         "What came out",
@@ -80,30 +88,37 @@ def show_summary(report: dict[str, Any], folder: Path, events_file: Path, *, as_
             ("int8 decoding speed / FP32", f"{int8['decode_speedup']:.2f}"),
             ("server, first token", f"{serve['first_token_ms']:.0f} ms"),
             ("server, tokens/s", f"{serve['tokens_per_s']:.0f}"),
-            ("wall time", format_seconds(report["wall_s"])),
+            (_name_wall_time(train["first_step"]), format_seconds(report["wall_s"])),
         ],
     )
-    Console().print(f"report: {folder / 'report.json'}   picture: {folder / 'loss.png'}   models: {folder}/model*")
+    for name in ("report.json", "loss.png", "model", "model-int8"):
+        sys.stdout.write(f"{folder / name}\n")
+
+
+def _name_wall_time(first_step: int) -> str:
+    return f"wall time, from step {first_step} on" if first_step else "wall time"
 
 
 class Interrupt:
-    """Remembers the first Ctrl-C while the block runs, and lets the second one through."""
+    """Remembers the first Ctrl-C or SIGTERM while the block runs, and lets the second one through."""
 
     def __init__(self) -> None:
-        self.is_asked = False
+        self.number: signal.Signals | None = None
+        """The signal that came; `None` while none has."""
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+        self._previous = {each: signal.signal(each, self._handle) for each in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.is_asked:
-            raise KeyboardInterrupt
-        self.is_asked = True
-        sys.stderr.write("\nstopping at the next safe point; Ctrl-C again stops at once\n")
+        if self.number is not None:
+            raise Stopped(self.number)
+        self.number = signal.Signals(number)
+        sys.stderr.write("deepseek: stopping at the next safe point; Ctrl-C again stops at once\n")
 
 
 @contextmanager
@@ -111,6 +126,9 @@ def _display(as_json: bool) -> Iterator[Callable[[Event], None]]:
     """A function that shows one event."""
     if as_json:
         yield lambda event: print_event(event, as_json=True)
+        return
+    if not Console().is_terminal:
+        yield _Lines().show
         return
     columns = (
         SpinnerColumn(),
@@ -124,8 +142,25 @@ def _display(as_json: bool) -> Iterator[Callable[[Event], None]]:
         yield _Bars(progress).show
 
 
+class _Lines:
+    """A line for everything that happened, and now and then one for a step."""
+
+    def __init__(self) -> None:
+        self._step_shown_s = -math.inf
+
+    def show(self, event: Event) -> None:
+        if event.kind == "step_done":
+            if time.monotonic() - self._step_shown_s < _STEP_LINE_EVERY_S:
+                return
+            self._step_shown_s = time.monotonic()
+        print_event(event, as_json=False)
+
+
 class _Bars:
-    """The progress bars of a run; everything that is no progress is printed above them."""
+    """The progress bars of a run; everything that is no progress is printed above them.
+
+    A bar is there for as long as its work goes on, but the one of training stays.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -134,27 +169,38 @@ class _Bars:
 
     def show(self, event: Event) -> None:
         values = event.to_dict()
+        self._end(_ENDS.get(values["kind"], ""))
         if values["kind"] == "tokenizing_progress":
             note = f"{format_count(values['num_tokens'])} tokens"
             self._advance("tokenizing", values["num_text_bytes"], values["total_bytes"], note)
+        elif values["kind"] == "run_started":
+            self._num_steps = values["num_steps"]
+            self._advance("training", values["first_step"], self._num_steps, "")
         elif values["kind"] == "step_done":
             note = f"loss {values['loss']:.3f}  {values['tokens_per_s']:.0f} tokens/s"
             self._advance("training", values["step"], self._num_steps, note)
-        else:
-            self._num_steps = values.get("num_steps", self._num_steps)
-            if values["kind"] == "cache_ready":
-                self._finish("tokenizing")
-            if text := _describe(values):
-                self._progress.console.print(text, markup=False, highlight=False)
+        elif values["kind"] == "phase_started":
+            self._advance(values["phase"], 0, None, "")
+        if values["kind"] != "step_done" and (text := _describe(values)):
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, name: str, completed: int, total: int | None, note: str) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, note="")
+        if name not in self._tasks:  # a resumed run begins with what is done, which is no speed to measure
+            self._tasks[name] = self._progress.add_task(name, completed=completed, total=total, note=note)
         self._progress.update(self._tasks[name], completed=completed, total=total, note=note)
 
-    def _finish(self, name: str) -> None:
+    def _end(self, name: str) -> None:
         if name in self._tasks:
             self._progress.remove_task(self._tasks.pop(name))
+
+
+# Kind of event -> the bar that it ends.
+_ENDS = {
+    "cache_ready": "tokenizing",
+    "baselines_measured": "counting n-grams",
+    "model_quantized": "int8",
+    "report_written": "serving",
+}
 
 
 # Kind of event -> the line that tells it; a kind that is not here is progress, or says nothing a person waits for.
@@ -162,8 +208,9 @@ _LINES = {
     "tokenizer_ready": "tokenizer: {vocab_size} tokens",
     "cache_ready": "text: {num_documents} documents, {num_tokens} tokens in {folder}",
     "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
+    "step_done": "step {step}: loss {loss:.3f}, {tokens_per_s:.0f} tokens/s",
     "evaluated": "held-out loss after step {step}: {heldout_loss:.4f} nats per token over {num_tokens} tokens",
-    "model_saved": "model: {path} ({num_bytes} bytes)",
+    "model_saved": "model: {path} ({num_bytes})",
     "baselines_measured": (
         "baselines: unigram {unigram_loss:.3f}, bigram {bigram_loss:.3f}, discounted {bigram_discounted_loss:.3f}"
     ),
@@ -172,21 +219,12 @@ _LINES = {
     "server_started": "serving {model_name} at {url} (API below {url}/v1); Ctrl-C stops",
     "server_stopping": "stopping ({reason}); {num_open} open requests",
 }
+_UNDECODABLE = "; {num_undecodable} places in {num_undecodable_documents} of them are not UTF-8 and became U+FFFD"
 
 
 def _describe(values: dict[str, Any]) -> str:
-    line = _LINES.get(values["kind"])
-    if line is None:
-        return ""
+    line = _LINES.get(values["kind"], "")
+    if values.get("num_undecodable"):
+        line += _UNDECODABLE
     shown = {key: format_bytes(value) if key == "num_bytes" else value for key, value in values.items()}
-    return line.replace(" bytes)", ")").format(**shown)
-
-
-def _read_losses(events_file: Path) -> tuple[list[int], list[float]]:
-    """Steps and losses of a run, the latest where a step was done twice."""
-    losses: dict[int, float] = {}
-    for line in events_file.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        if event["kind"] == "step_done":
-            losses[event["step"]] = event["loss"]
-    return sorted(losses), [losses[step] for step in sorted(losses)]
+    return line.format(**shown)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.config import parse_overrides
 from deepseek.core.errors import ConfigError
-from deepseek.core.events import record
 from deepseek.recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def train(
     recipe: str | None = None,
     *,
     config: Path | None = None,
-    set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,  # noqa: A002
+    set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,
     show: bool = False,
     json: bool = False,
 ) -> None:
@@ -41,20 +41,25 @@ def train(
     set
         One setting to change, as KEY=VALUE with dots between levels; may be given several times.
     show
-        Print the settings and stop.
+        Print the settings as YAML, which --config reads back, and stop.
     json
-        Print events as JSON lines instead of progress bars.
+        Print events as JSON lines instead of progress bars, and settings as JSON.
     """
     settings = choose_config(recipe, config).override(parse_overrides(set or []))
     if show:
-        import yaml
-
-        print(yaml.safe_dump(settings.to_dict(), sort_keys=False), end="")
+        _print_settings(settings, as_json=json)
         return
     from deepseek.cli.showing import follow
     from deepseek.train.loop import train as run
 
-    follow(record(run(settings), Path(settings.folder) / EVENTS_FILE), as_json=json)
+    keep_freed_memory()
+    follow(run(settings), file=Path(settings.folder) / EVENTS_FILE, as_json=json)
+
+
+def _print_settings(settings: TrainConfig, *, as_json: bool) -> None:
+    import yaml
+
+    print(settings.model_dump_json() if as_json else yaml.safe_dump(settings.to_dict(), sort_keys=False).rstrip())
 
 
 def choose_config(recipe: str | None, config: Path | None) -> TrainConfig:

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deepseek.core.config import Config
+from deepseek.core.errors import DataError
 from deepseek.data.batching import IGNORED_TARGET, Batch
 from deepseek.models.decoder.model import Decoder
 
@@ -22,9 +23,9 @@ class Comparison(Config):
     """A compressed model beside its original."""
 
     bytes_before: int
-    """Bytes of the original's weight files."""
+    """Bytes of the original's weights, in FP32 and before any file's header."""
     bytes_after: int
-    """Bytes of the compressed model's weight files."""
+    """Bytes of the compressed model's weights."""
     bytes_ratio: float
     """Bytes after over bytes before."""
     loss_before: float
@@ -43,7 +44,9 @@ class Comparison(Config):
     """Decoding speed after over before."""
 
 
-def compare(before: Decoder, after: Decoder, batches: Iterable[Batch], *, bytes_before: int, bytes_after: int) -> Comparison:
+def compare(
+    before: Decoder, after: Decoder, batches: Iterable[Batch], *, bytes_before: int, bytes_after: int
+) -> Comparison:
     """Measure both models on the same held-out `batches` and on decoding."""
     losses, num_tokens = measure_losses([before, after], batches)
     speeds = measure_decoding([before, after])
@@ -63,12 +66,17 @@ def compare(before: Decoder, after: Decoder, batches: Iterable[Batch], *, bytes_
 
 @torch.inference_mode()
 def measure_losses(models: Sequence[Decoder], batches: Iterable[Batch]) -> tuple[list[float], int]:
-    """Mean cross-entropy of each model over the same batches, in nats per token, and the number of tokens."""
+    """Mean cross-entropy of each model over the same batches, in nats per token, and the number of tokens.
+
+    Raises `DataError` where there is no token to predict.
+    """
     sums, num_tokens = [0.0] * len(models), 0
     for batch in batches:
         num_tokens += batch.num_target_tokens
         for index, model in enumerate(models):
             sums[index] += _summed_loss(model, batch).item()
+    if num_tokens == 0:
+        raise DataError("the held-out text has no token to predict, so nothing can be compared; give more of it")
     return [each / num_tokens for each in sums], num_tokens
 
 

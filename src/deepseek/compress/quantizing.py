@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deepseek.artifact.format import TOKENIZER_NAME
-from deepseek.artifact.reading import read_manifest
+from deepseek.artifact.reading import is_artifact, read_manifest
 from deepseek.compress.comparing import Comparison, compare
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ArtifactError, ConfigError, PermanentError
 from deepseek.data.batching import Batch
 from deepseek.data.tokenizing import load_tokenizer
 from deepseek.models.loading import count_stored_bytes, load_model, make_int8_, save_model
+from deepseek.nn.packed import pack_
 
 MAX_LOSS_INCREASE = 0.02
 
@@ -34,20 +35,29 @@ def quantize(
 ) -> Comparison:
     """Write the int8 version of the artifact `source` to `target` and say what it costs and brings.
 
-    `batches` are held-out text in the model's own tokens. Raises `ConfigError`, and writes nothing, when the loss on
-    them rises by more than `max_loss_increase` (relative) or `source` is int8 already.
+    `batches` are held-out text in the model's own tokens. Writes nothing and raises `ConfigError` when `source` is int8
+    already or is `target` itself, `ArtifactError` when `target` is there already, and `PermanentError` when the loss
+    rises by more than `max_loss_increase` (relative).
     """
     source, target = Path(source), Path(target)
     original = read_manifest(source)
     if original.precision == "int8":
         raise ConfigError(f"{source} is int8 already; give the float model that it came from")
+    if target.resolve() == source.resolve():
+        raise ConfigError(f"{target} is the float model itself, which is kept; give another folder for the int8 one")
+    if is_artifact(target) and not overwrite:
+        raise ArtifactError(f"{target} holds an artifact already; give another folder, or ask for it to be overwritten")
     model = load_model(source, precision="fp32")
     quantized = make_int8_(copy.deepcopy(model))
     comparison = compare(
-        model, quantized, batches, bytes_before=count_stored_bytes(model), bytes_after=count_stored_bytes(quantized)
+        pack_(copy.deepcopy(model)),
+        pack_(copy.deepcopy(quantized)),
+        batches,
+        bytes_before=count_stored_bytes(model),
+        bytes_after=count_stored_bytes(quantized),
     )
-    if comparison.loss_increase > max_loss_increase:
-        raise ConfigError(
+    if not comparison.loss_increase <= max_loss_increase:  # also where either is not a number
+        raise PermanentError(
             f"int8 raises the held-out loss by {comparison.loss_increase:.1%}, and at most {max_loss_increase:.1%} was "
             "allowed; nothing was written: keep the float model, or raise the bound"
         )

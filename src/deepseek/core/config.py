@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +26,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 
+# YAML 1.1 takes `1e-3` for a string, where every user means a number.
+_SCIENTIFIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
+
 
 class Config(BaseModel):
     """Base of every config: frozen, typed, and strict about names. Construction raises `ConfigError`."""
@@ -31,15 +36,17 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     def __init__(self, **values: Any) -> None:
-        try:
+        with _explained(type(self)):
             super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
+
+    # pydantic then validates nested configs itself, so that an error deep inside knows the whole path to its key.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from nested dicts, as a YAML or JSON file holds them."""
-        return cls(**dict(values))
+        with _explained(cls):
+            return cls.model_validate(dict(values))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -65,14 +72,19 @@ class Config(BaseModel):
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The top-level mapping in a YAML, TOML or JSON file."""
-    readers: dict[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads, ".json": json.loads}
+    readers: dict[str, Callable[[str], Any]] = {
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+        ".toml": tomllib.loads,
+        ".json": json.loads,
+    }
     if path.suffix not in readers:
         raise ConfigError(f"{path} ends in {path.suffix!r}; a config file ends in one of {', '.join(readers)}")
     try:
         values = readers[path.suffix](path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}); check the path and its permissions") from error
-    except (yaml.YAMLError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"config file {path} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} holds a {type(values).__name__}; expected a mapping of settings")
@@ -96,15 +108,9 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
 
 def _parse_value(text: str) -> Any:
     try:
-        return float(text) if _looks_like_float(text) else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r} cannot be read as a value; quote it if it holds brackets or colons") from error
-
-
-def _looks_like_float(text: str) -> bool:
-    """YAML 1.1 takes `1e-3` for a string, where every user means a number."""
-    mantissa, exponent, power = text.lower().partition("e")
-    return bool(exponent) and mantissa.replace(".", "", 1).lstrip("+-").isdigit() and power.lstrip("+-").isdigit()
+        return float(text) if _SCIENTIFIC.fullmatch(text) else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{text!r} cannot be read as a value; quote it if it is meant as text") from error
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any, *, whole_key: str) -> None:
@@ -117,16 +123,24 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, *, whole_key: s
         elif isinstance(values[name], dict):
             values = values[name]
         else:
-            raise ConfigError(f"setting {whole_key!r} goes below {name!r}, which is a value; stop there")
+            above = ".".join(path[: depth + 1])
+            raise ConfigError(
+                f"setting {whole_key!r} goes below {above!r}, which is {values[name]!r}; set {above!r} itself"
+            )
 
 
-def _explain(config: type[BaseModel], error: ValidationError) -> str:
-    """One sentence per problem; the first thing a user should read is which key is wrong."""
-    return "; ".join(_explain_one(config, dict(problem)) for problem in error.errors())
+@contextmanager
+def _explained(config: type[BaseModel]) -> Iterator[None]:
+    """Turn what pydantic has to say about `config` into a `ConfigError`."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(config, dict(problem)) for problem in error.errors())) from None
 
 
-def _explain_one(config: type[BaseModel], problem: dict[str, Any]) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, str)]
+def _explain(config: type[BaseModel], problem: dict[str, Any]) -> str:
+    """One sentence for one problem; the first thing a user should read is which key is wrong."""
+    location = [str(part) for part in problem["loc"]]
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
         *parents, _ = location
@@ -136,16 +150,15 @@ def _explain_one(config: type[BaseModel], problem: dict[str, Any]) -> str:
         return f"setting {where!r} of {config.__name__} is missing; give it a value"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"setting {where!r} is {problem['input']!r}: {problem['msg'].lower()}"
+    return f"setting {where!r} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _owner(config: type[BaseModel], parents: list[str]) -> type[BaseModel]:
+    """The config at the end of the path `parents`, on which a place in a list has a number."""
     for name in parents:
         field = config.model_fields.get(name)
-        nested = [each for each in _classes(field.annotation)] if field else []
-        if not nested:
-            return config
-        config = nested[0]
+        nested = _classes(field.annotation) if field else []
+        config = nested[0] if nested else config
     return config
 
 

@@ -85,6 +85,10 @@ class MissingExtraError(PermanentError, ImportError):
 class StorageError(TemporaryError, OSError):
     """A disk is full, read-only, or does not belong to this user."""
 
+    def __str__(self) -> str:
+        """The sentence alone; the number is in `errno`."""
+        return self.strerror or super().__str__()
+
 
 class AddressInUseError(TemporaryError, OSError):
     """Another process already listens on the requested port."""

@@ -20,6 +20,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,11 +44,17 @@ class Event:
 
 
 def record(events: Iterable[E], path: Path) -> Iterator[E]:
-    """Pass events on, appending each as one JSON line with the time it was seen (seconds since 1970)."""
-    with explained_storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for event in events:
+    """Pass events on, appending each as one JSON line with the time it was seen (seconds since 1970).
+
+    Raises `StorageError` when `path` cannot be written.
+    """
+    with ExitStack() as stack:
+        with explained_storage(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a", encoding="utf-8"))
+        for event in events:
+            # Only the writing is explained as writing; what `events` itself runs into is its own error.
+            with explained_storage(path):
                 file.write(json.dumps({"time_s": round(time.time(), 3)} | event.to_dict()) + "\n")
                 file.flush()
-                yield event
+            yield event

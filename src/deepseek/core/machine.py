@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from deepseek.core.extras import DISTRIBUTION
+
 LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "starlette", "pydantic")
 
 
@@ -27,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
     """Versions of Python, deepseek and `libraries`; `None` for one that is not installed."""
-    return {"python": platform.python_version(), "deepseek": _version("deepseek-engine")} | {
+    return {"python": platform.python_version(), "deepseek": _version(DISTRIBUTION)} | {
         library: _version(library) for library in libraries
     }
 

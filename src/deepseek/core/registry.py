@@ -1,5 +1,7 @@
 """A dict of names that answers an unknown one with the known ones.
 
+For families that grow by name: the registry is filled where it is defined, and read with `[]`.
+
     MODELS: Registry[type[Module]] = Registry("architecture")
     MODELS.add("decoder", Decoder)
     MODELS["decodre"]   ->  ConfigError: unknown architecture 'decodre'; did you mean 'decoder'? ...
@@ -8,11 +10,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
-
 
 T = TypeVar("T")
 
@@ -35,6 +36,10 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._values:
             raise ConfigError(explain_unknown(self.noun, name, self._values))
         return self._values[name]
+
+    def get(self, name: str, default: Any = None, /) -> Any:
+        """The value of `name`, or `default` for an unknown one; `Mapping`'s own would let the error through."""
+        return self._values.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self._values

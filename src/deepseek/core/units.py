@@ -6,6 +6,7 @@ Prefixes are decimal, and binary with an `i` (`1GiB` is 2**30 bytes), as in IEC 
 
 from __future__ import annotations
 
+import math
 import re
 
 from deepseek.core.errors import ConfigError
@@ -14,7 +15,7 @@ _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z
 _COUNT_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _BYTE_FACTORS = {"": 1, "b": 1} | {
     prefix + ("ib" if binary else "b"): (1024 if binary else 1000) ** power
-    for power, prefix in enumerate("kmgt", start=1)
+    for power, prefix in enumerate("kmgtp", start=1)
     for binary in (False, True)
 }
 _SECOND_FACTORS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -84,7 +85,10 @@ def _parse(text: str, factors: dict[str, int] | dict[str, float], noun: str, exa
     match = _QUANTITY.fullmatch(text)
     if match is None or match[2].lower() not in factors:
         raise ConfigError(f"{text!r} is not a {noun}; write a number and a unit, for example {example}")
-    return float(match[1]) * factors[match[2].lower()]
+    value = float(match[1]) * factors[match[2].lower()]
+    if math.isinf(value):
+        raise ConfigError(f"{text!r} is too large for a {noun}; write one such as {example}")
+    return value
 
 
 def _format(value: float, suffixes: list[str]) -> str:

@@ -99,6 +99,7 @@ class StreamDecoder:
 
     What `push` and `finish` return, joined, is what `decode` of all the tokens returns. `prompt_ids` are the tokens
     before the first one pushed; tokenizers that write a space in front of words need them to know whether one is due.
+    They must end with a whole character.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """Layers: all of `torch.nn`, and beside them our own, each loaded when it is first touched.
 
+A name that both have, like `attention`, is ours.
+
     from deepseek import nn
     nn.Linear, nn.ReLU          # torch's
     nn.MoERouter, nn.Int8Linear # ours
@@ -28,6 +30,8 @@ _OWN = {
 def __getattr__(name: str) -> Any:
     if name in _OWN:
         return getattr(importlib.import_module(f"deepseek.nn.{_OWN[name]}"), name)
+    if name in _OWN.values():
+        return importlib.import_module(f"deepseek.nn.{name}")
     if name.startswith("__"):
         raise AttributeError(name)
     return getattr(importlib.import_module("torch.nn"), name)

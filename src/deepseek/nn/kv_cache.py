@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseek.core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -21,12 +23,13 @@ class LayerCache:
 
     keys_SKLH: Tensor
     values_SKLH: Tensor
+    slots_S1: Tensor
+    """0, 1, ...: the rows that the tokens of a pass are written to."""
 
     def write(self, keys_BTKH: Tensor, values_BTKH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens at their positions and return all keys and values, (S, K, L, H) each."""
-        slots_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-        self.keys_SKLH.transpose(1, 2)[slots_B1, positions_BT] = keys_BTKH.to(self.keys_SKLH.dtype)
-        self.values_SKLH.transpose(1, 2)[slots_B1, positions_BT] = values_BTKH.to(self.values_SKLH.dtype)
+        self.keys_SKLH.transpose(1, 2)[self.slots_S1, positions_BT] = keys_BTKH.to(self.keys_SKLH.dtype)
+        self.values_SKLH.transpose(1, 2)[self.slots_S1, positions_BT] = values_BTKH.to(self.values_SKLH.dtype)
         return self.keys_SKLH, self.values_SKLH
 
 
@@ -42,17 +45,30 @@ class KVCache:
     """Room for `num_slots` sequences of up to `max_length` tokens."""
 
     def __init__(
-        self, num_layers: int, num_slots: int, num_kv_heads: int, max_length: int, head_size: int, dtype: torch.dtype
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        max_length: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
         shape = (num_layers, 2, num_slots, num_kv_heads, max_length, head_size)
-        self._storage = torch.zeros(shape, dtype=dtype)
+        self._storage = torch.zeros(shape, dtype=dtype, device=device)
         self.num_slots = num_slots
         self.max_length = max_length
 
     def view(self, first_slot: int, num_slots: int, length: int) -> CacheView:
         """Slots `first_slot` and following, key positions 0 to `length`."""
+        if first_slot < 0 or first_slot + num_slots > self.num_slots or length > self.max_length:
+            raise ConfigError(
+                f"slots {first_slot} to {first_slot + num_slots - 1} of length {length} were asked of a KV cache with "
+                f"{self.num_slots} slots of length {self.max_length}; make a larger cache"
+            )
         part = self._storage[:, :, first_slot : first_slot + num_slots, :, :length]
-        return CacheView(tuple(LayerCache(keys, values) for keys, values in part.unbind(0)), length)
+        slots_S1 = torch.arange(num_slots, device=part.device)[:, None]
+        return CacheView(tuple(LayerCache(keys, values, slots_S1) for keys, values in part.unbind(0)), length)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Make slot `target` equal to slot `source`."""

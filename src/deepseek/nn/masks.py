@@ -57,7 +57,7 @@ class Visibility:
     positions_BT: Tensor
     """Position of each query token (B may be 1)."""
     causal_B1TS: Tensor | None
-    """True where a key is not in the future; `None` for a whole sequence from position 0, which is causal by itself."""
+    """True where a key is not in the future; `None` for a whole sequence, which is causal by itself."""
     far_B1TS: Tensor | None
     """True where a key lies beyond the local distance; `None` for a decoder without local heads."""
     openness: Tensor | None
@@ -85,11 +85,13 @@ def see(
 ) -> Visibility:
     """The `Visibility` of queries at `positions_BT` over `num_keys` keys.
 
-    `is_whole` says that queries and keys are one sequence from position 0; `local_distance` is `None` for a decoder
-    without local heads, which then needs no mask at all.
+    `is_whole` says that queries and keys are the same tokens, each of which then sees itself and those before it
+    whatever its position is called; `local_distance` is `None` for a decoder without local heads, which then needs no
+    mask at all.
     """
     if is_whole and local_distance is None:
         return Visibility(positions_BT, None, None, None)
-    distance_BTS = positions_BT[..., None] - torch.arange(num_keys, device=positions_BT.device)
+    keys_S = torch.arange(num_keys, device=positions_BT.device)
+    distance_BTS = (keys_S[None] if is_whole else positions_BT)[..., None] - keys_S
     far_B1TS = None if local_distance is None else (distance_BTS > local_distance)[:, None]
     return Visibility(positions_BT, (distance_BTS >= 0)[:, None], far_B1TS, openness)

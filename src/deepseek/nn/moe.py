@@ -2,7 +2,8 @@
 
     scores -> top-k -> tokens grouped by expert -> each expert runs once on its group -> weighted sum back per token
 
-- Gate weights are the softmax scores of the chosen experts, normalized to sum to one.
+- Gate weights are the softmax scores of the chosen experts, normalized to sum to one. With `top_k=1` the weight is one
+  whatever the gate says, so the gate gets no gradient; choose at least two where it is meant to learn.
 - *Capacity balancing* works on the load factor of an expert, lambda = its load / the average load. A bias that falls
   while lambda is above one steers the choice (not the weights) towards idle experts, and with a `capacity_factor`
   no expert takes more than that multiple of the average load: first choices go first, the rest is dropped for that
@@ -42,7 +43,7 @@ class MoEConfig(Config):
     capacity_factor: float | None = Field(default=None, gt=0)
     """Largest load factor of an expert in training, as a multiple of the average load; none drops no token."""
     balance_rate: float = Field(default=0.0, ge=0)
-    """How far the selection bias of an expert moves per training step for each unit of load factor above one."""
+    """How far the selection bias of an expert falls in each training pass, per unit of load factor above one."""
     num_candidates: int | None = Field(default=None, ge=1)
     """Experts that survive the coarse softmax of progressive routing; none routes in one go."""
 
@@ -103,7 +104,8 @@ class MoERouter(nn.Module):
 
     `experts` is a dict of modules, or a `SwiGLUExperts`. `hidden_size` may be left out; the gate then takes its width
     from the first input. In training `capacity_factor` bounds the load; in evaluation no token is dropped. After a
-    pass `load_factor_E` holds each expert's load over the average.
+    training pass `load_factor_E` holds each expert's load over the average, counted before any is dropped. Raises
+    `ConfigError` for a `top_k` or `num_candidates` that the experts do not allow, and for no capacity.
 
     >>> router = MoERouter({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}, top_k=1)
     >>> router(torch.ones(2, 3, 4)).shape
@@ -129,7 +131,11 @@ class MoERouter(nn.Module):
         if not 1 <= top_k <= (num_candidates or num_experts) <= num_experts:
             raise ConfigError(
                 f"top_k={top_k} of {num_candidates or num_experts} candidates and {num_experts} experts; "
-                "choose top_k <= num_candidates <= number of experts"
+                "choose 1 <= top_k <= num_candidates <= number of experts"
+            )
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ConfigError(
+                f"capacity_factor={capacity_factor} leaves no room for a token; choose one above 0, or none"
             )
         self.top_k = top_k
         self.capacity_factor = capacity_factor
@@ -154,7 +160,9 @@ class MoERouter(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             wide_ND = x_ND if x_ND.dtype == torch.float64 else x_ND.float()
             scores_NE = self._scores(wide_ND)
-        _, experts_NK = (scores_NE + self.balance_bias_E).topk(self.top_k, dim=-1)
+        # The bias steers among experts that can answer; one that was ruled out would be chosen with a weight of zero.
+        preference_NE = (scores_NE + self.balance_bias_E).masked_fill(scores_NE == 0, -torch.inf)
+        experts_NK = preference_NE.topk(self.top_k, dim=-1).indices
         weights_NK = scores_NE.gather(1, experts_NK)
         weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
         with torch.no_grad():
@@ -164,13 +172,11 @@ class MoERouter(nn.Module):
 
     def _scores(self, x_ND: Tensor) -> Tensor:
         """(N, E) softmax scores; zero for experts that the coarse stage ruled out."""
-        coarse_NE = F.linear(x_ND, self.gate.weight.to(x_ND.dtype)) if _is_ready(self.gate) else self.gate(x_ND)
+        coarse_NE = _project(self.gate, x_ND)
         if self.refine is None or self.num_candidates is None:
             return coarse_NE.softmax(dim=-1)
-        _, candidates_NM = coarse_NE.softmax(dim=-1).topk(self.num_candidates, dim=-1)
-        refined_NE = coarse_NE + (
-            F.linear(x_ND, self.refine.weight.to(x_ND.dtype)) if _is_ready(self.refine) else self.refine(x_ND)
-        )
+        candidates_NM = coarse_NE.topk(self.num_candidates, dim=-1).indices
+        refined_NE = coarse_NE + _project(self.refine, x_ND)
         outside_NE = torch.ones_like(refined_NE, dtype=torch.bool).scatter(1, candidates_NM, False)
         return refined_NE.masked_fill(outside_NE, -torch.inf).softmax(dim=-1)
 
@@ -185,7 +191,9 @@ class MoERouter(nn.Module):
         order_A = routing.experts_NK.reshape(-1).argsort(stable=True)
         tokens_A = order_A // self.top_k
         counts = torch.bincount(routing.experts_NK.reshape(-1), minlength=self.experts.num_experts).tolist()
-        answers_AD = torch.cat(self.experts.run(x_ND[tokens_A].split(counts)))
+        answers = self.experts.run(x_ND[tokens_A].split(counts))
+        # An idle expert's empty group keeps the input's dtype, and must not decide the answers'.
+        answers_AD = torch.cat([each for each in answers if len(each)] or answers)
         weights_A1 = routing.weights_NK.reshape(-1)[order_A, None].to(answers_AD.dtype)
         return torch.zeros_like(x_ND, dtype=answers_AD.dtype).index_add(0, tokens_A, answers_AD * weights_A1)
 
@@ -196,9 +204,10 @@ class MoERouter(nn.Module):
         capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens * self.top_k / num_experts))
         num_places = num_experts * capacity
         place_KN, has_place_KN = _assign_places(routing.experts_NK, num_experts, capacity)
-        choice_1P = torch.full((num_places + 1,), self.top_k * num_tokens, device=x_ND.device)
-        choice_1P = choice_1P.scatter(0, place_KN.reshape(-1), torch.arange(place_KN.numel(), device=x_ND.device))[None, :-1]
-        token_P = torch.where(choice_1P[0] < place_KN.numel(), choice_1P[0] % num_tokens, num_tokens)
+        choices_A = torch.arange(self.top_k * num_tokens, device=x_ND.device)
+        choice_1P = torch.full((1, num_places + 1), self.top_k * num_tokens, device=x_ND.device)
+        choice_1P = choice_1P.scatter(1, place_KN.reshape(1, -1), choices_A[None])[:, :-1]
+        token_P = torch.where(choice_1P[0] < len(choices_A), choice_1P[0] % num_tokens, num_tokens)
         groups_ECD = _take_rows(x_ND, token_P, place_KN).view(num_experts, capacity, -1)
         answers_PD = self.experts(groups_ECD).view(num_places, -1)
         answers_KND = _take_rows(answers_PD, place_KN.reshape(-1), choice_1P).view(self.top_k, num_tokens, -1)
@@ -237,7 +246,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 def _take_rows(x_MD: Tensor, index_P: Tensor, readers_RM: Tensor) -> Tensor:
-    return cast(Tensor, _TakeRows.apply(x_MD, index_P, readers_RM))
+    return cast("Tensor", _TakeRows.apply(x_MD, index_P, readers_RM))  # type: ignore[no-untyped-call]
 
 
 def _linear(hidden_size: int | None, num_experts: int) -> nn.Linear:
@@ -246,5 +255,8 @@ def _linear(hidden_size: int | None, num_experts: int) -> nn.Linear:
     return nn.Linear(hidden_size, num_experts, bias=False)
 
 
-def _is_ready(linear: nn.Linear) -> bool:
-    return not isinstance(linear, nn.LazyLinear)
+def _project(linear: nn.Linear, x_ND: Tensor) -> Tensor:
+    """`linear` in the dtype of its input, whatever its weights are stored in."""
+    if isinstance(linear, nn.LazyLinear):
+        linear(x_ND[:0].to(linear.weight.dtype))  # takes its width from the first input
+    return F.linear(x_ND, linear.weight.to(x_ND.dtype))

@@ -29,10 +29,11 @@ def scale_learning_rate(
 def schedule_factor(
     schedule: Schedule, step: int, *, num_steps: int, warmup_steps: int, final_factor: float, decay_share: float
 ) -> float:
-    """Multiple of the peak learning rate at `step` (from 0), after a linear warm-up.
+    """Multiple of the peak learning rate at `step` (from 0): a linear warm-up, then the schedule for the steps left.
 
-    `linear` and `cosine` fall from one to `final_factor` over the whole run; `trapezoid` stays at one and falls
-    linearly during the last `decay_share` of it (Hägele et al. 2024); `constant` stays.
+    `linear` and `cosine` fall from one towards `final_factor` over all of these; `trapezoid` stays at one and falls
+    linearly during the last `decay_share` of them (Hägele et al. 2024); `constant` stays. From `num_steps` on it is
+    `final_factor`, or one for `constant`.
 
     >>> [round(schedule_factor("linear", step, num_steps=4, warmup_steps=0, final_factor=0.0, decay_share=1.0), 2)
     ...  for step in range(4)]
@@ -40,7 +41,7 @@ def schedule_factor(
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
     shapes = {
         "constant": 1.0,
         "linear": 1 - progress,

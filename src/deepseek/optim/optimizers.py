@@ -1,12 +1,12 @@
 """From a model and a config to a torch optimizer.
 
-Weights that multiply (two or more dims, embeddings aside) are decayed; norms, biases, gates' biases and embeddings are
-not. AdamW runs torch's fused kernel. SGD is there for gradient comparisons, since Adam hides a wrong scale.
+Weights that multiply (two or more dims, embeddings aside) are decayed; norms, biases and embeddings are not. AdamW runs
+torch's fused kernel. SGD is there for gradient comparisons, since Adam hides a wrong scale.
 
 `muon` orthogonalizes the updates of the matrices between the embedding and the head (Jordan et al. 2024; torch's
-`Muon`) and leaves everything else to AdamW. Its updates are scaled to the size that AdamW's would have (Liu et al.
-2025), so that one learning rate serves both. On the quickstart's run it is worth more than twice the steps: see
-docs/log.md.
+`Muon`) and leaves everything else to AdamW, stacked experts too. A head is known by its name, `head` or `lm_head`.
+Muon's updates are scaled to the size that AdamW's would have (Liu et al. 2025), so that one learning rate serves both.
+On the quickstart's run it is worth more than twice the steps: see docs/log.md.
 """
 
 from __future__ import annotations
@@ -78,6 +78,12 @@ class JointOptimizer(torch.optim.Optimizer):
         for part in self.parts:
             part.step()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: nobody could say which part should update the new parameters."""
+        if len(self.param_groups) == sum(len(part.param_groups) for part in self.parts):
+            raise ConfigError("a joint optimizer takes no new parameters; build it again from the whole model")
+        super().add_param_group(param_group)
+
     def state_dict(self) -> dict[str, Any]:
         """The parts' states, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
@@ -105,14 +111,22 @@ def _build_adamw(model: nn.Module, config: OptimizerConfig, learning_rate: float
 
 def _build_muon(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
     decayed, kept = split_parameters(model)
-    matrices = [each for each in decayed if each.ndim == 2 and min(each.shape) >= _SMALLEST_MATRIX]
+    heads = {id(head.weight) for name, head in model.named_modules() if _is_head(name) and isinstance(head, nn.Linear)}
+    matrices = [
+        each for each in decayed if each.ndim == 2 and min(each.shape) >= _SMALLEST_MATRIX and id(each) not in heads
+    ]
     if not matrices:
         raise ConfigError("muon is for matrices and this model has none between its embedding and head; choose 'adamw'")
-    others = [each for each in decayed if not any(each is matrix for matrix in matrices)]
+    chosen = {id(each) for each in matrices}
+    others = [each for each in decayed if id(each) not in chosen]
     muon = torch.optim.Muon(
         matrices, lr=learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     return JointOptimizer(muon, _adamw(others, kept, config, learning_rate))
+
+
+def _is_head(path: str) -> bool:
+    return path.rpartition(".")[2] in ("head", "lm_head")
 
 
 def _build_sgd(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from deepseek.core.errors import ConfigError
-from deepseek.core.names import explain_unknown
+from deepseek.core.registry import Registry
 
 if TYPE_CHECKING:
     from deepseek.train.config import TrainConfig
 
-# Recipe -> what it is for, in one line. Each is the function of that name in the module of that name.
-RECIPES = {
-    "quickstart": "A 7 M mixture of experts on Python's own source code, minutes on two cores.",
-    "decoder_tiny": "A 3 M dense Llama-shaped decoder, for trying things out.",
-    "decoder_120m": "The 120 M decoder of the first generation, with the dynamic local/global mask.",
-}
+# What each is for, in one line; it is the function of that name in the module of that name.
+RECIPES: Registry[str] = Registry("recipe")
+RECIPES.add("quickstart", "A 7 M mixture of experts on Python's own source code, minutes on two cores.")
+RECIPES.add("decoder_tiny", "A 3 M dense Llama-shaped decoder, for trying things out.")
+RECIPES.add("decoder_120m", "The 120 M decoder of the first generation, with the dynamic local/global mask.")
 
 
 def load_recipe(name: str) -> TrainConfig:
     """The config of a recipe; an unknown name raises `ConfigError` with the known ones."""
-    if name not in RECIPES:
-        raise ConfigError(explain_unknown("recipe", name, RECIPES))
+    RECIPES[name]
     config: TrainConfig = getattr(importlib.import_module(f"deepseek.recipes.{name}"), name)()
     return config

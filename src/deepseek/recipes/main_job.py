@@ -9,17 +9,18 @@ goes on where it was, and every phase proves that the artifact of the one before
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from deepseek.compress.comparing import Comparison
 from deepseek.compress.quantizing import quantize
+from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event, record
 from deepseek.core.machine import describe_machine, describe_versions
 from deepseek.core.storage import write_file
@@ -32,6 +33,14 @@ from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, train
 
 INT8_FOLDER, EVENTS_FILE, REPORT_FILE = "model-int8", "events.jsonl", "report.json"
 PROMPTS = ("def ", "import ", "class ")
+_MAX_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class PhaseStarted(Event):
+    """What follows training begins: counting n-grams, int8, or serving."""
+
+    phase: str
 
 
 @dataclass(frozen=True)
@@ -73,25 +82,44 @@ class ReportWritten(Event):
     report: dict[str, Any]
 
 
-def run_main_job(config: TrainConfig) -> Iterator[Event]:
-    """All phases for `config`; the report and the artifacts are in its folder."""
+def run_main_job(config: TrainConfig) -> Generator[Event, None, None]:
+    """All phases for `config`; the report and the artifacts are in its folder.
+
+    Raises `ConfigError` where no text is held out, since every number of the report is a comparison on such text, and
+    what the phases raise.
+    """
+    if not config.data.has_heldout:
+        raise ConfigError(
+            "data.heldout_fraction is 0 and the job compares on held-out text; set it to 0.05, for example"
+        )
     began_s = time.perf_counter()
     folder = Path(config.folder)
-    phases = chain(train(config), _measure_baselines(config), _quantize(config), _serve(folder / INT8_FOLDER))
-    yield from record(phases, folder / EVENTS_FILE)
+    with contextlib.closing(_run_phases(config)) as phases:  # left early, training saves itself
+        yield from record(phases, folder / EVENTS_FILE)
     report = build_report(read_events(folder / EVENTS_FILE), wall_s=time.perf_counter() - began_s)
     write_file(folder / REPORT_FILE, json.dumps(report, indent=2).encode())
     yield ReportWritten(str(folder / REPORT_FILE), report)
 
 
+def _run_phases(config: TrainConfig) -> Generator[Event, None, None]:
+    yield from train(config)
+    yield PhaseStarted("counting n-grams")
+    yield from _measure_baselines(config)
+    yield PhaseStarted("int8")
+    yield from _quantize(config)
+    yield PhaseStarted("serving")
+    yield from _serve(config)
+
+
 def build_report(events: list[dict[str, Any]], *, wall_s: float) -> dict[str, Any]:
-    """The report's values from the events of all processes that worked on the run."""
+    """The report's values from the events of all processes that worked on the run; `wall_s` is that of the last one."""
     latest = {event["kind"]: event for event in events}
-    steps = [event for event in events if event["kind"] == "step_done"]
+    steps = list(steps_by_number(events).values())
     completions = [event for event in events if event["kind"] == "completion_received"][-len(PROMPTS) :]
     quantized, baselines = latest["model_quantized"], latest["baselines_measured"]
     return {
         "train": {
+            "first_step": latest["run_started"]["first_step"],
             "loss_first": steps[0]["loss"],
             "loss_last": steps[-1]["loss"],
             "heldout_loss": latest["evaluated"]["heldout_loss"],
@@ -113,8 +141,22 @@ def build_report(events: list[dict[str, Any]], *, wall_s: float) -> dict[str, An
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events that `record` wrote, oldest first."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The events of the run that `record` wrote to `path`, oldest first: those since it last began with step 0.
+
+    A line that a kill or a full disk cut short is left out.
+    """
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    starts = [index for index, event in enumerate(events) if event["kind"] == "run_started" and not event["first_step"]]
+    return events[starts[-1] if starts else 0 :]
+
+
+def steps_by_number(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The optimizer steps among `events`, in order; of one that a killed process had done already, the later."""
+    steps = {event["step"]: event for event in events if event["kind"] == "step_done"}
+    return dict(sorted(steps.items()))
 
 
 def _measure_baselines(config: TrainConfig) -> Iterator[Event]:
@@ -140,7 +182,8 @@ def _quantize(config: TrainConfig) -> Iterator[Event]:
     )
 
 
-def _serve(model: Path) -> Iterator[Event]:
-    completions: Iterator[Completion] = probe_server(model, PROMPTS)
+def _serve(config: TrainConfig) -> Iterator[Event]:
+    max_tokens = min(_MAX_TOKENS, max(1, config.model.max_length // 2))
+    completions: Iterator[Completion] = probe_server(Path(config.folder) / INT8_FOLDER, PROMPTS, max_tokens=max_tokens)
     for completion in completions:
         yield CompletionReceived(**asdict(completion))

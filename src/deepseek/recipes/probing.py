@@ -1,7 +1,8 @@
 """Asking a real server: a process of its own is started on a free port, answers over HTTP, and is stopped.
 
 The client is plain `http.client`, so that what is measured is what any client would see. Times are wall clock at the
-client: until the first token, and tokens per second after it.
+client: until the first token, and tokens per second after it. Whatever the server does instead of answering (it dies,
+it hangs, it sends an error in the middle of a stream) ends here with one sentence, and never with a server left behind.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from deepseek.core.errors import PermanentError
 
 _START_TIMEOUT_S = 60.0
+_ANSWER_TIMEOUT_S = 60.0  # for each piece of an answer
 _STOP_TIMEOUT_S = 30.0
+_END_OF_STREAM = "[DONE]"
 
 
 @dataclass(frozen=True)
@@ -42,50 +47,90 @@ def probe_server(model: Path, prompts: Sequence[str], *, max_tokens: int = 48) -
 
 
 @contextmanager
-def server_process(model: Path) -> Iterator[str]:
-    """A server in its own process; yields its URL, and stops it with SIGTERM at the end."""
+def server_process(model: Path, *, start_timeout_s: float = _START_TIMEOUT_S) -> Iterator[str]:
+    """A server in its own process; yields its URL, and stops it with SIGTERM at the end.
+
+    Raises `PermanentError` when it is not ready within `start_timeout_s`, or ends with another status than 0.
+    """
     command = [sys.executable, "-m", "deepseek", "serve", str(model), "--port", "0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
+    # A process group of its own: Ctrl-C in a terminal goes to all of the terminal's group, and when to stop this server
+    # is decided here.
+    with subprocess.Popen(  # noqa: S603 - our own command
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0
+    ) as process:
         try:
-            yield _wait_for_url(process)
+            yield _wait_for_url(process, start_timeout_s)
         finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                status = process.wait(timeout=_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                status = process.wait()
+            status = _stop(process)
         if status != 0:
             raise PermanentError(f"the server ended with status {status} and 0 was expected; see its messages above")
 
 
 def complete(url: str, prompt: str, *, max_tokens: int) -> Completion:
-    """Stream one greedy completion of `prompt` from the server at `url`."""
+    """Stream one greedy completion of `prompt` from the server at `url`; `PermanentError` when it does not arrive."""
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_START_TIMEOUT_S)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_ANSWER_TIMEOUT_S)
     body = {"model": "deepseek", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
     began_s = time.perf_counter()
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    if answer.status != http.HTTPStatus.OK:
-        raise PermanentError(f"the server answered {answer.status} to a completion: {answer.read().decode()}")
-    pieces, arrivals_s = [], []
-    for line in answer:
-        payload = line.decode().removeprefix("data: ").strip()
-        if payload and payload != "[DONE]":
-            pieces.append(json.loads(payload)["choices"][0]["text"])
-            arrivals_s.append(time.perf_counter())
-    connection.close()
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        pieces, arrivals_s = _read_stream(connection.getresponse())
+    except (OSError, http.client.HTTPException) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PermanentError(f"the server at {url} broke off its answer ({reason}); see its messages above") from error
+    finally:
+        connection.close()
     elapsed_s = arrivals_s[-1] - arrivals_s[0]
     rate = (len(arrivals_s) - 1) / elapsed_s if elapsed_s > 0 else 0.0
     return Completion(prompt, "".join(pieces), (arrivals_s[0] - began_s) * 1000, rate)
 
 
-def _wait_for_url(process: subprocess.Popen[str]) -> str:
-    """The URL in the server's first event."""
+def _read_stream(answer: http.client.HTTPResponse) -> tuple[list[str], list[float]]:
+    """The texts of a streamed answer, and when each came."""
+    if answer.status != http.HTTPStatus.OK:
+        raise PermanentError(f"the server answered {answer.status} to a completion: {answer.read().decode()}")
+    pieces: list[str] = []
+    arrivals_s: list[float] = []
+    for line in answer:
+        payload = line.decode().removeprefix("data: ").strip()
+        if payload == _END_OF_STREAM and pieces:
+            return pieces, arrivals_s
+        if payload:
+            pieces.append(_read_text(json.loads(payload)))
+            arrivals_s.append(time.perf_counter())
+    raise http.client.IncompleteRead("".join(pieces).encode())
+
+
+def _read_text(event: dict[str, Any]) -> str:
+    """The text of one event of a stream; an error in the middle of it is an event too."""
+    if "error" in event:
+        raise PermanentError(f"the server ended its answer with an error: {event['error']['message']}")
+    return str(event["choices"][0]["text"])
+
+
+def _wait_for_url(process: subprocess.Popen[str], timeout_s: float) -> str:
+    """The URL in the server's first event; a server that is not there in time is killed, which ends its output."""
     assert process.stdout is not None
-    for line in process.stdout:
-        event = json.loads(line)
-        if event["kind"] == "server_started":
-            return str(event["url"])
-    raise PermanentError(f"the server ended with status {process.wait()} before it was ready; see its messages above")
+    timer = threading.Timer(timeout_s, process.kill)
+    timer.start()
+    try:
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["kind"] == "server_started":
+                return str(event["url"])
+    finally:
+        timer.cancel()
+    raise PermanentError(
+        f"the server ended with status {process.wait()} before it was ready, or was not ready after {timeout_s:g} s; "
+        "see its messages above"
+    )
+
+
+def _stop(process: subprocess.Popen[str]) -> int:
+    """Ask the server to end, and make it when it does not; its exit status."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(timeout=_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

@@ -11,6 +11,7 @@ are for the machine room and stay open.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import re
@@ -173,7 +174,7 @@ async def show_metrics(request: Request) -> Response:
 async def admit(request: Request, body: type[B]) -> tuple[Service, B]:
     """The checked body of a request that may be served."""
     service = authorize(request)
-    parsed = parse(body, await read_body(request, service.config.max_body_bytes))
+    parsed = parse(body, await read_body(request, service.config))
     service.require_model(parsed.model)
     return service, parsed
 
@@ -190,15 +191,19 @@ def authorize(request: Request) -> Service:
     return service
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, read no further than `max_bytes`; raises `RequestError` (413) beyond."""
+async def read_body(request: Request, config: ServeConfig) -> bytes:
+    """The body; raises `RequestError` when it is too long (413), having read no further, or too slow (408)."""
     content = bytearray()
-    async for piece in request.stream():
-        content += piece
-        if len(content) > max_bytes:
-            raise RequestError(
-                f"the body is longer than {max_bytes} bytes; send less", status=413, code="body_too_large"
-            )
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            async for piece in request.stream():
+                content += piece
+                if len(content) > config.max_body_bytes:
+                    message = f"the body is longer than {config.max_body_bytes} bytes; send less"
+                    raise RequestError(message, status=413, code="body_too_large")
+    except TimeoutError:
+        message = f"the body did not arrive within {config.body_timeout_s:g} s; send it faster"
+        raise RequestError(message, status=408, code="request_timeout") from None
     return bytes(content)
 
 
@@ -255,7 +260,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self._send_all(send))
+            with contextlib.suppress(ClientDisconnect):  # nobody is left to tell
+                await until_disconnect(receive, self._send_all(send))
         finally:
             self._thread.close(self._stream)
 
@@ -355,7 +361,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if status == 413:
+    if status in {408, 413}:
         headers["Connection"] = "close"  # the rest of the body is not wanted
     return JSONResponse(body, status_code=status, headers=headers)
 

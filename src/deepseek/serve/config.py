@@ -31,6 +31,8 @@ class ServeConfig(EngineConfig):
     """Name that requests give as `model`, and that `/v1/models` lists."""
     max_body_bytes: int = Field(default=4 << 20, ge=1)
     """Longest request body; longer ones are refused with status 413."""
+    body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """How long a request body may take to arrive; a slower one is refused with status 408."""
     shutdown_timeout_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """How long requests may go on after SIGTERM or Ctrl-C; then they are ended with an error."""
     stall_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)

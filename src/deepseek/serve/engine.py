@@ -24,6 +24,7 @@ from torch import Tensor
 from deepseek.core.errors import ConfigError, RequestError
 from deepseek.data.tokenizing import StreamDecoder, Tokenizer
 from deepseek.models.decoder.model import Decoder
+from deepseek.nn.kv_cache import KVCache
 from deepseek.serve.config import EngineConfig
 from deepseek.serve.sampling import choose, score
 from deepseek.serve.scheduling import Chunk, Plan, Scheduler
@@ -47,7 +48,8 @@ GREEDY = Sampling(temperature=0)
 class Engine:
     """A model, its KV cache and the sequences in it. The model is put into evaluation mode.
 
-    Raises `ConfigError` when `config.max_length` is longer, or the tokenizer's vocabulary larger, than the model's.
+    Raises `ConfigError` when `config.max_length` is longer, or the tokenizer's vocabulary larger, than the model's, and
+    when the cache does not fit into memory.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
@@ -58,7 +60,7 @@ class Engine:
         self.config = config
         self.max_length = config.max_length or model.config.max_length
         self._device = next(chain(model.parameters(), model.buffers())).device
-        self._cache = model.new_cache(config.max_num_seqs, self.max_length)
+        self._cache = _new_cache(model, config.max_num_seqs, self.max_length)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_queue, config.prefill_tokens)
         self._writers: dict[int, TextWriter] = {}
         self._lock = threading.Lock()  # held while the scheduler changes, never while the model runs
@@ -290,6 +292,16 @@ def check_fit(model: Decoder, tokenizer: Tokenizer, config: EngineConfig) -> Non
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
             f"use the tokenizer that the model was trained with"
         )
+
+
+def _new_cache(model: Decoder, num_slots: int, max_length: int) -> KVCache:
+    try:
+        return model.new_cache(num_slots, max_length)
+    except RuntimeError as error:  # torch's out-of-memory errors have no narrower class in common
+        raise ConfigError(
+            f"a KV cache for max_num_seqs={num_slots} of max_length={max_length} tokens does not fit into memory "
+            f"({error}); lower one of them"
+        ) from error
 
 
 def _logprobs(sampling: Sampling, logits_V: Tensor, token: int) -> Logprobs | None:

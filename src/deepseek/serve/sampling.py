@@ -44,8 +44,8 @@ def draw(logits_V: Tensor, sampling: Sampling, uniform: float) -> int:
     """The token at `uniform`, in [0, 1), of the cumulative distribution that `sampling` makes of `logits_V`."""
     probabilities_K, tokens_K = distribution(logits_V, sampling)
     cumulative_K = probabilities_K.cumsum(0)
-    rank = torch.searchsorted(cumulative_K, uniform * cumulative_K[-1], right=True)
-    return int(tokens_K[rank.clamp(max=len(tokens_K) - 1)])
+    rank = torch.searchsorted(cumulative_K, uniform * cumulative_K[-1], right=True)  # below K, since uniform is below 1
+    return int(tokens_K[rank])
 
 
 def distribution(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -263,6 +263,7 @@ def _build_uvicorn(service: Service) -> uvicorn.Server:
             ws="none",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             timeout_graceful_shutdown=math.ceil(service.config.shutdown_timeout_s + _GRACE_S),
         )

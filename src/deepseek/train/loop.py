@@ -13,12 +13,14 @@ everything a step depends on is in the checkpoint or a pure function of the step
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deepseek.checkpoint.randomness import capture_rng, restore_rng
@@ -60,11 +62,12 @@ class Run:
     """Steps done when the newest checkpoint was saved."""
 
 
-def train(config: TrainConfig) -> Iterator[Event]:
+def train(config: TrainConfig) -> Generator[Event, None, None]:
     """Train from `config`, or go on with it where an earlier call was stopped; the model is in `folder/model`.
 
     Raises `ConfigError`, `DataError`, `TrainingError`, `CheckpointError` or `StorageError`.
     """
+    open_device(config.device)
     folder = Path(config.folder)
     yield from prepare_data(config.data, folder / DATA_FOLDER)
     run = build(config, load_data(config.data, folder / DATA_FOLDER, is_verified=True))
@@ -94,8 +97,8 @@ def build(config: TrainConfig, data: PreparedData) -> Run:
             f"the tokenizer has {data.tokenizer.vocab_size} tokens and model.vocab_size is {config.model.vocab_size}; "
             "make model.vocab_size at least as large"
         )
-    device = torch.device(config.device)
-    torch.manual_seed(config.seed)
+    device = open_device(config.device)
+    _seed(config.seed)
     model = Decoder(config.model).to(device).train()
     learning_rate = scale_learning_rate(
         config.sequences_per_step,
@@ -110,15 +113,39 @@ def build(config: TrainConfig, data: PreparedData) -> Run:
     return Run(config, data, model, optimizer, loader, choose_precision(config.precision, device), learning_rate)
 
 
+def open_device(name: str) -> torch.device:
+    """The torch device `name`, tried out; `ConfigError` where this machine or this build of torch has none.
+
+    >>> open_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used here ({reason}); choose cpu, or a device there is"
+        ) from error
+    return device
+
+
+def _seed(seed: int) -> None:
+    """Every generator that a layer or a hook of the user's may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def resume(run: Run) -> None:
     """Take up the newest valid checkpoint of the run's folder, if there is one."""
     checkpoint = newest_valid(Path(run.config.folder) / CHECKPOINT_FOLDER)
     if checkpoint is None:
         return
     state = checkpoint.state
-    if state["run_digest"] != run_digest(run.config):
+    if changed := find_changes(state.get("settings", {}), deciding_settings(run.config)):
         raise CheckpointError(
-            f"{checkpoint.path} belongs to a run with other settings; "
+            f"{checkpoint.path} belongs to a run with other settings ({', '.join(changed[:3])}); "
             "go on with the settings it was started with, or choose another folder"
         )
     run.model.load_state_dict(state["model"])
@@ -128,17 +155,34 @@ def resume(run: Run) -> None:
     run.step = run.saved_step = checkpoint.step
 
 
-def run_digest(config: TrainConfig) -> str:
-    """Digest of the settings that decide what the weights become; two runs that share it may share checkpoints."""
-    default = TrainConfig()
-    return config.model_copy(update={name: getattr(default, name) for name in _FREE_SETTINGS}).digest
+def deciding_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what the weights become, by dotted name; runs that share them may share checkpoints."""
+    return dict(_flatten({name: value for name, value in config.to_dict().items() if name not in _FREE_SETTINGS}))
+
+
+def find_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two flat settings, one phrase for each.
+
+    >>> find_changes({"num_steps": 650, "seed": 0}, {"num_steps": 700, "seed": 0})
+    ['num_steps was 650 and is 700']
+    """
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def save_checkpoint(run: Run) -> CheckpointSaved:
     """Write everything the next step depends on."""
     began_s = time.perf_counter()
     state: dict[str, Any] = {
-        "run_digest": run_digest(run.config),
+        "settings": deciding_settings(run.config),
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "loader": run.loader.state_dict(),

@@ -56,7 +56,7 @@ def prepare(
     precision: Precision = "auto",
     device: str | torch.device | None = None,
     grad_clip: float | None = 1.0,
-    compile: bool = False,  # noqa: A002
+    compile: bool = False,
 ) -> tuple[M, O, DeviceLoader[B]]:
     """Set up a model, its optimizer and its data for training, and return them.
 
@@ -93,7 +93,9 @@ def move(batch: B, device: torch.device) -> B:
 def _check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     own = {id(each) for each in model.parameters()}
     if not all(id(each) in own for group in optimizer.param_groups for each in group["params"]):
-        raise ConfigError("the optimizer updates parameters that the model does not have; build it from model.parameters()")
+        raise ConfigError(
+            "the optimizer updates parameters that the model does not have; build it from model.parameters()"
+        )
 
 
 def _run_under(model: nn.Module, precision: Precision, device: torch.device) -> None:

@@ -65,6 +65,4 @@ def summed_loss(model: nn.Module, batch: Batch, *, precision: Precision) -> Tens
         logits_BTV = model(batch.tokens_BT.to(device))
     logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
     targets_BT = batch.targets_BT.to(device)
-    return F.cross_entropy(
-        logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
-    )
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")

@@ -84,7 +84,11 @@ class DecoderConfig(Config):
                 f"choose one of {', '.join(map(str, choices))}"
             )
         if self.position == "rotary" and self.size_of_head % 2:
-            raise ConfigError(f"rotary positions pair channels and head_size={self.size_of_head} is odd; choose an even one")
+            raise ConfigError(
+                f"rotary positions pair channels and head_size={self.size_of_head} is odd; choose an even one"
+            )
+        if self.moe and self.feedforward_bias:
+            raise ConfigError("mixture-of-experts blocks have no biases, and feedforward_bias is set; leave it out")
         if self.moe and self.feedforward != "swiglu":
             raise ConfigError("mixture-of-experts blocks are gated, and feedforward is 'gelu'; choose 'swiglu'")
         return self
@@ -123,7 +127,8 @@ class Block(nn.Module):
         self, x_BTD: Tensor, table_2BTH: Tensor | None, visibility: Visibility, cache: LayerCache | None = None
     ) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), table_2BTH, visibility, cache)
-        return x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
+        y_BTD: Tensor = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
+        return y_BTD
 
 
 class Decoder(nn.Module):
@@ -169,9 +174,10 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         num_keys = tokens_BT.shape[1] if cache is None else cache.length
-        if max(num_keys, tokens_BT.shape[1]) > self.config.max_length:
+        longest = max(num_keys, tokens_BT.shape[1])
+        if longest > self.config.max_length:
             raise ConfigError(
-                f"the sequence has {num_keys} tokens and this model was made for {self.config.max_length}; "
+                f"the sequence has {longest} tokens and this model was made for {self.config.max_length}; "
                 "shorten it, or make the model with a larger max_length"
             )
         visibility = see(
@@ -189,14 +195,22 @@ class Decoder(nn.Module):
             x_BTD = layer(x_BTD, table_2BTH, visibility, cache.layers[index] if cache else None)
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        return self.head(self.norm(x_BTD))
+        logits_BTV: Tensor = self.head(self.norm(x_BTD))
+        return logits_BTV
 
     def new_cache(self, num_slots: int, max_length: int | None = None) -> KVCache:
-        """Room for the keys and values of `num_slots` sequences, in the dtype of the weights."""
-        config = self.config
+        """Room for the keys and values of `num_slots` sequences, in the dtype and on the device of the weights."""
+        config, weight = self.config, next(self.norm.parameters())
         length = max_length or config.max_length
-        dtype = self.norm.weight.dtype
-        return KVCache(config.num_layers, num_slots, config.kv_heads, length, config.size_of_head, dtype)
+        return KVCache(
+            config.num_layers,
+            num_slots,
+            config.kv_heads,
+            length,
+            config.size_of_head,
+            weight.dtype,
+            weight.device,
+        )
 
     def set_step(self, step: int) -> None:
         """Tell the mask how far training has come; a model that is not being trained needs no call."""
@@ -214,13 +228,12 @@ class Decoder(nn.Module):
                 nn.init.normal_(weight, std=0.02)
         for residual in (getattr(module, "o_proj", None), getattr(module, "down_proj", None)):
             if residual is not None:
-                weight = residual.weight if isinstance(residual, nn.Linear) else residual
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+                nn.init.normal_(getattr(residual, "weight", residual), std=0.02 / math.sqrt(2 * self.config.num_layers))
 
 
 def build_norm(config: DecoderConfig) -> nn.Module:
     """RMS norm or layer norm over the hidden channels."""
-    norms = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+    norms: dict[str, type[nn.RMSNorm | nn.LayerNorm]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
     return norms[config.norm](config.hidden_size, eps=config.norm_eps)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: one file per claim, against peers, in one run. `python -m benchmarks` lists them."""

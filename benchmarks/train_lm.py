@@ -1,0 +1,206 @@
+"""Training a dense 12 M decoder: at least 2x a plain eager FP32 loop and 1.2x the transformers Trainer, in tokens/s.
+
+Every side trains the same Llama shape on the same random tokens with AdamW and clipping: this framework's step (bf16,
+eager and with compiled blocks), a plain PyTorch loop in FP32 and the usual way to speed it up (compile and autocast),
+and the `transformers` Trainer in FP32, in bf16, and in bf16 compiled, of which the best counts. What is timed are
+steps in the middle of training; compiling and setting up are not.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio, report
+from deepseek.data.batching import Batch
+from deepseek.mixed_precision.policies import choose_precision
+from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.optim.optimizers import OptimizerConfig, build_optimizer
+from deepseek.train.steps import take_step
+
+CONFIG = DecoderConfig(
+    vocab_size=4096,
+    num_layers=6,
+    hidden_size=384,
+    num_heads=6,
+    num_kv_heads=6,
+    ffn_size=1024,
+    max_length=256,
+)
+BATCH_SIZE, LENGTH, LEARNING_RATE, GRAD_CLIP = 8, 256, 1e-3, 1.0
+
+
+def main() -> None:
+    """Measure all sides and report."""
+    arguments = parse_arguments(__doc__ or "")
+    num_steps, num_rounds = (3, 1) if arguments.quick else (8, 5)
+    rows = measure(build_sides(num_steps), num_rounds=num_rounds)
+    best = best_of(rows, "deepseek")
+    bars = [
+        Bar("ours / plain eager FP32", ratio(rows, best, "plain loop fp32"), 2.0),
+        Bar("ours / plain compiled bf16", ratio(rows, best, "plain loop bf16 compiled"), 1.0),
+        Bar("ours / best of the Trainer", ratio(rows, best, best_of(rows, "Trainer")), 1.2),
+    ]
+    report("train_lm", "tokens/s", rows, bars, arguments)
+
+
+def build_sides(num_steps: int) -> list[Side]:
+    """All sides, each with a model of its own that goes on learning from round to round."""
+    return [
+        Side("deepseek bf16", our_loop(num_steps, compiled=False)),
+        Side("deepseek bf16 compiled", our_loop(num_steps, compiled=True)),
+        Side("plain loop fp32", plain_loop(num_steps, is_fast=False)),
+        Side("plain loop bf16 compiled", plain_loop(num_steps, is_fast=True)),
+        Side("Trainer fp32", trainer(num_steps, bf16=False, torch_compile=False)),
+        Side("Trainer bf16", trainer(num_steps, bf16=True, torch_compile=False)),
+        Side("Trainer bf16 compiled", trainer(num_steps, bf16=True, torch_compile=True)),
+    ]
+
+
+def best_of(rows: list[Row], prefix: str) -> str:
+    """Name of the fastest side whose name begins so."""
+    return max((row for row in rows if row.name.startswith(prefix)), key=lambda row: row.median or 0).name
+
+
+def random_tokens(seed: int) -> Iterator[Tensor]:
+    """(B, T + 1) tokens without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(0, CONFIG.vocab_size, (BATCH_SIZE, LENGTH + 1), generator=generator)
+
+
+def our_loop(num_steps: int, *, compiled: bool) -> Callable[[], float]:
+    """This framework's step."""
+    torch.manual_seed(0)
+    model = Decoder(CONFIG).train()
+    optimizer = build_optimizer(model, OptimizerConfig(), LEARNING_RATE)
+    precision = choose_precision("auto", torch.device("cpu"))
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    tokens = random_tokens(0)
+
+    def step() -> None:
+        rows_BT = next(tokens)
+        batch = Batch(rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous(), BATCH_SIZE * LENGTH)
+        take_step(model, optimizer, [batch], precision=precision, grad_clip=GRAD_CLIP)
+
+    return timed(step, num_steps)
+
+
+def plain_loop(num_steps: int, *, is_fast: bool) -> Callable[[], float]:
+    """What one writes by hand: eager FP32, or compiled under bf16 autocast."""
+    torch.manual_seed(0)
+    model: nn.Module = Decoder(CONFIG).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    run = torch.compile(model) if is_fast else model
+    tokens = random_tokens(0)
+
+    def step() -> None:
+        rows_BT = next(tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_fast):
+            logits_BTV = run(rows_BT[:, :-1])
+        loss = nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), rows_BT[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, num_steps)
+
+
+def timed(step: Callable[[], None], num_steps: int) -> Callable[[], float]:
+    """`num_steps` steps as a rate in tokens per second."""
+
+    def rate() -> float:
+        began_s = time.perf_counter()
+        for _ in range(num_steps):
+            step()
+        return num_steps * BATCH_SIZE * LENGTH / (time.perf_counter() - began_s)
+
+    return rate
+
+
+class Clock(transformers.TrainerCallback):
+    """Notes when each optimizer step ended."""
+
+    def __init__(self) -> None:
+        self.ends_s: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        self.ends_s.append(time.perf_counter())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of random tokens in the form that the Trainer reads."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        tokens_T = torch.randint(0, CONFIG.vocab_size, (LENGTH,), generator=generator)
+        return {"input_ids": tokens_T, "labels": tokens_T}
+
+
+def trainer(num_steps: int, **settings: bool) -> Callable[[], float]:
+    """The `transformers` Trainer on `LlamaForCausalLM`; the first step of each round is not timed."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=CONFIG.vocab_size,
+        hidden_size=CONFIG.hidden_size,
+        intermediate_size=CONFIG.ffn_size,
+        num_hidden_layers=CONFIG.num_layers,
+        num_attention_heads=CONFIG.num_heads,
+        num_key_value_heads=CONFIG.kv_heads,
+        max_position_embeddings=CONFIG.max_length,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+
+    def rate() -> float:
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = transformers.TrainingArguments(
+                output_dir=folder,
+                use_cpu=True,
+                per_device_train_batch_size=BATCH_SIZE,
+                max_steps=num_steps + 1,
+                learning_rate=LEARNING_RATE,
+                max_grad_norm=GRAD_CLIP,
+                optim="adamw_torch_fused",
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                **copy.copy(settings),
+            )
+            worker = transformers.Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=Rows(10_000),
+                callbacks=[clock],  # type: ignore[arg-type]
+            )
+            worker.remove_callback(transformers.PrinterCallback)
+            worker.train()
+        elapsed_s = clock.ends_s[-1] - clock.ends_s[0]
+        return (len(clock.ends_s) - 1) * BATCH_SIZE * LENGTH / elapsed_s
+
+    return rate
+
+
+if __name__ == "__main__":
+    main()

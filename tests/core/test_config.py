@@ -1,0 +1,273 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from typing import Literal, Self
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError, model_validator
+
+from deepseek.core.config import Config, parse_overrides, read_settings
+from deepseek.core.errors import ConfigError
+
+
+class Rate(Config):
+    peak: float = Field(default=0.1, gt=0)
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decays."""
+
+
+class Model(Config):
+    depth: int = Field(default=3, ge=1)
+    """Blocks."""
+    width: int = 8
+    """Channels."""
+    rate: Rate = Rate()
+    """Nested twice."""
+    extra: Rate | None = None
+    """Optional."""
+    stages: tuple[Rate, ...] = ()
+    """Several."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.depth == 1:
+            raise ConfigError(f"width={self.width} is one more than a multiple of depth={self.depth}; choose another")
+        return self
+
+
+class Job(Config):
+    name: str = "job"
+    """What it is called."""
+    kind: Literal["Train", "Serve"] = "Train"
+    """What it does."""
+    model: Model = Model()
+    """What it works on."""
+
+
+class Needy(Config):
+    path: str
+    """No default."""
+
+
+rates = st.builds(Rate, peak=st.floats(1e-9, 1e9), betas=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+models = st.builds(
+    Model,
+    depth=st.just(3),
+    width=st.integers(0, 99).filter(lambda width: width % 3 != 1),
+    rate=rates,
+    extra=st.none() | rates,
+    stages=st.lists(rates, max_size=2).map(tuple),
+)
+jobs = st.builds(Job, name=st.text(), kind=st.sampled_from(["Train", "Serve"]), model=models)
+
+
+@given(jobs)
+def test_dicts_json_and_yaml_give_the_same_config_back(job):
+    values = job.to_dict()
+    assert Job.from_dict(values) == job
+    assert Job.from_dict(json.loads(json.dumps(values))) == job
+    assert Job.from_dict(yaml.safe_load(yaml.safe_dump(values))) == job
+
+
+@given(jobs, jobs)
+def test_one_digest_means_one_configuration(one, other):
+    assert (one.digest == other.digest) == (one == other)
+    assert one.digest == Job.from_dict(one.to_dict()).digest
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "4711"])
+def test_the_digest_is_the_same_in_every_process(hash_seed):
+    code = (
+        "from deepseek.core.config import Config\n"
+        "class Job(Config):\n    b: int = 2\n    a: dict[str, float] = {'y': 0.5, 'x': 1e-3}\n"
+        "print(Job().digest)"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert answer.strip() == hashlib.sha256(b'{"a": {"x": 0.001, "y": 0.5}, "b": 2}').hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "nearest"),
+    [
+        ({"nam": 1}, "nam", "name"),
+        ({"model": {"dept": 1}}, "model.dept", "model.depth"),
+        ({"model": {"rate": {"peek": 1}}}, "model.rate.peek", "model.rate.peak"),
+        ({"model": {"extra": {"peek": 1}}}, "model.extra.peek", "model.extra.peak"),
+        ({"model": {"stages": [{}, {"peek": 1}]}}, "model.stages.1.peek", "model.stages.1.peak"),
+    ],
+)
+def test_an_unknown_key_is_refused_at_every_depth_with_the_nearest_name(values, key, nearest):
+    with pytest.raises(ConfigError, match=f"^unknown setting '{key}'; did you mean '{nearest}'"):
+        Job.from_dict(values)
+    with pytest.raises(ConfigError, match=f"^unknown setting '{key}'; did you mean '{nearest}'"):
+        Job(**values)
+
+
+def test_an_unknown_key_near_no_other_lists_all_of_its_place():
+    with pytest.raises(ConfigError, match=r"^unknown setting 'model.rate.zzz'; .*model.rate.betas, model.rate.peak\)$"):
+        Job(model={"rate": {"zzz": 1}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"depth": "abc"}}, "setting 'model.depth' is 'abc': input should be a valid integer"),
+        ({"model": {"depth": 0}}, "setting 'model.depth' is 0: input should be greater than or equal to 1"),
+        ({"model": {"rate": {"betas": [0.9]}}}, "setting 'model.rate.betas.1' of Job is missing; give it a value"),
+        ({"model": {"stages": [{"peak": -1}]}}, "setting 'model.stages.0.peak' is -1: input should be greater than 0"),
+        ({"model": 3}, "setting 'model' is 3: input should be a valid dictionary or instance of Model"),
+        ({"kind": "train"}, "setting 'kind' is 'train': input should be 'Train' or 'Serve'"),
+        ({"model": {"width": 4}}, "^width=4 is one more than a multiple of depth=3; choose another$"),
+        ({3: 4}, "setting '3' is 3: keys should be strings"),
+        ({"model": {2: 4}}, "setting 'model.2' is 2: keys should be strings"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_whole_path(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        Job.from_dict(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"setting 'name' is 1: .*; unknown setting 'model.dept'; .*"):
+        Job(name=1, model={"dept": 1})
+
+
+def test_a_missing_value_is_asked_for():
+    with pytest.raises(ConfigError, match="setting 'path' of Needy is missing; give it a value"):
+        Needy()
+
+
+def test_a_config_is_frozen():
+    job = Job()
+    with pytest.raises(ValidationError, match="frozen"):
+        job.name = "other"
+    assert job.name == "job" and hash(job) == hash(Job())
+
+
+def test_the_string_under_a_field_is_its_description():
+    assert Job.model_fields["name"].description == "What it is called."
+
+
+def test_override_changes_a_copy_at_any_depth():
+    job = Job()
+    changed = job.override({"model.rate.peak": 0.5, "name": "new", "model.extra": {"peak": 2}})
+    expected = {"name": "new", "model": {"rate": {"peak": 0.5}, "extra": {"peak": 2}}}
+    assert changed == Job.from_dict(expected) and job == Job()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("nam", r"unknown setting 'nam'; did you mean 'name'\?"),
+        ("model.dept", r"unknown setting 'model.dept'; did you mean 'model.depth'\?"),
+        ("model.rate.peek", r"unknown setting 'model.rate.peek'; did you mean 'model.rate.peak'\?"),
+        ("", "unknown setting ''"),
+        ("model.depth.x", "goes below 'model.depth', which is 3; set 'model.depth' itself"),
+        ("model.extra.peak", "goes below 'model.extra', which is None; set 'model.extra' itself"),
+    ],
+)
+def test_an_override_of_nothing_is_refused(key, message):
+    with pytest.raises(ConfigError, match=message):
+        Job().override({key: 1})
+
+
+def test_an_override_is_validated_like_everything_else():
+    with pytest.raises(ConfigError, match=r"setting 'model.depth' is 'x'"):
+        Job().override({"model.depth": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("4", 4),
+        ("1e-3", 1e-3),
+        ("-1E5", -1e5),
+        (".5e1", 5.0),
+        ("2.e+2", 200.0),
+        ("1.5", 1.5),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("[a, 2]", ["a", 2]),
+        ("{peak: 0.5}", {"peak": 0.5}),
+        ("'4'", "4"),
+        ("a=b", "a=b"),
+        ("e5", "e5"),
+        ("+-5e3", "+-5e3"),
+        ("²e3", "²e3"),
+    ],
+)
+def test_values_on_a_command_line(text, value):
+    parsed = parse_overrides([f"key={text}"])["key"]
+    assert parsed == value and type(parsed) is type(value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_number_that_python_writes_is_that_number(number):
+    assert parse_overrides([f"key={number!r}"]) == {"key": number}
+
+
+@pytest.mark.parametrize("assignment", ["model.depth", "=4", ""])
+def test_an_override_without_both_sides_is_refused(assignment):
+    with pytest.raises(ConfigError, match="is not an override; write KEY=VALUE"):
+        parse_overrides([assignment])
+
+
+@pytest.mark.parametrize("text", ["[1", "a: b: c", "2020-13-45", "@x"])
+def test_a_value_that_is_no_yaml_is_refused(text):
+    with pytest.raises(ConfigError, match="cannot be read as a value; quote it"):
+        parse_overrides([f"key={text}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("job.yaml", "name: new\nmodel:\n  depth: 5\n  rate: {peak: 1e-3}\n"),
+        ("job.yml", "{name: new, model: {depth: 5, rate: {peak: 0.001}}}"),
+        ("job.toml", 'name = "new"\n[model]\ndepth = 5\n[model.rate]\npeak = 1e-3\n'),
+        ("job.json", '{"name": "new", "model": {"depth": 5, "rate": {"peak": 1e-3}}}'),
+    ],
+)
+def test_every_format_reads_alike(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert Job.from_file(tmp_path / name) == Job(name="new", model=Model(depth=5, rate=Rate(peak=0.001)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("job.ini", b"a=1", "ends in '.ini'; a config file ends in one of .yaml, .yml, .toml, .json"),
+        ("job", b"a: 1", "ends in ''; a config file ends in"),
+        ("job.yaml", b"a: [1", "is not valid YAML"),
+        ("job.yaml", b"a: 2020-13-45", "is not valid YAML"),
+        ("job.toml", b"a = ", "is not valid TOML"),
+        ("job.json", b"{", "is not valid JSON"),
+        ("job.json", b"1" * 5000, "is not valid JSON"),
+        ("job.yaml", b"\xff\xfe\xff", "cannot be read"),
+        ("job.yaml", b"- a", "holds a list; expected a mapping of settings"),
+        ("job.yaml", b"", "holds a NoneType; expected a mapping of settings"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_settings(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_said_to_be_unreadable(tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("missing.yaml", "folder.yaml"):
+        with pytest.raises(ConfigError, match=f"config file .*{name} cannot be read .*check the path"):
+            read_settings(tmp_path / name)

@@ -1,0 +1,28 @@
+import json
+import platform
+
+import numpy
+import psutil
+import pydantic
+
+from deepseek.core.machine import describe_machine, describe_versions
+
+
+def test_it_is_the_machine_that_psutil_sees():
+    machine = describe_machine()
+    assert machine["memory_bytes"] == psutil.virtual_memory().total
+    assert machine["num_cores"] == len(psutil.Process().cpu_affinity())
+    assert machine["architecture"] == platform.uname().machine
+    assert machine["processor"] and machine["system"] == platform.uname().system
+
+
+def test_it_can_be_written_into_a_report():
+    described = {"machine": describe_machine(), "versions": describe_versions()}
+    assert json.loads(json.dumps(described)) == described
+
+
+def test_versions_are_those_the_libraries_say_themselves():
+    versions = describe_versions(("numpy", "pydantic", "no-such-library"))
+    assert versions["numpy"] == numpy.__version__ and versions["pydantic"] == pydantic.VERSION
+    assert versions["no-such-library"] is None
+    assert versions["python"] == platform.python_version() and versions["deepseek"]

@@ -1,0 +1,135 @@
+"""What importing costs: nothing until a name is touched, and torch only with the first one that needs it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepseek
+from deepseek.artifact.format import Description
+from deepseek.artifact.writing import write_artifact
+from deepseek.cli import VERBS
+
+PACKAGE = Path(deepseek.__file__).parent
+HEAVY = ("torch", "numpy", "pydantic", "tokenizers", "rich", "cyclopts", "starlette", "transformers")
+# Rooms, or files of rooms, that a machine without torch can use.
+COLD_ROOMS = ("core", "artifact", "cli")
+COLD_FILES = (
+    "recipes/__init__.py",
+    "data/config.py",
+    "data/sources.py",
+    "serve/config.py",
+    "serve/scheduling.py",
+    "serve/sequences.py",
+)
+
+IMPORT_LIMIT_S = 0.050
+HELP_LIMIT_S = 0.3
+NUM_TRIES = 20  # a busy machine slows some of them down, never all
+
+
+def run_python(code, *arguments):
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loaded_after(code):
+    """The heavy libraries among the modules that `code` leaves loaded."""
+    return run_python(f"import sys\n{code}\nprint(*({set(HEAVY)!r} & sys.modules.keys()))").split()
+
+
+def cold_modules():
+    files = [PACKAGE / name for name in COLD_FILES]
+    files += [path for room in COLD_ROOMS for path in (PACKAGE / room).rglob("*.py")]
+    parts = [path.relative_to(PACKAGE.parent).with_suffix("").parts for path in files]
+    return sorted(".".join(part).removesuffix(".__init__") for part in parts)
+
+
+def best_below(limit_s, measure):
+    """The shortest of up to `NUM_TRIES` measurements; stops early at one below the limit."""
+    shortest_s = measure()
+    for _ in range(NUM_TRIES - 1):
+        if shortest_s <= limit_s:
+            break
+        shortest_s = min(shortest_s, measure())
+    return shortest_s
+
+
+def test_importing_deepseek_loads_no_library():
+    assert loaded_after("import deepseek") == []
+
+
+def test_importing_deepseek_costs_at_most_50_ms_beyond_python():
+    code = "import time; began = time.perf_counter(); import deepseek; print(time.perf_counter() - began)"
+    assert best_below(IMPORT_LIMIT_S, lambda: float(run_python(code))) <= IMPORT_LIMIT_S
+
+
+@pytest.mark.parametrize("name", deepseek.__all__)
+def test_every_public_name_loads(name):
+    assert getattr(deepseek, name) is not None
+    assert name in dir(deepseek)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(AttributeError, match="MoERouter"):
+        _ = deepseek.MoERooter
+
+
+def test_cold_rooms_import_without_torch():
+    modules = cold_modules()
+    assert len(modules) > 20
+    # A finder in front of all others turns an import of torch, however late in a chain, into a failure with a traceback.
+    guard = """
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("torch is not to be had in a cold room")
+sys.meta_path.insert(0, Refuse())
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+print(len(sys.argv) - 1)
+"""
+    assert int(run_python(guard, *modules)) == len(modules)
+
+
+def test_the_list_of_recipes_loads_no_library():
+    assert loaded_after("import deepseek.recipes; assert len(deepseek.recipes.RECIPES) >= 3") == []
+
+
+def test_an_artifact_is_verified_without_torch(tmp_path):
+    description = Description(architecture="decoder", architecture_config={})
+    manifest = write_artifact(tmp_path / "model", {"weight": torch.zeros(2)}, description)
+    code = """
+import sys
+from deepseek.artifact.reading import open_artifact
+print(open_artifact(sys.argv[1]).manifest.digest, *({"torch", "numpy"} & sys.modules.keys()))
+"""
+    assert run_python(code, str(tmp_path / "model")).split() == [manifest.digest]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help_loads_no_torch(arguments):
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print("\\ntorch" if "torch" in sys.modules else "\\nno torch"))
+from deepseek.cli import main
+main({arguments!r})
+"""
+    lines = run_python(code).splitlines()
+    assert len(lines) >= 3 or arguments == ["--version"]
+    assert lines[-1] == "no torch"
+
+
+def test_help_answers_in_300_ms():
+    command = [str(Path(sys.executable).with_name("deepseek")), "--help"]
+
+    def measure():
+        began_s = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began_s
+
+    assert best_below(HELP_LIMIT_S, measure) <= HELP_LIMIT_S
