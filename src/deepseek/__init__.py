@@ -15,6 +15,10 @@ __version__ = "0.1.0"
 
 # Public name -> module that holds it. A module's own name stands for the module itself.
 _PUBLIC = {
+    "VersionAdapter": "deepseek.compat.adapting",
+    "VersionConverter": "deepseek.compat.converting",
+    "get_version_info": "deepseek.compat.checking",
+    "profile": "deepseek.compat.generations",
     "MoERouter": "deepseek.nn.moe",
     "prepare": "deepseek.train.preparing",
     "load_model": "deepseek.models.loading",
@@ -24,6 +28,7 @@ _PUBLIC = {
 _MODULES = (
     "artifact",
     "checkpoint",
+    "compat",
     "compress",
     "core",
     "data",

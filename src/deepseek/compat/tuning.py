@@ -10,7 +10,6 @@ in turn, since none of them can be taken back in a process. Cost: some seconds f
 
 from __future__ import annotations
 
-import ctypes
 import os
 import statistics
 import subprocess
@@ -19,11 +18,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 
-# From malloc.h of glibc: parameter, value.
-_MALLOPT = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))
 _NUM_ROUNDS = 3
 _NUM_RUNS = 8
 # A gain below this is within the noise of a shared machine.
@@ -72,8 +70,7 @@ class Diagnosis:
 
 
 def _keep_memory() -> None:
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or not all(libc.mallopt(name, value) for name, value in _MALLOPT):
+    if not keep_freed_memory():
         raise ConfigError("this C library has no mallopt; the allocator hint is for glibc on Linux")
 
 
