@@ -17,6 +17,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Linear": "torch.nn",
     "ReLU": "torch.nn",
+    "VersionAdapter": "deepseek.compat.adapting",
+    "VersionConverter": "deepseek.compat.converting",
+    "get_version_info": "deepseek.compat.checking",
+    "profile": "deepseek.compat.generations",
     "MoERouter": "deepseek.nn.moe",
     "prepare": "deepseek.train.preparing",
     "load_model": "deepseek.models.loading",
@@ -26,6 +30,7 @@ _PUBLIC = {
 _MODULES = (
     "artifact",
     "checkpoint",
+    "compat",
     "compress",
     "core",
     "data",

@@ -154,9 +154,7 @@ def test_a_really_full_disk_leaves_the_previous_checkpoint(tmp_path, small_disk)
     seen = run_until_refused(folder / "checkpoints", 0 if small_disk else 1_000_000)
     assert "Error" in seen
     if small_disk:
-        assert (
-            f"StorageError {folder / 'checkpoints' / 'step-00000200'} cannot be written: the disk is" in seen
-        )
+        assert f"StorageError {folder / 'checkpoints' / 'step-00000200'} cannot be written: the disk is" in seen
     assert names(folder / "checkpoints") == ["step-00000100"]
     assert newest_valid(folder / "checkpoints").state["weight"].sum() == 100 * 1000
 

@@ -6,6 +6,10 @@
     deepseek generate MODEL PROMPT      ->  text
     deepseek serve MODEL                ->  an HTTP server (also as `deepseek-serve`)
     deepseek info PATH                  ->  what a folder holds
+    deepseek advise ...                 ->  a generation, and why
+    deepseek migrate PATH               ->  what an upgrade breaks (also as `deepseek-migrate --check PATH`)
+    deepseek check-compatibility        ->  what this machine can run (also as `deepseek-cli check-compatibility`)
+    deepseek doctor                     ->  settings that pay on this machine
 
 Listing the verbs imports none of them, and none imports torch before it has read its arguments. Exit status: 0 done,
 1 failed, 2 wrong usage, 130 stopped with Ctrl-C (143 with SIGTERM). An error is one line on standard error.
@@ -26,7 +30,7 @@ from deepseek.core.errors import ConfigError, DeepSeekError
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
-# Verb -> what it does, in one line; the verb's function has its file's name.
+# Verb -> what it does, in one line; the verb's function and file have its name, with _ for -.
 VERBS = {
     "quickstart": "Train, quantize and serve a small language model on this machine, in minutes.",
     "train": "Train a model from a recipe or a config file.",
@@ -34,6 +38,10 @@ VERBS = {
     "generate": "Continue a text with a model.",
     "serve": "Serve a model over HTTP, with the OpenAI API.",
     "info": "Say what a model folder holds, and verify it.",
+    "advise": "Recommend a generation for a model and the place it runs in.",
+    "migrate": "Find what an upgrade breaks in configs, code and checkpoints, and write a migrated copy.",
+    "check-compatibility": "Say what this machine can run, with the next step for what it cannot.",
+    "doctor": "Measure settings of the environment that may pay on this machine.",
 }
 
 
@@ -56,7 +64,8 @@ def build_app(asked: str | None = None) -> App:
     )
     for verb, purpose in VERBS.items():
         # One line of help is there without loading the verb; without it, the help is the docstring of its function.
-        app.command(f"deepseek.cli.{verb}:{verb}", name=verb, help=None if verb == asked else purpose)
+        name = verb.replace("-", "_")
+        app.command(f"deepseek.cli.{name}:{name}", name=verb, help=None if verb == asked else purpose)
     app.register_install_completion_command()
     return app
 
@@ -73,17 +82,25 @@ def serve_main() -> None:
     main(["serve", *sys.argv[1:]])
 
 
+def migrate_main() -> None:
+    """The command `deepseek-migrate`."""
+    main(["migrate", *sys.argv[1:]])
+
+
 def run(app: App, arguments: list[str]) -> int:
-    """Run one verb; errors come out as one sentence on standard error and a status."""
+    """Run one verb; errors come out as one sentence on standard error and a status.
+
+    A verb that returns a number has chosen its status itself.
+    """
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except (CycloptsError, DeepSeekError, OSError, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):
             _abandon_output()
         print(f"deepseek: {_one_line(_explain(error))}", file=sys.stderr)
         return _status_of(error)
-    return DONE
+    return status if isinstance(status, int) else DONE
 
 
 def _status_of(error: BaseException) -> int:

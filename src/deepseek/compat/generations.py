@@ -1,0 +1,277 @@
+"""The table of generations: what each one brought, needs, reads and writes, with the document that says so.
+
+A *generation* is a named set of capabilities together with a config schema and a checkpoint layout. The documents tell
+several histories of the versions 1 to 5; the table is their union, and where two disagree both numbers stand with their
+source. The facts are data, in `generations.yaml` beside this file; this file is their type and the way to look one up.
+`advising` picks from the table, `converting` follows its layouts, `rendering` turns it into a page of the docs.
+
+Cost: the file is read once, on the first look-up (tens of milliseconds); importing this module reads nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_serializer, model_validator
+
+from deepseek.core.config import Config
+from deepseek.core.errors import ConfigError
+from deepseek.core.names import explain_unknown
+
+Document = Literal["D0", "D1", "D2", "D3", "D4", "house", "D?"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "int4", "dynamic"]
+
+_CLAIM = re.compile(r"(?P<text>.+?)\s*\[(?P<documents>[^\]]+)\]")
+
+
+class Claim(Config):
+    """One statement and where it stands; written `text [D0, D1]` in the data file."""
+
+    text: str
+    documents: tuple[Document, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _CLAIM.fullmatch(value)
+        if match is None:
+            raise ValueError(f"claim {value!r} names no document; end it with one, for example [D1]")
+        return {"text": match["text"], "documents": [each.strip() for each in match["documents"].split(",")]}
+
+    @model_serializer
+    def _write(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return f"{self.text} [{', '.join(self.documents)}]"
+
+
+class Measurement(Config):
+    """A row of the documents' benchmark; compare your own machine with `deepseek-benchmark`."""
+
+    what: str
+    latency_ms: float
+    images_per_s: float
+    accuracy_loss_percent: float
+    memory_gb: float
+    document: Document
+
+
+class Requirements(Config):
+    """The least a machine or a cluster must bring; `None` where the documents ask for nothing."""
+
+    cuda: str | None = None
+    rocm: str | None = None
+    driver: str | None = None
+    nccl: str | None = None
+    gpu_memory_gb: float | None = None
+    kubernetes: str | None = None
+    tools: tuple[str, ...] = ()
+    suggested_nodes: int | None = None
+    example: str | None = None
+    """A configuration that the documents show it on, which is not a lower bound."""
+    documents: tuple[Document, ...] = ()
+
+
+class Capabilities(Config):
+    """What a generation can do."""
+
+    precisions: tuple[Precision, ...]
+    distribution: str
+    model_families: tuple[str, ...]
+    features: tuple[Claim, ...] = ()
+
+
+class Layout(Config):
+    """How a generation names, groups and stores the weights of a model."""
+
+    norms: Literal["gamma/beta", "weight/bias"]
+    """What the scale and the shift of a normalization are called."""
+    positions: Literal["embed", "embeddings"]
+    """GPT-2: `positions_embed` or `wpe`; Llama: `tok_embeddings` and `attention_norm`, or `embed_tokens` and so on."""
+    attention: Literal["separate", "fused", "native"]
+    """Query, key and value as three tensors, as one, or as `transformers` holds them."""
+    gate_up: Literal["separate", "fused", "native"]
+    """Gate and up projection as two tensors, as one, or as `transformers` holds them."""
+    experts: Literal["list", "stacked"]
+    """One tensor for each expert, or one for all experts of a layer."""
+    buffers: Literal["kept", "recomputed"]
+    """Whether masks, position ids and rotary frequencies stand in the file or are computed when the model is built."""
+    vision: Literal["torchvision", "huggingface"]
+    """Whose names a ResNet carries."""
+    container: Literal["single", "sharded"]
+    """One file, or several with an index."""
+    dtypes: tuple[Literal["F32", "F16", "BF16", "I8"], ...]
+    """Floating types it can hold, in the names of safetensors; others are cast to the first."""
+    quantized: bool = False
+    """Whether the matrices are int8 with a scale for each row."""
+
+
+class Parallelism(Config):
+    """Fixed sizes of the axes of a model-parallel plan."""
+
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+
+
+class Profile(Config):
+    """The options that make today's engine run as a generation did, for comparing generations on one machine."""
+
+    precision: Precision
+    """Arithmetic of the forward pass."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Bits of the stored weights."""
+    batching: Literal["none", "dynamic"] = "none"
+    """Whether requests that wait together run together."""
+    parallelism: Parallelism | Literal["auto"] = Parallelism()
+    """A fixed plan, or the planner's."""
+    compile: Literal["none", "dynamic", "static", "autotune"] = "none"
+    """No compilation, one graph for all lengths, one static graph, or static with kernels measured on this machine."""
+    document: Document
+    """Where these options come from."""
+
+
+class Generation(Config):
+    """One row of the table."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    status: Literal["released", "planned"] = "released"
+    when: tuple[Claim, ...] = ()
+    brought: tuple[Claim, ...]
+    costs: tuple[Claim, ...] = ()
+    audience: tuple[Claim, ...] = ()
+    advice: tuple[Claim, ...] = ()
+    requirements: Requirements = Requirements()
+    capabilities: Capabilities
+    measurements: tuple[Measurement, ...] = ()
+    config_keys: tuple[str, ...] = ()
+    """Top-level settings its config files hold."""
+    layout: Layout | None = None
+    """`None` while nobody has written a checkpoint of it."""
+    profile: Profile | None = None
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Major and minor number, for comparing; the quantised form counts as the generation it is a form of."""
+        major, minor = self.name.partition("-")[0].split(".")
+        return int(major), int(minor)
+
+
+class Upgrade(Config):
+    """What the documents say about one way up; `*` stands for any generation."""
+
+    source: str = Field(alias="from")
+    target: str = Field(alias="to")
+    advice: Claim
+
+
+class KnownBad(Config):
+    """A pair of a generation and an environment that is known to fail."""
+
+    generation: str
+    cuda: str
+    driver_below: str
+    symptom: str
+    fix: Claim
+
+
+class Conditions(Config):
+    """All that are given must hold; a question that leaves a value open does not meet a condition on it."""
+
+    params_from: float | None = None
+    params_below: float | None = None
+    gpu_memory_below: float | None = None
+    gpu_memory_up_to: float | None = None
+    gpu_memory_above: float | None = None
+    latency: Literal["realtime", "batch"] | None = None
+    scale: Literal["single", "cluster"] | None = None
+    kubernetes: Literal["none", "basic", "expert"] | None = None
+    hardware: str | None = None
+
+
+class SelectionRule(Config):
+    """Where the conditions hold, the documents recommend a generation."""
+
+    id: str
+    conditions: Conditions = Field(alias="if")
+    recommend: str
+    because: Claim
+
+
+class ExclusionRule(Config):
+    """Where the conditions hold, the documents advise against some generations."""
+
+    id: str
+    conditions: Conditions = Field(alias="if")
+    excludes: tuple[str, ...]
+    because: Claim
+
+
+class Table(Config):
+    """The whole data file."""
+
+    generations: tuple[Generation, ...]
+    upgrades: tuple[Upgrade, ...]
+    known_bad: tuple[KnownBad, ...]
+    config_notes: tuple[Claim, ...]
+    hardware: dict[str, tuple[str, ...]]
+    selection: tuple[SelectionRule, ...]
+    exclusions: tuple[ExclusionRule, ...]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Table:
+        known = [name for each in self.generations for name in (each.name, *each.aliases)]
+        twice = sorted({name for name in known if known.count(name) > 1})
+        if twice:
+            raise ValueError(f"generation {twice[0]!r} stands in the table twice; give each name once")
+        used = [rule.recommend for rule in self.selection]
+        used += [name for rule in self.exclusions for name in rule.excludes]
+        used += [name for each in self.upgrades for name in (each.source, each.target) if name != "*"]
+        for name in [*used, *(each.generation for each in self.known_bad)]:
+            if name not in known:
+                raise ValueError(explain_unknown("generation", name, known))
+        return self
+
+
+@functools.cache
+def load_table() -> Table:
+    """The facts of all generations, read and checked once."""
+    return Table.from_file(Path(__file__).with_name("generations.yaml"))
+
+
+def find_generation(name: str) -> Generation:
+    """The row of a generation by any name users write: `v2.3`, `2.3`, `1.x`, `4.2`.
+
+    Raises `ConfigError` for an unknown one, with the known ones.
+
+    >>> find_generation("v4.2").name
+    '4.0'
+    """
+    wanted = name.strip().lower().removeprefix("v")
+    by_name = {each: row for row in load_table().generations for each in (row.name, *row.aliases)}
+    if wanted not in by_name:
+        raise ConfigError(explain_unknown("generation", name, by_name))
+    return by_name[wanted]
+
+
+def profile(name: str) -> Profile:
+    """The options that make the engine run as generation `name` did.
+
+    Raises `ConfigError` for an unknown generation, and for one that is planned and has no options yet.
+
+    >>> profile("v2.3").quantization
+    'int8'
+    """
+    generation = find_generation(name)
+    if generation.profile is None:
+        known = [each.name for each in load_table().generations if each.profile]
+        raise ConfigError(
+            f"generation {generation.name} is planned and has no profile; choose one of {', '.join(known)}"
+        )
+    return generation.profile

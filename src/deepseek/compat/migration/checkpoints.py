@@ -1,0 +1,72 @@
+"""Checkpoints judged by their headers: of which generation they can be, and whether reading them is safe.
+
+A safetensors file or folder is planned as if it were to be converted (`steps.identify`); no tensor is read. A pickle is
+read by its opcodes (`pickles.py`) and never run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from deepseek.compat.generations import Generation
+from deepseek.compat.headers import read_checkpoint
+from deepseek.compat.migration.findings import Finding, find, unreadable
+from deepseek.compat.migration.pickles import looks_like_pickle, read_pickle
+from deepseek.compat.migration.rules import Rules
+from deepseek.compat.steps import identify
+from deepseek.core.errors import ArtifactError, CorruptArtifactError
+
+# Families that `transformers` itself holds with fused projections, so that their names say nothing about a generation.
+_NATIVELY_FUSED = ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "dia", "zamba2")
+
+
+def check_weights(path: Path, shown: str, rules: Rules, target: Generation) -> list[Finding]:
+    """The findings for a safetensors file, or a folder of shards with their index."""
+    by_id = {rule.id: rule for rule in rules.checkpoint}
+    try:
+        specs = {name: place.spec for name, place in read_checkpoint(path).items()}
+    except (CorruptArtifactError, OSError) as error:
+        return [_unreadable(shown, error)]
+    if _model_type(path) in _NATIVELY_FUSED:
+        return []
+    try:
+        generations = identify(specs)
+    except ArtifactError as error:
+        return [find(by_id["checkpoint-half-converted"], shown, 1, 1, detail=str(error))]
+    if not generations:
+        return [find(by_id["checkpoint-half-converted"], shown, 1, 1)]
+    if target.name in generations or "checkpoint-layout" not in by_id:
+        return []
+    return [find(by_id["checkpoint-layout"], shown, 1, 1, detail=f"as {', '.join(generations)}, not {target.name}")]
+
+
+def check_pickle(path: Path, shown: str, rules: Rules) -> list[Finding]:
+    """The findings for a pickle, a malicious one by the names of what it would call."""
+    by_id = {rule.id: rule for rule in rules.checkpoint}
+    try:
+        content = read_pickle(path)
+    except (CorruptArtifactError, OSError) as error:
+        if path.suffix == ".bin" and not looks_like_pickle(path):
+            return []
+        return [_unreadable(shown, error)]
+    if content.foreign:
+        return [find(by_id["checkpoint-malicious"], shown, 1, 1, detail=f"it names {', '.join(content.foreign[:5])}")]
+    return [find(by_id["checkpoint-pickle"], shown, 1, 1)] if "checkpoint-pickle" in by_id else []
+
+
+def _model_type(path: Path) -> str | None:
+    """What the Hugging Face config beside the weights calls the architecture."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        settings = json.loads(config.read_bytes()) if config.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        # The scan reports a broken config by itself; the weights are judged without it.
+        return None
+    return str(settings.get("model_type")) if isinstance(settings, dict) else None
+
+
+def _unreadable(shown: str, error: Exception) -> Finding:
+    """Our errors say what was seen and, after a semicolon, what to do next."""
+    why, _, fix = str(error).partition("; ")
+    return unreadable(shown, why, fix or "copy it again, or exclude it")

@@ -1,0 +1,94 @@
+"""What a scan says, and the change to the text that would settle it."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek.compat.migration.rules import Rule, Severity
+
+
+@dataclass(frozen=True, order=True)
+class Edit:
+    """Characters `start` to `end` of a text become `replacement`."""
+
+    start: int
+    end: int
+    replacement: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One place that has to change, or a file that could not be read (`rule` is then `unreadable`)."""
+
+    path: str
+    line: int
+    column: int
+    rule: str
+    severity: Severity
+    why: str
+    fix: str
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether the file itself was the trouble."""
+        return self.rule == UNREADABLE
+
+    @property
+    def is_fixable(self) -> bool:
+        """Whether `--apply` settles it: by an edit, or by converting the file."""
+        return bool(self.edits) or self.rule in ("checkpoint-layout", "checkpoint-pickle")
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}:{self.column}: {self.severity} {self.rule}: {self.why}; {self.fix}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; `is_fixable` says whether `--apply` settles it."""
+        names = ("path", "line", "column", "rule", "severity", "why", "fix")
+        return {name: getattr(self, name) for name in names} | {"is_fixable": self.is_fixable}
+
+
+UNREADABLE = "unreadable"
+
+
+def unreadable(path: str, why: str, fix: str, line: int = 1, column: int = 1) -> Finding:
+    """The finding for a file that cannot be checked."""
+    return Finding(path, line, column, UNREADABLE, "error", why, fix)
+
+
+def find(rule: Rule, path: str, line: int, column: int, edits: Iterable[Edit] = (), detail: str = "") -> Finding:
+    """The finding of a rule at a place; `detail` says what was seen there."""
+    why = f"{rule.why} ({detail})" if detail else rule.why
+    return Finding(path, line, column, rule.id, rule.severity, why, rule.fix, tuple(edits))
+
+
+def apply_edits(text: str, findings: Iterable[Finding]) -> str:
+    """`text` with the edits of all findings; one whose edits would touch another's is left for the next run."""
+    accepted: set[Edit] = set()
+    for finding in findings:
+        new = set(finding.edits) - accepted
+        if not any(one.start < other.end and other.start < one.end for one in new for other in accepted):
+            accepted |= new
+    for edit in sorted(accepted, reverse=True):
+        text = text[: edit.start] + edit.replacement + text[edit.end :]
+    return text
+
+
+class Lines:
+    """Where lines begin: from (line, column) to an offset and back; lines count from 1, columns as asked."""
+
+    def __init__(self, text: str) -> None:
+        self.starts = [0, *(match.end() for match in re.finditer(r"\r\n|\r|\n", text))]
+
+    def offset(self, line: int, column: int) -> int:
+        """Offset of a place whose column counts from 0."""
+        return self.starts[line - 1] + column
+
+    def place(self, offset: int) -> tuple[int, int]:
+        """Line and column of an offset, both counting from 1."""
+        line = bisect.bisect_right(self.starts, offset)
+        return line, offset - self.starts[line - 1] + 1

@@ -1,0 +1,202 @@
+"""Which single change happens between which generations, as data, and the shortest way through them.
+
+The edges follow the upgrade paths of the documents (1 -> 2 -> 3 -> 4, 2.0 -> 3.5, 3.0 -> 3.1) and can be walked both
+ways. A generation without an edge cannot be converted to: nobody has written a checkpoint of it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepseek.compat.transforms import Direction, Drop, Fuse, Quantize, Rename, Specs, Stack, Transform
+from deepseek.core.errors import ConfigError
+
+_NORMS = [f"{{prefix}}{name}" for name in ("LayerNorm", "ln_{i}", "ln_f", "norm", "attention_norm", "ffn_norm")]
+_STAGE = "{prefix}resnet.encoder.stages.{stage}.layers.{block}"
+
+RENAME_NORMS = Rename(
+    "normalization renames",
+    tuple(
+        (f"{norm}.{old}", f"{norm}.{new}") for norm in _NORMS for old, new in (("gamma", "weight"), ("beta", "bias"))
+    ),
+)
+RENAME_POSITIONS = Rename(
+    "position and embedding renames",
+    (
+        ("{prefix}positions_embed.weight", "{prefix}wpe.weight"),
+        ("{prefix}tokens_embed.weight", "{prefix}wte.weight"),
+        ("{prefix}tok_embeddings.weight", "{prefix}embed_tokens.weight"),
+        ("{prefix}layers.{i}.attention_norm.{kind}", "{prefix}layers.{i}.input_layernorm.{kind}"),
+        ("{prefix}layers.{i}.ffn_norm.{kind}", "{prefix}layers.{i}.post_attention_layernorm.{kind}"),
+    ),
+)
+FUSE_LLAMA = Fuse(
+    "Q, K, V of Llama",
+    tuple(f"{{prefix}}self_attn.{each}_proj.{{kind}}" for each in "qkv"),
+    "{prefix}self_attn.qkv_proj.{kind}",
+    first_size_from="{prefix}self_attn.o_proj.weight",
+)
+FUSE_BERT = Fuse(
+    "Q, K, V of BERT",
+    tuple(f"{{prefix}}attention.self.{each}.{{kind}}" for each in ("query", "key", "value")),
+    "{prefix}attention.self.query_key_value.{kind}",
+)
+# GPT-2 stores its matrices as (in, out), so Q, K and V stand side by side in the last dimension.
+FUSE_GPT2 = Fuse(
+    "Q, K, V of GPT-2",
+    tuple(f"{{prefix}}h.{{i}}.attn.{each}_proj.{{kind}}" for each in "qkv"),
+    "{prefix}h.{i}.attn.c_attn.{kind}",
+    dim=-1,
+)
+FUSE_GATE_UP = Fuse(
+    "gate and up projection", ("{prefix}gate_proj.{kind}", "{prefix}up_proj.{kind}"), "{prefix}gate_up_proj.{kind}"
+)
+STACK_GATE_UP = Stack(
+    "gate and up projections of the experts",
+    tuple(f"{{prefix}}block_sparse_moe.experts.{{expert}}.{each}.weight" for each in ("w1", "w3")),
+    "{prefix}mlp.experts.gate_up_proj",
+)
+STACK_DOWN = Stack(
+    "down projections of the experts",
+    ("{prefix}block_sparse_moe.experts.{expert}.w2.weight",),
+    "{prefix}mlp.experts.down_proj",
+)
+RENAME_ROUTER = Rename("the router", (("{prefix}block_sparse_moe.gate.weight", "{prefix}mlp.gate.weight"),))
+DROP_BUFFERS = Drop(
+    "buffers that are computed anew",
+    (
+        "{prefix}rotary_emb.inv_freq",
+        "{prefix}embeddings.position_ids",
+        "{prefix}h.{i}.attn.bias",
+        "{prefix}h.{i}.attn.masked_bias",
+    ),
+)
+RENAME_RESNET = Rename(
+    "ResNet names of torchvision",
+    (
+        ("{prefix}layer{stage}.{block}.conv{conv}.weight", f"{_STAGE}.layer.{{conv}}.convolution.weight"),
+        ("{prefix}layer{stage}.{block}.bn{conv}.{rest}", f"{_STAGE}.layer.{{conv}}.normalization.{{rest}}"),
+        ("{prefix}layer{stage}.{block}.downsample.0.weight", f"{_STAGE}.shortcut.convolution.weight"),
+        ("{prefix}layer{stage}.{block}.downsample.1.{rest}", f"{_STAGE}.shortcut.normalization.{{rest}}"),
+        ("{prefix}conv1.weight", "{prefix}resnet.embedder.embedder.convolution.weight"),
+        ("{prefix}bn1.{rest}", "{prefix}resnet.embedder.embedder.normalization.{rest}"),
+        ("{prefix}fc.{kind}", "{prefix}classifier.1.{kind}"),
+    ),
+    shifts={"stage": -1, "conv": -1},
+    requires=("{prefix}layer1.0.conv1.weight", "{prefix}resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"),
+)
+QUANTIZE = Quantize("int8 weights")
+
+_FUSING = (FUSE_LLAMA, FUSE_BERT, FUSE_GPT2, FUSE_GATE_UP, STACK_GATE_UP, STACK_DOWN, RENAME_ROUTER, DROP_BUFFERS)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One transform, in one direction."""
+
+    transform: Transform
+    direction: Direction
+
+    @property
+    def inverse(self) -> Change:
+        """The same transform the other way."""
+        return Change(self.transform, _other(self.direction))
+
+
+@dataclass(frozen=True)
+class Step:
+    """All changes between two neighbouring generations."""
+
+    source: str
+    target: str
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def inverse(self) -> Step:
+        """The way back."""
+        return Step(self.target, self.source, tuple(each.inverse for each in reversed(self.changes)))
+
+
+def _forward(*transforms: Transform) -> tuple[Change, ...]:
+    return tuple(Change(each, "forward") for each in transforms)
+
+
+STEPS: tuple[Step, ...] = (
+    Step("1.0", "1.0-quant", _forward(QUANTIZE)),
+    Step("1.0", "1.3", _forward(RENAME_NORMS)),
+    Step("1.3", "2.0", _forward(RENAME_POSITIONS)),
+    Step("2.0", "2.3"),
+    Step("2.3", "3.0", _forward(*_FUSING)),
+    Step("2.0", "3.5", _forward(*_FUSING)),
+    Step("3.0", "3.1"),
+    Step("3.1", "3.5"),
+    Step("3.5", "4.0"),
+    # 5.0 is what `transformers` reads: Q, K, V and gate, up apart where it holds them apart.
+    Step(
+        "4.0",
+        "5.0",
+        (*(Change(each, "backward") for each in (FUSE_LLAMA, FUSE_BERT, FUSE_GATE_UP)), *_forward(RENAME_RESNET)),
+    ),
+)
+
+
+def find_path(source: str, target: str, steps: Sequence[Step] = STEPS) -> tuple[Step, ...]:
+    """The fewest steps from one generation to another, each walked either way.
+
+    Raises `ConfigError` where there is no way, with the generations that can be reached.
+
+    >>> [step.target for step in find_path("2.0", "5.0")]
+    ['3.5', '4.0', '5.0']
+    """
+    both_ways = [*steps, *(step.inverse for step in steps)]
+    paths: dict[str, tuple[Step, ...]] = {source: ()}
+    queue = deque([source])
+    while queue:
+        here = queue.popleft()
+        for step in both_ways:
+            if step.source == here and step.target not in paths:
+                paths[step.target] = (*paths[here], step)
+                queue.append(step.target)
+    if target not in paths:
+        reachable = ", ".join(sorted(set(paths) - {source})) or "none"
+        raise ConfigError(f"no conversion leads from generation {source} to {target}; reachable are: {reachable}")
+    return paths[target]
+
+
+def net_changes(path: Sequence[Step]) -> tuple[tuple[Change, ...], ...]:
+    """The changes of each step, without those that a later step of the same path takes back."""
+    changes = [[*step.changes] for step in path]
+    for early in range(len(changes)):
+        for change in list(changes[early]):
+            for late in range(early + 1, len(changes)):
+                if change.inverse in changes[late]:
+                    changes[early].remove(change)
+                    changes[late].remove(change.inverse)
+                    break
+    return tuple(tuple(each) for each in changes)
+
+
+def identify(specs: Specs, steps: Sequence[Step] = STEPS) -> tuple[str, ...]:
+    """The generations whose layout the weights can have, oldest first; all of them when no name tells.
+
+    None at all means half converted weights. Raises `ArtifactError` for groups with a part missing.
+    """
+    forms: dict[str, dict[str, Direction]] = {steps[0].source: {}}
+    for step in steps:
+        # A transform that was made can only be taken back: that is the direction in which evidence is looked for.
+        made = {each.transform.name: each.inverse.direction for each in step.changes}
+        forms.setdefault(step.target, {**forms[step.source], **made})
+    transforms = {each.transform.name: each.transform for step in steps for each in step.changes}
+    judged = [each for each in transforms.values() if each.is_evidence]
+    found = {(each.name, way): bool(each.plan(specs, way)) for each in judged for way in ("forward", "backward")}
+    return tuple(
+        generation
+        for generation, form in forms.items()
+        if not any(found[each.name, _other(form.get(each.name, "forward"))] for each in judged)
+    )
+
+
+def _other(direction: Direction) -> Direction:
+    return "backward" if direction == "forward" else "forward"
