@@ -21,6 +21,9 @@ from pydantic.fields import FieldInfo
 
 from deepseek.artifact.format import FileRecord, Manifest
 from deepseek.cli import VERBS, build_app
+from deepseek.compat.generations import load_table
+from deepseek.compat.migration.rules import load_rules
+from deepseek.compat.rendering import render_generations, render_rules
 from deepseek.compress.comparing import Comparison
 from deepseek.core.config import Config
 from deepseek.data.config import DataConfig
@@ -73,7 +76,12 @@ _BOUNDS = {
 
 def main(arguments: list[str]) -> int:
     """Write or check the pages; returns the exit status."""
-    pages = {FOLDER / "config.md": write_config_page(), FOLDER / "cli.md": write_cli_page()}
+    pages = {
+        FOLDER / "config.md": write_config_page(),
+        FOLDER / "cli.md": write_cli_page(),
+        FOLDER / "generations.md": render_generations(load_table()),
+        FOLDER / "migration-rules.md": render_rules(load_rules()),
+    }
     if "--check" not in arguments:
         for path, text in pages.items():
             path.write_text(text, encoding="utf-8")

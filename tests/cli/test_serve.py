@@ -105,12 +105,6 @@ def test_a_context_longer_than_the_models_is_one_sentence(call: Call, model: Pat
     assert_one_sentence(result, 2, "4096", "64")
 
 
-def test_an_int8_model_is_not_made_int8_again(call: Call, model: Path, corpus: Path, tmp_path: Path) -> None:
-    assert call("quantize", model, tmp_path / "int8", "--text", corpus, "--max-tokens", "1").status == 0
-    result = call("serve", tmp_path / "int8", "--quantize", "int8", "--port", 0, "--json")
-    assert_one_sentence(result, 2, "int8 already")
-
-
 @pytest.mark.parametrize(
     ("body", "words"),
     [

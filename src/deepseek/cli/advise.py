@@ -18,6 +18,8 @@ def advise(
 ) -> None:
     """Recommend a generation for a model and the place it runs in.
 
+    Example: deepseek advise --params 7B --gpu-memory 24GB --latency realtime
+
     Parameters
     ----------
     params
@@ -35,8 +37,6 @@ def advise(
     json
         Print the whole advice as JSON.
     """
-    from rich.markup import escape
-
     from deepseek.cli.showing import show_table
     from deepseek.compat.advising import advise as find
     from deepseek.core.units import parse_bytes, parse_count
@@ -60,4 +60,4 @@ def advise(
         ("Would change the answer", changes),
     ):
         if rows:
-            show_table(title, ("", ""), [(name, escape(str(because))) for name, because in rows])
+            show_table(title, ("", ""), [(name, str(because)) for name, because in rows])

@@ -8,13 +8,13 @@ import sys
 def check_compatibility(*, json: bool = False) -> None:
     """Say what this machine can run, from Python to the cluster, with the next step for every failing line.
 
+    Example: deepseek check-compatibility --json
+
     Parameters
     ----------
     json
         Print the checks as one JSON object.
     """
-    from rich.markup import escape
-
     from deepseek.cli.showing import show_table
     from deepseek.compat.checking import check_compatibility as check
 
@@ -24,5 +24,5 @@ def check_compatibility(*, json: bool = False) -> None:
 
         sys.stdout.write(dumps({"checks": [each.to_dict() for each in checks]}, indent=2) + "\n")
         return
-    rows = [(each.name, each.status, escape(each.seen), escape(each.next_step or "")) for each in checks]
+    rows = [(each.name, each.status, each.seen, each.next_step or "") for each in checks]
     show_table("What this machine can run", ("", "", "", ""), list(rows))

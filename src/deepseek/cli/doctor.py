@@ -10,6 +10,8 @@ def doctor(*, apply: bool = False, json: bool = False) -> None:
 
     Each is run against its absence in fresh processes; nothing outside them changes.
 
+    Example: deepseek doctor --apply
+
     Parameters
     ----------
     apply

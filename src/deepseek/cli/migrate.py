@@ -30,6 +30,8 @@ def migrate(
 
     Exit status: 0 nothing found, 1 something found, 2 a file or an argument could not be read.
 
+    Example: deepseek migrate old-project --apply --out new-project
+
     Parameters
     ----------
     path

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 # What each is for, in one line; it is the function of that name in the module of that name.
 RECIPES: Registry[str] = Registry("recipe")
-RECIPES.add("quickstart", "A 7 M mixture of experts on Python's own source code, minutes on two cores.")
-RECIPES.add("decoder_tiny", "A 3 M dense Llama-shaped decoder, for trying things out.")
+RECIPES.add("quickstart", "A 6.6 M mixture of experts on Python's own source code, minutes on two cores.")
+RECIPES.add("decoder_tiny", "A 2.4 M dense Llama-shaped decoder, for trying things out.")
 RECIPES.add("decoder_120m", "The 120 M decoder of the first generation, with the dynamic local/global mask.")
 
 

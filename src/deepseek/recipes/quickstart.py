@@ -15,7 +15,7 @@ from deepseek.train.config import TrainConfig
 
 
 def quickstart() -> TrainConfig:
-    """A 7 M parameter mixture of experts with the dynamic local/global mask, trained on 1.3 M tokens."""
+    """A 6.6 M parameter mixture of experts with the dynamic local/global mask, trained on 1.3 M tokens."""
     return TrainConfig(
         folder="runs/quickstart",
         model=DecoderConfig(

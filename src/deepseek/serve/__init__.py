@@ -1,6 +1,6 @@
 """Serving: an engine that generates for several requests at once, and the HTTP server around it.
 
-    from deepseek.serve import Engine, running_server
+from deepseek.serve import Engine, running_server
 """
 
 from __future__ import annotations
