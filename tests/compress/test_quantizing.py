@@ -59,7 +59,8 @@ def test_every_stored_weight_is_the_original_within_half_a_step(source: Path, mo
     assert len(rounded) == 1 + 2 * (4 + 3)  # embedding, attention, experts
     for name in rounded:
         step = stored[f"{name}_scale"][..., None]
-        error = (stored[name] * step - original[name]).abs()
+        turned = original[name].mT if "experts" in name else original[name]  # int8 experts are (outputs, inputs)
+        error = (stored[name] * step - turned).abs()
         assert (error <= step * 0.501).all(), name
     kept = stored.keys() - rounded - {f"{name}_scale" for name in rounded}
     assert any("gate" in name for name in kept)  # what decides stays in float

@@ -53,8 +53,13 @@ class Routing(NamedTuple):
 
     experts_NK: Tensor
     weights_NK: Tensor
-    load_factor_E: Tensor
-    """Assignments of each expert over the average, in the input's order of experts."""
+    num_experts: int
+
+    @property
+    def load_factor_E(self) -> Tensor:
+        """Assignments of each expert over the average."""
+        load_E = F.one_hot(self.experts_NK, self.num_experts).sum(dim=(0, 1))
+        return load_E * (self.num_experts / max(self.experts_NK.numel(), 1))
 
 
 class SwiGLUExperts(nn.Module):
@@ -165,10 +170,7 @@ class MoERouter(nn.Module):
         experts_NK = preference_NE.topk(self.top_k, dim=-1).indices
         weights_NK = scores_NE.gather(1, experts_NK)
         weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
-        with torch.no_grad():
-            load_E = F.one_hot(experts_NK, self.experts.num_experts).sum(dim=(0, 1))
-            load_factor_E = load_E * (self.experts.num_experts / max(experts_NK.numel(), 1))
-        return Routing(experts_NK, weights_NK, load_factor_E)
+        return Routing(experts_NK, weights_NK, self.experts.num_experts)
 
     def _scores(self, x_ND: Tensor) -> Tensor:
         """(N, E) softmax scores; zero for experts that the coarse stage ruled out."""
@@ -188,6 +190,8 @@ class MoERouter(nn.Module):
 
     def _run_dropless(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """Sort assignments by expert and let each expert answer its whole group once."""
+        if len(x_ND) == 1:
+            return self._run_one(x_ND, routing)
         order_A = routing.experts_NK.reshape(-1).argsort(stable=True)
         tokens_A = order_A // self.top_k
         counts = torch.bincount(routing.experts_NK.reshape(-1), minlength=self.experts.num_experts).tolist()
@@ -196,6 +200,16 @@ class MoERouter(nn.Module):
         answers_AD = torch.cat([each for each in answers if len(each)] or answers)
         weights_A1 = routing.weights_NK.reshape(-1)[order_A, None].to(answers_AD.dtype)
         return torch.zeros_like(x_ND, dtype=answers_AD.dtype).index_add(0, tokens_A, answers_AD * weights_A1)
+
+    def _run_one(self, x_1D: Tensor, routing: Routing) -> Tensor:
+        """A single token, as in decoding: nothing to sort. Sums in the order of the experts, as a group does."""
+        weight_of = dict(zip(routing.experts_NK[0].tolist(), routing.weights_NK[0], strict=True))
+        groups = [x_1D if expert in weight_of else x_1D[:0] for expert in range(routing.num_experts)]
+        answers = self.experts.run(groups)
+        y_1D = torch.zeros_like(answers[min(weight_of)])
+        for expert in sorted(weight_of):
+            y_1D = y_1D + answers[expert] * weight_of[expert].to(y_1D.dtype)
+        return y_1D
 
     def _run_bounded(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The same with a fixed number of places per expert, so that every shape is known beforehand."""

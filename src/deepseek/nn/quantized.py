@@ -117,7 +117,7 @@ class Int8Experts(nn.Module):
         for name, shape in _expert_shapes(hidden_size, ffn_size).items():
             self.register_buffer(name, torch.zeros(num_experts, *shape, dtype=torch.int8))
             self.register_buffer(f"{name}_scale", torch.ones(num_experts, shape[0]))
-        self._packed: dict[str, list[Any]] = {}
+        self._packed: dict[tuple[str, ...], list[Any]] = {}
 
     @classmethod
     def from_float(cls, experts: SwiGLUExperts) -> Int8Experts:
@@ -134,17 +134,23 @@ class Int8Experts(nn.Module):
         return [self._answer(index, x_nD) if len(x_nD) else x_nD for index, x_nD in enumerate(groups)]
 
     def _answer(self, expert: int, x_nD: Tensor) -> Tensor:
-        hidden_nF = F.silu(self._multiply("gate_proj", expert, x_nD)) * self._multiply("up_proj", expert, x_nD)
-        return self._multiply("down_proj", expert, hidden_nF)
+        gate_nF, up_nF = self._multiply(("gate_proj", "up_proj"), expert, x_nD).chunk(2, dim=-1)
+        return self._multiply(("down_proj",), expert, F.silu(gate_nF) * up_nF)
 
-    def _multiply(self, name: str, expert: int, x: Tensor) -> Tensor:
-        weight_EOI: Tensor = getattr(self, name)
-        scale_EO: Tensor = getattr(self, f"{name}_scale")
+    def _multiply(self, names: tuple[str, ...], expert: int, x: Tensor) -> Tensor:
+        """The projections called `names`, side by side: one call reads x once for all of them."""
         if not _has_fbgemm(x.device):
-            return F.linear(x, weight_EOI[expert].to(x.dtype)) * scale_EO[expert].to(x.dtype)
-        if name not in self._packed:
-            self._packed[name] = [_pack(*pair) for pair in zip(weight_EOI, scale_EO, strict=True)]
-        return multiply_int8(x, self._packed[name][expert])
+            weight_OI, scale_O = (torch.cat(each) for each in zip(*self._stored(names, expert), strict=True))
+            return F.linear(x, weight_OI.to(x.dtype)) * scale_O.to(x.dtype)
+        if names not in self._packed:
+            self._packed[names] = [
+                _pack(*(torch.cat(each) for each in zip(*self._stored(names, index), strict=True)))
+                for index in range(self.num_experts)
+            ]
+        return multiply_int8(x, self._packed[names][expert])
+
+    def _stored(self, names: tuple[str, ...], expert: int) -> list[tuple[Tensor, Tensor]]:
+        return [(self.get_buffer(name)[expert], self.get_buffer(f"{name}_scale")[expert]) for name in names]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._packed = {}

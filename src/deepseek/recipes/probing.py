@@ -74,7 +74,8 @@ def complete(url: str, prompt: str, *, max_tokens: int) -> Completion:
     began_s = time.perf_counter()
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        pieces, arrivals_s = _read_stream(connection.getresponse())
+        with connection.getresponse() as answer:
+            pieces, arrivals_s = _read_stream(answer)
     except (OSError, http.client.HTTPException) as error:
         reason = f"{type(error).__name__}: {error}"
         raise PermanentError(f"the server at {url} broke off its answer ({reason}); see its messages above") from error
@@ -93,12 +94,16 @@ def _read_stream(answer: http.client.HTTPResponse) -> tuple[list[str], list[floa
     arrivals_s: list[float] = []
     for line in answer:
         payload = line.decode().removeprefix("data: ").strip()
-        if payload == _END_OF_STREAM and pieces:
-            return pieces, arrivals_s
+        if payload == _END_OF_STREAM:
+            break
         if payload:
             pieces.append(_read_text(json.loads(payload)))
             arrivals_s.append(time.perf_counter())
-    raise http.client.IncompleteRead("".join(pieces).encode())
+    else:
+        raise http.client.IncompleteRead("".join(pieces).encode())
+    if not pieces:
+        raise PermanentError("the server ended its answer before the first token; see its messages above")
+    return pieces, arrivals_s
 
 
 def _read_text(event: dict[str, Any]) -> str:

@@ -50,10 +50,14 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        longest = self.data.sequence_length if self.data.batching == "packed" else self.data.max_len
-        if longest > self.model.max_length:
+        is_packed = self.data.batching == "packed"
+        lengths = {} if is_packed else {"max_len": self.data.max_len}
+        if is_packed or self.data.has_heldout:  # held-out text is always read in packed rows
+            lengths["sequence_length"] = self.data.sequence_length
+        name = max(lengths, key=lambda each: lengths[each])
+        if lengths[name] > self.model.max_length:
             raise ConfigError(
-                f"the data has rows of {longest} tokens and model.max_length is {self.model.max_length}; "
+                f"data.{name} makes rows of {lengths[name]} tokens and model.max_length is {self.model.max_length}; "
                 "shorten the rows or raise model.max_length"
             )
         return self

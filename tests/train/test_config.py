@@ -1,0 +1,38 @@
+"""Settings that contradict each other are refused before anything is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deepseek.core.errors import ConfigError
+from deepseek.train.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"sequence_length": 65}, "sequence_length"),
+        ({"sequence_length": 64, "max_len": 2048}, None),  # packed rows are not cut at max_len
+        ({"batching": "token_budget", "sequence_length": 64, "max_len": 65}, "max_len"),
+        ({"batching": "token_budget", "sequence_length": 65, "max_len": 64}, "sequence_length"),
+        ({"batching": "token_budget", "sequence_length": 65, "max_len": 64, "heldout_fraction": 0}, None),
+    ],
+)
+def test_rows_longer_than_the_models_are_refused_in_training_and_in_evaluation(
+    data: dict[str, Any], name: str | None
+) -> None:
+    values = {"model": {"max_length": 64}, "data": data}
+    if name is None:
+        TrainConfig.from_dict(values)
+        return
+    with pytest.raises(ConfigError, match=rf"data\.{name} makes rows of 65 tokens and model\.max_length is 64"):
+        TrainConfig.from_dict(values)
+
+
+def test_a_step_learns_from_the_rows_of_all_its_micro_batches() -> None:
+    packed = {"data": {"batch_size": 6, "sequence_length": 32}, "accum_steps": 5}
+    assert TrainConfig.from_dict(packed).sequences_per_step == 30
+    budget = {"batching": "token_budget", "max_tokens": 100, "max_len": 30, "sequence_length": 32}
+    assert TrainConfig.from_dict({"data": budget, "accum_steps": 2}).sequences_per_step == 6
