@@ -42,7 +42,7 @@ def main() -> None:
     best = max((row for row in rows if row.name.startswith("deepseek")), key=lambda row: row.median or 0)
     bars = [
         Bar("best of ours / transformers FP32", ratio(rows, best.name, "transformers fp32"), 3.0),
-        Bar("best of ours / best of transformers", _over_best_transformers(rows, best.name), 3.0),
+        Bar("best of ours / best of transformers", _over_best_transformers(rows, best.name), 1.0),
         Bar("FP32 / transformers FP32", ratio(rows, "deepseek fp32", "transformers fp32"), 1.3),
         Bar("best of ours / llama.cpp", ratio(rows, best.name, "llama.cpp Q4_1"), 1.0),
     ]

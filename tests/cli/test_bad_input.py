@@ -179,7 +179,7 @@ def test_a_file_that_this_user_may_not_read_is_one_sentence(call: Call, model: P
         raise PermissionError(13, os.strerror(13), str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)  # tests may run as root, whom no file refuses
-    assert_one_sentence(call("info", model), 1, "manifest.json: Permission denied", "check")
+    assert_one_sentence(call("info", model), 1, "manifest.json: Permission denied", "its permissions")
 
 
 def test_a_warning_is_one_line_on_standard_error_and_none_on_standard_output(

@@ -11,7 +11,7 @@ import torch
 
 from deepseek.data.tokenizing import load_tokenizer
 from deepseek.models.loading import load_model
-from tests.cli.commands import Result, assert_one_sentence
+from tests.cli.commands import Result, assert_one_sentence, deepseek, environment
 
 Call = Callable[..., Result]
 
@@ -58,6 +58,13 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(call: Call, model: Path)
     answer = json.loads(call("generate", model, "def ", "--max-tokens", "20", "--stop", stop, "--json").out)
     assert answer["finish_reason"] == "stop"
     assert answer["text"] == whole[: whole.index(stop)]
+
+
+def test_a_terminal_without_a_character_is_shown_a_question_mark(model: Path) -> None:
+    there = environment() | {"PYTHONIOENCODING": "ascii"}
+    result = deepseek("generate", model, "caf\u00e9", "--max-tokens", "3", env=there)
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith("caf?")
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,6 @@ def test_max_tokens_bounds_what_is_read(call: Call, model: Path, corpus: Path, t
 
 def test_an_artifact_in_the_way_is_kept_unless_it_is_to_be_overwritten(call: Call, model: Path, int8: Path) -> None:
     before = (int8 / "manifest.json").read_bytes()
-    # The refusal comes before the text is even looked for.
-    result = call("quantize", model, int8, "--text", "/no/such/text", "--json")
-    assert result.status == 1
     result = call("quantize", model, int8, "--text", model / "tokenizer.json", "--json")
     assert_one_sentence(result, 1, str(int8), "holds an artifact already", "overwritten")
     assert (int8 / "manifest.json").read_bytes() == before

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -32,13 +33,18 @@ PHASES = {
     "baselines": '"phase_started", "phase": "counting n-grams"',
     "quantizing": '"phase_started", "phase": "int8"',
     "starting the server": '"phase_started", "phase": "serving"',
-    "serving": '"completion_received", "prompt": "def "',
-    "stopping the server": '"completion_received", "prompt": "class "',
+    "serving": '"completion_received"',
 }
 
 
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def copy(quickstarted: Finished, tmp_path: Path) -> Path:
+    """The folder of a finished run, to do what one likes with."""
+    return shutil.copytree(quickstarted.folder, tmp_path / "copy")
 
 
 def stop_at(words: str, number: signal.Signals, *arguments: object) -> Result:
@@ -93,7 +99,7 @@ def test_ctrl_c_in_every_phase_is_resumable_and_changes_nothing(
         assert "stopping at the next safe point" in first
         assert last == "deepseek: stopped; the same command goes on where it was"
         assert words in result.out
-        assert "report_written" not in result.kinds or phase == "stopping the server"
+        assert "report_written" not in result.kinds
         assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".old"))], phase
     result = deepseek(*command)
     assert (result.status, result.err) == (0, "")
@@ -143,8 +149,10 @@ def test_sigterm_saves_and_ends_with_143(tiny: dict[str, Any], tmp_path: Path) -
     assert saved.step >= 4
 
 
-def test_a_finished_run_started_again_reports_the_whole_run(quickstarted: Finished, tiny_moe: dict[str, Any]) -> None:
-    result = deepseek("quickstart", "--folder", quickstarted.folder, *as_options(tiny_moe), "--json")
+def test_a_finished_run_started_again_reports_the_whole_run(
+    quickstarted: Finished, copy: Path, tiny_moe: dict[str, Any]
+) -> None:
+    result = deepseek("quickstart", "--folder", copy, *as_options(tiny_moe), "--json")
     assert result.status == 0
     assert "step_done" not in result.kinds
     assert comparable(result) == comparable(quickstarted.result)
@@ -152,19 +160,29 @@ def test_a_finished_run_started_again_reports_the_whole_run(quickstarted: Finish
     assert quickstarted.result.events[-1]["report"]["train"]["first_step"] == 0
 
 
-def test_another_number_of_steps_is_refused_and_leaves_the_run_as_it_was(
-    call: Call, quickstarted: Finished, tiny_moe: dict[str, Any]
+@pytest.mark.parametrize("library", ["plotext", "matplotlib", "uvicorn", "prometheus_client"])
+def test_a_library_that_only_the_end_needs_is_missed_at_the_start(
+    call: Call, tiny_moe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
-    before = (quickstarted.folder / "report.json").read_bytes(), weights(quickstarted.folder / "model")
+    monkeypatch.setitem(sys.modules, library, None)  # how Python itself marks a module that is not there
+    result = call("quickstart", "--folder", tmp_path / "run", *as_options(tiny_moe), "--json")
+    assert_one_sentence(result, 1, library, "pip install 'deepseek-engine[")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_number_of_steps_is_refused_and_leaves_the_run_as_it_was(
+    call: Call, copy: Path, tiny_moe: dict[str, Any]
+) -> None:
+    before = (copy / "report.json").read_bytes(), weights(copy / "model")
     options = as_options(tiny_moe | {"num_steps": 40})
-    result = call("quickstart", "--folder", quickstarted.folder, *options, "--json")
+    result = call("quickstart", "--folder", copy, *options, "--json")
     assert_one_sentence(result, 1, "num_steps was 20 and is 40", "choose another folder")
-    assert before == ((quickstarted.folder / "report.json").read_bytes(), weights(quickstarted.folder / "model"))
+    assert before == ((copy / "report.json").read_bytes(), weights(copy / "model"))
 
 
-def test_what_is_no_terminal_gets_plain_lines(quickstarted: Finished, tiny_moe: dict[str, Any]) -> None:
+def test_what_is_no_terminal_gets_plain_lines(copy: Path, tiny_moe: dict[str, Any]) -> None:
     """All of the end is there in characters: the curve, the table, where the files are."""
-    result = deepseek("quickstart", "--folder", quickstarted.folder, *as_options(tiny_moe))
+    result = deepseek("quickstart", "--folder", copy, *as_options(tiny_moe))
     assert (result.status, result.err) == (0, "")
     assert "\x1b" not in result.out
     assert "\r" not in result.out

@@ -63,30 +63,36 @@ def test_a_config_file_with_overrides_trains(call: Call, tiny: dict[str, Any], t
     assert [event["step"] for event in result.events if event["kind"] == "step_done"] == [1, 2]
 
 
-def test_a_finished_run_is_written_again_without_a_step(call: Call, tiny: dict[str, Any], trained: Finished) -> None:
-    before = (trained.folder / "model" / "model.safetensors").read_bytes()
-    result = call("train", "decoder_tiny", "--set", f"folder={trained.folder}", *as_options(tiny))
+@pytest.fixture
+def copy(trained: Finished, tmp_path: Path) -> Path:
+    """The folder of a finished run, to do what one likes with."""
+    return shutil.copytree(trained.folder, tmp_path / "copy")
+
+
+def test_a_finished_run_is_written_again_without_a_step(call: Call, tiny: dict[str, Any], copy: Path) -> None:
+    before = (copy / "model" / "model.safetensors").read_bytes()
+    result = call("train", "decoder_tiny", "--set", f"folder={copy}", *as_options(tiny))
     assert result.status == 0
     assert "steps 20 to 20" in result.out
-    assert (trained.folder / "model" / "model.safetensors").read_bytes() == before
+    assert (copy / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_another_number_of_steps_in_the_same_folder_says_what_changed_and_what_to_do(
-    call: Call, tiny: dict[str, Any], trained: Finished
+    call: Call, tiny: dict[str, Any], copy: Path
 ) -> None:
-    before = newest_valid(trained.folder / "checkpoints")
+    before = newest_valid(copy / "checkpoints")
     changes = tiny | {"num_steps": 30}
-    result = call("train", "decoder_tiny", "--set", f"folder={trained.folder}", *as_options(changes), "--json")
+    result = call("train", "decoder_tiny", "--set", f"folder={copy}", *as_options(changes), "--json")
     assert_one_sentence(result, 1, "num_steps was 20 and is 30", "choose another folder")
-    after = newest_valid(trained.folder / "checkpoints")
+    after = newest_valid(copy / "checkpoints")
     assert before is not None
     assert after is not None
     assert (before.step, before.path) == (after.step, after.path)
 
 
-def test_settings_that_decide_nothing_may_change(call: Call, tiny: dict[str, Any], trained: Finished) -> None:
+def test_settings_that_decide_nothing_may_change(call: Call, tiny: dict[str, Any], copy: Path) -> None:
     changes = tiny | {"log_every": 7, "checkpoint_every": 9, "evaluation_tokens": 100}
-    result = call("train", "decoder_tiny", "--set", f"folder={trained.folder}", *as_options(changes), "--json")
+    result = call("train", "decoder_tiny", "--set", f"folder={copy}", *as_options(changes), "--json")
     assert result.status == 0
 
 

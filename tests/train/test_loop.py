@@ -155,8 +155,7 @@ def test_run_that_is_killed_anywhere_goes_on_bit_equal(corpus: Path, finished: P
         process.stdout.read()
     assert process.returncode == -signal.SIGKILL
     resumed = newest_valid(tmp_path / "checkpoints")
-    assert resumed is not None
-    assert resumed.step < NUM_STEPS
+    assert resumed is None or resumed.step < NUM_STEPS  # none yet, where the first save was what the kill hit
     for _ in train(config):
         pass
     assert_bit_equal(finished, tmp_path)

@@ -17,6 +17,7 @@ Listing the verbs imports none of them, and none imports torch before it has rea
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -73,6 +74,8 @@ def build_app(asked: str | None = None) -> App:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character shows "?"
     warnings.formatwarning = lambda message, *_, **__: f"deepseek: warning: {_one_line(str(message))}\n"
     sys.exit(run(build_app(asked=words[0] if words else None), words))
 
@@ -118,7 +121,8 @@ def _explain(error: BaseException) -> str:
         return "whoever read the output has left; give it a reader that stays, or a file"
     # What no room explains better: a file that this user may not read, for example.
     assert isinstance(error, OSError)
-    return f"{error.filename or 'the system'}: {error.strerror or error}; check that it is there and yours"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its permissions and the disk"
 
 
 def _one_line(message: str) -> str:

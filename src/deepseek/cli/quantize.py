@@ -54,10 +54,10 @@ def quantize(
     json
         Print the report as JSON.
     """
-    from deepseek.cli.showing import show_table
+    from deepseek.cli.showing import show_table, working
     from deepseek.compress.quantizing import quantize as run
 
-    with heldout_batches(model, text, max_tokens) as batches:
+    with working("int8, and both models side by side"), heldout_batches(model, text, max_tokens) as batches:
         report = run(model, out, batches, max_loss_increase=max_loss_increase, overwrite=overwrite)
     if json:
         sys.stdout.write(report.model_dump_json() + "\n")

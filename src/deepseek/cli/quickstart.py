@@ -12,7 +12,13 @@ from deepseek.core.config import parse_overrides
 from deepseek.core.extras import require
 
 # Optional libraries that the end of the job needs -> the extra that brings each.
-_LIBRARIES = {"matplotlib": "train", "plotext": "train", "starlette": "serve", "uvicorn": "serve"}
+_LIBRARIES = {
+    "matplotlib": "train",
+    "plotext": "train",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+}
 
 
 def quickstart(

@@ -99,6 +99,17 @@ def _name_wall_time(first_step: int) -> str:
     return f"wall time, from step {first_step} on" if first_step else "wall time"
 
 
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """A spinner on standard error while the block runs; nothing where nobody looks."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(title):
+        yield
+
+
 class Interrupt:
     """Remembers the first Ctrl-C or SIGTERM while the block runs, and lets the second one through."""
 

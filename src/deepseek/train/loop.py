@@ -252,6 +252,9 @@ def _evaluate(run: Run) -> Iterator[Evaluated]:
     """The held-out loss as it would be if training ended here; nothing where no text is held out."""
     if run.data.heldout is None:
         return
+    mask = run.config.model.mask
+    # As it will be loaded: with the mask wholly in force, however few of its opening steps are done.
+    run.model.set_step(max(run.step, mask.opening_steps if mask else 0))
     batches = evaluation_batches(run.data.heldout, run.config.data)
     limit = run.config.evaluation_tokens
     loss, num_tokens = measure_loss(run.model, batches, precision=run.precision, max_tokens=limit)
@@ -260,7 +263,6 @@ def _evaluate(run: Run) -> Iterator[Evaluated]:
 
 def _finish(run: Run) -> Iterator[Event]:
     """The final held-out loss and the artifact."""
-    run.model.set_step(run.config.num_steps)
     metrics: dict[str, float] = {}
     for event in _evaluate(run):
         metrics = {"heldout_loss": event.heldout_loss}
