@@ -2,7 +2,9 @@ import dataclasses
 import errno
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +95,22 @@ def test_a_reader_that_stops_early_closes_the_file(tmp_path):
     next(events)
     events.close()  # an open file would be a ResourceWarning, which is an error here
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1
+
+
+def test_line_that_a_kill_tore_is_dropped_and_the_next_process_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    list(record([StepDone(1, 0.5)], path))
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"time_s": 12.5, "kind": "step_d')
+    list(record([StepDone(2, 0.25)], path))
+    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [1, 2]
+
+
+def test_stream_that_fails_at_once_leaves_no_file(tmp_path: Path) -> None:
+    def fail() -> Iterator[StepDone]:
+        raise ValueError("broken")
+        yield
+
+    with pytest.raises(ValueError, match="broken"):
+        list(record(fail(), tmp_path / "events.jsonl"))
+    assert list(tmp_path.iterdir()) == []

@@ -117,7 +117,7 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, *, whole_key: s
     for depth, name in enumerate(path):
         if name not in values:
             known = [".".join([*path[:depth], each]) for each in values]
-            raise ConfigError(explain_unknown("setting", whole_key, known))
+            raise ConfigError(explain_unknown("setting", ".".join(path[: depth + 1]), known))
         if depth == len(path) - 1:
             values[name] = value
         elif isinstance(values[name], dict):

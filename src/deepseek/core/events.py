@@ -20,11 +20,10 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deepseek.core.storage import explained_storage
+from deepseek.core.storage import explained_storage, write_file
 
 E = TypeVar("E", bound="Event")
 
@@ -46,15 +45,26 @@ class Event:
 def record(events: Iterable[E], path: Path) -> Iterator[E]:
     """Pass events on, appending each as one JSON line with the time it was seen (seconds since 1970).
 
-    Raises `StorageError` when `path` cannot be written.
+    A line that an earlier process was killed in the middle of is dropped. Raises `StorageError` when `path` cannot be
+    written; what `events` itself runs into is its own error.
     """
-    with ExitStack() as stack:
-        with explained_storage(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a", encoding="utf-8"))
-        for event in events:
-            # Only the writing is explained as writing; what `events` itself runs into is its own error.
-            with explained_storage(path):
-                file.write(json.dumps({"time_s": round(time.time(), 3)} | event.to_dict()) + "\n")
-                file.flush()
-            yield event
+    _drop_torn_line(path)
+    for event in events:
+        _append(path, json.dumps({"time_s": round(time.time(), 3)} | event.to_dict()) + "\n")
+        yield event
+
+
+def _append(path: Path, line: str) -> None:
+    with explained_storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        write_file(path, whole)
