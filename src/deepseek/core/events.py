@@ -62,9 +62,8 @@ def _append(path: Path, line: str) -> None:
 
 
 def _drop_torn_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        write_file(path, whole)
+    with explained_storage(path):
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            write_file(path, whole)
