@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -49,7 +50,7 @@ def usage(sequences: Iterable[LiveSequence]) -> Json:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(ABC):
     """One answer in the making; `decode` gives the text of a token id."""
 
     model: str
@@ -66,9 +67,9 @@ class Answer:
         choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
         return self._envelope(self.whole_object, choices) | {"usage": counts}
 
+    @abstractmethod
     def opening(self, num_choices: int) -> list[Json]:
         """Chunks before the first token."""
-        raise NotImplementedError
 
     def chunk(self, index: int, output: Output) -> Json:
         """What `output` adds to the choice `index`."""
@@ -87,11 +88,11 @@ class Answer:
             "choices": choices,
         }
 
-    def _choice(self, index: int, generation: Generation) -> Json:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, index: int, generation: Generation) -> Json: ...
 
-    def _delta(self, index: int, text: str, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Json:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, index: int, text: str, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Json: ...
 
 
 @dataclass(frozen=True)

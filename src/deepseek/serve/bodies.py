@@ -9,6 +9,7 @@ strict: "16" is no number. Extensions beyond OpenAI: `top_k` and `ignore_eos`, n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -86,7 +87,7 @@ class Message(_Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class GenerationBody(_Body):
+class GenerationBody(_Body, ABC):
     """What both ways of asking for text have in common."""
 
     model: str
@@ -122,9 +123,9 @@ class GenerationBody(_Body):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token; `None` is no log-probabilities at all."""
-        raise NotImplementedError
 
     @property
     def sampling(self) -> Sampling:
