@@ -146,7 +146,7 @@ def test_run_that_is_killed_anywhere_goes_on_bit_equal(corpus: Path, finished: P
     moment = random.Random(os.getpid())
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        kill_at = moment.randint(3, NUM_STEPS - 2)
+        kill_at = moment.randint(2, NUM_STEPS - 4)
         for line in process.stdout:
             if f'"step_done", "step": {kill_at},' in line:
                 time.sleep(moment.random() * 0.05)
@@ -154,8 +154,7 @@ def test_run_that_is_killed_anywhere_goes_on_bit_equal(corpus: Path, finished: P
                 break
         process.stdout.read()
     assert process.returncode == -signal.SIGKILL
-    resumed = newest_valid(tmp_path / "checkpoints")
-    assert resumed is None or resumed.step < NUM_STEPS  # none yet, where the first save was what the kill hit
+    # Wherever that was: before the first checkpoint, in the middle of one, or after the last step.
     for _ in train(config):
         pass
     assert_bit_equal(finished, tmp_path)

@@ -48,21 +48,21 @@ def record(events: Iterable[E], path: Path) -> Iterator[E]:
     A line that an earlier process was killed in the middle of is dropped. Raises `StorageError` when `path` cannot be
     written; what `events` itself runs into is its own error.
     """
-    _drop_torn_line(path)
+    _prepare(path)
     for event in events:
         _append(path, json.dumps({"time_s": round(time.time(), 3)} | event.to_dict()) + "\n")
         yield event
 
 
 def _append(path: Path, line: str) -> None:
+    with explained_storage(path), path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _prepare(path: Path) -> None:
+    """Say that `path` cannot be written before any work is done, and drop a torn line from it."""
     with explained_storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
-
-
-def _drop_torn_line(path: Path) -> None:
-    with explained_storage(path):
         content = path.read_bytes() if path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
