@@ -17,6 +17,7 @@ from deepseek.core.config import Config
 from deepseek.core.errors import DataError
 from deepseek.data.batching import IGNORED_TARGET, Batch
 from deepseek.models.decoder.model import Decoder
+from deepseek.nn.losses import sum_cross_entropy
 
 
 class Comparison(Config):
@@ -81,10 +82,7 @@ def measure_losses(models: Sequence[Decoder], batches: Iterable[Batch]) -> tuple
 
 
 def _summed_loss(model: Decoder, batch: Batch) -> Tensor:
-    logits_BTV = model(batch.tokens_BT).float()
-    return torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
-    )
+    return sum_cross_entropy(model(batch.tokens_BT), batch.targets_BT, ignored_target=IGNORED_TARGET)
 
 
 def measure_decoding(models: Sequence[Decoder], *, num_tokens: int = 48, num_rounds: int = 5) -> list[float]:

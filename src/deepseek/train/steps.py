@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.core.errors import TrainingError
 from deepseek.data.batching import IGNORED_TARGET, Batch
 from deepseek.mixed_precision.policies import Precision, autocast
+from deepseek.nn.losses import sum_cross_entropy
 from deepseek.optim.clipping import clip_gradients_
 
 
@@ -63,6 +63,4 @@ def summed_loss(model: nn.Module, batch: Batch, *, precision: Precision) -> Tens
     device = next(model.parameters()).device
     with autocast(precision, device):
         logits_BTV = model(batch.tokens_BT.to(device))
-    logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
-    targets_BT = batch.targets_BT.to(device)
-    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+    return sum_cross_entropy(logits_BTV, batch.targets_BT.to(device), ignored_target=IGNORED_TARGET)
