@@ -9,6 +9,7 @@
     deepseek advise ...                 ->  a generation, and why
     deepseek migrate PATH               ->  what an upgrade breaks (also as `deepseek-migrate --check PATH`)
     deepseek check-compatibility        ->  what this machine can run (also as `deepseek-cli check-compatibility`)
+    deepseek benchmark MODEL            ->  latency, memory and accuracy, side by side (also as `deepseek-benchmark`)
     deepseek doctor                     ->  settings that pay on this machine
 
 Listing the verbs imports none of them, and none imports torch before it has read its arguments. Exit status: 0 done,
@@ -42,6 +43,7 @@ VERBS = {
     "advise": "Recommend a generation for a model and the place it runs in.",
     "migrate": "Find what an upgrade breaks in configs, code and checkpoints, and write a migrated copy.",
     "check-compatibility": "Say what this machine can run, with the next step for what it cannot.",
+    "benchmark": "Compare a model as several generations, or backends and precisions, side by side.",
     "doctor": "Measure settings of the environment that may pay on this machine.",
 }
 
@@ -88,6 +90,11 @@ def serve_main() -> None:
 def migrate_main() -> None:
     """The command `deepseek-migrate`."""
     main(["migrate", *sys.argv[1:]])
+
+
+def benchmark_main() -> None:
+    """The commands `deepseek-benchmark` and `ds-benchmark`."""
+    main(["benchmark", *sys.argv[1:]])
 
 
 def run(app: App, arguments: list[str]) -> int:
