@@ -25,6 +25,7 @@ from deepseek.core.registry import Registry
 from deepseek.models.decoder.model import count_parameters
 from deepseek.models.mobilenet_v3.model import MobileNetV3, MobileNetV3Config
 from deepseek.models.resnet.model import ResNet, ResNetConfig
+from deepseek.models.vit.model import ViT, ViTConfig
 
 SAMPLE_SEED = 0
 
@@ -125,6 +126,7 @@ _PUBLISHED = {
     "resnet152": Entry(ResNetConfig(depths=(3, 8, 36, 3)), ResNet, 224, 60_192_808),
     "mobilenet_v3_large": Entry(MobileNetV3Config(variant="large"), MobileNetV3, 224, 5_483_032),
     "mobilenet_v3_small": Entry(MobileNetV3Config(variant="small"), MobileNetV3, 224, 2_542_856),
+    "vit_b_16": Entry(ViTConfig(), ViT, 224, 86_567_656),
 }
 for _name, _entry in _PUBLISHED.items():
     MODELS.add(_name, _entry)

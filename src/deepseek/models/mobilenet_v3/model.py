@@ -12,6 +12,7 @@ Source: Howard et al. 2019, "Searching for MobileNetV3", tables 1 and 2, figure 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -215,7 +216,9 @@ def initialize_(model: MobileNetV3) -> None:
     """Random weights by the number of outgoing connections, a narrow classifier, and no biases."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            # A group is a convolution of its own; counted over all groups, depthwise ones would start near zero.
+            num_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2 / num_out))
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
