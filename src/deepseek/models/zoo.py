@@ -26,6 +26,7 @@ from deepseek.models.decoder.model import count_parameters
 from deepseek.models.mobilenet_v3.model import MobileNetV3, MobileNetV3Config
 from deepseek.models.resnet.model import ResNet, ResNetConfig
 from deepseek.models.vit.model import ViT, ViTConfig
+from deepseek.models.yolov7.model import YOLOv7, YOLOv7Config
 
 SAMPLE_SEED = 0
 
@@ -127,6 +128,7 @@ _PUBLISHED = {
     "mobilenet_v3_large": Entry(MobileNetV3Config(variant="large"), MobileNetV3, 224, 5_483_032),
     "mobilenet_v3_small": Entry(MobileNetV3Config(variant="small"), MobileNetV3, 224, 2_542_856),
     "vit_b_16": Entry(ViTConfig(), ViT, 224, 86_567_656),
+    "yolov7": Entry(YOLOv7Config(), YOLOv7, 640, 37_622_682),
 }
 for _name, _entry in _PUBLISHED.items():
     MODELS.add(_name, _entry)
