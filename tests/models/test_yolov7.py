@@ -278,10 +278,10 @@ def test_boxes_are_decoded_cell_by_cell(model):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_boxes_of_a_16_bit_model_keep_their_pixels(dtype):
-    raw = torch.zeros(1, 1, 1, 80, 6, dtype=dtype)
-    boxes = decode(raw, torch.full((1, 1, 1, 1, 2), 12.0), 8)
-    assert boxes.dtype == torch.float32
-    assert boxes[0, :, 0].tolist() == [8 * column + 4.0 for column in range(80)]
+    raw = noise(1, 3, 80, 80, 6).to(dtype)
+    anchors = torch.tensor(COCO_ANCHORS[0], dtype=dtype)[None, :, None, None]
+    boxes = decode(raw, anchors, 8)
+    torch.testing.assert_close(boxes, decode(raw.double(), anchors.double(), 8).float(), rtol=1e-6, atol=1e-4)
 
 
 def test_an_untrained_head_expects_few_objects():
@@ -613,6 +613,10 @@ def test_a_picture_that_does_not_fit_the_strides_is_refused(model):
 def test_a_setting_out_of_range_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         SMALL.override(change)
+
+
+def test_defaults_are_the_same_settings_after_a_round_trip():
+    assert SMALL.override({}).digest == SMALL.digest
 
 
 def test_corners_are_half_a_size_from_the_centre():
