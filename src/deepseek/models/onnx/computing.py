@@ -91,7 +91,11 @@ def power(x: Tensor, exponent: Any) -> Tensor:
 
 def flatten(x: Tensor, axis: int) -> Tensor:
     """A matrix: what comes before `axis`, and what follows."""
-    return x.reshape(x.shape[:axis].numel(), -1) if x.numel() else x.reshape(x.shape[:axis].numel(), x.shape[axis:].numel())
+    return (
+        x.reshape(x.shape[:axis].numel(), -1)
+        if x.numel()
+        else x.reshape(x.shape[:axis].numel(), x.shape[axis:].numel())
+    )
 
 
 def split_evenly(x: Tensor, num_parts: int, axis: int) -> tuple[Tensor, ...]:
@@ -341,9 +345,7 @@ def centre(x: Tensor, zero: Tensor | None, axis: int) -> Tensor:
     return x.double() if zero is None else x.double() - along(zero.double(), x, axis)
 
 
-def requantize(
-    sums: Tensor, x_scale: Tensor, w_scale: Tensor, y_scale: Tensor, y_zero: Tensor, axis: int
-) -> Tensor:
+def requantize(sums: Tensor, x_scale: Tensor, w_scale: Tensor, y_scale: Tensor, y_zero: Tensor, axis: int) -> Tensor:
     """Sums of products of steps as steps of the output."""
     scale = x_scale.double() * along(w_scale.double(), sums, axis) / y_scale.double()
     bounds = torch.iinfo(y_zero.dtype)

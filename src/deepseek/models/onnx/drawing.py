@@ -77,9 +77,7 @@ class Drawing:
             return function(*arguments, **keywords)
         arguments = fx.node.map_aggregate(arguments, self.placed)
         keywords = fx.node.map_aggregate(keywords, self.placed)
-        sample = function(
-            *fx.node.map_aggregate(arguments, _sample), **fx.node.map_aggregate(keywords, _sample)
-        )
+        sample = function(*fx.node.map_aggregate(arguments, _sample), **fx.node.map_aggregate(keywords, _sample))
         node = self.graph.call_function(function, arguments, keywords)
         node.meta["sample"] = sample
         return node

@@ -87,9 +87,7 @@ class _Node:
         )
 
 
-def _draw_node(
-    drawing: Drawing, node: Any, values: Mapping[str, Value], opset: int, source: str
-) -> dict[str, Value]:
+def _draw_node(drawing: Drawing, node: Any, values: Mapping[str, Value], opset: int, source: str) -> dict[str, Value]:
     said = _Node(f"operator {_full_name(node)}" + (f" ({node.name})" if node.name else ""), opset, source)
     if not _is_known(node):
         raise UnsupportedOperatorError(said.explain("it is not in the table of operators"))
@@ -157,8 +155,8 @@ def _attributes(node: Any) -> dict[str, Any]:
 def _finish(drawing: Drawing, outputs: list[Value]) -> fx.GraphModule:
     results = [drawing.placed(value) for value in outputs]
     drawing.graph.output(results[0] if len(results) == 1 else tuple(results))
-    drawing.graph.eliminate_dead_code()
     model = fx.GraphModule(drawing.root, drawing.graph)
+    model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
     _fold_biases(model)
     return model.eval()

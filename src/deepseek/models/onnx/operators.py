@@ -103,9 +103,7 @@ def _prelu(drawing: Drawing, op: Operator, x: Value, slope: Value) -> Result:
 # ---- several inputs, element by element
 
 
-def _binary(
-    function: Callable[..., Any], on_numbers: Callable[..., Any] | None = None
-) -> Function:
+def _binary(function: Callable[..., Any], on_numbers: Callable[..., Any] | None = None) -> Function:
     def draw(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
         if on_numbers is not None and drawing.is_lengths(x, y):
             return _each(drawing, on_numbers, x, y)
@@ -378,9 +376,7 @@ def _range(drawing: Drawing, op: Operator, start: Value, limit: Value, delta: Va
     return drawing.make(torch.arange, *ends, dtype=dtype)
 
 
-def _pad(
-    drawing: Drawing, op: Operator, x: Value, pads: Value, value: Value = None, axes: Value = None
-) -> Result:
+def _pad(drawing: Drawing, op: Operator, x: Value, pads: Value, value: Value = None, axes: Value = None) -> Result:
     rank = drawing.rank(x)
     dims = list(range(rank)) if axes is None else [axis % rank for axis in drawing.numbers(axes, "axes")]
     widths = drawing.numbers(pads, "pads")
@@ -418,9 +414,7 @@ def _gather_nd(drawing: Drawing, op: Operator, x: Value, indices: Value) -> Resu
 
 
 def _scatter_elements(drawing: Drawing, op: Operator, x: Value, indices: Value, updates: Value) -> Result:
-    return drawing.call(
-        computing.scatter_elements, x, indices, updates, op.get("axis", 0), op.get("reduction", "none")
-    )
+    return drawing.call(computing.scatter_elements, x, indices, updates, op.get("axis", 0), op.get("reduction", "none"))
 
 
 def _scatter_nd(drawing: Drawing, op: Operator, x: Value, indices: Value, updates: Value) -> Result:
@@ -464,7 +458,9 @@ def _cumsum(drawing: Drawing, op: Operator, x: Value, axis: Value) -> Result:
 
 def _top_k(drawing: Drawing, op: Operator, x: Value, k: Value) -> Result:
     count = drawing.numbers(k, "k")[0]
-    given = drawing.call(torch.topk, x, count, op.get("axis", -1), bool(op.get("largest", 1)), bool(op.get("sorted", 1)))
+    given = drawing.call(
+        torch.topk, x, count, op.get("axis", -1), bool(op.get("largest", 1)), bool(op.get("sorted", 1))
+    )
     return drawing.item(given, 0), drawing.item(given, 1)
 
 

@@ -169,7 +169,9 @@ def _shape_of(spec: InputSpec, wanted: Sequence[int] | None, batch_size: int, se
     )
     if not fits:
         expected = ", ".join("any" if length is None else str(length) for length in spec.shape)
-        raise ConfigError(f"input {spec.name!r} has shape ({expected}) and {tuple(wanted)} was given; give one that fits")
+        raise ConfigError(
+            f"input {spec.name!r} has shape ({expected}) and {tuple(wanted)} was given; give one that fits"
+        )
     return tuple(wanted)
 
 

@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 
+def _symmetric(new: Tensor, scale: float, old_length: int, new_length: int) -> Tensor:
+    """Half pixels around the middle of the old ones, where the new length is cut off."""
+    adjustment = new_length / (scale * old_length)
+    offset = old_length / 2 * (1 - adjustment)
+    return offset + (new + 0.5) / scale - 0.5
+
+
 # (new places, scale, old length, new length) -> old places
 MAPPINGS: dict[str, Callable[[Tensor, float, int, int], Tensor]] = {
     "half_pixel": lambda new, scale, old_length, new_length: (new + 0.5) / scale - 0.5,
-    "half_pixel_symmetric": lambda new, scale, old_length, new_length: _symmetric(new, scale, old_length, new_length),
+    "half_pixel_symmetric": _symmetric,
     "pytorch_half_pixel": lambda new, scale, old_length, new_length: (
         (new + 0.5) / scale - 0.5 if new_length > 1 else new * 0
     ),
@@ -76,10 +83,3 @@ def _cubic(distance: Tensor, a: float) -> list[tuple[int, Tensor]]:
         return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
 
     return [(-1, far(distance + 1)), (0, near(distance)), (1, near(1 - distance)), (2, far(2 - distance))]
-
-
-def _symmetric(new: Tensor, scale: float, old_length: int, new_length: int) -> Tensor:
-    """Half pixels around the middle of the old ones, where the new length is cut off."""
-    adjustment = new_length / (scale * old_length)
-    offset = old_length / 2 * (1 - adjustment)
-    return offset + (new + 0.5) / scale - 0.5
