@@ -17,12 +17,9 @@ An int8 decoder is one whose layers `make_int8_` replaced; it comes back with th
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,50 +29,31 @@ from torch import Tensor, nn
 
 from deepseek.artifact.format import CONFIG_NAME, Description, Manifest
 from deepseek.artifact.writing import MAX_SHARD_BYTES, write_artifact
+from deepseek.compiler.selection import SelectionEvent
 from deepseek.core.errors import ConfigError
-from deepseek.core.extras import has_library
-from deepseek.core.names import explain_unknown
 from deepseek.data.tokenizing import Tokenizer, save_tokenizer
 from deepseek.models.architectures import DECODER, TRANSFORMERS, name_architecture
 from deepseek.models.assembling import dtype_of, is_int8, main_dtype, name_precision, stored_tensors
 from deepseek.models.decoder.keymap import Family, export_config, export_tensors, find_twin
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.encoders.model import TransformersModel
-from deepseek.models.onnx.drawing import UnsupportedOperatorError
-from deepseek.models.onnx.reading import draw_inputs, read_onnx
-from deepseek.models.programs import RUNTIMES, Program, run_onnx
-from deepseek.models.sources import INT8_KEPT, LoadConfig, Opened, is_onnx, open_source
+from deepseek.models.programs import Program
+from deepseek.models.running import LoadedModel, has_half_arithmetic, run_on_backend
+from deepseek.models.sources import INT8_KEPT, LoadConfig, open_source
 from deepseek.nn.packed import pack_
 from deepseek.nn.quantized import replace_with_int8_
 
+__all__ = [
+    "LoadConfig",
+    "LoadedModel",
+    "count_stored_bytes",
+    "load_decoder",
+    "load_model",
+    "make_int8_",
+    "save_model",
+]
+
 Precision = Literal["fp32", "bf16", "fp16"]
-AUTO = "auto"
-_FILE_TOLERANCE = 0.05  # of a file that a runtime runs as it is, against the same file in PyTorch
-_ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model as the chosen backend runs it; called like the model itself."""
-
-    summary: str
-    """What it is and where its weights come from, random ones above all."""
-    run: Callable[..., Any]
-    """What a call runs."""
-    sample_inputs: tuple[Tensor, ...]
-    """The inputs that it was measured with."""
-    reason: str
-    """Why this backend, with what was measured and refused."""
-    module: nn.Module | None = None
-    """The plain module, for training and for saving; none for a file that only a runtime can run."""
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """The answer of the model."""
-        return self.run(*inputs, **named)
-
-    def explain(self) -> str:
-        """What the model is, who runs it, and why."""
-        return f"{self.summary}\n{self.reason}"
 
 
 def load_model(
@@ -86,6 +64,7 @@ def load_model(
     weights: str | Path | None = None,
     verify: bool = True,
     packed: bool = False,
+    on_event: Callable[[SelectionEvent], None] | None = None,
 ) -> Any:
     """The model that `source` names, in evaluation mode on the CPU: an `nn.Module`, or with a backend a `LoadedModel`.
 
@@ -96,7 +75,7 @@ def load_model(
     `precision` is that of the weights in memory; none keeps them as they are stored. With `verify`, every file of an
     artifact is compared with its manifest first; other sources have none to compare with. A `packed` decoder has its
     weights laid out for this machine's kernels (`nn/packed.py`): it decodes at up to twice the speed, and can be run
-    but not trained or saved.
+    but not trained or saved. `on_event` hears of every backend that is tried.
 
     Raises `ConfigError` for an unknown name or setting and for a model that cannot be built or converted,
     `CorruptArtifactError`, `UnsafeFileError` for a pickle, `UnsupportedSchemaError`, and `ArtifactError` where there is
@@ -112,7 +91,7 @@ def load_model(
             raise ConfigError(
                 "a packed model has a layout of its own and a backend was asked for; leave one of them out"
             )
-        return _load_for_backend(source, settings, verify=verify)
+        return run_on_backend(source, settings, verify=verify, on_event=on_event)
     opened = open_source(source, settings, verify=verify)
     if isinstance(opened.model, Program):
         return opened.model
@@ -228,144 +207,6 @@ def _as_precision(model: nn.Module, precision: str, source: str | Path) -> nn.Mo
             parameter.data = parameter.data.to(dtype)
         return model
     return model.to(dtype)
-
-
-def has_half_arithmetic() -> bool:
-    """Whether this machine computes in fp16 as fast as in fp32: it has a GPU, or a CPU with instructions for it."""
-    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-
-
-# ---- backends
-
-
-def _load_for_backend(source: str | Path, settings: LoadConfig, *, verify: bool) -> LoadedModel:
-    from deepseek.compiler.selection import BackendSelector
-
-    known = [each.value for each in BackendSelector]
-    if settings.backend not in known:
-        raise ConfigError(explain_unknown("backend", str(settings.backend), known))
-    settings = _replace_half(settings)
-    if is_onnx(Path(source)):
-        return _load_onnx(Path(source), settings)
-    opened = open_source(source, settings, verify=verify)
-    if isinstance(opened.model, Program):
-        return _load_program(opened, settings)
-    return _select(opened, opened.model, settings)
-
-
-def _replace_half(settings: LoadConfig) -> LoadConfig:
-    """fp16 where no unit computes in it: `auto` takes bf16 and says so, a named backend answers for itself."""
-    if settings.precision != "fp16" or settings.backend != AUTO or has_half_arithmetic():
-        return settings
-    warnings.warn(
-        "fp16 was asked for and neither a GPU nor fp16 instructions are here; bf16 is used instead, which has the same "
-        "16 bits and three digits of precision less: ask for bf16 or fp32 to choose yourself",
-        stacklevel=4,
-    )
-    return settings.override({"precision": "bf16"})
-
-
-def _load_program(opened: Opened, settings: LoadConfig) -> LoadedModel:
-    assert isinstance(opened.model, Program)
-    if settings.backend not in (AUTO, opened.model.runtime):
-        raise ConfigError(
-            f"{opened.path} is run by {opened.model.runtime} only and backend {settings.backend!r} was asked for; "
-            f"give '{AUTO}', or convert the model to ONNX"
-        )
-    program = opened.model
-    return LoadedModel(opened.summary, program, opened.draw_inputs(settings), program.explain())
-
-
-def _select(opened: Opened, model: nn.Module, settings: LoadConfig) -> LoadedModel:
-    from deepseek.compiler.selection import select
-
-    inputs = opened.draw_inputs(settings)
-    selection = select(
-        model,
-        inputs,
-        precision=settings.precision,
-        backends=None if settings.backend == AUTO else [settings.backend],
-        time_budget_s=settings.time_budget_s,
-        tolerance=settings.tolerance,
-    )
-    return LoadedModel(opened.summary, selection.model, inputs, selection.explain(), model)
-
-
-def _load_onnx(path: Path, settings: LoadConfig) -> LoadedModel:
-    """An ONNX file: by a runtime as it is, converted, or for `auto` whichever is faster."""
-    runs_as_it_is = settings.precision == "auto" or (settings.precision, settings.backend) == ("fp32", "openvino")
-    if settings.backend in RUNTIMES and runs_as_it_is:
-        read_onnx(path)  # refuses what is damaged, and weights outside the folder
-        program = run_onnx(path, str(settings.backend), settings.precision)
-        inputs = draw_inputs(
-            program.inputs, settings.shapes, batch_size=settings.batch_size, sequence_length=settings.sequence_length
-        )
-        return LoadedModel(f"{path}, an ONNX file", program, inputs, program.explain())
-    try:
-        opened = open_source(path, settings)
-    except UnsupportedOperatorError as error:
-        if settings.backend != AUTO or not runs_as_it_is:
-            raise
-        warnings.warn(f"{error} That is what is done: only runtimes that take the file are compared.", stacklevel=4)
-        return _fastest_program(path, settings, None)
-    assert isinstance(opened.model, nn.Module)
-    loaded = _select(opened, opened.model, settings)
-    return _fastest_program(path, settings, loaded) if settings.backend == AUTO and runs_as_it_is else loaded
-
-
-def _fastest_program(path: Path, settings: LoadConfig, converted: LoadedModel | None) -> LoadedModel:
-    """The fastest of the installed runtimes on the file itself and, where there is one, the converted model."""
-    programs = {name: run_onnx(path, name) for name in RUNTIMES if has_library(name)}
-    if not programs and converted is None:
-        raise ConfigError(f"no runtime that takes {path} is installed: pip install 'deepseek-engine[compile]'")
-    inputs = converted.sample_inputs if converted else _draw_for_program(next(iter(programs.values())), settings)
-    runners: dict[str, Callable[..., Any]] = dict(programs)
-    reference = converted.module if converted else next(iter(programs.values()))
-    errors = {name: _relative_error(program, reference, inputs) for name, program in programs.items()}
-    bound = settings.tolerance or _FILE_TOLERANCE
-    runners = {name: run for name, run in runners.items() if errors[name] <= bound}
-    if converted:
-        runners["converted"] = converted.run
-    medians_ms = _time(runners, inputs)
-    best = min(medians_ms, key=lambda name: medians_ms[name])
-    lines = [f"{name}: {medians_ms[name]:.2f} ms" for name in sorted(medians_ms, key=lambda each: medians_ms[each])]
-    lines += [f"{name} refused: relative error {errors[name]:.3g}" for name in programs if name not in runners]
-    reason = f"{best} is the fastest ({'; '.join(lines)})"
-    reason += f"\nconverted: {converted.reason}" if converted else ""
-    summary = converted.summary if converted and best == "converted" else f"{path}, an ONNX file run as it is"
-    return LoadedModel(summary, runners[best], inputs, reason, converted.module if converted else None)
-
-
-def _draw_for_program(program: Program, settings: LoadConfig) -> tuple[Tensor, ...]:
-    return draw_inputs(
-        program.inputs, settings.shapes, batch_size=settings.batch_size, sequence_length=settings.sequence_length
-    )
-
-
-@torch.inference_mode()
-def _relative_error(program: Program, reference: Any, inputs: tuple[Tensor, ...]) -> float:
-    """The largest norm of the difference over the norm of the reference's answer, of all outputs."""
-    pairs = zip(_listed(program(*inputs)), _listed(reference(*inputs)), strict=True)
-    return max(
-        float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-12)) for ours, theirs in pairs
-    )
-
-
-def _listed(answer: Any) -> list[Tensor]:
-    return list(answer) if isinstance(answer, tuple | list) else [answer]
-
-
-@torch.inference_mode()
-def _time(runners: Mapping[str, Callable[..., Any]], inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Median milliseconds of a call of each, in turns, after one call to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for round_ in range(_ROUNDS + 1):
-        for name, run in runners.items():
-            began = time.perf_counter()
-            run(*inputs)
-            if round_:
-                times[name].append((time.perf_counter() - began) * 1000)
-    return {name: statistics.median(each) for name, each in times.items()}
 
 
 # ---- writing

@@ -6,33 +6,31 @@ parameters and cannot be trained; for that an ONNX file is converted (`onnx/impo
     .onnx                     onnxruntime, openvino
     SavedModel, .pb, .tflite  openvino, which reads them without TensorFlow
 
-Two defaults of OpenVINO are changed. Its Python package reports its use to its makers as soon as it is imported, unless
-the package `openvino_telemetry` is missing: here it is made to look missing. And where the processor has bfloat16 it
-computes in it unless told otherwise: here fp32 is asked for, and what it runs in is compared with the request.
+Both come in through the doors of `compiler/backends`, which keep OpenVINO from reporting its use to its makers. Where
+the processor has bfloat16, OpenVINO computes in it unless told otherwise, with errors of 1e-3: here fp32 is asked for,
+and what it runs in is compared with the request.
 """
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepseek.artifact.verifying import is_pickle
-from deepseek.core.errors import ConfigError, CorruptArtifactError, UnsafeFileError
-from deepseek.core.extras import require
+from deepseek.compiler.backends.onnxruntime import make_session
+from deepseek.compiler.backends.openvino import require_openvino
+from deepseek.core.errors import ConfigError, CorruptArtifactError, MissingExtraError, UnsafeFileError
 from deepseek.core.names import explain_unknown
 from deepseek.models.onnx.reading import InputSpec
 
 SAVED_MODEL_NAME = "saved_model.pb"
 TENSORFLOW_SUFFIXES = (".pb", ".tflite")
-_TELEMETRY = "openvino_telemetry"
-_TELEMETRY_USERS = "openvino.tools"
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,13 @@ def _open_onnxruntime(path: Path, precision: str) -> Program:
             f"ONNX Runtime runs {path} in the precision that it was written in, and {precision} was asked for; "
             "leave precision out, or convert the file by naming another backend"
         )
-    onnxruntime = require("onnxruntime", extra="compile")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = make_session(str(path), num_threads=torch.get_num_threads())
+    except MissingExtraError:
+        raise
     except Exception as error:
         raise CorruptArtifactError(
-            f"ONNX Runtime cannot run {path} ({_first_line(error)}); try another backend"
+            f"ONNX Runtime cannot run {path} ({_last_line(error)}); try another backend"
         ) from error
     inputs = tuple(
         InputSpec(each.name, tuple(_length(dim) for dim in each.shape), _ORT_DTYPES[each.type])
@@ -112,7 +108,7 @@ def _open_onnxruntime(path: Path, precision: str) -> Program:
 
 
 def _open_openvino(path: Path, precision: str) -> Program:
-    openvino = import_openvino()
+    openvino = require_openvino()
     hints = {"auto": "f32", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}
     if precision not in hints:
         raise ConfigError(
@@ -123,7 +119,7 @@ def _open_openvino(path: Path, precision: str) -> Program:
         model = core.read_model(str(path))
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hints[precision]})
     except Exception as error:
-        raise CorruptArtifactError(f"OpenVINO cannot read {path} ({_first_line(error)}); export it again") from error
+        raise _explain_refusal(path, error) from error
     runs_in = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}[
         compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     ]
@@ -141,13 +137,6 @@ def _open_openvino(path: Path, precision: str) -> Program:
 
 
 RUNTIMES: dict[str, Callable[[Path, str], Program]] = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
-
-
-def import_openvino() -> ModuleType:
-    """The library, imported so that it reports nothing to its makers."""
-    if _TELEMETRY not in sys.modules and not any(name.startswith(_TELEMETRY_USERS) for name in sys.modules):
-        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # `import` of it then fails, as if not installed
-    return require("openvino", extra="compile")
 
 
 def find_tensorflow(path: Path) -> bool:
@@ -170,11 +159,20 @@ def _show(spec: InputSpec) -> str:
     return f"({', '.join('any' if length is None else str(length) for length in spec.shape)})"
 
 
-def _first_line(error: Exception) -> str:
+def _explain_refusal(path: Path, error: Exception) -> Exception:
+    """What OpenVINO has against a file: an operator that it does not know, or that it is no model."""
+    unknown = _UNKNOWN_OPERATIONS.search(str(error))
+    if unknown:
+        return ConfigError(f"OpenVINO cannot run {path}, it has no rule for {unknown[1].strip()}; export it without")
+    return CorruptArtifactError(f"OpenVINO cannot read {path} ({_last_line(error)}); export it again")
+
+
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
+_UNKNOWN_OPERATIONS = re.compile(r"No conversion rule found for operations: (.+)")
 _ORT_DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,

@@ -97,8 +97,8 @@ class Opened:
     model: nn.Module | Program
     draw_inputs: Callable[[LoadConfig], tuple[Tensor, ...]]
     """Sample inputs for a config."""
-    path: Path | None = None
-    """The file that runtimes can run as it is."""
+    name: str
+    """What people call it."""
 
 
 def open_source(source: str | Path, config: LoadConfig, *, verify: bool = True) -> Opened:
@@ -142,7 +142,7 @@ def _open_name(name: str, config: LoadConfig) -> Opened:
             stacklevel=4,
         )
     summary = f"{name}, {'a text model' if is_text else 'from the zoo'}, with {origin}"
-    return Opened(summary, model, lambda used: draw_for(model, used))
+    return Opened(summary, model, lambda used: draw_for(model, used), name)
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
@@ -238,7 +238,7 @@ def _open_artifact(folder: Path, config: LoadConfig, verify: bool) -> Opened:
             tensors = import_tensors(tensors, FAMILIES[model_type])
         model = assemble(manifest.architecture, manifest.architecture_config, tensors, source=folder)
     summary = f"{folder}, an artifact of architecture {manifest.architecture}, stored in {manifest.precision}"
-    return Opened(summary, model.eval(), lambda used: draw_for(model, used))
+    return Opened(summary, model.eval(), lambda used: draw_for(model, used), str(folder))
 
 
 def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source: Path) -> nn.Module:
@@ -265,12 +265,14 @@ def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
         read_tensor_file(file)  # refuses what is damaged or a pickle in disguise before another library opens it
     model = read_transformers(folder, values, None)
     kind = type(model.model).__name__
-    return Opened(f"{folder}, a {kind} through transformers", model, lambda used: draw_for(model, used))
+    return Opened(f"{folder}, a {kind} through transformers", model, lambda used: draw_for(model, used), str(folder))
 
 
 def _open_decoder(folder: Path, settings: DecoderConfig, tensors: Tensors) -> Opened:
     model = assemble(DECODER, settings.to_dict(), tensors, source=folder).eval()
-    return Opened(f"{folder}, a Hugging Face folder as our decoder", model, lambda used: draw_for(model, used))
+    return Opened(
+        f"{folder}, a Hugging Face folder as our decoder", model, lambda used: draw_for(model, used), str(folder)
+    )
 
 
 def find_weight_files(folder: Path) -> list[Path]:
@@ -311,7 +313,7 @@ def _open_onnx(path: Path, config: LoadConfig, verify: bool) -> Opened:
         return draw_inputs(specs, used.shapes, batch_size=used.batch_size, sequence_length=used.sequence_length)
 
     model = import_onnx(proto, sample_inputs=draw(config), source=str(path))
-    return Opened(f"{path}, an ONNX file converted to PyTorch", model, draw, path)
+    return Opened(f"{path}, an ONNX file converted to PyTorch", model, draw, str(path))
 
 
 def _open_tensorflow(path: Path, config: LoadConfig, verify: bool) -> Opened:
@@ -322,7 +324,7 @@ def _open_tensorflow(path: Path, config: LoadConfig, verify: bool) -> Opened:
             program.inputs, used.shapes, batch_size=used.batch_size, sequence_length=used.sequence_length
         )
 
-    return Opened(f"{path}, a TensorFlow model run as it is by OpenVINO", program, draw, path)
+    return Opened(f"{path}, a TensorFlow model run as it is by OpenVINO", program, draw, str(path))
 
 
 def is_onnx(path: Path) -> bool:

@@ -100,7 +100,7 @@ def flatten(x: Tensor, axis: int) -> Tensor:
 
 def split_evenly(x: Tensor, num_parts: int, axis: int) -> tuple[Tensor, ...]:
     """Equal parts, the last one shorter where they do not fit."""
-    return x.split(-(-x.shape[axis] // num_parts), axis)
+    return torch.split(x, -(-x.shape[axis] // num_parts), axis)
 
 
 def expand(x: Tensor, lengths: Sequence[int]) -> Tensor:

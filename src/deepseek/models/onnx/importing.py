@@ -186,7 +186,7 @@ def _takes_bias(model: fx.GraphModule, linear: Any, bias: Any, addition: fx.Node
     if not is_linear or not isinstance(bias, fx.Node) or bias.op != "get_attr":
         return False
     layer = model.get_submodule(str(linear.target))
-    if not isinstance(layer, nn.Linear) or layer.bias is not None:
+    if not isinstance(layer, nn.Linear) or "bias" in dict(layer.named_parameters()):
         return False
     values = _read(model, str(bias.target))
     return values.shape == (layer.out_features,) and values.dtype is layer.weight.dtype

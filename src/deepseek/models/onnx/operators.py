@@ -25,7 +25,7 @@ from deepseek.models.onnx import computing, resizing
 from deepseek.models.onnx.drawing import Drawing, Lengths, UnsupportedOperatorError, Value, as_lengths
 from deepseek.models.onnx.reading import torch_dtype
 
-Result: TypeAlias = "Value | tuple[Value, ...]"
+Result: TypeAlias = Any  # a Value or a tuple of them; what fx gives is not typed
 Function: TypeAlias = "Callable[..., Result]"
 
 
@@ -205,13 +205,13 @@ def _cast_like(drawing: Drawing, op: Operator, x: Value, like: Value) -> Result:
     return _cast_to(drawing, x, drawing.sample(like).dtype)
 
 
-def _cast_to(drawing: Drawing, x: Value, dtype: torch.dtype) -> Value:
+def _cast_to(drawing: Drawing, x: Value, dtype: torch.dtype) -> Result:
     if isinstance(x, Lengths):
         kind = float if dtype.is_floating_point else bool if dtype is torch.bool else int
         return _each(drawing, kind, x)
     if drawing.sample(x).dtype is dtype:
         return x
-    return drawing.call(computing.cast, x, dtype)  # type: ignore[no-any-return]
+    return drawing.call(computing.cast, x, dtype)
 
 
 def _isinf(drawing: Drawing, op: Operator, x: Value) -> Result:
@@ -339,13 +339,13 @@ def _slice(
     return x
 
 
-def _cut(drawing: Drawing, x: Value, dim: int, first: Any, last: Any, stride: Any) -> Value:
+def _cut(drawing: Drawing, x: Value, dim: int, first: Any, last: Any, stride: Any) -> Result:
     if not isinstance(stride, int):
         raise UnsupportedOperatorError("its steps are computed while the model runs, and must be constants")
     if stride < 0:
-        return drawing.call(computing.cut_backwards, x, dim, first, last, stride)  # type: ignore[no-any-return]
+        return drawing.call(computing.cut_backwards, x, dim, first, last, stride)
     index = (*[slice(None)] * dim, slice(first, last, stride))
-    return drawing.call(operator.getitem, x, index)  # type: ignore[no-any-return]
+    return drawing.call(operator.getitem, x, index)
 
 
 def _gather(drawing: Drawing, op: Operator, x: Value, indices: Value) -> Result:
@@ -357,7 +357,7 @@ def _gather(drawing: Drawing, op: Operator, x: Value, indices: Value) -> Result:
     if isinstance(indices, Tensor) and indices.dim() == 0:
         return drawing.call(torch.select, x, axis, int(indices))
     if isinstance(x, Tensor) and x.dim() == 2 and axis == 0 and x.is_floating_point() and isinstance(indices, fx.Node):
-        table = nn.Embedding(*x.shape, _weight=nn.Parameter(x))
+        table = nn.Embedding.from_pretrained(x, freeze=False)
         return drawing.call_module(table, drawing.name_of(x, op.name or "embedding"), indices)
     return drawing.call(computing.take, x, indices, axis)
 
@@ -504,7 +504,8 @@ def _gemm(drawing: Drawing, op: Operator, a: Value, b: Value, c: Value = None) -
 def _linear(weight_OI: Tensor, bias_O: Any = None) -> nn.Linear:
     layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None, device="meta")
     layer.weight = nn.Parameter(weight_OI.contiguous())
-    layer.bias = None if bias_O is None else nn.Parameter(bias_O)
+    if bias_O is not None:
+        layer.bias = nn.Parameter(bias_O)
     return layer
 
 
@@ -648,7 +649,7 @@ def _batch_norm(
     eps, rank = op.get("epsilon", 1e-5), drawing.rank(x)
     if isinstance(x, fx.Node) and all(isinstance(each, Tensor) for each in parts) and 2 <= rank <= 5:
         kinds: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-        layer = kinds[rank](len(scale), eps=eps, device="meta")  # type: ignore[arg-type]
+        layer = kinds[rank](drawing.sample(scale).shape[0], eps=eps, device="meta")
         layer.weight, layer.bias = nn.Parameter(scale), nn.Parameter(shift)
         layer.running_mean, layer.running_var = mean, variance
         layer.num_batches_tracked = torch.zeros((), dtype=torch.int64)
@@ -664,9 +665,9 @@ def _layer_norm(drawing: Drawing, op: Operator, x: Value, scale: Value, shift: V
     known = isinstance(scale, Tensor) and scale.shape == shape and (shift is None or isinstance(shift, Tensor))
     if known and isinstance(x, fx.Node):
         layer = nn.LayerNorm(tuple(shape), eps=eps, bias=shift is not None, device="meta")
-        layer.weight = nn.Parameter(scale)  # type: ignore[arg-type]
+        layer.weight = nn.Parameter(drawing.constant(scale, "scale"))
         if shift is not None:
-            layer.bias = nn.Parameter(shift)  # type: ignore[arg-type]
+            layer.bias = nn.Parameter(drawing.constant(shift, "shift"))
         return drawing.call_module(layer, drawing.name_of(scale, op.name or "layer_norm"), x)
     return drawing.call(computing.layer_norm, x, axis, scale, shift, eps)
 

@@ -117,11 +117,10 @@ def draw_inputs(
 
 
 def _parse(onnx: Any, path: Path) -> Any:
-    from google.protobuf.message import DecodeError
-
+    damaged = require("google.protobuf.message", extra="compile").DecodeError
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError) as error:
+    except (damaged, ValueError) as error:
         raise CorruptArtifactError(f"{path} is not a whole ONNX file ({_first_line(error)}); copy it again") from error
     if not model.graph.node or not model.graph.output:
         raise CorruptArtifactError(f"{path} holds no graph; copy or export it again")
