@@ -1,9 +1,9 @@
-"""Files of TensorFlow written without TensorFlow: a SavedModel, a frozen graph, and a TFLite file, of one small network.
+"""Files of TensorFlow written without TensorFlow: a SavedModel, a frozen graph and a TFLite file of one small network.
 
 The network is relu(x W + b). A SavedModel and a frozen graph are protobuf messages; `field` writes one field of a
 message as the encoding defines it (https://protobuf.dev/programming-guides/encoding/), numbers of fields as in
-TensorFlow's `graph.proto`, `node_def.proto`, `tensor.proto` and `saved_model.proto`. A TFLite file is a flatbuffer, with
-slots as in `schema.fbs`.
+TensorFlow's `graph.proto`, `node_def.proto`, `tensor.proto` and `saved_model.proto`. A TFLite file is a flatbuffer
+with slots as in `schema.fbs`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def write_saved_model(folder: Path, weight_IO: numpy.ndarray, bias_O: numpy.ndar
     answered = _named("y", _tensor_info("y:0", num_outputs))
     signature = field(1, given) + field(2, answered) + field(3, "tensorflow/serving/predict")
     tags = field(4, "serve")
-    meta_graph = field(1, tags) + field(2, graph(weight_IO, bias_O, op)) + field(5, _named("serving_default", signature))
+    meta_graph = (
+        field(1, tags) + field(2, graph(weight_IO, bias_O, op)) + field(5, _named("serving_default", signature))
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "saved_model.pb").write_bytes(field(1, 1) + field(2, meta_graph))
     return folder

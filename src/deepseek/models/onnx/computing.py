@@ -5,7 +5,7 @@ Each function is named after what it computes; arguments are in the order of ONN
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,9 +76,10 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x < 0, slope * x, x)
 
 
-def softmax_of_rows(x: Tensor, axis: int, function: Callable[..., Tensor]) -> Tensor:
+def softmax_of_rows(x: Tensor, axis: int, is_log: bool) -> Tensor:
     """Softmax as opsets before 13 define it: over all that follows `axis`, taken as one row."""
-    return function(x.flatten(axis), dim=-1).reshape(x.shape)
+    rows = x.flatten(axis)
+    return (torch.log_softmax(rows, -1) if is_log else torch.softmax(rows, -1)).reshape(x.shape)
 
 
 def power(x: Tensor, exponent: Any) -> Tensor:
@@ -274,6 +275,16 @@ def layer_norm(x: Tensor, axis: int, scale: Tensor, shift: Tensor | None, eps: f
     """Layer norm over all from `axis` on, with a scale that is broadcast."""
     y = F.layer_norm(x, x.shape[axis:], eps=eps) * scale
     return y if shift is None else y + shift
+
+
+def layer_norm_with_statistics(
+    x: Tensor, axis: int, scale: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm over all from `axis` on, the mean, and one over the deviation."""
+    dims = list(range(axis, x.dim()))
+    mean = x.mean(dims, keepdim=True)
+    inverse = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + eps)
+    return layer_norm(x, axis, scale, shift, eps), mean, inverse
 
 
 def rms_norm(x: Tensor, axis: int, scale: Tensor, eps: float) -> Tensor:

@@ -23,7 +23,7 @@ import numpy
 import torch
 from torch import Tensor, fx, nn
 
-from deepseek.core.errors import ConfigError, DeepSeekError
+from deepseek.core.errors import ConfigError, CorruptArtifactError, DeepSeekError
 from deepseek.core.extras import require
 from deepseek.models.onnx.drawing import Drawing, UnsupportedOperatorError, Value
 from deepseek.models.onnx.operators import OPERATORS, Operator
@@ -51,10 +51,20 @@ def import_onnx(
     for spec, sample in zip(specs, samples, strict=True):
         values[spec.name] = drawing.add_input(spec.name, sample)
     for tensor in model.graph.initializer:
-        values[tensor.name] = drawing.name_weight(to_torch(tensor), tensor.name)
+        values[tensor.name] = drawing.name_weight(_read_weight(tensor, source), tensor.name)
     for node in model.graph.node:
         values |= _draw_node(drawing, node, values, opset, source)
+    missing = [each.name for each in model.graph.output if each.name not in values]
+    if missing:
+        raise CorruptArtifactError(f"{source} promises the output {missing[0]!r}, which nothing gives; export it again")
     return _finish(drawing, [values[each.name] for each in model.graph.output])
+
+
+def _read_weight(tensor: Any, source: str) -> Tensor:
+    try:
+        return to_torch(tensor)
+    except ValueError as error:
+        raise CorruptArtifactError(f"{source}: weight {tensor.name!r} is damaged ({error}); copy it again") from error
 
 
 def to_torch(tensor: Any) -> Tensor:
@@ -91,6 +101,9 @@ def _draw_node(drawing: Drawing, node: Any, values: Mapping[str, Value], opset: 
     said = _Node(f"operator {_full_name(node)}" + (f" ({node.name})" if node.name else ""), opset, source)
     if not _is_known(node):
         raise UnsupportedOperatorError(said.explain("it is not in the table of operators"))
+    unset = [name for name in node.input if name not in values]
+    if unset:
+        raise CorruptArtifactError(f"{source}: {said.name} reads {unset[0]!r}, which nothing gives; export it again")
     op = Operator(node.op_type, node.name, opset, _attributes(node), len([name for name in node.output if name]))
     try:
         given = OPERATORS[node.op_type](drawing, op, *(values[name] for name in node.input))
@@ -101,6 +114,8 @@ def _draw_node(drawing: Drawing, node: Any, values: Mapping[str, Value], opset: 
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
         problem = str(error).strip().partition("\n")[0]
         raise UnsupportedOperatorError(said.explain(f"{type(error).__name__}, {problem}")) from error
+    if node.op_type == "Identity" and isinstance(given, Tensor):  # how exporters store equal weights once
+        given = drawing.name_weight(given.clone(), node.output[0])
     results = given if isinstance(given, tuple) else (given,)
     return {name: result for name, result in zip(node.output, results, strict=False) if name}
 

@@ -471,7 +471,7 @@ def _softmax(function: Callable[..., Any]) -> Function:
         axis = op.get("axis", 1) % drawing.rank(x)
         if axis == drawing.rank(x) - 1:
             return drawing.call(function, x, dim=-1)
-        return drawing.call(computing.softmax_of_rows, x, axis, function)
+        return drawing.call(computing.softmax_of_rows, x, axis, function is torch.log_softmax)
 
     return draw
 
@@ -650,7 +650,8 @@ def _batch_norm(
     if isinstance(x, fx.Node) and all(isinstance(each, Tensor) for each in parts) and 2 <= rank <= 5:
         kinds: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
         layer = kinds[rank](drawing.sample(scale).shape[0], eps=eps, device="meta")
-        layer.weight, layer.bias = nn.Parameter(scale), nn.Parameter(shift)
+        layer.weight = nn.Parameter(drawing.constant(scale, "scale"))
+        layer.bias = nn.Parameter(drawing.constant(shift, "shift"))
         layer.running_mean, layer.running_var = mean, variance
         layer.num_batches_tracked = torch.zeros((), dtype=torch.int64)
         return drawing.call_module(layer, drawing.name_of(scale, op.name or "batch_norm"), x)
@@ -658,10 +659,11 @@ def _batch_norm(
 
 
 def _layer_norm(drawing: Drawing, op: Operator, x: Value, scale: Value, shift: Value = None) -> Result:
-    if op.num_outputs > 1:
-        raise UnsupportedOperatorError("the mean and deviation of a layer norm are not followed")
     axis = op.get("axis", -1) % drawing.rank(x)
     eps, shape = op.get("epsilon", 1e-5), drawing.sample(x).shape[axis:]
+    if op.num_outputs > 1:
+        given = drawing.call(computing.layer_norm_with_statistics, x, axis, scale, shift, eps)
+        return tuple(drawing.item(given, index) for index in range(op.num_outputs))
     known = isinstance(scale, Tensor) and scale.shape == shape and (shift is None or isinstance(shift, Tensor))
     if known and isinstance(x, fx.Node):
         layer = nn.LayerNorm(tuple(shape), eps=eps, bias=shift is not None, device="meta")

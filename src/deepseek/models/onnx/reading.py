@@ -54,9 +54,10 @@ def read_onnx(path: Path) -> Any:
     opset_of(model, path)
     try:
         onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
-        onnx.checker.check_model(model)
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise CorruptArtifactError(f"{path} is not a valid ONNX model ({_first_line(error)}); copy it again") from error
+        raise CorruptArtifactError(
+            f"the weights of {path} cannot be read ({_first_line(error)}); copy it again"
+        ) from error
     return model
 
 
