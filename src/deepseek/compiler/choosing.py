@@ -53,6 +53,7 @@ class Traits:
     num_linears: int = 0
     batch_size: int = 1
     num_parameters: int = 0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

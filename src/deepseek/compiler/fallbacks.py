@@ -1,9 +1,10 @@
 """Silent fallbacks, found: what a runtime did instead of what it was asked for, and said nothing about.
 
-This is where users lose most: a graph that breaks runs half of itself in Python, a recompile limit switches compilation
-off, an int8 pattern that does not match computes in FP32, a bf16 hint is ignored on a processor without bf16, a provider
-hands nodes to another one. Each check here reads what the runtime itself recorded (counters, executed graphs, kernel
-names) and returns findings. A serious finding means that the candidate is not what it says, and it is refused.
+This is where users lose most: a graph that breaks runs half of itself in Python, a recompile limit switches
+compilation off, an int8 pattern that does not match computes in FP32, a bf16 hint is ignored on a processor without
+bf16, a provider hands nodes to another one. Each check here reads what the runtime itself recorded (counters, executed
+graphs, kernel names) and returns findings. A serious finding means that the candidate is not what it says, and it is
+refused.
 """
 
 from __future__ import annotations

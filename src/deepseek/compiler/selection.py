@@ -6,8 +6,9 @@
 
 Candidates are what is installed times the precisions allowed. Each is built, compared with FP32 eager on the sample
 inputs, and refused when its numbers are beyond the bound or when it is not what it says (`fallbacks.py`); the rest are
-timed in turns, shortly at first, finalists longer. Everything that is decided is decided in `choosing.py`; the result is
-kept by `decisions.py`, and with it every measurement and every refusal, so that the next process only builds the winner.
+timed in turns, shortly at first, finalists longer. Everything that is decided is decided in `choosing.py`; the result
+is kept by `decisions.py`, and with it every measurement and every refusal, so that the next process only builds the
+winner.
 
 Cost: the time budget, once per model, shape, precision, machine and library versions.
 """
@@ -47,7 +48,7 @@ from deepseek.compiler.choosing import (
 )
 from deepseek.compiler.digesting import digest_model
 from deepseek.compiler.explaining import explain
-from deepseek.compiler.measuring import measure_in_turns
+from deepseek.compiler.measuring import SLOW_CALL_S, measure_in_turns, time_call
 from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
@@ -60,6 +61,8 @@ BUILD_SHARE = 0.75
 """Of the time budget, what building and short timings may use; the rest is for finalists."""
 FINALIST_MARGIN = 0.25
 NUM_SHORT_ROUNDS = 2
+HOPELESS = 4.0
+"""A candidate whose one call takes so many times the best, and long, is not called again."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +167,16 @@ def select(
     name: str | None = None,
     remember: bool = True,
     tune_allocator: bool = False,
+    tuning_s: float = 0.0,
     on_event: Callable[[SelectionEvent], None] | None = None,
 ) -> Selection:
     """The fastest correct way of running `model` on inputs like `sample_inputs`.
 
     `sample_inputs` is a tensor, a tuple of positional arguments or a dict of keywords. `precision` is `auto` (all
     allowed), `fp32`, `bf16`, `fp16` or `int8`. `tolerance` bounds the error against FP32: a relative error, a
-    `Tolerance`, or one for each precision. `calibration` holds further inputs for int8 (default: the samples). `name` is
-    what `deepseek explain` calls the model. `tune_allocator` keeps freed memory in this process, which helps eager mode.
+    `Tolerance`, or one for each precision. `calibration` holds further inputs for int8 (default: the samples). `name`
+    is what `deepseek explain` calls the model. `tune_allocator` keeps freed memory in this process, which helps eager
+    mode.
 
     Raises `ConfigError` for missing samples, a model in training mode or not in float32, or one that answers NaN or
     infinity; `BackendError` when the backend asked for is not here, or nothing that is allowed runs correctly.
@@ -191,12 +196,14 @@ def select(
         name=name,
         remember=remember,
         tune_allocator=tune_allocator,
+        tuning_s=tuning_s,
     )
     while True:
         try:
             event = next(steps)
         except StopIteration as done:
-            return done.value
+            selection: Selection = done.value
+            return selection
         if on_event is not None:
             on_event(event)
 
@@ -213,6 +220,7 @@ def search(
     name: str | None,
     remember: bool,
     tune_allocator: bool,
+    tuning_s: float,
 ) -> Generator[SelectionEvent, None, Selection]:
     """`select` as a generator of events that returns the selection."""
     began_s = time.monotonic()
@@ -224,7 +232,7 @@ def search(
         keep_freed_memory()
     flattened = flatten_model(model, sample_inputs)
     require_reference(flattened)
-    job = Job(flattened, calibration=[flattened.read_samples(each) for each in calibration])
+    job = Job(flattened, calibration=[flattened.read_samples(each) for each in calibration], tuning_s=tuning_s)
     key = describe_key(job, backend, precisions, tolerances, is_tuned=tune_allocator)
     known = decisions.recall(key) if remember else None
     if known is not None:
@@ -275,12 +283,12 @@ class Search:
         """Try all candidates, time the finalists longer, decide."""
         candidates, refused = list_candidates(self.job, self.backend, self.precisions)
         self.rejections += refused
-        self._time_baseline()
         for index, candidate in enumerate(candidates):
             yield CandidateStarted(str(candidate), self.spent_s, index, len(candidates))
             yield self._try(candidate)
         self._require_any()
         yield from self._run_final()
+        self._time_baseline()
         chosen = choose(self.medians_ms, {each: numbers.relative_error for each, numbers in self.numbers.items()})
         return self._decide(chosen), self.built[chosen]
 
@@ -295,7 +303,9 @@ class Search:
             return self._reject(candidate, str(error))
         self.build_s[candidate] = self.spent_s - before_s
         self.built[candidate] = built
-        self._time_shortly(candidate)
+        if not self._is_hopeless(candidate):
+            self._time_shortly(candidate)
+        self._let_go_of_the_slow()
         median_ms = _median(self.times_ms[candidate])
         return CandidateMeasured(str(candidate), self.spent_s, median_ms, self.numbers[candidate].relative_error)
 
@@ -323,21 +333,41 @@ class Search:
         return CandidateRejected(str(candidate), self.spent_s, reason)
 
     def _time_baseline(self) -> None:
-        times = measure_in_turns({BASELINE: self._call(Built(self.job.flattened.model))}, NUM_SHORT_ROUNDS)
-        self.baseline_ms = times[BASELINE]
+        """Time the model as it was given; in turns with the best, once there is one."""
+        sides = {BASELINE: self._call(Built(self.job.flattened.model))}
+        best = self._find_best()
+        if best is not None and best != BASELINE:
+            sides[best] = self._call(self.built[best])
+        self.baseline_ms = measure_in_turns(sides, NUM_SHORT_ROUNDS)[BASELINE]
+
+    def _is_hopeless(self, candidate: Candidate) -> bool:
+        """Whether one call already shows that it cannot win; that call is then its measurement."""
+        best = self._find_best()
+        once_ms = time_call(self._call(self.built[candidate]))
+        if best is None or once_ms < max(HOPELESS * self.medians_ms[best], SLOW_CALL_S * 1000):
+            return False
+        self.times_ms[candidate] = [once_ms]
+        return True
 
     def _time_shortly(self, candidate: Candidate) -> None:
-        """Time a new candidate in turns with the best so far, and let go of what can no longer win."""
+        """Time a new candidate in turns with the best so far."""
         sides = {candidate: self._call(self.built[candidate])}
-        if self.times_ms:
-            best = min(self.medians_ms, key=lambda each: self.medians_ms[each])
+        best = self._find_best()
+        if best is not None:
             sides[best] = self._call(self.built[best])
         for each, times in measure_in_turns(sides, NUM_SHORT_ROUNDS).items():
             self.times_ms.setdefault(each, []).extend(times)
+
+    def _let_go_of_the_slow(self) -> None:
+        """Free what can no longer win, which holds a copy of the weights each."""
         best_ms = min(self.medians_ms.values())
-        for each in list(self.built):
-            if self.medians_ms[each] > best_ms * 2:
+        for each, median_ms in self.medians_ms.items():
+            if median_ms > best_ms * 2:
                 self.built[each] = replace(self.built[each], run=_let_go)
+
+    def _find_best(self) -> Candidate | None:
+        medians_ms = self.medians_ms
+        return min(medians_ms, key=lambda each: medians_ms[each], default=None)
 
     def _run_final(self) -> Generator[SelectionEvent, None, None]:
         """Rounds of turns among those that could still win, the slower half leaving after each."""
@@ -357,7 +387,10 @@ class Search:
 
         def call() -> object:
             with torch.no_grad():
-                return built.run(*inputs)
+                answers = built.run(*inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
+            return answers
 
         return call
 
@@ -400,9 +433,9 @@ def list_candidates(
     candidates: list[Candidate] = []
     rejections: list[Rejection] = []
     for name in names:
-        missing = BACKENDS[name].find_missing()
-        if missing is not None:
-            rejections.append(Rejection(name, str(missing)))
+        obstacle = find_backend_obstacle(name, job)
+        if obstacle is not None:
+            rejections.append(Rejection(name, obstacle))
             continue
         rejections += [
             Rejection(f"{name} {precision}", reason)
@@ -418,6 +451,16 @@ def list_candidates(
                 else:
                     rejections.append(Rejection(str(candidate), obstacle))
     return order(candidates), rejections
+
+
+def find_backend_obstacle(name: str, job: Job) -> str | None:
+    """Why no variant of a backend can run here, or `None`."""
+    missing = BACKENDS[name].find_missing()
+    if missing is not None:
+        return str(missing)
+    if job.traits.device not in BACKENDS[name].devices:
+        return f"the sample inputs are on {job.traits.device}, and it runs on {' or '.join(BACKENDS[name].devices)}"
+    return None
 
 
 def find_variant(candidate: Candidate) -> Any:
@@ -452,7 +495,8 @@ def check_numbers(job: Job, built: Built, tolerance: Tolerance) -> Numbers:
 
 
 def compare(references: Sequence[Tensor], answers: Sequence[Tensor], tolerance: Tolerance) -> Numbers:
-    """The worst over all outputs of relative error, cosine and top-1 agreement. Raises `BackendError` on other shapes."""
+    """The worst over all outputs of relative error, cosine and top-1 agreement. Raises `BackendError` on other
+    shapes."""
     if [each.shape for each in references] != [each.shape for each in answers]:
         raise BackendError(
             f"its answers have shapes {[tuple(each.shape) for each in answers]} instead of "
@@ -542,6 +586,7 @@ def describe_key(
         "tolerances": {name: asdict(tolerances[name]) for name in precisions},
         "num_calibration": len(job.calibration),
         "is_allocator_tuned": is_tuned,
+        "tuning_s": job.tuning_s,
         **decisions.describe_surroundings(torch.get_num_threads()),
     }
 

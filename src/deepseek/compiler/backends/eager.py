@@ -1,10 +1,11 @@
-"""torch itself, one operator after the other: the baseline, and what is left of its speed when layouts and types are right.
+"""torch itself, one operator after the other: the baseline, and what is left of its speed when layouts and types are
+right.
 
-Variants: the model as it was given; channels-last, in which convolutions on a CPU take 0.4 to 0.7 of the time; the whole
-model or only its products in bf16 (or fp16, where the processor has it); and linear layers in dynamic int8 through
-FBGEMM, which is the fastest int8 there is here for one row at a time (a 1024-4096-1024 MLP: 0.19 ms against 1.72 in
-FP32, one thread). The allocator is the other lever, up to 3x for large activations; it belongs to the process, so
-`select(..., tune_allocator=True)` asks for it.
+Variants: the model as it was given; channels-last, in which convolutions on a CPU take 0.4 to 0.7 of the time; the
+whole model or only its products in bf16 (or fp16, where the processor has it); and linear layers in dynamic int8
+through FBGEMM, which is the fastest int8 there is here for one row at a time (a 1024-4096-1024 MLP: 0.19 ms against
+1.72 in FP32, one thread). The allocator is the other lever, up to 3x for large activations; it belongs to the process,
+so `select(..., tune_allocator=True)` asks for it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def run_as_given(job: Job) -> Built:
 
 def run_channels_last(job: Job) -> Built:
     """The model with its convolutions' weights and inputs in channels-last layout."""
-    return Built(with_layout(job.copy_model().to(memory_format=torch.channels_last)))
+    return Built(with_layout(in_channels_last(job.copy_model())))
 
 
 def cast(dtype: torch.dtype, *, is_channels_last: bool) -> Callable[[Job], Built]:
@@ -44,7 +45,7 @@ def cast(dtype: torch.dtype, *, is_channels_last: bool) -> Callable[[Job], Built
     def run(job: Job) -> Built:
         model = job.copy_model().to(dtype)
         if is_channels_last:
-            return Built(with_dtype(with_layout(model.to(memory_format=torch.channels_last)), dtype, job))
+            return Built(with_dtype(with_layout(in_channels_last(model)), dtype, job))
         return Built(with_dtype(model, dtype, job))
 
     return run
@@ -54,7 +55,7 @@ def autocast(dtype: torch.dtype) -> Callable[[Job], Built]:
     """Build the model under autocast: products in `dtype`, the rest as torch finds safe."""
 
     def run(job: Job) -> Built:
-        model = with_layout(job.copy_model().to(memory_format=torch.channels_last))
+        model = with_layout(in_channels_last(job.copy_model()))
         kinds = output_dtypes(job)
 
         def call(*inputs: Tensor) -> Sequence[Tensor]:
@@ -151,6 +152,11 @@ def to_channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
+def in_channels_last(model: nn.Module) -> nn.Module:
+    """`model` with its 4-D weights in channels-last layout, changed in place."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def lacks_convolutions(traits: Traits) -> str | None:
     """Channels-last is about convolutions."""
     return None if traits.num_convolutions else "the model has no convolution, so there is no layout to choose"
@@ -191,4 +197,5 @@ BACKEND = Backend(
         Variant("cast", "fp16", "all weights in fp16", cast(torch.float16, is_channels_last=True), 63, lacks_fp16),
         Variant("dynamic", "int8", "linear layers in int8 by FBGEMM", run_dynamic_int8, 12, lacks_fbgemm),
     ),
+    devices=("cpu", "cuda", "hpu", "npu"),
 )

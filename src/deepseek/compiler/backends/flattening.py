@@ -1,9 +1,9 @@
 """A model as a function from tensors to tensors, whatever its own signature is.
 
-Runtimes take a list of tensors and give one back; models take keywords, tuples and dicts and return objects. Flattening
-notes the structure of the sample inputs and of the outputs once, so that a runtime sees only tensors and a user only the
-model's own convention. What is not a tensor is part of the program: a flag of the samples stays as it was, and a call
-with another value is refused.
+Runtimes take a list of tensors and give one back; models take keywords, tuples and dicts and return objects.
+Flattening notes the structure of the sample inputs and of the outputs once, so that a runtime sees only tensors and a
+user only the model's own convention. What is not a tensor is part of the program: a flag of the samples stays as it
+was, and a call with another value is refused.
 
 Cost: about ten microseconds a call for nested values, one for plain positional tensors.
 """
@@ -81,6 +81,7 @@ class Flattened:
             num_linears=sum(isinstance(each, nn.Linear) for each in modules),
             batch_size=self.inputs[0].shape[0] if self.inputs[0].ndim else 1,
             num_parameters=sum(each.numel() for each in self.model.parameters()),
+            device=self.inputs[0].device.type,
         )
 
     def read_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -5,10 +5,10 @@ weights become constants in oneDNN's blocked layout, int8 patterns become int8 k
 way of a call, so there are no guards to check, no recompilation that could lose the settings (one after
 `torch._dynamo.reset()` computes int8 graphs in FP32, seven times slower and without a word), and nothing to reset.
 
-int8 comes from PT2E with the X86 quantizer: activations 8 bits, calibrated on sample inputs; weights 8 bits per channel.
-Two things must be done first that nobody does for users: modules without weights that are called twice are given a copy
-each (one ReLU object in ten places makes the quantizer fail), and inductor's settings, which importing the quantizer
-changes for the whole process, are put back.
+int8 comes from PT2E with the X86 quantizer: activations 8 bits, calibrated on sample inputs; weights 8 bits per
+channel. Two things must be done first that nobody does for users: modules without weights that are called twice are
+given a copy each (one ReLU object in ten places makes the quantizer fail), and inductor's settings, which importing
+the quantizer changes for the whole process, are put back.
 
 Measured for ResNet-50, one picture, 2 threads: eager 66 ms, freezing 44, bf16 24, int8 18.6.
 Source: PT2E as in torchao's documentation; freezing as in torch/_inductor/freezing.py.
@@ -21,12 +21,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from deepseek.compiler.backends.eager import (
+    in_channels_last,
     lacks_convolutions,
     output_dtypes,
     restore_dtypes,
@@ -82,7 +83,7 @@ def compile_dynamic_int8(options: Mapping[str, Any]) -> Callable[[Job], Built]:
 
 def capture(job: Job, dtype: torch.dtype) -> tuple[torch.fx.GraphModule, tuple[Tensor, ...]]:
     """The model in `dtype` as one graph with channels-last convolutions, and inputs to compile it with."""
-    model = job.copy_model().to(dtype).to(memory_format=torch.channels_last)
+    model = in_channels_last(job.copy_model().to(dtype))
     inputs = _cast_inputs(job.inputs, dtype)
     return export(model, inputs).module(check_guards=False), inputs
 
@@ -94,7 +95,7 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     with inductor_settings(options), counting() as counters, torch.no_grad():
-        compiled = compile_fx(graph, list(inputs))
+        compiled = cast("Callable[..., Any]", compile_fx(graph, list(inputs)))
         # The first call compiles what was left for later, with settings that must be the same.
         compiled(*inputs)
 
@@ -133,7 +134,7 @@ def quantize_graph(job: Job, mode: str) -> torch.fx.GraphModule:
             is_dynamic=mode == "dynamic", reduce_range=not torch.cpu._is_vnni_supported()
         )
         quantizer = x86.X86InductorQuantizer().set_global(config)
-        model = unshare_(job.copy_model()).to(memory_format=torch.channels_last)
+        model = in_channels_last(unshare_(job.copy_model()))
         graph = export(model, tuple(to_channels_last(each) for each in job.inputs)).module(check_guards=False)
         prepared = quantizing.prepare_pt2e(graph, quantizer)
         for inputs in job.calibration:

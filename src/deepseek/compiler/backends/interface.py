@@ -11,10 +11,9 @@ have. `Compiled` puts the model's own calling convention around it, so that it i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from deepseek.compiler.choosing import Traits
 from deepseek.compiler.fallbacks import Finding
 from deepseek.core.errors import ConfigError, PermanentError
 
+T = TypeVar("T")
 Run = Callable[..., Sequence[Tensor]]
 Samples = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -71,8 +71,10 @@ class Variant:
 class Job:
     """A model with its sample inputs, and the conversions that several variants share."""
 
-    def __init__(self, flattened: Flattened, *, calibration: Sequence[tuple[Tensor, ...]] = ()) -> None:
-        self.flattened = flattened
+    def __init__(
+        self, flattened: Flattened, *, calibration: Sequence[tuple[Tensor, ...]] = (), tuning_s: float = 0.0
+    ) -> None:
+        self.flattened, self.tuning_s = flattened, tuning_s
         self.calibration = tuple(calibration) or (flattened.inputs,)
         self._made: dict[Hashable, Any] = {}
 
@@ -90,16 +92,17 @@ class Job:
         """A copy of the flat model that a variant may change; in evaluation mode."""
         return copy.deepcopy(self.flattened.model).eval()
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made on the first call with `key`; what it raised then is raised again."""
         if key not in self._made:
             try:
                 self._made[key] = (make(), None)
             except Exception as error:  # noqa: BLE001 - kept, and raised to everyone who asks
                 self._made[key] = (None, error)
-        value, error = self._made[key]
-        if error is not None:
-            raise error
+        made, failure = self._made[key]
+        if failure is not None:
+            raise failure
+        value: T = made
         return value
 
     def export(self) -> torch.export.ExportedProgram:
@@ -154,6 +157,8 @@ class Backend:
     variants: tuple[Variant, ...] = ()
     unsupported: Mapping[str, str] = field(default_factory=dict)
     """Precision -> why this backend has no variant of it."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Where the model and the sample inputs may be."""
 
     def is_available(self) -> bool:
         """Whether it can be used here; `find_missing` says what stands in the way."""
@@ -182,7 +187,7 @@ class Backend:
         """`model` run by this backend in `precision`, with the shapes of `sample_inputs`.
 
         The first variant of the precision is taken, or the one named. Raises `ConfigError` for a precision or a variant
-        that this backend does not have, `MissingExtraError`-like `BackendError` where it cannot be used here.
+        that this backend does not have, and `BackendError` where it cannot be used here or cannot run the model.
         """
         chosen = self.find_variant(precision, variant)
         self.require_available()
@@ -225,14 +230,3 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = next((line for line in lines), "")
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
-
-
-@contextmanager
-def scoped_threads(num_threads: int) -> Iterator[None]:
-    """Run the block with torch's own number of threads set, and put it back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

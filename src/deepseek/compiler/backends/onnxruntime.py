@@ -1,12 +1,13 @@
 """ONNX Runtime: our own way from a model to a session, since torch's backend for it is gone.
 
-The model is exported once (`torch.onnx.export` with the dynamo exporter) to a temporary folder that lives as long as the
-job; sessions are made from it with the thread count set, and called with inputs and outputs bound to torch's own memory,
-so that nothing is copied. int8 is static (QDQ, calibrated) or dynamic; both run `quant_pre_process` first, without which
-dynamic quantization fails on what the dynamo exporter writes.
+The model is exported once (`torch.onnx.export` with the dynamo exporter) to a temporary folder that lives as long as
+the job; sessions are made from it with the thread count set, and called with inputs and outputs bound to torch's own
+memory, so that nothing is copied. int8 is static (QDQ, calibrated) or dynamic; both run `quant_pre_process` first,
+without which dynamic quantization fails on what the dynamo exporter writes.
 
-Measured for ResNet-50, one picture, 2 threads: FP32 48 ms (eager 66), int8 QDQ 36. For a 1024-4096-1024 MLP and one row,
-dynamic int8 takes 0.14 ms, the least of all. On many CNNs its int8 is slower than its own FP32, which only measuring shows.
+Measured for ResNet-50, one picture, 2 threads: FP32 48 ms (eager 66), int8 QDQ 36. For a 1024-4096-1024 MLP and one
+row, dynamic int8 takes 0.14 ms, the least of all. On many CNNs its int8 is slower than its own FP32, which only
+measuring shows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def export_onnx(job: Job) -> Path:
 
 
 def require_kernels(element: str) -> None:
-    """Raise `BackendError` when the CPU provider has no MatMul for `element` (an ONNX type), as a one-node model shows."""
+    """Raise `BackendError` when the CPU provider has no MatMul for `element` (an ONNX type), as a one-node model
+    shows."""
     onnx = require("onnx", extra="compile")
     kind = getattr(onnx.TensorProto, element)
     values = [onnx.helper.make_tensor_value_info(name, kind, [2, 2]) for name in ("x", "y", "z")]

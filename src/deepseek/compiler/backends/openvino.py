@@ -5,9 +5,9 @@ execution precision; int8 is NNCF's post-training quantization, calibrated on th
 gives one request all threads; `streams` cuts a batch into parts that one-thread streams work on side by side, which
 keeps each part in a core's own cache and needs no synchronization inside a layer.
 
-A precision is a hint to OpenVINO: a processor without bf16 runs bf16 models in FP32, silently. What was executed is read
-from the compiled model's own graph. OpenVINO and NNCF report their use over the network unless told otherwise; here they
-are always told otherwise, and nothing else of the process is changed for it.
+A precision is a hint to OpenVINO: a processor without bf16 runs bf16 models in FP32, silently. What was executed is
+read from the compiled model's own graph. OpenVINO and NNCF report their use over the network unless told otherwise;
+here they are always told otherwise, and nothing else of the process is changed for it.
 
 Measured for ResNet-50, one picture, 2 threads: FP32 61 ms (eager 66), bf16 20.5, int8 15.5, which nothing else reached.
 """
