@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.compiler.selection import SelectionEvent, read_backend, select
-from deepseek.core.errors import ConfigError
-from deepseek.core.extras import has_library
+from deepseek.core.errors import ConfigError, PermanentError
 from deepseek.models.onnx.drawing import UnsupportedOperatorError
 from deepseek.models.onnx.reading import draw_inputs, read_onnx
 from deepseek.models.programs import RUNTIMES, Program, run_onnx
@@ -67,7 +66,7 @@ def run_on_backend(
     is not here or runs the model wrongly.
     """
     read_backend(str(settings.backend))
-    settings = _replace_half(settings)
+    settings = choose_half(settings)
     if is_onnx(Path(source)):
         return _load_onnx(Path(source), settings, on_event)
     opened = open_source(source, settings, verify=verify)
@@ -76,7 +75,7 @@ def run_on_backend(
     return _select(opened, opened.model, settings, on_event)
 
 
-def _replace_half(settings: LoadConfig) -> LoadConfig:
+def choose_half(settings: LoadConfig) -> LoadConfig:
     """fp16 where no unit computes in it: `auto` takes bf16 and says so, a named backend answers for itself."""
     if settings.precision != "fp16" or settings.backend != AUTO or has_half_arithmetic():
         return settings
@@ -136,25 +135,44 @@ def _load_onnx(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedMo
 
 def _fastest_program(path: Path, settings: LoadConfig, converted: LoadedModel | None) -> LoadedModel:
     """The fastest of the installed runtimes on the file itself and, where there is one, the converted model."""
-    programs = {name: run_onnx(path, name) for name in RUNTIMES if has_library(name)}
+    programs, refused = _open_programs(path)
     if not programs and converted is None:
-        raise ConfigError(f"no runtime that takes {path} is installed: pip install 'deepseek-engine[compile]'")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ConfigError(f"nothing here runs {path} ({reasons}); export it again for one of them")
     inputs = converted.sample_inputs if converted else _draw_for_program(next(iter(programs.values())), settings)
-    runners: dict[str, Callable[..., Any]] = dict(programs)
-    reference = converted.module if converted else next(iter(programs.values()))
-    errors = {name: _relative_error(program, reference, inputs) for name, program in programs.items()}
-    bound = settings.tolerance or _FILE_TOLERANCE
-    runners = {name: run for name, run in runners.items() if errors[name] <= bound}
+    reference: Any = converted.module if converted else next(iter(programs.values()))
+    runners: dict[str, Callable[..., Any]] = {}
+    for name, program in programs.items():
+        error = _relative_error(program, reference, inputs)
+        if error <= (settings.tolerance or _FILE_TOLERANCE):
+            runners[name] = program
+        else:
+            refused[name] = f"relative error {error:.3g}"
     if converted:
         runners["converted"] = converted.run
     medians_ms = _time(runners, inputs)
     best = min(medians_ms, key=lambda name: medians_ms[name])
-    lines = [f"{name}: {medians_ms[name]:.2f} ms" for name in sorted(medians_ms, key=lambda each: medians_ms[each])]
-    lines += [f"{name} refused: relative error {errors[name]:.3g}" for name in programs if name not in runners]
-    reason = f"{best} is the fastest ({'; '.join(lines)})"
-    reason += f"\nconverted: {converted.reason}" if converted else ""
+    reason = _explain_choice(best, medians_ms, refused) + (f"\nconverted: {converted.reason}" if converted else "")
     summary = converted.summary if converted and best == "converted" else f"{path}, an ONNX file run as it is"
     return LoadedModel(summary, runners[best], inputs, reason, converted.module if converted else None)
+
+
+def _open_programs(path: Path) -> tuple[dict[str, Program], dict[str, str]]:
+    """The file on every runtime that takes it, and why the others do not."""
+    programs, refused = {}, {}
+    for name in RUNTIMES:
+        try:
+            programs[name] = run_onnx(path, name)
+        except PermanentError as error:
+            refused[name] = str(error)
+    return programs, refused
+
+
+def _explain_choice(best: str, medians_ms: Mapping[str, float], refused: Mapping[str, str]) -> str:
+    ranked = sorted(medians_ms, key=lambda name: medians_ms[name])
+    lines = [f"{name}: {medians_ms[name]:.2f} ms" for name in ranked]
+    lines += [f"{name} refused: {reason}" for name, reason in refused.items()]
+    return f"{best} is the fastest ({'; '.join(lines)})"
 
 
 def _draw_for_program(program: Program, settings: LoadConfig) -> tuple[Tensor, ...]:
