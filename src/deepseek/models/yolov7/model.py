@@ -399,14 +399,15 @@ def decode(raw_BAHWO: Tensor, anchors_1A112: Tensor, stride: int) -> Tensor:
 def initialize_(model: YOLOv7) -> None:
     """Weights that keep the size of what passes them; the head expects few objects at first.
 
-    Source of the head's biases: Lin et al. 2017, "Focal Loss for Dense Object Detection", section 4.1. A picture of the
-    training size starts with eight objects a level, and each class with 0.6 of an even share of them.
+    Source for the head: Lin et al. 2017, "Focal Loss for Dense Object Detection", section 4.1. A picture of training
+    size starts with eight objects an anchor and level, and each class with 0.6 of an even share of them.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    for conv, stride in zip(model.head.m, STRIDES, strict=True):
-        bias_AO = cast("Tensor", cast("nn.Conv2d", conv).bias).detach().view(model.config.num_anchors, -1)
-        bias_AO.zero_()
+    for module, stride in zip(model.head.m, STRIDES, strict=True):
+        conv = cast("nn.Conv2d", module)
+        nn.init.normal_(conv.weight, std=0.01)
+        bias_AO = nn.init.zeros_(cast("Tensor", conv.bias)).detach().view(model.config.num_anchors, -1)
         bias_AO[:, NUM_BOX - 1] = math.log(8 / (model.config.image_size / stride) ** 2)
         bias_AO[:, NUM_BOX:] = math.log(0.6 / max(model.config.num_classes - 0.99, 0.01))
