@@ -9,6 +9,7 @@
     deepseek advise ...                 ->  a generation, and why
     deepseek migrate PATH               ->  what an upgrade breaks (also as `deepseek-migrate --check PATH`)
     deepseek check-compatibility        ->  what this machine can run (also as `deepseek-cli check-compatibility`)
+    deepseek explain MODEL              ->  how it was decided to run, and why
     deepseek doctor                     ->  settings that pay on this machine
 
 Listing the verbs imports none of them, and none imports torch before it has read its arguments. Exit status: 0 done,
@@ -42,6 +43,7 @@ VERBS = {
     "advise": "Recommend a generation for a model and the place it runs in.",
     "migrate": "Find what an upgrade breaks in configs, code and checkpoints, and write a migrated copy.",
     "check-compatibility": "Say what this machine can run, with the next step for what it cannot.",
+    "explain": "Say how a model was decided to run here: what was measured, what was refused, and why.",
     "doctor": "Measure settings of the environment that may pay on this machine.",
 }
 

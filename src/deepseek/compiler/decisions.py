@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.compiler.choosing import Candidate, Decision, Measurement, Numbers, Rejection
-from deepseek.core.errors import StorageError
+from deepseek.core.errors import ConfigError, StorageError
 from deepseek.core.machine import describe_machine, describe_versions
 from deepseek.core.storage import write_file
 
@@ -76,12 +76,23 @@ def list_decisions() -> list[tuple[str, Decision]]:
 
 
 def find_decisions(model: str) -> list[Decision]:
-    """Decisions about the model that people call `model`, or whose digest begins with it."""
-    return [
-        decision
-        for name, decision in list_decisions()
-        if name == model or str(decision.key.get("model", "")).startswith(model)
-    ]
+    """Decisions about the model that people call `model`, or whose digest begins with it.
+
+    Raises `ConfigError` with the names that are known where there is none.
+    """
+    entries = list_decisions()
+    found = [decision for name, decision in entries if model and (name == model or _digest(decision).startswith(model))]
+    if not found:
+        names = sorted({name for name, _ in entries})
+        known = f"known are {', '.join(names)}" if names else "none is remembered"
+        raise ConfigError(
+            f"nothing was decided about {model!r} in {find_folder()}; {known}: load it with backend auto first"
+        )
+    return found
+
+
+def _digest(decision: Decision) -> str:
+    return str(decision.key.get("model", ""))
 
 
 def to_dict(decision: Decision) -> dict[str, Any]:

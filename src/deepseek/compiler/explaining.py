@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from deepseek.compiler.choosing import Decision, Measurement
@@ -27,12 +28,12 @@ def list_rows(decision: Decision) -> list[tuple[str, ...]]:
     return [_row(each, decision) for each in ranked]
 
 
-def list_refusals(decision: Decision) -> list[tuple[str, str]]:
+def list_refusals(decision: Decision) -> list[tuple[str, ...]]:
     """One row for each candidate that was refused, with the reason."""
     return [(each.candidate, each.reason) for each in decision.rejections]
 
 
-def describe_key(key: dict[str, Any]) -> str:
+def describe_key(key: Mapping[str, Any]) -> str:
     """The part of a key that people ask about: inputs, precision, threads, processor."""
     inputs = ", ".join(f"{kind}{shape}" for shape, kind in key.get("inputs", ()))
     machine = key.get("machine", {})

@@ -24,6 +24,16 @@ from deepseek.core.errors import ConfigError
 _ADVICE = "pass one tensor, a tuple of positional arguments, or a dict of keywords, as the model is called"
 
 
+class Structure:
+    """How a call is put together from leaves; the same object in every copy of a model, since it never changes."""
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
+        return self
+
+
 class FlatModel(nn.Module):
     """`model` behind a list of tensors: fills the constants in, calls it, and keeps the tensors of what it returns."""
 
@@ -32,7 +42,7 @@ class FlatModel(nn.Module):
         self.model = model
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        self._spec = spec
+        self._structure = Structure(spec)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(each for each in pytree.tree_leaves(self.call(*tensors)) if isinstance(each, Tensor))
@@ -44,7 +54,7 @@ class FlatModel(nn.Module):
             next(remaining) if is_tensor else constant
             for is_tensor, constant in zip(self._is_tensor, self._constants, strict=True)
         ]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure.spec)
         return self.model(*args, **kwargs)
 
 
@@ -114,6 +124,11 @@ class Flattened:
         remaining = iter(tensors)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.output_leaves]
         return pytree.tree_unflatten(leaves, self.output_spec)
+
+    def read_answers(self, answers: Any) -> tuple[Tensor, ...]:
+        """The tensors of what a model or a runtime returned, in order; arrays of numpy become tensors."""
+        leaves = pytree.tree_leaves(answers)
+        return tuple(each if isinstance(each, Tensor) else torch.from_numpy(each) for each in leaves if _is_array(each))
 
     def _require_structure(self, leaves: list[Any], spec: Any) -> None:
         if spec != self.input_spec:
@@ -186,6 +201,11 @@ def _require_model(model: Any) -> None:
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ConfigError(f"{training[0]} is in training mode, where answers are random; call model.eval() first")
+
+
+def _is_array(value: Any) -> bool:
+    """Whether `value` is a tensor or numpy's array."""
+    return isinstance(value, Tensor) or type(value).__name__ == "ndarray"
 
 
 def _show(value: Any) -> str:

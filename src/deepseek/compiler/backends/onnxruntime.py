@@ -13,9 +13,11 @@ measuring shows.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,9 +150,9 @@ def _build(job: Job, path: Path, precision: str) -> Built:
 
 
 def _export(job: Job) -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="deepseek-onnx-")
-    job.once("onnx folder", lambda: folder)  # the folder goes when the job does
-    path = Path(folder.name) / "model.onnx"
+    folder = tempfile.mkdtemp(prefix="deepseek-onnx-")
+    weakref.finalize(job, shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "model.onnx"
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
             job.flattened.model,
