@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from deepseek.models.assembling import dtype_of, is_int8, main_dtype, name_preci
 from deepseek.models.decoder.keymap import Family, export_config, export_tensors, find_twin
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.encoders.model import TransformersModel
+from deepseek.models.noticing import warn_caller
 from deepseek.models.programs import Program
 from deepseek.models.running import LoadedModel, has_half_arithmetic, run_on_backend
 from deepseek.models.sources import INT8_KEPT, LoadConfig, open_source
@@ -197,10 +197,9 @@ def _as_precision(model: nn.Module, precision: str, source: str | Path) -> nn.Mo
     dtype = dtype_of(precision)
     assert dtype is not None
     if precision == "fp16" and not has_half_arithmetic():
-        warnings.warn(
+        warn_caller(
             f"{source} is loaded in fp16, which this machine can store but not compute in quickly; "
-            "run it on a GPU, or take bf16",
-            stacklevel=3,
+            "run it on a GPU, or take bf16"
         )
     if isinstance(model, Decoder):  # its tables of angles stay in fp32
         for parameter in model.parameters():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from deepseek.compiler.selection import SelectionEvent, read_backend, select
 from deepseek.core.errors import ConfigError, PermanentError
+from deepseek.models.noticing import warn_caller
 from deepseek.models.onnx.drawing import UnsupportedOperatorError
 from deepseek.models.onnx.reading import draw_inputs, read_onnx
 from deepseek.models.programs import RUNTIMES, Program, run_onnx
@@ -79,10 +79,9 @@ def choose_half(settings: LoadConfig) -> LoadConfig:
     """fp16 where no unit computes in it: `auto` takes bf16 and says so, a named backend answers for itself."""
     if settings.precision != "fp16" or settings.backend != AUTO or has_half_arithmetic():
         return settings
-    warnings.warn(
+    warn_caller(
         "fp16 was asked for and neither a GPU nor fp16 instructions are here; bf16 is used instead, which has the same "
-        "16 bits and three digits of precision less: ask for bf16 or fp32 to choose yourself",
-        stacklevel=4,
+        "16 bits and three digits of precision less: ask for bf16 or fp32 to choose yourself"
     )
     return settings.override({"precision": "bf16"})
 
@@ -126,7 +125,7 @@ def _load_onnx(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedMo
     except UnsupportedOperatorError as error:
         if settings.backend != AUTO or not runs_as_it_is:
             raise
-        warnings.warn(f"{error} That is what is done: only runtimes that take the file are compared.", stacklevel=4)
+        warn_caller(f"{error}: that is what is done now, and only runtimes that take the file are compared")
         return _fastest_program(path, settings, None)
     assert isinstance(opened.model, nn.Module)
     loaded = _select(opened, opened.model, settings, on_event)

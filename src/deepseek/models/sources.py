@@ -12,7 +12,6 @@ called `gpt2` is given as `./gpt2`.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from deepseek.models.assembling import PRECISIONS, build_without_values, fill_, 
 from deepseek.models.decoder.keymap import FAMILIES, find_twin, import_config, import_tensors
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.encoders.model import TransformersModel, read_transformers
+from deepseek.models.noticing import warn_caller
 from deepseek.models.onnx.importing import import_onnx
 from deepseek.models.onnx.reading import ONNX_SUFFIX, describe_inputs, draw_inputs, read_onnx
 from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow, run_tensorflow
@@ -137,9 +137,8 @@ def _open_name(name: str, config: LoadConfig) -> Opened:
         origin = f"weights from {config.weights}"
     else:
         origin = "random weights"
-        warnings.warn(
-            f"{name} has random weights, so its answers mean nothing; give weights=FOLDER_OR_FILE for trained ones",
-            stacklevel=4,
+        warn_caller(
+            f"{name} has random weights, so its answers mean nothing; give weights=FOLDER_OR_FILE for trained ones"
         )
     summary = f"{name}, {'a text model' if is_text else 'from the zoo'}, with {origin}"
     return Opened(summary, model, lambda used: draw_for(model, used), name)
@@ -257,7 +256,7 @@ def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
         try:
             settings, family = import_config(values)
         except ConfigError as error:
-            warnings.warn(f"{folder}: {error}; it is loaded through transformers instead", stacklevel=4)
+            warn_caller(f"{folder}: {error}; it is loaded through transformers instead")
         else:
             return _open_decoder(folder, settings, import_tensors(read_tensors(find_weight_files(folder)), family))
     files = find_weight_files(folder)

@@ -17,13 +17,12 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from deepseek.core.errors import ConfigError
-from deepseek.core.extras import require
 from deepseek.core.machine import describe_machine
 from deepseek.core.names import explain_unknown
 from deepseek.core.registry import Registry
 from deepseek.models.assembling import build_without_values
 from deepseek.models.decoder.model import Decoder, DecoderConfig
-from deepseek.models.encoders.model import TransformersModel, build_transformers
+from deepseek.models.encoders.model import TransformersModel, build_transformers, list_settings
 
 _BYTES_PER_WEIGHT = 4
 
@@ -122,7 +121,7 @@ def draw_tokens(model: nn.Module, batch_size: int, sequence_length: int) -> tupl
 
 
 def _known_settings(model_type: str, overrides: Mapping[str, JsonValue]) -> dict[str, Any]:
-    known = require("transformers", extra="models").AutoConfig.for_model(model_type).to_dict()
+    known = list_settings(model_type)
     for name in overrides:
         if name not in known:
             raise ConfigError(explain_unknown(f"setting of {model_type}", name, known))

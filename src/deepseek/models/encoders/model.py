@@ -14,7 +14,6 @@ Shapes: B batch, T tokens, D hidden.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from deepseek.artifact.format import CONFIG_NAME
 from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.extras import require
 from deepseek.core.names import explain_unknown
+from deepseek.models.noticing import warn_caller
 
 _ANSWERS = ("logits", "last_hidden_state", "start_logits")
 _TEXT_INPUTS = ("input_ids", "attention_mask")
@@ -117,6 +117,12 @@ def read_transformers(folder: Path, values: Mapping[str, Any], dtype: torch.dtyp
     return TransformersModel(model).eval()
 
 
+def list_settings(model_type: str) -> list[str]:
+    """The names of the settings that a config of this model type has."""
+    transformers = require("transformers", extra="models")
+    return sorted(transformers.AutoConfig.for_model(model_type).to_dict())
+
+
 def _find_class(values: Mapping[str, Any]) -> tuple[Any, Any]:
     """The class of `transformers` that a `config.json` names, and its config."""
     transformers = require("transformers", extra="models")
@@ -147,7 +153,7 @@ def _check_report(report: Any, folder: Path) -> None:
         raise ArtifactError(f"the weights in {folder} come {problem}; download it again or mend its {CONFIG_NAME}")
     unused = sorted(str(each) for each in report["unexpected_keys"])
     if unused:
-        warnings.warn(f"{folder} holds weights that its model has no place for: {', '.join(unused[:3])}", stacklevel=3)
+        warn_caller(f"{folder} holds weights that its model has no place for: {', '.join(unused[:3])}")
 
 
 @contextmanager
