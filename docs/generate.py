@@ -29,6 +29,7 @@ from deepseek.core.config import Config
 from deepseek.data.config import DataConfig
 from deepseek.data.token_cache import CacheManifest, StoredFile
 from deepseek.models.decoder.model import DecoderConfig
+from deepseek.models.sources import LoadConfig
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.optim.optimizers import OptimizerConfig
@@ -45,6 +46,7 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("Its attention mask", MaskConfig, "model.mask."),
     ("The data", DataConfig, "data."),
     ("The optimizer", OptimizerConfig, "optimizer."),
+    ("Loading a model", LoadConfig, ""),
     ("The engine", EngineConfig, ""),
     ("The server", ServeConfig, ""),
 )

@@ -29,6 +29,7 @@ DOORS = {
     "starlette": {"serve/app.py", "serve/serving.py"},
     "uvicorn": {"serve/serving.py"},
     "prometheus_client": {"serve/metrics.py", "serve/serving.py"},
+    "onnx": {"models/onnx/reading.py", "models/onnx/importing.py", "compiler/backends/onnxruntime.py"},
     "transformers": {"models/encoders/model.py"},
     "openai": set(),
 }

@@ -17,10 +17,16 @@ from torch import nn
 
 from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError, UnsafeFileError
 from deepseek.models import zoo
-from deepseek.models.onnx.drawing import UnsupportedOperatorError
 from deepseek.models.onnx.importing import import_onnx, list_unsupported
 from deepseek.models.onnx.operators import OPERATORS
-from deepseek.models.onnx.reading import MAX_OPSET, MIN_OPSET, describe_inputs, draw_inputs, read_onnx
+from deepseek.models.onnx.reading import (
+    MAX_OPSET,
+    MIN_OPSET,
+    UnsupportedOperatorError,
+    describe_inputs,
+    draw_inputs,
+    read_onnx,
+)
 from tests.models import minilm
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -529,7 +535,7 @@ def test_a_use_that_is_not_followed_is_refused_and_never_nearly_right():
 
 @pytest.mark.parametrize("opset", [7, 10, 24, 99])
 def test_an_opset_that_is_not_read_is_said(opset):
-    with pytest.raises(ConfigError, match=f"opset {opset} and 11 to 23 are read"):
+    with pytest.raises(ConfigError, match=f"opset {opset} and 11 to 23 are converted"):
         import_onnx(relu_model(opset=opset))
 
 
@@ -544,6 +550,10 @@ def test_sample_inputs_that_do_not_fit_are_explained():
     assert draw_inputs(specs, {"x": [3]})[0].shape == (3,)
     with pytest.raises(ConfigError, match=r"did you mean 'x'|known: x"):
         draw_inputs(specs, {"xx": [3]})
+    fixed = describe_inputs(relu_model())
+    assert draw_inputs(fixed, batch_size=2)[0].shape == (2,)
+    with pytest.raises(ConfigError, match="has 2 rows, always, and batch_size=3"):
+        draw_inputs(fixed, batch_size=3)
     with pytest.raises(ConfigError, match=r"shape \(any\) and \(3, 4\) was given"):
         draw_inputs(specs, {"x": [3, 4]})
 

@@ -15,7 +15,7 @@ from deepseek.models.loading import LoadedModel, load_model, save_model
 from tests.models import minilm
 from tests.models.tensorflow_files import write_saved_model
 
-QUICK = {"time_budget_s": 5.0}
+QUICK = {"time_budget_s": 1.0}
 TINY = {"overrides": {"width": 8, "num_classes": 10}}
 
 
@@ -46,6 +46,7 @@ def test_a_backend_answers_as_the_plain_model_does_and_explains_itself(folder):
     with torch.inference_mode():
         torch.testing.assert_close(loaded(images), load_model(folder)(images), rtol=1e-3, atol=1e-3)
     said = loaded.explain()
+    assert "sample inputs: (4, 3, 224, 224)" in said
     assert "an artifact of architecture resnet" in said and "eager" in said and "ms" in said
     assert isinstance(loaded.module, zoo.ResNet)
 
@@ -131,7 +132,7 @@ def test_int8_without_a_backend_is_explained(folder):
 # ---- ONNX
 
 
-def write_onnx(path, node, shape, weights=None, *, domain=""):
+def write_onnx(path, node, shape, weights=None, *, domain="", opset=17):
     graph = helper.make_graph(
         [node],
         "test",
@@ -139,7 +140,7 @@ def write_onnx(path, node, shape, weights=None, *, domain=""):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(each, name) for name, each in (weights or {}).items()],
     )
-    opsets = [helper.make_opsetid("", 17)] + ([helper.make_opsetid(domain, 1)] if domain else [])
+    opsets = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(domain, 1)] if domain else [])
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
     return path
 
@@ -171,7 +172,7 @@ def test_a_file_in_pytorch_goes_to_the_backends_of_modules(linear_file):
 
 def test_auto_compares_the_file_as_it_is_with_the_converted_one(linear_file):
     path, weight = linear_file
-    loaded = without_warnings(path, {"backend": "auto", "batch_size": 2, "time_budget_s": 2.0})
+    loaded = without_warnings(path, {"backend": "auto", "batch_size": 2, "time_budget_s": 0.5})
     x = loaded.sample_inputs[0]
     torch.testing.assert_close(loaded(x), x @ weight, rtol=0.1, atol=0.3)
     said = loaded.explain()
@@ -189,6 +190,17 @@ def test_a_file_that_cannot_be_converted_runs_as_it_is_with_a_warning(tmp_path):
     x = torch.randn(2, 3, 3)
     torch.testing.assert_close(loaded(x), torch.linalg.det(x), rtol=1e-4, atol=1e-4)
     assert loaded.module is None and "is the fastest" in loaded.explain()
+
+
+@pytest.mark.parametrize("opset", [9, 24])
+def test_a_file_of_an_opset_that_is_not_converted_runs_as_it_is(tmp_path, opset):
+    path = write_onnx(tmp_path / "relu.onnx", helper.make_node("Relu", ["x"], ["y"]), [2, 3], opset=opset)
+    with pytest.raises(ConfigError, match=f"opset {opset} and 11 to 23 are converted .*backend='onnxruntime'"):
+        load_model(path)
+    loaded = load_model(path, {"backend": "onnxruntime"})
+    torch.testing.assert_close(loaded(torch.tensor([[-1.0, 0, 1]] * 2)), torch.tensor([[0.0, 0, 1]] * 2))
+    with pytest.warns(UserWarning, match=f"opset {opset} .*only runtimes"):
+        assert load_model(path, {"backend": "auto"}).module is None
 
 
 def test_a_file_that_no_runtime_takes_is_explained(tmp_path):

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from deepseek.compiler.selection import SelectionEvent, read_backend, select
 from deepseek.core.errors import ConfigError, PermanentError
 from deepseek.models.noticing import warn_caller
-from deepseek.models.onnx.drawing import UnsupportedOperatorError
-from deepseek.models.onnx.reading import draw_inputs, read_onnx
+from deepseek.models.onnx.reading import UnsupportedOperatorError, draw_inputs, read_onnx
 from deepseek.models.programs import RUNTIMES, Program, run_onnx
 from deepseek.models.sources import LoadConfig, Opened, is_onnx, open_source
 
@@ -53,8 +52,9 @@ class LoadedModel:
         return self.run(*inputs, **named)
 
     def explain(self) -> str:
-        """What the model is, who runs it, and why."""
-        return f"{self.summary}\n{self.reason}"
+        """What the model is, who runs it, what it was measured with, and why."""
+        shapes = ", ".join(str(tuple(each.shape)) for each in self.sample_inputs)
+        return f"{self.summary}\nsample inputs: {shapes}\n{self.reason}"
 
 
 def run_on_backend(
@@ -80,8 +80,8 @@ def choose_half(settings: LoadConfig) -> LoadConfig:
     if settings.precision != "fp16" or settings.backend != AUTO or has_half_arithmetic():
         return settings
     warn_caller(
-        "fp16 was asked for and neither a GPU nor fp16 instructions are here; bf16 is used instead, which has the same "
-        "16 bits and three digits of precision less: ask for bf16 or fp32 to choose yourself"
+        "fp16 was asked for and neither a GPU nor fp16 instructions are here; bf16 is used instead, which rounds to 8 "
+        "bits where fp16 rounds to 11: ask for bf16 or fp32 to choose yourself"
     )
     return settings.override({"precision": "bf16"})
 

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from deepseek.core.errors import ConfigError
+from deepseek.models.onnx.reading import UnsupportedOperatorError
 
 Number: TypeAlias = "int | float | bool | fx.Node"
 
@@ -38,10 +38,6 @@ class Lengths:
 
 
 Value: TypeAlias = "Tensor | fx.Node | Lengths | None"
-
-
-class UnsupportedOperatorError(ConfigError):
-    """An ONNX graph holds an operator, or a use of one, that has no twin here; it may still run elsewhere."""
 
 
 class Drawing:

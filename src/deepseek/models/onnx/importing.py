@@ -25,9 +25,9 @@ from torch import Tensor, fx, nn
 
 from deepseek.core.errors import ConfigError, CorruptArtifactError, DeepSeekError
 from deepseek.core.extras import require
-from deepseek.models.onnx.drawing import Drawing, UnsupportedOperatorError, Value
+from deepseek.models.onnx.drawing import Drawing, Value
 from deepseek.models.onnx.operators import OPERATORS, Operator
-from deepseek.models.onnx.reading import describe_inputs, draw_inputs, opset_of, torch_dtype
+from deepseek.models.onnx.reading import UnsupportedOperatorError, describe_inputs, draw_inputs, opset_of, torch_dtype
 
 
 def import_onnx(

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from deepseek.models.onnx import computing, resizing
-from deepseek.models.onnx.drawing import Drawing, Lengths, UnsupportedOperatorError, Value, as_lengths
-from deepseek.models.onnx.reading import torch_dtype
+from deepseek.models.onnx.drawing import Drawing, Lengths, Value, as_lengths
+from deepseek.models.onnx.reading import UnsupportedOperatorError, torch_dtype
 
 Result: TypeAlias = Any  # a Value or a tuple of them; what fx gives is not typed
 Function: TypeAlias = "Callable[..., Result]"

@@ -28,6 +28,10 @@ _FREE_LENGTH = 16
 _MASK_NAMES = ("mask",)
 
 
+class UnsupportedOperatorError(ConfigError):
+    """An ONNX graph holds something that has no twin here: an operator, a use of one, a type; it may run elsewhere."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One input of a model in a file."""
@@ -41,8 +45,8 @@ class InputSpec:
 def read_onnx(path: Path) -> Any:
     """The `ModelProto` in the file `path`, with its weights.
 
-    Raises `UnsafeFileError` for a pickle or weights outside the folder, `CorruptArtifactError` for a file that is
-    damaged or whose weights are missing, and `ConfigError` for an opset that is not read here.
+    Raises `UnsafeFileError` for a pickle or weights outside the folder, and `CorruptArtifactError` for a file that is
+    damaged or whose weights are missing.
     """
     onnx = require("onnx", extra="compile")
     if not path.is_file():
@@ -51,7 +55,6 @@ def read_onnx(path: Path) -> Any:
         raise UnsafeFileError(f"{path} is a pickle with the name of an ONNX file; do not load it")
     model = _parse(onnx, path)
     refuse_outside_weights(model, path)
-    opset_of(model, path)
     try:
         onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -62,14 +65,14 @@ def read_onnx(path: Path) -> Any:
 
 
 def opset_of(model: Any, path: Path | str) -> int:
-    """The version of ONNX's own operators that `model` uses. Raises `ConfigError` for one that is not read here."""
+    """The version of ONNX's own operators that `model` uses; raises for one that is not converted here."""
     versions = [each.version for each in model.opset_import if each.domain in ("", "ai.onnx")]
     if not versions:
-        raise ConfigError(f"{path} imports no opset of ONNX itself; export it again")
+        raise UnsupportedOperatorError(f"{path} imports no opset of ONNX itself; export it again")
     version = int(max(versions))
     if not MIN_OPSET <= version <= MAX_OPSET:
-        raise ConfigError(
-            f"{path} uses opset {version} and {MIN_OPSET} to {MAX_OPSET} are read here; "
+        raise UnsupportedOperatorError(
+            f"{path} uses opset {version} and {MIN_OPSET} to {MAX_OPSET} are converted here; "
             "export it again, or run it as it is with backend='onnxruntime'"
         )
     return version
@@ -111,6 +114,12 @@ def draw_inputs(
     for name in shapes:
         if name not in names:
             raise ConfigError(explain_unknown("input", name, names))
+    fixed = [spec for spec in specs if spec.shape and spec.shape[0] not in (None, batch_size)]
+    if batch_size > 1 and len(fixed) == len(specs) and not shapes:
+        raise ConfigError(
+            f"input {fixed[0].name!r} has {fixed[0].shape[0]} rows, always, and batch_size={batch_size} was asked for; "
+            "export the model with an open batch, or leave batch_size out"
+        )
     generator = torch.Generator().manual_seed(0)
     return tuple(
         _draw(spec, _shape_of(spec, shapes.get(spec.name), batch_size, sequence_length), generator) for spec in specs
@@ -143,7 +152,9 @@ def _all_tensors(graph: Any) -> Iterator[Any]:
 def _describe(value: Any) -> InputSpec:
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type"):
-        raise ConfigError(f"input {value.name!r} is no tensor but a sequence or map; export the model without it")
+        raise UnsupportedOperatorError(
+            f"input {value.name!r} is no tensor but a sequence or map; export the model without it"
+        )
     lengths = tuple(each.dim_value if each.dim_value > 0 else None for each in tensor.shape.dim)
     return InputSpec(value.name, lengths, torch_dtype(tensor.elem_type))
 
@@ -153,7 +164,7 @@ def torch_dtype(elem_type: int) -> torch.dtype:
     if elem_type not in _DTYPES:
         onnx = require("onnx", extra="compile")
         name = onnx.TensorProto.DataType.Name(elem_type)
-        raise ConfigError(f"tensors of type {name} have no twin in torch; export the model without them")
+        raise UnsupportedOperatorError(f"tensors of type {name} have no twin in torch; export the model without them")
     return _DTYPES[elem_type]
 
 
