@@ -29,7 +29,11 @@ from deepseek.core.config import Config
 from deepseek.data.config import DataConfig
 from deepseek.data.token_cache import CacheManifest, StoredFile
 from deepseek.models.decoder.model import DecoderConfig
+from deepseek.models.mobilenet_v3.model import MobileNetV3Config
+from deepseek.models.resnet.model import ResNetConfig
 from deepseek.models.sources import LoadConfig
+from deepseek.models.vit.model import ViTConfig
+from deepseek.models.yolov7.model import YOLOv7Config
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.optim.optimizers import OptimizerConfig
@@ -44,6 +48,10 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("The model", DecoderConfig, "model."),
     ("Its experts", MoEConfig, "model.moe."),
     ("Its attention mask", MaskConfig, "model.mask."),
+    ("A ResNet of the zoo", ResNetConfig, ""),
+    ("A MobileNetV3 of the zoo", MobileNetV3Config, ""),
+    ("A vision transformer of the zoo", ViTConfig, ""),
+    ("A YOLOv7 of the zoo", YOLOv7Config, ""),
     ("The data", DataConfig, "data."),
     ("The optimizer", OptimizerConfig, "optimizer."),
     ("Loading a model", LoadConfig, ""),

@@ -111,8 +111,9 @@ def test_digits_are_learned_by_a_few_steps_of_gradient_descent():
 def test_convolutions_start_with_the_deviation_for_outgoing_connections():
     torch.manual_seed(0)
     model = ResNet(ResNetConfig(depths=(1, 1), width=64))
-    weight = model.layer2[0].conv2.weight
-    assert weight.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.02)
+    widening, narrowing = model.layer2[0].downsample[0].weight, model.layer2[0].conv1.weight
+    assert widening.std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.02)
+    assert narrowing.std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.02)
     assert all(norm.weight.eq(1).all() for norm in (model.bn1, model.layer1[0].bn3))
 
 

@@ -278,10 +278,10 @@ def test_boxes_are_decoded_cell_by_cell(model):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_boxes_of_a_16_bit_model_keep_their_pixels(dtype):
-    raw = torch.zeros(1, 1, 1, 80, 6, dtype=dtype)
-    boxes = decode(raw, torch.full((1, 1, 1, 1, 2), 12.0), 8)
-    assert boxes.dtype == torch.float32
-    assert boxes[0, :, 0].tolist() == [8 * column + 4.0 for column in range(80)]
+    raw = noise(1, 3, 80, 80, 6).to(dtype)
+    anchors = torch.tensor(COCO_ANCHORS[0], dtype=dtype)[None, :, None, None]
+    boxes = decode(raw, anchors, 8)
+    torch.testing.assert_close(boxes, decode(raw.double(), anchors.double(), 8).float(), rtol=1e-6, atol=1e-4)
 
 
 def test_an_untrained_head_expects_few_objects():
@@ -353,13 +353,15 @@ def test_a_network_in_training_is_not_folded():
         fold_(YOLOv7(SMALL).train())
 
 
-def test_published_counts_are_met_before_and_after_folding():
+@pytest.mark.parametrize(
+    ("is_folded", "num_classes", "count"),
+    [(False, 80, 37_622_682), (True, 80, 36_905_341), (False, 1, 37_196_556)],  # the authors' model summaries
+    ids=["training", "folded", "one class"],
+)
+def test_published_counts_are_met(is_folded, num_classes, count):
     with torch.device("meta"):
-        counts = [
-            sum(each.numel() for each in YOLOv7(YOLOv7Config(is_folded=is_folded)).parameters())
-            for is_folded in (False, True)
-        ]
-    assert counts == [37_622_682, 36_905_341]
+        network = YOLOv7(YOLOv7Config(is_folded=is_folded, num_classes=num_classes))
+    assert sum(each.numel() for each in network.parameters()) == count
 
 
 # ---- suppression
@@ -613,6 +615,10 @@ def test_a_picture_that_does_not_fit_the_strides_is_refused(model):
 def test_a_setting_out_of_range_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         SMALL.override(change)
+
+
+def test_defaults_are_the_same_settings_after_a_round_trip():
+    assert SMALL.override({}).digest == SMALL.digest
 
 
 def test_corners_are_half_a_size_from_the_centre():

@@ -25,7 +25,7 @@ from deepseek.models.yolov7.model import NUM_BOX
 
 MAX_CANDIDATES = 3000
 MAX_DETECTIONS = 300
-MAX_PAIRS = 2**24  # of boxes compared at a time, about 0.5 GB
+MAX_PAIRS = 2**24  # of boxes compared at a time, about 0.4 GB of intermediates in float32
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,15 @@ def find_candidates(
     return scores_BM, chosen_BM, labels_BC.gather(1, chosen_BM)
 
 
-def suppress(boxes_BM4: Tensor, labels_BM: Tensor, counts_BM: Tensor, *, max_overlap: float) -> Tensor:
-    """Which boxes (corners, by falling score, of those that count) stay."""
+def suppress(boxes_BM4: Tensor, labels_BM: Tensor, is_candidate_BM: Tensor, *, max_overlap: float) -> Tensor:
+    """Which of the candidates among boxes, given by corners and by falling score, stay."""
     num_boxes = boxes_BM4.shape[1]
     is_before_MM = torch.ones(num_boxes, num_boxes, dtype=torch.bool, device=boxes_BM4.device).triu(1)
-    is_rival_BMM = (labels_BM[:, :, None] == labels_BM[:, None, :]) & is_before_MM & counts_BM[:, :, None]
+    is_rival_BMM = (labels_BM[:, :, None] == labels_BM[:, None, :]) & is_before_MM
     removes_BMM = is_rival_BMM & (overlap(boxes_BM4) > max_overlap)
-    stays_BM = counts_BM
+    stays_BM = is_candidate_BM
     while True:
-        corrected_BM = counts_BM & ~(removes_BMM & stays_BM[:, :, None]).any(dim=1)
+        corrected_BM = is_candidate_BM & ~(removes_BMM & stays_BM[:, :, None]).any(dim=1)
         if torch.equal(corrected_BM, stays_BM):
             return stays_BM
         stays_BM = corrected_BM
@@ -120,12 +120,17 @@ def suppress(boxes_BM4: Tensor, labels_BM: Tensor, counts_BM: Tensor, *, max_ove
 
 def overlap(boxes_BM4: Tensor) -> Tensor:
     """Intersection over union of each pair of boxes given by corners, (B, M, M); 0 where both have no area."""
-    low_BMM2 = torch.maximum(boxes_BM4[:, :, None, :2], boxes_BM4[:, None, :, :2])
-    high_BMM2 = torch.minimum(boxes_BM4[:, :, None, 2:], boxes_BM4[:, None, :, 2:])
-    common_BMM = (high_BMM2 - low_BMM2).clamp(min=0).prod(-1)
+    width_BMM, height_BMM = (_find_common(boxes_BM4[..., axis], boxes_BM4[..., axis + 2]) for axis in (0, 1))
+    common_BMM = width_BMM * height_BMM
     area_BM = (boxes_BM4[..., 2:] - boxes_BM4[..., :2]).prod(-1)
     union_BMM = area_BM[:, :, None] + area_BM[:, None, :] - common_BMM
     return torch.where(union_BMM > 0, common_BMM / union_BMM, 0.0)
+
+
+def _find_common(low_BM: Tensor, high_BM: Tensor) -> Tensor:
+    """Length that each pair of intervals has in common."""
+    first_end_BMM = torch.minimum(high_BM[:, :, None], high_BM[:, None, :])
+    return (first_end_BMM - torch.maximum(low_BM[:, :, None], low_BM[:, None, :])).clamp(min=0)
 
 
 def _widen(values: Tensor) -> Tensor:
