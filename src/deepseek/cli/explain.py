@@ -21,7 +21,7 @@ def explain(model: str, *, json: bool = False) -> None:
     """
     from deepseek.cli.showing import show_table
     from deepseek.compiler.decisions import find_decisions, to_dict
-    from deepseek.compiler.explaining import COLUMNS, describe_key, list_refusals, list_rows, summarize
+    from deepseek.compiler.explaining import COLUMNS, describe_key, list_notes, list_refusals, list_rows, summarize
 
     found = find_decisions(model)
     if json:
@@ -32,4 +32,5 @@ def explain(model: str, *, json: bool = False) -> None:
     for decision in found:
         sys.stdout.write(f"{describe_key(decision.key)}\n{summarize(decision)}\n")
         show_table("Measured", COLUMNS, list_rows(decision))
+        show_table("Noted", ("", ""), list_notes(decision))
         show_table("Refused", ("", ""), list_refusals(decision))

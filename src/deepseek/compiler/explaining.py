@@ -1,4 +1,8 @@
-"""A decision in words and rows: who won, by how much, what was refused and why. No tensors here."""
+"""A decision in words and rows: who won, by how much, what was refused and why. No tensors here.
+
+The columns: median time of a call, speed over eager FP32, relative error, cosine and share of rows with the same
+largest entry, the last three against eager FP32.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 
 from deepseek.compiler.choosing import Decision, Measurement
 
-COLUMNS = ("candidate", "median, ms", "over eager", "relative error", "cosine", "top-1", "notes")
+COLUMNS = ("candidate", "ms", "speed-up", "error", "cosine", "top-1")
 
 
 def summarize(decision: Decision) -> str:
@@ -33,6 +37,11 @@ def list_refusals(decision: Decision) -> list[tuple[str, ...]]:
     return [(each.candidate, each.reason) for each in decision.rejections]
 
 
+def list_notes(decision: Decision) -> list[tuple[str, ...]]:
+    """One row for each thing that a candidate that ran did otherwise than asked, or that is worth knowing of it."""
+    return [(str(each.candidate), said) for each in decision.measurements for said in (*each.findings, *each.notes)]
+
+
 def describe_key(key: Mapping[str, Any]) -> str:
     """The part of a key that people ask about: inputs, precision, threads, processor."""
     inputs = ", ".join(f"{kind}{shape}" for shape, kind in key.get("inputs", ()))
@@ -49,6 +58,7 @@ def explain(decision: Decision) -> str:
     rows = [COLUMNS, *list_rows(decision)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(COLUMNS))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += ["", *(f"{candidate}: {said}" for candidate, said in list_notes(decision))]
     lines += ["", *(f"refused: {candidate}: {reason}" for candidate, reason in list_refusals(decision))]
     return "\n".join(lines).rstrip()
 
@@ -63,5 +73,4 @@ def _row(measurement: Measurement, decision: Decision) -> tuple[str, ...]:
         f"{numbers.relative_error:.2g}",
         f"{numbers.cosine:.5f}",
         "" if agreement is None else f"{agreement:.2f}",
-        "; ".join((*measurement.findings, *measurement.notes)),
     )

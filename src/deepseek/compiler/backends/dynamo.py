@@ -11,6 +11,7 @@ that changes later is not seen.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.compiler.backends import BACKENDS
-from deepseek.compiler.backends.flattening import flatten_model
-from deepseek.compiler.backends.interface import BackendError, Job, build
+from deepseek.compiler.backends.interface import BackendError, Compiled
 from deepseek.core.errors import ConfigError
 
 PREFIX = "deepseek_"
@@ -73,20 +73,27 @@ def _compile(name: str, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> C
     BACKENDS[name].require_available()
     _require_inference(name)
     _require_tensors(name, inputs)
-    weights = {index: each for index, each in enumerate(inputs) if _is_weight(graph, index, each)}
-    others = tuple(each for index, each in enumerate(inputs) if index not in weights)
-    if not others:
+    weights = {index: each.detach() for index, each in enumerate(inputs) if _is_weight(graph, index, each)}
+    if len(weights) == len(inputs):
         raise BackendError(f"a graph without inputs is nothing for {name} to run; give the model at least one tensor")
-    model = Specialized(graph, {index: each.detach() for index, each in weights.items()}).eval()
-    flattened = flatten_model(model, others)
-    built = build(BACKENDS[name].find_variant("fp32"), Job(flattened))
+    return Late(name, Specialized(graph, weights).eval())
 
-    def run(*given: Any) -> Any:
-        _require_inference(name)
-        tensors = [each for index, each in enumerate(given) if index not in weights]
-        return flattened.restore_outputs(built.run(*tensors))
 
-    return run
+class Late:
+    """A program that is built in its first call: while torch still captures, nothing else can be exported."""
+
+    def __init__(self, name: str, model: Specialized) -> None:
+        self.name, self.model = name, model
+        self.lock = threading.Lock()
+        self.compiled: Compiled | None = None
+
+    def __call__(self, *given: Any) -> Any:
+        _require_inference(self.name)
+        tensors = [each.detach() for index, each in enumerate(given) if index not in self.model.weights]
+        with self.lock:
+            if self.compiled is None:
+                self.compiled = BACKENDS[self.name].compile(self.model, tensors)
+        return self.compiled(*tensors)
 
 
 def _require_inference(name: str) -> None:

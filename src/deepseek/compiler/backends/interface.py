@@ -11,7 +11,10 @@ have. `Compiled` puts the model's own calling convention around it, so that it i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -217,12 +220,28 @@ class Backend:
 def build(variant: Variant, job: Job) -> Built:
     """What `variant` makes of `job`; whatever the runtime runs into comes out as one `BackendError` sentence."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             return variant.build(job)
     except (BackendError, ConfigError):
         raise
     except Exception as error:
         raise BackendError(f"{variant.name} in {variant.precision}: {first_line(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings and log lines of the libraries below are held back in the block: they remark on their own code.
+
+    What a user must know of a build comes out as findings and as errors.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,14 +12,11 @@ measuring shows.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 import threading
-import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ import torch
 from torch import Tensor
 
 from deepseek.compiler.backends.eager import lacks_fbgemm, output_dtypes, restore_dtypes
-from deepseek.compiler.backends.interface import Backend, BackendError, Built, Job, Missing, Variant, first_line
+from deepseek.compiler.backends.interface import Backend, BackendError, Built, Job, Missing, Variant, first_line, quiet
 from deepseek.compiler.choosing import Traits
 from deepseek.compiler.fallbacks import judge_onnx_operators, judge_providers
 from deepseek.core.extras import DISTRIBUTION, has_library, require
@@ -204,10 +201,15 @@ def _prepare(job: Job) -> Path:
     """The exported model with its shapes inferred, as both quantizers need it."""
 
     def prepare() -> Path:
+        onnx = require("onnx", extra="compile")
         shapes = require("onnxruntime.quantization.shape_inference", extra="compile")
         path = export_onnx(job).with_name("prepared.onnx")
         with quiet():
             shapes.quant_pre_process(str(export_onnx(job)), str(path), skip_symbolic_shape=True)
+        model = onnx.load(str(path))
+        # Shapes of weights that the optimizer has turned since; the quantizers infer them anew where there are none.
+        model.graph.ClearField("value_info")
+        onnx.save(model, str(path))
         return path
 
     prepared: Path = job.once("onnx prepared", prepare)
@@ -226,19 +228,6 @@ class Calibration:
         if tensors is None:
             return None
         return {f"input_{index}": each.detach().contiguous().numpy() for index, each in enumerate(tensors)}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No remarks from the exporter and the quantizers, which go to the log and the screen; errors stay errors."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def lacks_layers(traits: Traits) -> str | None:

@@ -14,18 +14,17 @@ Measured for ResNet-50, one picture, 2 threads: FP32 61 ms (eager 66), bf16 20.5
 
 from __future__ import annotations
 
-import logging
+import io
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseek.compiler.backends.interface import Backend, BackendError, Built, Job, Missing, Variant
+from deepseek.compiler.backends.interface import Backend, BackendError, Built, Job, Missing, Variant, quiet
 from deepseek.compiler.choosing import Traits
 from deepseek.compiler.fallbacks import judge_openvino_layers
 from deepseek.core.extras import DISTRIBUTION, has_library, require
@@ -137,7 +136,7 @@ def convert(job: Job) -> Any:
 def quantize(job: Job) -> Any:
     """The model with int8 convolutions and products, calibrated on the job's samples."""
     model = job.once("openvino", lambda: convert(job))
-    with without_telemetry(), quiet():
+    with without_telemetry(), quiet(), redirect_stdout(io.StringIO()):  # where NNCF draws progress bars
         nncf = require("nncf", extra="compile")
         samples = [tuple(each.detach().contiguous().numpy() for each in sample) for sample in job.calibration]
         feeds = [sample[0] if len(sample) == 1 else dict(enumerate(sample)) for sample in samples]
@@ -177,20 +176,6 @@ def without_telemetry() -> Iterator[None]:
         yield
     finally:
         sender.send_event = before
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No remarks and progress bars from the converter and the quantizer; errors stay errors."""
-    logger = logging.getLogger("nncf")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def executed_layers(compiled: Any) -> list[tuple[str, str]]:

@@ -13,19 +13,17 @@ Source: Shao et al. 2022 ("Tensor program optimization with probabilistic progra
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from deepseek.compiler.backends.interface import Backend, BackendError, Built, Job, Missing, Variant
+from deepseek.compiler.backends.interface import Backend, BackendError, Built, Job, Missing, Variant, quiet
 from deepseek.core.extras import DISTRIBUTION, has_library, require
 
 SECONDS_PER_TRIAL = 1.5
@@ -132,18 +130,6 @@ def _build(library: Any, module: Any, job: Job, notes: tuple[str, ...]) -> Built
     with quiet():
         executable = library.compile(module, target=find_target(library))
     return Built(Machine(library, executable), notes=notes)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No tables of trials on the screen; errors stay errors."""
-    logger = logging.getLogger("tvm")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 BACKEND = Backend(
