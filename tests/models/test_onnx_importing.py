@@ -276,6 +276,14 @@ def test_a_product_and_a_sum_become_one_linear_layer():
     assert layer.bias is not None and len(list(converted.parameters())) == 2
 
 
+def test_weights_outside_of_layers_are_parameters_under_their_names():
+    nodes = [helper.make_node("Mul", ["x", "gain.value"], ["m"]), helper.make_node("Add", ["m", "i"], ["y"])]
+    weights = {"gain.value": numpy.arange(3, dtype="f"), "i": numpy.float32(2)}
+    model = build_model(nodes, {"x": (FLOAT, ["n", 3])}, {"y": FLOAT}, weights=weights)
+    converted = check_against_runtime(model, (torch.randn(2, 3),))
+    assert [name for name, _ in converted.named_parameters()] == ["gain.value"]
+
+
 def test_a_sum_whose_product_is_used_twice_stays_a_sum():
     weights = {"w": numpy.eye(4, 3, dtype="f"), "b": numpy.arange(3, dtype="f")}
     nodes = [

@@ -98,6 +98,19 @@ def test_encoders_by_name_have_the_published_number_of_parameters(name, publishe
     assert sum(each.numel() for each in model.parameters()) == published
 
 
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_sample_inputs_are_those_of_the_zoo(name):
+    with torch.device("meta"):
+        model = zoo.build(name)
+    ours, theirs = draw_for(model, LoadConfig(batch_size=2)), zoo.sample_inputs(name, 2)
+    assert [each.shape for each in ours] == [each.shape for each in theirs]
+
+
+def test_random_weights_that_are_measured_give_values_of_a_trained_size():
+    model = load_quietly("resnet152", {"overrides": {"width": 8}, "backend": "eager", "precision": "fp32"}).module
+    assert float(answer(model, (torch.randn(1, 3, 64, 64),)).abs().max()) < 1e3
+
+
 def test_a_model_that_no_memory_holds_is_refused_with_its_size():
     gigabytes = describe_machine()["memory_bytes"] / 1e9
     if gigabytes > 270:
