@@ -136,21 +136,12 @@ def _open_name(name: str, config: LoadConfig) -> Opened:
         load_weights_(model, Path(config.weights))
         origin = f"weights from {config.weights}"
     else:
-        origin = _keep_random_(model, name, config)
+        origin = "random weights"
+        warn_caller(
+            f"{name} has random weights, so its answers mean nothing; give weights=FOLDER_OR_FILE for trained ones"
+        )
     summary = f"{name}, {'a text model' if is_text else 'from the zoo'}, with {origin}"
     return Opened(summary, model, lambda used: draw_for(model, used), name)
-
-
-def _keep_random_(model: nn.Module, name: str, config: LoadConfig) -> str:
-    """Warn that the weights of `model` are random, make them fit to be measured with, and say what they are."""
-    warn_caller(f"{name} has random weights, so its answers mean nothing; give weights=FOLDER_OR_FILE for trained ones")
-    if config.backend is None or not any(isinstance(each, _BATCH_NORMS) for each in model.modules()):
-        return "random weights"
-    zoo.settle_(model, *draw_for(model, config.override({"batch_size": max(2, min(config.batch_size, 4))})))
-    return "random weights and the batch statistics of noise, so that narrow precisions can be measured"
-
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:

@@ -19,15 +19,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, fx, nn
 
 from deepseek.core.errors import ConfigError, CorruptArtifactError, DeepSeekError
 from deepseek.core.extras import require
 from deepseek.models.onnx.drawing import Drawing, Value
-from deepseek.models.onnx.operators import OPERATORS, Operator
-from deepseek.models.onnx.reading import UnsupportedOperatorError, describe_inputs, draw_inputs, opset_of, torch_dtype
+from deepseek.models.onnx.operators import OPERATORS
+from deepseek.models.onnx.operators.operator import Operator
+from deepseek.models.onnx.reading import UnsupportedOperatorError, describe_inputs, draw_inputs, opset_of, to_torch
 
 
 def import_onnx(
@@ -65,15 +65,6 @@ def _read_weight(tensor: Any, source: str) -> Tensor:
         return to_torch(tensor)
     except ValueError as error:
         raise CorruptArtifactError(f"{source}: weight {tensor.name!r} is damaged ({error}); copy it again") from error
-
-
-def to_torch(tensor: Any) -> Tensor:
-    """A tensor of the file, copied."""
-    onnx = require("onnx", extra="compile")
-    dtype = torch_dtype(tensor.data_type)
-    if dtype is torch.bfloat16:
-        return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(tensor), dtype=numpy.float32)).bfloat16()
-    return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(tensor)))
 
 
 def list_unsupported(model: Any) -> list[str]:

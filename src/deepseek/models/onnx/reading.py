@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -166,6 +167,15 @@ def torch_dtype(elem_type: int) -> torch.dtype:
         name = onnx.TensorProto.DataType.Name(elem_type)
         raise UnsupportedOperatorError(f"tensors of type {name} have no twin in torch; export the model without them")
     return _DTYPES[elem_type]
+
+
+def to_torch(tensor: Any) -> Tensor:
+    """A tensor of the file, copied."""
+    onnx = require("onnx", extra="compile")
+    dtype = torch_dtype(tensor.data_type)
+    if dtype is torch.bfloat16:
+        return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(tensor), dtype=numpy.float32)).bfloat16()
+    return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(tensor)))
 
 
 def _shape_of(spec: InputSpec, wanted: Sequence[int] | None, batch_size: int, sequence_length: int) -> tuple[int, ...]:
