@@ -81,8 +81,10 @@ def load_model(
     `CorruptArtifactError`, `UnsafeFileError` for a pickle, `UnsupportedSchemaError`, and `ArtifactError` where there is
     no model.
 
-    >>> model = load_model("resnet18", {"overrides": {"width": 8, "num_classes": 10}})
-    >>> model(torch.zeros(1, 3, 64, 64)).shape
+    >>> from deepseek.models import zoo
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     manifest = save_model(zoo.build("resnet18", width=8, num_classes=10), folder + "/model")
+    ...     load_model(folder + "/model")(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 10])
     """
     settings = _settle(config, precision=precision, weights=weights)
