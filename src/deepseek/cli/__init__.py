@@ -10,6 +10,7 @@
     deepseek migrate PATH               ->  what an upgrade breaks (also as `deepseek-migrate --check PATH`)
     deepseek check-compatibility        ->  what this machine can run (also as `deepseek-cli check-compatibility`)
     deepseek benchmark MODEL            ->  latency, memory and accuracy, side by side (also as `deepseek-benchmark`)
+    deepseek explain MODEL              ->  how it was decided to run, and why
     deepseek doctor                     ->  settings that pay on this machine
 
 Listing the verbs imports none of them, and none imports torch before it has read its arguments. Exit status: 0 done,
@@ -44,6 +45,7 @@ VERBS = {
     "migrate": "Find what an upgrade breaks in configs, code and checkpoints, and write a migrated copy.",
     "check-compatibility": "Say what this machine can run, with the next step for what it cannot.",
     "benchmark": "Compare a model as several generations, or backends and precisions, side by side.",
+    "explain": "Say how a model was decided to run here: what was measured, what was refused, and why.",
     "doctor": "Measure settings of the environment that may pay on this machine.",
 }
 

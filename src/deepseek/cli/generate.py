@@ -42,12 +42,12 @@ def generate(
         Print one JSON object at the end instead of the text as it comes.
     """
     from deepseek.data.tokenizing import load_tokenizer
-    from deepseek.models.loading import load_model
+    from deepseek.models.loading import load_decoder
     from deepseek.serve.config import EngineConfig
     from deepseek.serve.engine import Engine
     from deepseek.serve.sequences import Sampling, collect
 
-    engine = Engine(load_model(model, packed=True), load_tokenizer(model), EngineConfig(max_num_seqs=1))
+    engine = Engine(load_decoder(model, packed=True), load_tokenizer(model), EngineConfig(max_num_seqs=1))
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     request = engine.request(prompt, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop or ()))
     outputs = []

@@ -55,7 +55,7 @@ def serve(
     """
     from deepseek.cli.showing import print_event
     from deepseek.data.tokenizing import load_tokenizer
-    from deepseek.models.loading import load_model, make_int8_
+    from deepseek.models.loading import load_decoder, make_int8_
     from deepseek.nn.packed import pack_
     from deepseek.serve.config import ServeConfig
     from deepseek.serve.serving import serve as run
@@ -69,7 +69,7 @@ def serve(
         max_queue=max_queue,
         shutdown_timeout_s=shutdown_timeout_s,
     )
-    loaded = load_model(model)
+    loaded = load_decoder(model)
     loaded = pack_(make_int8_(loaded) if quantize == "int8" else loaded)
     api_key = os.environ.get(API_KEY_VARIABLE)
     run(loaded, load_tokenizer(model), config, api_key=api_key, listen=lambda event: print_event(event, as_json=json))

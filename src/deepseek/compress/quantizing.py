@@ -19,7 +19,7 @@ from deepseek.compress.comparing import Comparison, compare
 from deepseek.core.errors import ArtifactError, ConfigError, PermanentError
 from deepseek.data.batching import Batch
 from deepseek.data.tokenizing import load_tokenizer
-from deepseek.models.loading import count_stored_bytes, load_model, make_int8_, save_model
+from deepseek.models.loading import count_stored_bytes, load_decoder, make_int8_, save_model
 from deepseek.nn.packed import pack_
 
 MAX_LOSS_INCREASE = 0.02
@@ -47,7 +47,7 @@ def quantize(
         raise ConfigError(f"{target} is the float model itself, which is kept; give another folder for the int8 one")
     if is_artifact(target) and not overwrite:
         raise ArtifactError(f"{target} holds an artifact already; give another folder, or ask for it to be overwritten")
-    model = load_model(source, precision="fp32")
+    model = load_decoder(source, precision="fp32")
     quantized = make_int8_(copy.deepcopy(model))
     comparison = compare(
         pack_(copy.deepcopy(model)),

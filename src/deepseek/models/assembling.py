@@ -1,0 +1,111 @@
+"""Putting a model and its tensors together: built without weights, then given the memory-mapped tensors themselves.
+
+Nothing is initialized first and nothing is copied, so that a model is there in the time it takes to read its files.
+Used by everything that loads: decoders, the vision models of the zoo. `stored_tensors` is the way back: what of a model
+goes into a file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from deepseek.core.errors import ArtifactError, ConfigError
+from deepseek.core.names import explain_unknown
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "int8"}
+
+
+def build_without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` gives, with parameters that hold nothing yet and buffers that hold what they should."""
+    with _parameters_without_values():
+        return build()
+
+
+def fill_(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, source: Path | str) -> None:
+    """Make `tensors` the parameters of `model`, in place and as `dtype`; tied names get one parameter.
+
+    Raises `ArtifactError` naming `source` where a tensor is missing, left over or of another shape.
+    """
+    parameters, aliases = dict(model.named_parameters()), tied_names(model)
+    state = {
+        name: nn.Parameter(tensor.to(dtype or tensor.dtype)) if name in parameters else tensor
+        for name, tensor in tensors.items()
+        if name not in aliases  # a file may hold a copy; the architecture says that they are one
+    }
+    state |= {alias: state[owner] for alias, owner in aliases.items() if owner in state}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise ArtifactError(f"the weights in {source} do not fit its config ({problems}); mend the config") from error
+
+
+def stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Parameters by name, as `dtype` and tied ones once, and buffers as they are."""
+    aliases, parameters = tied_names(model), dict(model.named_parameters())
+    return {
+        name: tensor.to(dtype or tensor.dtype) if name in parameters else tensor
+        for name, tensor in model.state_dict().items()
+        if name not in aliases
+    }
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of stored tensors that are another one, and that one's name."""
+    owners: dict[int, str] = {}
+    named = model.state_dict(keep_vars=True).items()
+    names = {name: owners.setdefault(id(tensor), name) for name, tensor in named}
+    return {name: owner for name, owner in names.items() if name != owner}
+
+
+def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of the largest tensor."""
+    return max(tensors.values(), key=torch.numel).dtype
+
+
+def name_precision(dtype: torch.dtype) -> str:
+    """What a manifest calls `dtype`."""
+    if dtype not in PRECISIONS:
+        raise ArtifactError(f"the weights are {dtype}; convert them to one of {', '.join(PRECISIONS.values())}")
+    return PRECISIONS[dtype]
+
+
+def dtype_of(precision: str | None) -> torch.dtype | None:
+    """The dtype that `precision` names."""
+    if precision is not None and precision not in DTYPES:
+        raise ConfigError(explain_unknown("precision", precision, DTYPES))
+    return None if precision is None else DTYPES[precision]
+
+
+def is_int8(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether layers of int8 are among `tensors`."""
+    return any(tensor.dtype is torch.int8 for tensor in tensors.values())
+
+
+@contextmanager
+def _parameters_without_values() -> Iterator[None]:
+    """Modules built inside by this thread get parameters on the meta device, and buffers with their real values.
+
+    `torch.device("meta")` would take the values of the buffers too, and tables of angles stand in no file.
+    """
+    owner = threading.get_ident()
+
+    def strip(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != owner:
+            return None  # keeps the parameter as it is
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    # torch's annotation leaves out that what a hook returns takes the parameter's place.
+    handle = register_module_parameter_registration_hook(strip)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()

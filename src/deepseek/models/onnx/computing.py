@@ -1,0 +1,377 @@
+"""ONNX operators that take more than one call of torch: what a node of an imported graph runs.
+
+Each function is named after what it computes; arguments are in the order of ONNX, axes are whole numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as `dtype`."""
+    return x.to(dtype)
+
+
+def choose(condition: Any, x: Any, y: Any) -> Any:
+    """`x` where `condition` holds, for plain numbers."""
+    return x if condition else y
+
+
+def both(x: Any, y: Any) -> bool:
+    """Whether two plain truth values hold."""
+    return bool(x) and bool(y)
+
+
+def either(x: Any, y: Any) -> bool:
+    """Whether one of two plain truth values holds."""
+    return bool(x) or bool(y)
+
+
+def larger(x: Any, y: Any) -> Any:
+    """The larger of two plain numbers."""
+    return max(x, y)
+
+
+def smaller(x: Any, y: Any) -> Any:
+    """The smaller of two plain numbers."""
+    return min(x, y)
+
+
+def nowhere(x: Tensor) -> Tensor:
+    """False everywhere."""
+    return torch.zeros_like(x, dtype=torch.bool)
+
+
+# ---- activations
+
+
+def hard_sigmoid(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha x + beta between 0 and 1."""
+    return torch.clamp(alpha * x + beta, 0, 1)
+
+
+def leaky_relu(x: Tensor, alpha: float) -> Tensor:
+    """x, or alpha x below zero."""
+    return F.leaky_relu(x, alpha)
+
+
+def selu(x: Tensor, alpha: float, gamma: float) -> Tensor:
+    """gamma x, or gamma alpha (e^x - 1) below zero."""
+    return gamma * F.elu(x, alpha)
+
+
+def thresholded_relu(x: Tensor, alpha: float) -> Tensor:
+    """x, or zero up to alpha."""
+    return F.threshold(x, alpha, 0)
+
+
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """x, or slope x below zero; the slope is broadcast from the right, as everywhere in ONNX."""
+    return torch.where(x < 0, slope * x, x)
+
+
+def softmax_of_rows(x: Tensor, axis: int, is_log: bool) -> Tensor:
+    """Softmax as opsets before 13 define it: over all that follows `axis`, taken as one row."""
+    rows = x.flatten(axis)
+    return (torch.log_softmax(rows, -1) if is_log else torch.softmax(rows, -1)).reshape(x.shape)
+
+
+def power(x: Tensor, exponent: Any) -> Tensor:
+    """x to the `exponent`, in the dtype of x."""
+    return torch.pow(x, exponent).to(x.dtype)
+
+
+# ---- shapes
+
+
+def flatten(x: Tensor, axis: int) -> Tensor:
+    """A matrix: what comes before `axis`, and what follows."""
+    return (
+        x.reshape(x.shape[:axis].numel(), -1)
+        if x.numel()
+        else x.reshape(x.shape[:axis].numel(), x.shape[axis:].numel())
+    )
+
+
+def split_evenly(x: Tensor, num_parts: int, axis: int) -> tuple[Tensor, ...]:
+    """Equal parts, the last one shorter where they do not fit."""
+    return torch.split(x, -(-x.shape[axis] // num_parts), axis)
+
+
+def expand(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`x` broadcast against a shape, in both directions."""
+    rank = max(x.dim(), len(lengths))
+    own, wanted = [1] * (rank - x.dim()) + list(x.shape), [1] * (rank - len(lengths)) + list(lengths)
+    return x.expand([length if want == 1 else want for length, want in zip(own, wanted, strict=True)])
+
+
+def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    """Slices of `x` along `axis`; negative indices count from the end."""
+    indices = torch.where(indices < 0, indices + x.shape[axis], indices)
+    shape = [*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]]
+    return x.index_select(axis, indices.reshape(-1)).reshape(shape)
+
+
+def cut_backwards(x: Tensor, dim: int, first: int, last: int, stride: int) -> Tensor:
+    """`x[first:last:stride]` along `dim` for a negative stride."""
+    places = range(x.shape[dim])[slice(first, None if last < -x.shape[dim] else last, stride)]
+    return x.index_select(dim, torch.tensor(list(places), dtype=torch.int64, device=x.device))
+
+
+def pad_from_inside(x: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:
+    """`x` continued beyond both ends of `dim` with what it holds: its edge, its mirror image, or from the other end."""
+    length = x.shape[dim]
+    places = torch.arange(-before, length + after, device=x.device)
+    if mode == "edge":
+        places = places.clamp(0, length - 1)
+    elif mode == "wrap":
+        places = places % length
+    elif length > 1:  # reflect: there and back again without the ends, a saw-tooth of period 2 (length - 1)
+        places = (length - 1) - ((places % (2 * (length - 1))) - (length - 1)).abs()
+    else:
+        places = torch.zeros_like(places)
+    return x.index_select(dim, places)
+
+
+def pad_same(
+    x: Tensor, kernel: list[int], strides: list[int], dilations: list[int], is_upper: bool, fill: float
+) -> Tensor:
+    """Padding that gives ceil(length / stride) windows; the odd one goes to the end with `is_upper`."""
+    flat: list[int] = []
+    rows = zip(x.shape[2:], kernel, strides, dilations, strict=True)
+    for length, size, stride, dilation in reversed(list(rows)):
+        covered = (-(-length // stride) - 1) * stride + (size - 1) * dilation + 1
+        total = max(0, covered - length)
+        small = total // 2
+        flat += [small, total - small] if is_upper else [total - small, small]
+    return F.pad(x, flat, value=fill)
+
+
+def depth_to_space(x_BCHW: Tensor, size: int, mode: str) -> Tensor:
+    """Channels to blocks of pixels."""
+    if mode == "CRD":
+        return F.pixel_shuffle(x_BCHW, size)
+    batch, channels, height, width = x_BCHW.shape
+    blocks = x_BCHW.reshape(batch, size, size, channels // size**2, height, width)
+    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // size**2, height * size, width * size)
+
+
+def space_to_depth(x_BCHW: Tensor, size: int) -> Tensor:
+    """Blocks of pixels to channels."""
+    batch, channels, height, width = x_BCHW.shape
+    blocks = x_BCHW.reshape(batch, channels, height // size, size, width // size, size)
+    return blocks.permute(0, 3, 5, 1, 2, 4).reshape(batch, channels * size**2, height // size, width // size)
+
+
+def gather_elements(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    """One element of `x` along `axis` for every index."""
+    return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices).long())
+
+
+_SCATTERS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+
+
+def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, axis: int, reduction: str) -> Tensor:
+    """`x` with one element along `axis` replaced, or combined by `reduction`, for every index."""
+    places = torch.where(indices < 0, indices + x.shape[axis], indices).long()
+    if reduction == "none":
+        return x.scatter(axis, places, updates)
+    return x.scatter_reduce(axis, places, updates, _SCATTERS[reduction])
+
+
+def gather_nd(x: Tensor, indices: Tensor, batch_dims: int) -> Tensor:
+    """Slices of `x` at the coordinates in the last dimension of `indices`, for each of the leading `batch_dims`."""
+    depth, batch = indices.shape[-1], list(x.shape[:batch_dims])
+    rows, places = x.reshape(-1, *x.shape[batch_dims:]), indices.reshape(-1, *indices.shape[batch_dims:])
+    number = torch.arange(rows.shape[0], device=x.device).reshape(-1, *[1] * (places.dim() - 2))
+    picked = rows[(number.expand(places.shape[:-1]), *places.unbind(-1))] if depth else rows
+    return picked.reshape(batch + list(indices.shape[batch_dims:-1]) + list(x.shape[batch_dims + depth :]))
+
+
+def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, is_sum: bool) -> Tensor:
+    """`x` with the slices at the coordinates in the last dimension of `indices` replaced or added to."""
+    return x.index_put(tuple(indices.unbind(-1)), updates, accumulate=is_sum)
+
+
+def eye_like(x: Tensor, diagonal: int, dtype: torch.dtype) -> Tensor:
+    """Ones on a diagonal, in the shape of a matrix."""
+    rows, columns = (torch.arange(length, device=x.device) for length in x.shape)
+    return (columns == rows[:, None] + diagonal).to(dtype)
+
+
+def one_hot(indices: Tensor, depth: int, off_on: Tensor, axis: int) -> Tensor:
+    """The second of two values where an index points, the first elsewhere."""
+    places = torch.arange(depth, device=indices.device)
+    is_there = torch.remainder(indices, depth).unsqueeze(-1) == places
+    in_range = (indices >= -depth) & (indices < depth)
+    values = torch.where(is_there & in_range.unsqueeze(-1), off_on[1], off_on[0])
+    return values.movedim(-1, axis)
+
+
+# ---- reductions
+
+
+def product(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """The product over `dims`."""
+    for dim in sorted((each % x.dim() for each in dims), reverse=True):
+        x = x.prod(dim, keepdim=keepdim)
+    return x
+
+
+def norm_1(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """The sum of absolute values."""
+    return x.abs().sum(dims, keepdim=keepdim) if dims else x.abs()
+
+
+def norm_2(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """The root of the sum of squares."""
+    return sum_of_squares(x, dims, keepdim).to(x.dtype if x.is_floating_point() else torch.float32).sqrt().to(x.dtype)
+
+
+def sum_of_squares(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """The sum of squares."""
+    return (x * x).sum(dims, keepdim=keepdim) if dims else x * x
+
+
+def log_of_sum(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """The logarithm of the sum."""
+    return (x.sum(dims, keepdim=keepdim) if dims else x).log()
+
+
+def log_sum_exp(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """The logarithm of the sum of exponentials."""
+    return x.logsumexp(dims, keepdim=keepdim) if dims else x
+
+
+PLAIN_REDUCTIONS = (torch.mean, torch.sum, torch.amax, torch.amin, product, log_sum_exp)  # x itself over no dimension
+
+
+def cumsum(x: Tensor, dim: int, is_exclusive: bool, is_reversed: bool) -> Tensor:
+    """Running sums along `dim`, from the end where reversed, without the own element where exclusive."""
+    x = x.flip(dim) if is_reversed else x
+    sums = x.cumsum(dim, dtype=x.dtype)
+    sums = sums - x if is_exclusive else sums
+    return sums.flip(dim) if is_reversed else sums
+
+
+# ---- layers
+
+
+def gemm(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """alpha a b + beta c."""
+    scaled = a @ b if alpha == 1 else alpha * (a @ b)
+    if c is None or beta == 0:
+        return scaled.to(a.dtype)
+    return (scaled + (c if beta == 1 else beta * c)).to(a.dtype)
+
+
+def layer_norm(x: Tensor, axis: int, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+    """Layer norm over all from `axis` on, with a scale that is broadcast."""
+    y = F.layer_norm(x, x.shape[axis:], eps=eps) * scale
+    return y if shift is None else y + shift
+
+
+def layer_norm_with_statistics(
+    x: Tensor, axis: int, scale: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm over all from `axis` on, the mean, and one over the deviation."""
+    dims = list(range(axis, x.dim()))
+    mean = x.mean(dims, keepdim=True)
+    inverse = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + eps)
+    return layer_norm(x, axis, scale, shift, eps), mean, inverse
+
+
+def rms_norm(x: Tensor, axis: int, scale: Tensor, eps: float) -> Tensor:
+    """x over the root of its mean square, from `axis` on."""
+    return F.rms_norm(x, x.shape[axis:], eps=eps) * scale
+
+
+def lp_normalize(x: Tensor, order: int, axis: int) -> Tensor:
+    """x over its norm along `axis`; zero where that is zero."""
+    norm = x.abs().sum(axis, keepdim=True) if order == 1 else (x * x).sum(axis, keepdim=True).sqrt()
+    return torch.where(norm == 0, torch.zeros_like(x), x / norm)
+
+
+def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, bias: float) -> Tensor:
+    """x over a power of the mean square of its neighbours among the channels (Krizhevsky et al. 2012)."""
+    before = (size - 1) // 2
+    squares = F.pad(x * x, [0, 0] * (x.dim() - 2) + [before, size - 1 - before])
+    sums = squares.unfold(1, size, 1).sum(-1)
+    return x / (bias + alpha / size * sums) ** beta
+
+
+# ---- quantized
+
+
+def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype, axis: int) -> Tensor:
+    """round(x / scale) + zero, kept inside `dtype`; ties go to even numbers."""
+    scale, zero = along(scale, x, axis), None if zero is None else along(zero, x, axis)
+    bounds = torch.iinfo(dtype)
+    steps = torch.round(x / scale)
+    steps = steps if zero is None else steps + zero.to(steps.dtype)
+    return steps.clamp(bounds.min, bounds.max).to(dtype)
+
+
+def dequantize(x: Tensor, scale: Tensor, zero: Tensor | None, axis: int) -> Tensor:
+    """(x - zero) scale."""
+    scale, zero = along(scale, x, axis), None if zero is None else along(zero, x, axis)
+    steps = x.to(torch.int32) if zero is None else x.to(torch.int32) - zero.to(torch.int32)
+    return steps.to(scale.dtype) * scale
+
+
+def along(values: Tensor, x: Tensor, axis: int) -> Tensor:
+    """A vector of one value per index of `axis`, shaped to be broadcast over `x`."""
+    if values.dim() == 0 or values.numel() == 1:
+        return values.reshape(())
+    return values.reshape([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
+
+
+def quantize_dynamically(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bytes over the range of `x`, which includes zero; their scale; their zero point."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round(-low / scale).clamp(0, 255)
+    return (torch.round(x / scale) + zero).clamp(0, 255).to(torch.uint8), scale, zero.to(torch.uint8)
+
+
+def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None, b_zero: Tensor | None) -> Tensor:
+    """The product of two matrices of bytes as int32; in doubles, which hold every such sum exactly."""
+    wide_a, wide_b = a.double(), b.double()
+    if a_zero is not None:
+        wide_a = wide_a - (a_zero.double().unsqueeze(-1) if a_zero.dim() else a_zero.double())
+    if b_zero is not None:
+        wide_b = wide_b - b_zero.double()
+    return (wide_a @ wide_b).to(torch.int32)
+
+
+def centre(x: Tensor, zero: Tensor | None, axis: int) -> Tensor:
+    """x - zero as doubles, which hold every sum of products of bytes exactly."""
+    return x.double() if zero is None else x.double() - along(zero.double(), x, axis)
+
+
+def requantize(sums: Tensor, x_scale: Tensor, w_scale: Tensor, y_scale: Tensor, y_zero: Tensor, axis: int) -> Tensor:
+    """Sums of products of steps as steps of the output."""
+    scale = x_scale.double() * along(w_scale.double(), sums, axis) / y_scale.double()
+    bounds = torch.iinfo(y_zero.dtype)
+    return (torch.round(sums * scale) + y_zero.double()).clamp(bounds.min, bounds.max).to(y_zero.dtype)
+
+
+def qlinear_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+) -> Tensor:
+    """A product of quantized matrices, quantized."""
+    return requantize(matmul_integer(a, b, a_zero, b_zero).double(), a_scale, b_scale, y_scale, y_zero, -1)

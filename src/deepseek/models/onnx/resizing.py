@@ -1,0 +1,85 @@
+"""Resize of ONNX, one axis after the other: where each new pixel lies among the old ones, and what is taken there.
+
+Nearest takes one old pixel, linear two, cubic four, with weights from the distance. All the ways in which ONNX maps
+places (`half_pixel`, `align_corners`, `asymmetric`, ...) are rows of `MAPPINGS`. Interpolation is separable, so axis by
+axis gives what the definition gives for all of them at once.
+Definition: https://onnx.ai/onnx/operators/onnx__Resize.html; cubic weights: Keys 1981.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _symmetric(new: Tensor, scale: float, old_length: int, new_length: int) -> Tensor:
+    """Half pixels around the middle of the old ones, where the new length is cut off."""
+    adjustment = new_length / (scale * old_length)
+    offset = old_length / 2 * (1 - adjustment)
+    return offset + (new + 0.5) / scale - 0.5
+
+
+# (new places, scale, old length, new length) -> old places
+MAPPINGS: dict[str, Callable[[Tensor, float, int, int], Tensor]] = {
+    "half_pixel": lambda new, scale, old_length, new_length: (new + 0.5) / scale - 0.5,
+    "half_pixel_symmetric": _symmetric,
+    "pytorch_half_pixel": lambda new, scale, old_length, new_length: (
+        (new + 0.5) / scale - 0.5 if new_length > 1 else new * 0
+    ),
+    "align_corners": lambda new, scale, old_length, new_length: (
+        new * (old_length - 1) / (scale * old_length - 1) if new_length > 1 else new * 0
+    ),
+    "asymmetric": lambda new, scale, old_length, new_length: new / scale,
+}
+_ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "round_prefer_floor": lambda place: torch.ceil(place - 0.5),
+    "round_prefer_ceil": lambda place: torch.floor(place + 0.5),
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+}
+
+
+def resize_axis(
+    x: Tensor,
+    axis: int,
+    wanted: float,
+    is_scale: bool,
+    mode: str,
+    mapping: str,
+    nearest_mode: str,
+    cubic_coefficient: float,
+) -> Tensor:
+    """`x` with another length along `axis`: `wanted` itself, or that many times the old one."""
+    length = x.shape[axis]
+    new_length = int(length * wanted) if is_scale else int(wanted)
+    scale = float(wanted) if is_scale else new_length / length
+    new = torch.arange(new_length, device=x.device, dtype=torch.float64 if not is_scale else torch.float32)
+    places = MAPPINGS[mapping](new, scale, length, new_length)
+    if mode == "nearest":
+        return _take(x, axis, _ROUNDINGS[nearest_mode](places))
+    first = torch.floor(places)
+    distance = (places - first).to(x.dtype if x.is_floating_point() else torch.float32)
+    taps = _linear(distance) if mode == "linear" else _cubic(distance, cubic_coefficient)
+    shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
+    parts = [_take(x, axis, first + offset) * weight.reshape(shape) for offset, weight in taps]
+    return torch.stack(parts).sum(0).to(x.dtype)
+
+
+def _take(x: Tensor, axis: int, places: Tensor) -> Tensor:
+    return x.index_select(axis, places.clamp(0, x.shape[axis] - 1).long())
+
+
+def _linear(distance: Tensor) -> list[tuple[int, Tensor]]:
+    return [(0, 1 - distance), (1, distance)]
+
+
+def _cubic(distance: Tensor, a: float) -> list[tuple[int, Tensor]]:
+    def near(t: Tensor) -> Tensor:
+        return ((a + 2) * t - (a + 3)) * t * t + 1
+
+    def far(t: Tensor) -> Tensor:
+        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+
+    return [(-1, far(distance + 1)), (0, near(distance)), (1, near(1 - distance)), (2, far(2 - distance))]
