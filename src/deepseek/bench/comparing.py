@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -122,7 +122,7 @@ class _Process:
         self.refusal = f"its process ended with status {self.process.exitcode} before it answered"
 
 
-def compare(config: BenchConfig, subjects: Sequence[Subject]) -> Iterator[Event]:
+def compare(config: BenchConfig, subjects: Sequence[Subject]) -> Generator[Event, None, None]:
     """Measure `subjects` of one model; yields events, at last a `Compared` with a row for each subject and batch size.
 
     Raises `ConfigError` for no subject, for FP32 eager itself not running (nothing could be compared with it), and for
@@ -156,8 +156,8 @@ def read_labelled(path: Path) -> tuple[Array, Array]:
 
 def _compare_batch(
     config: BenchConfig, subjects: Sequence[Subject], batch_size: int, data: tuple[Array, Array] | None
-) -> Iterator[Event]:
-    """The rows of one batch size (as the generator's value)."""
+) -> Generator[Event, None, list[Row]]:
+    """The rows of one batch size."""
     is_measured = any((each.backend, each.precision) == (REFERENCE.backend, REFERENCE.precision) for each in subjects)
     asked = list(subjects) if is_measured else [REFERENCE, *subjects]
     settings: dict[str, Any] = {"batch_size": batch_size, "time_budget_s": config.time_budget_s}

@@ -59,7 +59,8 @@ def benchmark(
     json
         Print events as JSON lines; the last one holds the rows.
     """
-    from deepseek.bench.baselines import find_regressions, save_baseline as save
+    from deepseek.bench.baselines import find_regressions
+    from deepseek.bench.baselines import save_baseline as save
     from deepseek.bench.comparing import BenchConfig, Compared, compare
     from deepseek.bench.subjects import subjects_of_generations, subjects_of_pairs
     from deepseek.bench.working import native_precisions
@@ -105,29 +106,33 @@ def _whole_number(word: str) -> int:
 
 
 def _show(model: str, rows: tuple[Row, ...]) -> None:
+    """A table for each batch size, and below it what its rows have to say."""
     from deepseek.cli.showing import show_table
+
+    header = ("", "backend", "precision", "latency", "p95", "per second", "memory", "agrees", "cosine", "accuracy")
+    for size in dict.fromkeys(row.batch_size for row in rows):
+        shown = [row for row in rows if row.batch_size == size]
+        show_table(f"{model}, batch {size}", header, [_cells(row) for row in shown])
+        for row in shown:
+            if row.note:
+                sys.stdout.write(f"{row.name}: {row.note}\n")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
     from deepseek.core.units import format_bytes
 
-    header = ("", "backend", "precision", "latency", "p95", "per second", "memory", "agrees", "cosine", "accuracy", "")
-    for size in dict.fromkeys(row.batch_size for row in rows):
-        table = [
-            (
-                row.name,
-                row.backend,
-                row.precision,
-                _number(row.latency_ms, "{:.2f} ms"),
-                _number(row.latency_p95_ms, "{:.2f} ms"),
-                _number(row.throughput_per_s, "{:.1f}"),
-                "-" if row.memory_bytes is None else format_bytes(row.memory_bytes),
-                _number(row.agreement, "{:.1%}"),
-                _number(row.cosine, "{:.4f}"),
-                _number(row.accuracy, "{:.2%}"),
-                row.note,
-            )
-            for row in rows
-            if row.batch_size == size
-        ]
-        show_table(f"{model}, batch {size}", header, table)
+    return (
+        row.name,
+        row.backend,
+        row.precision,
+        _number(row.latency_ms, "{:.2f} ms"),
+        _number(row.latency_p95_ms, "{:.2f} ms"),
+        _number(row.throughput_per_s, "{:.1f}"),
+        "-" if row.memory_bytes is None else format_bytes(row.memory_bytes),
+        _number(row.agreement, "{:.1%}"),
+        _number(row.cosine, "{:.4f}"),
+        _number(row.accuracy, "{:.2%}"),
+    )
 
 
 def _number(value: float | None, form: str) -> str:

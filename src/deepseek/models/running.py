@@ -44,6 +44,8 @@ class LoadedModel:
     """The inputs that it was measured with."""
     reason: str
     """Why this backend, with what was measured and refused."""
+    choice: str
+    """The backend that was taken, in a few words."""
     module: nn.Module | None = None
     """The plain module, for training and for saving; none for a file that only a runtime can run."""
 
@@ -94,7 +96,7 @@ def _load_program(opened: Opened, settings: LoadConfig) -> LoadedModel:
             f"give '{AUTO}', or convert the model to ONNX"
         )
     program = opened.model
-    return LoadedModel(opened.summary, program, opened.draw_inputs(settings), program.explain())
+    return LoadedModel(opened.summary, program, opened.draw_inputs(settings), program.explain(), program.runtime)
 
 
 def _select(opened: Opened, model: nn.Module, settings: LoadConfig, on_event: Listener) -> LoadedModel:
@@ -110,7 +112,9 @@ def _select(opened: Opened, model: nn.Module, settings: LoadConfig, on_event: Li
         name=opened.name,
         on_event=on_event,
     )
-    return LoadedModel(opened.summary, selection.model, inputs, selection.explain(), model)
+    return LoadedModel(
+        opened.summary, selection.model, inputs, selection.explain(), str(selection.decision.chosen), model
+    )
 
 
 def _load_onnx(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedModel:
@@ -119,7 +123,9 @@ def _load_onnx(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedMo
     if settings.backend in RUNTIMES and runs_as_it_is:
         read_onnx(path)  # refuses what is damaged, and weights outside the folder
         program = run_onnx(path, str(settings.backend), settings.precision)
-        return LoadedModel(f"{path}, an ONNX file", program, _draw_for_program(program, settings), program.explain())
+        return LoadedModel(
+            f"{path}, an ONNX file", program, _draw_for_program(program, settings), program.explain(), program.runtime
+        )
     try:
         opened = open_source(path, settings)
     except UnsupportedOperatorError as error:
@@ -153,7 +159,7 @@ def _fastest_program(path: Path, settings: LoadConfig, converted: LoadedModel | 
     best = min(medians_ms, key=lambda name: medians_ms[name])
     reason = _explain_choice(best, medians_ms, refused) + (f"\nconverted: {converted.reason}" if converted else "")
     summary = converted.summary if converted and best == "converted" else f"{path}, an ONNX file run as it is"
-    return LoadedModel(summary, runners[best], inputs, reason, converted.module if converted else None)
+    return LoadedModel(summary, runners[best], inputs, reason, best, converted.module if converted else None)
 
 
 def _open_programs(path: Path) -> tuple[dict[str, Program], dict[str, str]]:
