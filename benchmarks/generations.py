@@ -4,9 +4,9 @@ Each generation is what `deepseek.compat` says of it, run by today's engine on t
 same comparison for any model). The documents' numbers stand in the notes: they are of their hardware, and what can be
 compared is how much faster the newest is than the oldest.
 
-Accuracy needs a model that knows something: a ResNet-50 is trained here on scikit-learn's handwritten digits at 64 x 64,
-then its last layer is fitted to the same digits in the middle of a 224 x 224 picture, the size that latency is measured
-at. A third of the digits is held out and is what accuracy is measured on.
+Accuracy needs a model that knows something: a ResNet-50 is trained here on scikit-learn's handwritten digits at 64 x
+64, then its last layer is fitted to the same digits in the middle of a 224 x 224 picture, the size that latency is
+measured at. A third of the digits is held out and is what accuracy is measured on.
 """
 
 from __future__ import annotations
