@@ -31,6 +31,8 @@ from deepseek.core.extras import DISTRIBUTION, has_library, require
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 _TELEMETRY = "openvino_telemetry"
+SMALLEST_BINDING_BYTES = 1 << 20
+"""A smaller answer is copied sooner than memory is handed over."""
 SMALLEST_SPLIT = 2
 """A batch of fewer rows is not cut into parts."""
 
@@ -74,14 +76,15 @@ def run_streams(precision: str, num_parts: int, hint: str | None = None) -> Call
 class Requests:
     """One or more infer requests that together answer a batch; one call at a time.
 
-    Inputs are read and outputs are written where torch has them: nothing is copied.
+    Inputs are read where torch has them. Answers are copied out of the request, which writes into the same memory in
+    every call; large ones are written where torch wants them.
     """
 
     def __init__(self, library: Any, compiled: Any, job: Job, parts: Sequence[slice]) -> None:
         self.library, self.parts = library, parts
-        self.compiled = compiled
         self.requests = [compiled.create_infer_request() for _ in parts]
         self.outputs = [(tuple(each.shape), each.dtype) for each in job.flattened.outputs]
+        self.bound = find_bindable(compiled, job)
         self.lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
@@ -91,9 +94,11 @@ class Requests:
             for request, part in zip(self.requests, self.parts, strict=True):
                 for index, tensor in enumerate(tensors):
                     request.set_input_tensor(index, self.library.Tensor(tensor[part].numpy(), shared_memory=True))
-                for index, answer in enumerate(answers):
-                    request.set_output_tensor(index, self.library.Tensor(answer[part].numpy(), shared_memory=True))
+                for index in self.bound:
+                    answer = answers[index][part].numpy()
+                    request.set_output_tensor(index, self.library.Tensor(answer, shared_memory=True))
             self._run()
+            self._copy_out(answers)
         return answers
 
     def _run(self) -> None:
@@ -104,6 +109,23 @@ class Requests:
             request.start_async()
         for request in self.requests:
             request.wait()
+
+    def _copy_out(self, answers: Sequence[Tensor]) -> None:
+        for index, answer in enumerate(answers):
+            if index not in self.bound:
+                for request, part in zip(self.requests, self.parts, strict=True):
+                    answer[part] = torch.from_numpy(request.get_output_tensor(index).data)
+
+
+def find_bindable(compiled: Any, job: Job) -> list[int]:
+    """Outputs that may be written into memory of our own: large, and computed.
+
+    Given memory for an output that is an input, OpenVINO takes it for the input as well and reads from it.
+    """
+    sources = [each.get_node().input(0).get_source_output().get_node() for each in compiled.outputs]
+    is_input = [each.get_type_name() == "Parameter" for each in sources]
+    sizes = [each.numel() * each.element_size() for each in job.flattened.outputs]
+    return [index for index, size in enumerate(sizes) if size >= SMALLEST_BINDING_BYTES and not is_input[index]]
 
 
 def split_batch(job: Job, num_parts: int) -> list[slice]:
