@@ -191,11 +191,11 @@ BACKEND = Backend(
     find_missing=find_missing,
     variants=(
         Variant("plain", "fp32", "the model as it was given", run_as_given, prior=0),
-        Variant("channels_last", "fp32", "channels-last layout", run_channels_last, 60, lacks_convolutions),
-        Variant("cast", "bf16", "all weights in bf16", cast(torch.bfloat16, is_channels_last=True), 61),
-        Variant("autocast", "bf16", "products in bf16", autocast(torch.bfloat16), 62),
+        Variant("channels_last", "fp32", "channels-last layout", run_channels_last, 27, lacks_convolutions),
+        Variant("cast", "bf16", "all weights in bf16", cast(torch.bfloat16, is_channels_last=True), 25),
+        Variant("autocast", "bf16", "products in bf16", autocast(torch.bfloat16), 26),
         Variant("cast", "fp16", "all weights in fp16", cast(torch.float16, is_channels_last=True), 63, lacks_fp16),
-        Variant("dynamic", "int8", "linear layers in int8 by FBGEMM", run_dynamic_int8, 12, lacks_fbgemm),
+        Variant("dynamic", "int8", "linear layers in int8 by FBGEMM", run_dynamic_int8, 14, lacks_fbgemm),
     ),
     devices=("cpu", "cuda", "hpu", "npu"),
 )

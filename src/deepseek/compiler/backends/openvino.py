@@ -2,8 +2,9 @@
 
 The model goes from `torch.export` straight into OpenVINO, without a file. FP32 and bf16 are the same model with another
 execution precision; int8 is NNCF's post-training quantization, calibrated on the samples. Two ways to run it: `latency`
-gives one request all threads; `streams` cuts a batch into parts that one-thread streams work on side by side, which
-keeps each part in a core's own cache and needs no synchronization inside a layer.
+gives one request all threads; `streams` cuts a batch into parts that one-thread streams work on side by side, so that
+no layer waits for its slowest thread. For ResNet-50 the processor time of a picture falls from 11.0 to 9.5 ms in int8
+as a part grows from 1 to 16 rows and rises from 36 to 39 in FP32: int8 and bf16 get one part a stream, FP32 small ones.
 
 A precision is a hint to OpenVINO: a processor without bf16 runs bf16 models in FP32, silently. What was executed is
 read from the compiled model's own graph. OpenVINO and NNCF report their use over the network unless told otherwise;
@@ -138,9 +139,10 @@ def split_batch(job: Job, num_parts: int) -> list[slice]:
     rows = max(sizes)
     if len(sizes) != 1 or rows < SMALLEST_SPLIT:
         raise BackendError(f"the batch cannot be cut into parts: first dims are {sorted(sizes)}")
+    num_parts_wanted = num_parts
     num_parts = max(each for each in range(1, min(num_parts, rows) + 1) if rows % each == 0)
     if num_parts == 1:
-        raise BackendError(f"a batch of {rows} rows has no equal parts")
+        raise BackendError(f"a batch of {rows} rows has no {num_parts_wanted} or fewer equal parts to run side by side")
     size = rows // num_parts
     return [slice(start, start + size) for start in range(0, rows, size)]
 
@@ -259,14 +261,14 @@ BACKEND = Backend(
             "streams",
             "int8",
             "NNCF int8, parts of the batch side by side",
-            run_streams("int8", 2),
+            run_streams("int8", 1),
             11,
             lacks_nncf_or_rows,
         ),
         Variant("latency", "bf16", "all threads on one request", run_latency("bf16"), 11),
-        Variant("streams", "bf16", "parts of the batch side by side", run_streams("bf16", 2), 18, lacks_rows),
-        Variant("latency", "fp32", "all threads on one request", run_latency("fp32"), 22),
-        Variant("streams", "fp32", "parts of the batch side by side", run_streams("fp32", 2), 28, lacks_rows),
+        Variant("streams", "bf16", "parts of the batch side by side", run_streams("bf16", 1), 13, lacks_rows),
+        Variant("latency", "fp32", "all threads on one request", run_latency("fp32"), 16),
+        Variant("streams", "fp32", "parts of the batch side by side", run_streams("fp32", 8), 17, lacks_rows),
         Variant("latency_bf16", "int8", "NNCF int8, bf16 between", run_latency("int8", "bf16"), 19, lacks_nncf),
     ),
     unsupported={"fp16": "this processor has no fp16 instructions that OpenVINO would use"},
