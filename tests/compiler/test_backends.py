@@ -20,7 +20,7 @@ from deepseek.compiler.backends import onnxruntime as onnxruntime_backend
 from deepseek.compiler.backends import openvino as openvino_backend
 from deepseek.compiler.backends.accelerators import on_device
 from deepseek.compiler.backends.eager import DynamicInt8Linear, lacks_fp16
-from deepseek.compiler.backends.flattening import flatten_model, split_samples
+from deepseek.compiler.backends.flattening import flatten_model, split_samples, trace_outputs
 from deepseek.compiler.backends.interface import Built, Job, Missing, Variant, build, quiet
 from deepseek.compiler.choosing import PRECISIONS, BackendSelector, Traits
 from deepseek.core.errors import ConfigError
@@ -312,6 +312,19 @@ def test_answers_that_are_inputs_or_repeat_are_right_and_their_own(name):
     for sign, answers in ((1, first), (-1, second)):
         for answer, expected in zip(answers, Repeating()(sign * x), strict=True):
             assert torch.equal(answer, expected)
+
+
+def test_only_what_is_computed_is_asked_of_a_runtime():
+    x, y = torch.ones(1), torch.ones(1)
+    assert trace_outputs([y, x, y], [x]) == ((0,), (("answer", 0), ("input", 0), ("answer", 0)))
+    assert trace_outputs([x], [x]) == ((0,), (("answer", 0),))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_model_that_computes_nothing_answers_its_input(name):
+    x = torch.randn(1024, 512)
+    compiled = BACKENDS[name].compile(nn.Identity().eval(), x)
+    assert torch.equal(compiled(x), x) and torch.equal(compiled(-x), -x)
 
 
 def test_a_call_unlike_the_samples_is_refused():
