@@ -19,10 +19,11 @@ from deepseek.compiler.backends import inductor as inductor_backend
 from deepseek.compiler.backends import onnxruntime as onnxruntime_backend
 from deepseek.compiler.backends import openvino as openvino_backend
 from deepseek.compiler.backends.accelerators import on_device
-from deepseek.compiler.backends.eager import DynamicInt8Linear, lacks_fp16
+from deepseek.compiler.backends.eager import DynamicInt8Linear, lacks_fp16, listen_to_onednn
 from deepseek.compiler.backends.flattening import flatten_model, split_samples, trace_outputs
 from deepseek.compiler.backends.interface import Built, Job, Missing, Variant, build, quiet
 from deepseek.compiler.choosing import PRECISIONS, BackendSelector, Traits
+from deepseek.compiler.fallbacks import read_onednn_kernels
 from deepseek.core.errors import ConfigError
 from tests.compiler.models import Tagger, small_mlp, small_resnet
 
@@ -161,6 +162,15 @@ def test_int8_by_fbgemm_is_the_product_of_rounded_numbers():
     # Only the inputs' rounding is left: a step of 1/255 of their range, uniformly distributed.
     step = float(x.max() - x.min()) / 255
     assert error < 3 * step / 12**0.5 / float(x.std())
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 instructions here")
+def test_the_kernels_of_onednn_are_heard_and_the_output_is_as_before(capfd):
+    linear, x = nn.Linear(64, 64).bfloat16(), torch.randn(8, 64).bfloat16()
+    kernels = read_onednn_kernels(listen_to_onednn(lambda: linear(x)))
+    assert any("bf16" in name for name in kernels)
+    print("and then", flush=True)
+    assert capfd.readouterr().out == "and then\n"
 
 
 def test_the_model_is_left_as_it_was(pictures, job):

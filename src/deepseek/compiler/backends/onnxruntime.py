@@ -142,7 +142,7 @@ def _build(job: Job, path: Path, precision: str) -> Built:
     ]
     optimized.unlink()
     findings = judge_onnx_operators(operators, precision)
-    findings += judge_providers({each: each for each in session.get_providers()}, CPU_PROVIDER)
+    findings += judge_providers(session.get_providers(), CPU_PROVIDER)
     return Built(BoundSession(session, job), tuple(findings), notes=(f"{len(operators)} operators",))
 
 
