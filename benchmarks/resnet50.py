@@ -8,7 +8,8 @@ for int8).
 
 Weights are random, since none are to be had here, and sized as trained ones are: batch norms carry the statistics of
 the samples, and the last norm of each residual branch is scaled by 0.2, without which an untrained network amplifies
-every rounding. Times do not depend on weights; agreement and cosine do, and say only that the arithmetic is sound.
+every rounding. Times do not depend on weights; agreement and cosine do, and say only that the arithmetic is sound. For
+that reason a side that is told its precision is not bounded in error; AUTO at any precision keeps the default bounds.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ def build_ours(
                 precision=precision,
                 calibration=calibration,
                 time_budget_s=budget_s,
+                tolerance=None if precision == "auto" else LOOSE,
                 remember=False,
             )
         print(selection.explain(), flush=True)

@@ -32,9 +32,25 @@ DOORS = {
     "onnx": {"models/onnx/reading.py", "models/onnx/importing.py", "compiler/backends/onnxruntime.py"},
     "transformers": {"models/encoders/model.py"},
     "openai": set(),
+    "onnxruntime": {"compiler/backends/onnxruntime.py"},
+    "onnx": {"compiler/backends/onnxruntime.py"},
+    "openvino": {"compiler/backends/openvino.py"},
+    "nncf": {"compiler/backends/openvino.py"},
+    "tvm": {"compiler/backends/tvm.py"},
+    "torchao": {"compiler/backends/inductor.py"},
+    "torch_tensorrt": {"compiler/backends/accelerators.py"},
+    "habana_frameworks": {"compiler/backends/accelerators.py"},
+    "torch_npu": {"compiler/backends/accelerators.py"},
 }
 # Python's own libraries that reach into the machine: policy that is pure stays away from them.
-PURE = ("serve/scheduling.py", "serve/sequences.py", "optim/learning_rates.py", "core/units.py", "core/names.py")
+PURE = (
+    "serve/scheduling.py",
+    "serve/sequences.py",
+    "optim/learning_rates.py",
+    "core/units.py",
+    "core/names.py",
+    "compiler/choosing.py",
+)
 
 
 def layers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    os.geteuid() != 0 or not os.path.isdir("/proc"), reason="needs a file system that root cannot write"
+    os.geteuid() != 0 or not Path("/proc").is_dir(), reason="needs a file system that root cannot write"
 )
 def test_a_read_only_folder_costs_a_warning(monkeypatch):
     monkeypatch.setenv("DEEPSEEK_CACHE_DIR", "/proc/deepseek")

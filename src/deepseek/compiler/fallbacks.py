@@ -1,17 +1,17 @@
 """Silent fallbacks, found: what a runtime did instead of what it was asked for, and said nothing about.
 
-This is where users lose most: a graph that breaks runs half of itself in Python, a recompile limit switches
-compilation off, an int8 pattern that does not match computes in FP32, a bf16 hint is ignored on a processor without
-bf16, a provider hands nodes to another one. Each check here reads what the runtime itself recorded (counters, executed
-graphs, kernel names) and returns findings. A serious finding means that the candidate is not what it says, and it is
-refused.
+This is where users lose most: an int8 pattern that does not match computes in FP32, a bf16 hint is ignored on a
+processor without bf16, a provider that cannot start hands everything to the next one, a library falls back to reference
+code. Each check here reads what the runtime itself recorded (counters, executed graphs, kernel names) and returns
+findings. A serious finding means that the candidate is not what it says, and it is refused. Graph breaks and recompile
+limits need no check: every compiled candidate is one exported graph for fixed shapes, and one that is not is an error.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # Operators whose speed is the model's speed, as the runtimes call them.
@@ -67,18 +67,6 @@ def judge_inductor_int8(counters: Mapping[str, int], num_heavy: int) -> list[Fin
     )
 
 
-def judge_graph_breaks(reasons: Mapping[str, int]) -> list[Finding]:
-    """A finding for each place at which the graph was broken."""
-    return [Finding(f"graph break, {count} times: {reason.splitlines()[0]}") for reason, count in reasons.items()]
-
-
-def judge_recompiles(num_compilations: int, limit: int) -> list[Finding]:
-    """A finding when compilation was given up because of too many versions."""
-    if num_compilations < limit:
-        return []
-    return [Finding(f"the recompile limit of {limit} is reached: further shapes run in eager mode", is_serious=True)]
-
-
 def judge_onnx_operators(operators: Iterable[str], precision: str) -> list[Finding]:
     """Findings on the operators of the graph that ONNX Runtime executes."""
     if precision != "int8":
@@ -89,15 +77,16 @@ def judge_onnx_operators(operators: Iterable[str], precision: str) -> list[Findi
     return judge_share(num_int8, num_heavy, precision, "as the optimized graph says")
 
 
-def judge_providers(nodes: Mapping[str, str], asked: str) -> list[Finding]:
-    """Findings on nodes (name -> provider) that ran on another provider than the one asked for."""
-    elsewhere = Counter(provider for provider in nodes.values() if provider != asked)
-    return [
-        Finding(
-            f"{count} of {len(nodes)} nodes ran on {provider} instead of {asked}", is_serious=count > len(nodes) / 2
-        )
-        for provider, count in elsewhere.items()
-    ]
+def judge_providers(registered: Sequence[str], asked: str) -> list[Finding]:
+    """A finding when the provider that ONNX Runtime prefers is not the one asked for, which it drops with a log line.
+
+    >>> str(judge_providers(["CPUExecutionProvider"], "CUDAExecutionProvider")[0])
+    'CUDAExecutionProvider was dropped; the session runs on CPUExecutionProvider'
+    """
+    if registered and registered[0] == asked:
+        return []
+    elsewhere = registered[0] if registered else "nothing"
+    return [Finding(f"{asked} was dropped; the session runs on {elsewhere}", is_serious=True)]
 
 
 def judge_openvino_layers(layers: Iterable[tuple[str, str]], precision: str) -> list[Finding]:

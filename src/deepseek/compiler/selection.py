@@ -143,7 +143,7 @@ class SelectedModel:
                 inputs = self.flattened.read_inputs(args, kwargs)
             except ConfigError as error:
                 return self._answer_other(str(error), args, kwargs)
-            return self.flattened.restore_outputs(self.run(*inputs))
+            return self.flattened.restore_outputs(self.run(*inputs), inputs)
 
     def _answer_other(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if reason not in self._warned:
@@ -550,7 +550,7 @@ def read_backend(backend: BackendSelector | str) -> BackendSelector:
     try:
         return BackendSelector(backend)
     except ValueError:
-        raise ConfigError(explain_unknown("backend", str(backend), list(BackendSelector))) from None
+        raise ConfigError(explain_unknown("backend", str(backend), [str(each) for each in BackendSelector])) from None
 
 
 def require_reference(flattened: Flattened) -> None:

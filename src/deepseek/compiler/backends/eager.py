@@ -10,6 +10,10 @@ so `select(..., tune_allocator=True)` asks for it.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 
 from deepseek.compiler.backends.interface import Backend, Built, Job, Missing, Variant
 from deepseek.compiler.choosing import Traits
+from deepseek.compiler.fallbacks import judge_onednn_kernels, read_onednn_kernels
 
 _LEVELS = 127
 _SMALLEST = 1e-30
@@ -45,8 +50,8 @@ def cast(dtype: torch.dtype, *, is_channels_last: bool) -> Callable[[Job], Built
     def run(job: Job) -> Built:
         model = job.copy_model().to(dtype)
         if is_channels_last:
-            return Built(with_dtype(with_layout(in_channels_last(model)), dtype, job))
-        return Built(with_dtype(model, dtype, job))
+            return watched(with_dtype(with_layout(in_channels_last(model)), dtype, job), job)
+        return watched(with_dtype(model, dtype, job), job)
 
     return run
 
@@ -62,7 +67,7 @@ def autocast(dtype: torch.dtype) -> Callable[[Job], Built]:
             with torch.autocast("cpu", dtype=dtype):
                 return restore_dtypes(model(*inputs), kinds)
 
-        return Built(call)
+        return watched(call, job)
 
     return run
 
@@ -72,6 +77,32 @@ def run_dynamic_int8(job: Job) -> Built:
     model = job.copy_model()
     num_layers = replace_linears_(model)
     return Built(model, notes=(f"{num_layers} linear layers in int8",))
+
+
+def watched(run: Callable[..., Sequence[Tensor]], job: Job) -> Built:
+    """`run`, with findings on the kernels that oneDNN chose for it: 16 bits without instructions run in reference
+    code."""
+    log = listen_to_onednn(lambda: run(*job.inputs))
+    return Built(run, tuple(judge_onednn_kernels(read_onednn_kernels(log))))
+
+
+def listen_to_onednn(run: Callable[[], object]) -> str:
+    """What oneDNN says about the kernels of `run`; it writes to the process's own output, which is caught meanwhile."""
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    with tempfile.TemporaryFile() as caught:
+        before = os.dup(1)
+        os.dup2(caught.fileno(), 1)
+        try:
+            with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+                run()
+            flush(None)
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+        caught.seek(0)
+        return caught.read().decode(errors="replace")
 
 
 class DynamicInt8Linear(nn.Module):
@@ -191,11 +222,11 @@ BACKEND = Backend(
     find_missing=find_missing,
     variants=(
         Variant("plain", "fp32", "the model as it was given", run_as_given, prior=0),
-        Variant("channels_last", "fp32", "channels-last layout", run_channels_last, 60, lacks_convolutions),
-        Variant("cast", "bf16", "all weights in bf16", cast(torch.bfloat16, is_channels_last=True), 61),
-        Variant("autocast", "bf16", "products in bf16", autocast(torch.bfloat16), 62),
+        Variant("channels_last", "fp32", "channels-last layout", run_channels_last, 27, lacks_convolutions),
+        Variant("cast", "bf16", "all weights in bf16", cast(torch.bfloat16, is_channels_last=True), 25),
+        Variant("autocast", "bf16", "products in bf16", autocast(torch.bfloat16), 26),
         Variant("cast", "fp16", "all weights in fp16", cast(torch.float16, is_channels_last=True), 63, lacks_fp16),
-        Variant("dynamic", "int8", "linear layers in int8 by FBGEMM", run_dynamic_int8, 12, lacks_fbgemm),
+        Variant("dynamic", "int8", "linear layers in int8 by FBGEMM", run_dynamic_int8, 14, lacks_fbgemm),
     ),
     devices=("cpu", "cuda", "hpu", "npu"),
 )

@@ -43,9 +43,12 @@ class FlatModel(nn.Module):
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         self._structure = Structure(spec)
+        self.kept: tuple[int, ...] | None = None
+        """Which of the returned tensors a runtime has to give; all where it is not said."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(each for each in pytree.tree_leaves(self.call(*tensors)) if isinstance(each, Tensor))
+        returned = [each for each in pytree.tree_leaves(self.call(*tensors)) if isinstance(each, Tensor)]
+        return tuple(returned if self.kept is None else (returned[index] for index in self.kept))
 
     def call(self, *tensors: Tensor) -> Any:
         """What the model itself returns."""
@@ -69,6 +72,8 @@ class Flattened:
     input_leaves: tuple[Any, ...]
     output_spec: Any
     output_leaves: tuple[Any, ...]
+    output_sources: tuple[tuple[str, int], ...]
+    """Where each returned tensor comes from: an answer of the flat model, or an input that is handed through."""
     is_plain: bool
     """Positional tensors in and one tensor out: nothing has to be taken apart or put together."""
 
@@ -117,12 +122,13 @@ class Flattened:
             return False
         return True
 
-    def restore_outputs(self, tensors: Sequence[Tensor]) -> Any:
-        """What the model would have returned."""
+    def restore_outputs(self, answers: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
+        """What the model would have returned to `inputs`, from the answers of the flat model."""
         if self.is_plain:
-            return tensors[0]
-        remaining = iter(tensors)
-        leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.output_leaves]
+            return answers[0]
+        places = {"answer": answers, "input": inputs}
+        tensors = iter([places[place][index] for place, index in self.output_sources])
+        leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.output_leaves]
         return pytree.tree_unflatten(leaves, self.output_spec)
 
     def read_answers(self, answers: Any) -> tuple[Tensor, ...]:
@@ -188,11 +194,44 @@ def flatten_model(model: nn.Module, samples: Any) -> Flattened:
     with torch.no_grad():
         answer = flat.call(*inputs)
     output_leaves, output_spec = pytree.tree_flatten(answer)
-    outputs = tuple(leaf for leaf in output_leaves if isinstance(leaf, Tensor))
-    if not outputs:
+    returned = [leaf for leaf in output_leaves if isinstance(leaf, Tensor)]
+    if not returned:
         raise ConfigError(f"the model returns {_show(answer)}, in which there is no tensor; return at least one")
-    is_plain = not kwargs and len(inputs) == len(args) and isinstance(answer, Tensor)
-    return Flattened(flat, inputs, outputs, spec, tuple(leaves), output_spec, tuple(output_leaves), is_plain)
+    flat.kept, sources = trace_outputs(returned, inputs)
+    return Flattened(
+        model=flat,
+        inputs=inputs,
+        outputs=tuple(returned[index] for index in flat.kept),
+        input_spec=spec,
+        input_leaves=tuple(leaves),
+        output_spec=output_spec,
+        output_leaves=tuple(output_leaves),
+        output_sources=sources,
+        is_plain=not kwargs and len(inputs) == len(args) and isinstance(answer, Tensor),
+    )
+
+
+def trace_outputs(
+    returned: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
+    """Which returned tensors must be computed, and where each comes from: inputs and repetitions need no runtime.
+
+    Runtimes are at their worst with these: OpenVINO cannot convert a tensor that is returned twice, and reads its
+    inputs from the memory given for an answer that is one. A model that computes nothing keeps its first answer.
+    """
+    positions = {id(each): index for index, each in enumerate(inputs)}
+    kept: dict[int, int] = {}
+    for index, each in enumerate(returned):
+        if id(each) not in positions and id(each) not in kept:
+            kept[id(each)] = index
+    if not kept:
+        del positions[id(returned[0])]
+        kept[id(returned[0])] = 0
+    order = {identity: number for number, identity in enumerate(kept)}
+    sources = [
+        ("input", positions[id(each)]) if id(each) in positions else ("answer", order[id(each)]) for each in returned
+    ]
+    return tuple(kept.values()), tuple(sources)
 
 
 def _require_model(model: Any) -> None:

@@ -136,7 +136,7 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.flattened.read_inputs(args, kwargs)
         with torch.no_grad():
-            return self.flattened.restore_outputs(self.run(*inputs))
+            return self.flattened.restore_outputs(self.run(*inputs), inputs)
 
     def describe(self) -> dict[str, Any]:
         """Backend, variant and precision, with what was found while building."""

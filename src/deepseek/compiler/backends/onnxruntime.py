@@ -142,7 +142,7 @@ def _build(job: Job, path: Path, precision: str) -> Built:
     ]
     optimized.unlink()
     findings = judge_onnx_operators(operators, precision)
-    findings += judge_providers({each: each for each in session.get_providers()}, CPU_PROVIDER)
+    findings += judge_providers(session.get_providers(), CPU_PROVIDER)
     return Built(BoundSession(session, job), tuple(findings), notes=(f"{len(operators)} operators",))
 
 
@@ -279,10 +279,10 @@ BACKEND = Backend(
     summary="ONNX Runtime's CPU provider",
     find_missing=find_missing,
     variants=(
-        Variant("session", "fp32", "exported with torch's dynamo exporter", run_float, 25),
+        Variant("session", "fp32", "exported with torch's dynamo exporter", run_float, 20),
         Variant("session", "bf16", "the same in bf16", run_bf16, 90),
-        Variant("static", "int8", "QDQ, calibrated", run_static_int8, 30, lacks_layers),
-        Variant("dynamic", "int8", "activations quantized as they come", run_dynamic_int8, 13, lacks_linears),
+        Variant("static", "int8", "QDQ, calibrated", run_static_int8, 21, lacks_layers),
+        Variant("dynamic", "int8", "activations quantized as they come", run_dynamic_int8, 15, lacks_linears),
     ),
     unsupported={"fp16": "its CPU provider widens fp16 to FP32 before every product"},
 )

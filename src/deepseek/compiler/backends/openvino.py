@@ -2,8 +2,9 @@
 
 The model goes from `torch.export` straight into OpenVINO, without a file. FP32 and bf16 are the same model with another
 execution precision; int8 is NNCF's post-training quantization, calibrated on the samples. Two ways to run it: `latency`
-gives one request all threads; `streams` cuts a batch into parts that one-thread streams work on side by side, which
-keeps each part in a core's own cache and needs no synchronization inside a layer.
+gives one request all threads; `streams` cuts a batch into parts that one-thread streams work on side by side, so that
+no layer waits for its slowest thread. For ResNet-50 the processor time of a picture falls from 11.0 to 9.5 ms in int8
+as a part grows from 1 to 16 rows and rises from 36 to 39 in FP32: int8 and bf16 get one part a stream, FP32 small ones.
 
 A precision is a hint to OpenVINO: a processor without bf16 runs bf16 models in FP32, silently. What was executed is
 read from the compiled model's own graph. OpenVINO and NNCF report their use over the network unless told otherwise;
@@ -31,6 +32,8 @@ from deepseek.core.extras import DISTRIBUTION, has_library, require
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 _TELEMETRY = "openvino_telemetry"
+SMALLEST_BINDING_BYTES = 1 << 20
+"""A smaller answer is copied sooner than memory is handed over."""
 SMALLEST_SPLIT = 2
 """A batch of fewer rows is not cut into parts."""
 
@@ -74,14 +77,15 @@ def run_streams(precision: str, num_parts: int, hint: str | None = None) -> Call
 class Requests:
     """One or more infer requests that together answer a batch; one call at a time.
 
-    Inputs are read and outputs are written where torch has them: nothing is copied.
+    Inputs are read where torch has them. Answers are copied out of the request, which writes into the same memory in
+    every call; large ones are written where torch wants them.
     """
 
     def __init__(self, library: Any, compiled: Any, job: Job, parts: Sequence[slice]) -> None:
         self.library, self.parts = library, parts
-        self.compiled = compiled
         self.requests = [compiled.create_infer_request() for _ in parts]
         self.outputs = [(tuple(each.shape), each.dtype) for each in job.flattened.outputs]
+        self.bound = find_bindable(compiled, job)
         self.lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
@@ -91,9 +95,11 @@ class Requests:
             for request, part in zip(self.requests, self.parts, strict=True):
                 for index, tensor in enumerate(tensors):
                     request.set_input_tensor(index, self.library.Tensor(tensor[part].numpy(), shared_memory=True))
-                for index, answer in enumerate(answers):
-                    request.set_output_tensor(index, self.library.Tensor(answer[part].numpy(), shared_memory=True))
+                for index in self.bound:
+                    answer = answers[index][part].numpy()
+                    request.set_output_tensor(index, self.library.Tensor(answer, shared_memory=True))
             self._run()
+            self._copy_out(answers)
         return answers
 
     def _run(self) -> None:
@@ -104,6 +110,23 @@ class Requests:
             request.start_async()
         for request in self.requests:
             request.wait()
+
+    def _copy_out(self, answers: Sequence[Tensor]) -> None:
+        for index, answer in enumerate(answers):
+            if index not in self.bound:
+                for request, part in zip(self.requests, self.parts, strict=True):
+                    answer[part] = torch.from_numpy(request.get_output_tensor(index).data)
+
+
+def find_bindable(compiled: Any, job: Job) -> list[int]:
+    """Outputs that may be written into memory of our own: large, and computed.
+
+    Given memory for an output that is an input, OpenVINO takes it for the input as well and reads from it.
+    """
+    sources = [each.get_node().input(0).get_source_output().get_node() for each in compiled.outputs]
+    is_input = [each.get_type_name() == "Parameter" for each in sources]
+    sizes = [each.numel() * each.element_size() for each in job.flattened.outputs]
+    return [index for index, size in enumerate(sizes) if size >= SMALLEST_BINDING_BYTES and not is_input[index]]
 
 
 def split_batch(job: Job, num_parts: int) -> list[slice]:
@@ -116,9 +139,10 @@ def split_batch(job: Job, num_parts: int) -> list[slice]:
     rows = max(sizes)
     if len(sizes) != 1 or rows < SMALLEST_SPLIT:
         raise BackendError(f"the batch cannot be cut into parts: first dims are {sorted(sizes)}")
+    num_parts_wanted = num_parts
     num_parts = max(each for each in range(1, min(num_parts, rows) + 1) if rows % each == 0)
     if num_parts == 1:
-        raise BackendError(f"a batch of {rows} rows has no equal parts")
+        raise BackendError(f"a batch of {rows} rows has no {num_parts_wanted} or fewer equal parts to run side by side")
     size = rows // num_parts
     return [slice(start, start + size) for start in range(0, rows, size)]
 
@@ -237,14 +261,14 @@ BACKEND = Backend(
             "streams",
             "int8",
             "NNCF int8, parts of the batch side by side",
-            run_streams("int8", 2),
+            run_streams("int8", 1),
             11,
             lacks_nncf_or_rows,
         ),
         Variant("latency", "bf16", "all threads on one request", run_latency("bf16"), 11),
-        Variant("streams", "bf16", "parts of the batch side by side", run_streams("bf16", 2), 18, lacks_rows),
-        Variant("latency", "fp32", "all threads on one request", run_latency("fp32"), 22),
-        Variant("streams", "fp32", "parts of the batch side by side", run_streams("fp32", 2), 28, lacks_rows),
+        Variant("streams", "bf16", "parts of the batch side by side", run_streams("bf16", 1), 13, lacks_rows),
+        Variant("latency", "fp32", "all threads on one request", run_latency("fp32"), 16),
+        Variant("streams", "fp32", "parts of the batch side by side", run_streams("fp32", 8), 17, lacks_rows),
         Variant("latency_bf16", "int8", "NNCF int8, bf16 between", run_latency("int8", "bf16"), 19, lacks_nncf),
     ),
     unsupported={"fp16": "this processor has no fp16 instructions that OpenVINO would use"},
