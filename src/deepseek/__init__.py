@@ -26,6 +26,8 @@ _PUBLIC = {
     "load_model": "deepseek.models.loading",
     "save_model": "deepseek.models.loading",
     "quantize": "deepseek.compress.quantizing",
+    "fast_sigmoid": "deepseek.nn.functional",
+    "PrecisionManager": "deepseek.mixed_precision.manager",
 }
 _MODULES = (
     "artifact",
