@@ -73,7 +73,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _agree(self, found: dict[torch.device, Tensor], none_found: Tensor) -> dict[torch.device, Tensor]:
         """The same answer on every rank; a rank without gradients answers, too, or the others would wait for it."""
-        if (group := _open_group(self.group)) is None:
+        if (group := open_group(self.group)) is None:
             return found
         found = found or {none_found.device: none_found}
         anywhere = torch.stack([each.to(none_found.device) for each in found.values()]).amax()
@@ -95,7 +95,8 @@ def _local_values(parameter: Tensor, allow_fp16: bool) -> Tensor:
     return gradient if to_local is None else to_local()
 
 
-def _open_group(group: Group) -> dist.ProcessGroup | None:
+def open_group(group: Group) -> dist.ProcessGroup | None:
+    """The process group that `group` stands for, or None where this process is alone."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     return dist.group.WORLD if group == "world" else group
