@@ -230,21 +230,29 @@ def choose(
     Those that save most for the noise they add come first; the order does not depend on the order of the dict.
     """
     verdicts = {name: judge(each, low, rules, scale=scale) for name, each in evidence.items()}
-    total_s = sum(max(each.saved_s, 0.0) for each in evidence.values()) or 1.0
-    total_bytes = sum(max(each.saved_bytes, 0.0) for each in evidence.values()) or 1.0
-    benefit = {name: each.saved_s / total_s + each.saved_bytes / total_bytes for name, each in evidence.items()}
+    benefit = _benefits(evidence)
     answers: dict[str, tuple[bool, Verdict]] = {}
     spent = 0.0
     for name in sorted(verdicts, key=lambda each: (-benefit[each] / max(verdicts[each].share, 1e-30), each)):
         verdict = verdicts[name]
         if verdict.is_allowed and benefit[name] <= 0:
-            verdict = replace(verdict, is_allowed=False, reason="16 bits save neither time nor memory here")
+            verdict = replace(verdict, is_allowed=False, reason="16 bits save too little here")
         elif verdict.is_allowed and spent + verdict.share > rules.joint_share:
             verdict = replace(verdict, is_allowed=False, reason=f"the joint budget of {rules.joint_share:g} is spent")
         elif verdict.is_allowed:
             spent += verdict.share
         answers[name] = verdict.is_allowed, verdict
     return answers
+
+
+def _benefits(evidence: Mapping[str, Evidence]) -> dict[str, float]:
+    """What each layer saves, as its share of all that is at stake; a share of time weighs as two of memory.
+
+    So a machine where 16 bits are slower everywhere stays in FP32, though they would save memory.
+    """
+    total_s = sum(abs(each.saved_s) for each in evidence.values()) or 1.0
+    total_bytes = sum(abs(each.saved_bytes) for each in evidence.values()) or 1.0
+    return {name: 2 * each.saved_s / total_s + each.saved_bytes / total_bytes for name, each in evidence.items()}
 
 
 def settle(state: LayerState, verdict: Verdict, low: str, rules: Rules) -> LayerState:

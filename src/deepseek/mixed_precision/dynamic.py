@@ -53,7 +53,7 @@ from deepseek.mixed_precision.deciding import (
     find_format,
     settle,
 )
-from deepseek.mixed_precision.narrowing import Compute, clear_compute_, compute_of, set_compute_
+from deepseek.mixed_precision.narrowing import Compute, clear_compute_, set_compute_
 from deepseek.mixed_precision.policies import has_native_bf16
 from deepseek.mixed_precision.scaling import Group, open_group
 from deepseek.mixed_precision.watching import ROW_SIZE, Sample, Watch, sample_gradient
@@ -396,14 +396,21 @@ class DynamicPrecision:
         for name, module in self.model.named_modules():
             around = surrounding.get(name.rpartition(".")[0], False) if name else False
             surrounding[name] = wanted.get(name, around)
-            is_needed = name == "" or (name in wanted and not (wanted[name] and around))
-            compute = self._compute(surrounding[name], is_root=name == "") if is_needed else None
-            if compute != compute_of(module):
-                clear_compute_(module) if compute is None else set_compute_(module, compute)
+            is_inherited = name != "" and wanted.get(name, False) and around
+            if name == "" or name in self.layers or (name in wanted and not is_inherited):
+                set_compute_(module, self._compute(name, surrounding[name], is_inherited=is_inherited))
+            else:
+                clear_compute_(module)
 
-    def _compute(self, is_low: bool, *, is_root: bool) -> Compute:
-        dtype = _DTYPES[self.low] if is_low else None
-        return Compute(self.device.type, dtype, keeps_narrow=self.narrow_storage and is_low, is_root=is_root)
+    def _compute(self, name: str, is_low: bool, *, is_inherited: bool) -> Compute:
+        return Compute(
+            self.device.type,
+            _DTYPES[self.low] if is_low else None,
+            keeps_narrow=self.narrow_storage and is_low,
+            is_root=name == "",
+            is_layer=name in self.layers,
+            is_inherited=is_inherited,
+        )
 
     def _row(self, name: str) -> tuple[str, ...]:
         verdict, saving = self.verdicts.get(name), self.savings.get(name)
