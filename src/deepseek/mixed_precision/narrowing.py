@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import functools
 import threading
-import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -73,16 +72,21 @@ def compute_of(module: nn.Module) -> Compute | None:
 
 def _run_under_setting(self: nn.Module, *inputs: Any, **named_inputs: Any) -> Any:
     compute: Compute = self.compute  # type: ignore[assignment]
-    plain: Callable[..., Any] | None = self.__dict__.get("plain_forward")
-    forward = plain if plain is not None else types.MethodType(type(self).forward, self)
     if compute.dtype is None:
         inputs, named_inputs = tree_map(_widen, (inputs, named_inputs))
     elif compute.is_layer and not torch.compiler.is_compiling():
         inputs = _INPUTS.narrow(inputs, compute.dtype)
     if compute.is_inherited:
-        return forward(*inputs, **named_inputs)
+        return _run_plain(self, inputs, named_inputs)
     with _context(compute), _storage(compute, self):
-        return forward(*inputs, **named_inputs)
+        return _run_plain(self, inputs, named_inputs)
+
+
+def _run_plain(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:
+    """The forward that the module had: its class's, or one that was put on it."""
+    if "plain_forward" in module.__dict__:
+        return module.__dict__["plain_forward"](*inputs, **named_inputs)
+    return type(module).forward(module, *inputs, **named_inputs)
 
 
 def _context(compute: Compute) -> AbstractContextManager[object]:

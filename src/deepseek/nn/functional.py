@@ -93,6 +93,8 @@ class HardSigmoid(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor, _: Any) -> Tensor:  # type: ignore[override]
         (codes,) = context.saved_tensors
+        if gradient.requires_grad:  # to be differentiated again, for which the kernel has no rule
+            return gradient * ((codes.abs() < _HARD_LIMIT) / (2 * _HARD_LIMIT)).to(gradient.dtype)
         return torch.ops.aten.hardsigmoid_backward(gradient, codes.to(gradient.dtype))  # type: ignore[no-any-return]
 
 
