@@ -138,9 +138,10 @@ class Live(TorchDispatchMode):
         results = function(*args, **(kwargs or {}))
         for each in results if isinstance(results, tuple | list) else (results,):
             if isinstance(each, torch.Tensor):
-                self.storages[each.untyped_storage()._cdata] = torch.multiprocessing.reductions.StorageWeakRef(
-                    each.untyped_storage()
-                ), each.untyped_storage().nbytes()
+                self.storages[each.untyped_storage()._cdata] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(each.untyped_storage()),
+                    each.untyped_storage().nbytes(),
+                )
         return results
 
     def num_bytes(self, beside):
@@ -234,6 +235,8 @@ print("torch" in sys.modules)
 from deepseek.checkpoint.saving import save
 from deepseek.checkpoint import checkpoint_blocks_
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == [
+        "False"
+    ]
     with pytest.raises(AttributeError, match="it offers checkpoint_blocks_"):
         _ = ds.checkpoint.no_such_name

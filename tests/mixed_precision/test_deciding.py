@@ -158,7 +158,8 @@ def test_only_layers_where_infinities_begin_are_to_blame():
 
 
 @pytest.mark.parametrize(
-    "options", [{"share": -1.0}, {"joint_share": math.nan}, {"max_underflow": -0.1}, {"patience": 0}, {"min_samples": 1}]
+    "options",
+    [{"share": -1.0}, {"joint_share": math.nan}, {"max_underflow": -0.1}, {"patience": 0}, {"min_samples": 1}],
 )
 def test_rules_that_make_no_sense_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -187,9 +187,7 @@ TEMPERATURE = 2e5  # makes logits too large for FP16, and their gradients too sm
 
 def build_breaking():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4, bias=False)
-    )
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4, bias=False))
     with torch.no_grad():
         model[4].weight.mul_(TEMPERATURE)
     return model
@@ -236,9 +234,7 @@ def test_a_model_that_breaks_plain_fp16_trains_as_in_fp32():
 
 def test_the_layer_where_infinities_begin_is_found_in_one_step():
     _, dynamic, events = train_breaking("dynamic", start="low", num_steps=1)
-    assert events == [
-        PrecisionChanged(1, "4", "fp16", "fp32", "activations became infinite or no numbers here")
-    ]
+    assert events == [PrecisionChanged(1, "4", "fp16", "fp32", "activations became infinite or no numbers here")]
     assert dynamic.precisions == {"0": "fp16", "2": "fp16", "4": "fp32"}
 
 
@@ -277,7 +273,11 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped():
         expected_losses += losses
         expected_events += events
         if seed == 0:
-            parts = {"model": whole[0].state_dict(), "optimizer": whole[1].state_dict(), "dynamic": whole[2].state_dict()}
+            parts = {
+                "model": whole[0].state_dict(),
+                "optimizer": whole[1].state_dict(),
+                "dynamic": whole[2].state_dict(),
+            }
             structure, tensors = flatten(copy.deepcopy(parts))
     state = unflatten(structure, tensors)
     model, optimizer, dynamic = fresh()
@@ -293,7 +293,9 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped():
 def test_states_of_other_models_and_formats_are_refused():
     state = DynamicPrecision(build(), low="bf16").state_dict()
     with pytest.raises(CheckpointError, match=r"another model \(layers that differ: 1, 2, 3\)"):
-        DynamicPrecision(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)), low="bf16").load_state_dict(state)
+        DynamicPrecision(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)), low="bf16").load_state_dict(
+            state
+        )
     with pytest.raises(CheckpointError, match="version 1 with bf16 and expected are version 1 with fp16"):
         DynamicPrecision(build(), low="fp16").load_state_dict(state)
 
@@ -360,7 +362,9 @@ model(torch.ones(1, 4)).sum().backward()
 dynamic.step()
 print("torch._dynamo" in sys.modules)
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == [
+        "False"
+    ]
 
 
 # Bad input

@@ -131,7 +131,7 @@ def test_auto_takes_what_the_device_has(monkeypatch, has_bf16, device, expected)
 
 
 def test_tf32_is_refused_where_there_is_none():
-    with pytest.raises(ConfigError, match="'tf32' was asked for and cpu does not have it .* choose 'bf16'"):
+    with pytest.raises(ConfigError, match=r"'tf32' was asked for and cpu does not have it .* choose 'bf16'"):
         PrecisionManager(build(), precision="tf32")
 
 

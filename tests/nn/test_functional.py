@@ -11,7 +11,9 @@ from deepseek.core.errors import ConfigError
 from deepseek.nn.functional import MAX_ERRORS, fast_sigmoid
 
 FORMS = sorted(MAX_ERRORS)
-WHOLE = torch.cat((torch.linspace(-30, 30, 600_001, dtype=torch.float64), torch.tensor([-1e4, 1e4], dtype=torch.float64)))
+WHOLE = torch.cat(
+    (torch.linspace(-30, 30, 600_001, dtype=torch.float64), torch.tensor([-1e4, 1e4], dtype=torch.float64))
+)
 
 
 def kept_bytes(function, x):
@@ -130,7 +132,10 @@ def test_compiled_it_gives_the_same(form):
     [
         ({"form": "soft"}, "unknown form of the sigmoid 'soft'"),
         ({"max_error": -1.0}, "max_error is -1.0; give 0 or more"),
-        ({"form": "hard", "max_error": 1e-3}, "form 'hard' is up to 0.0693 away from the sigmoid and max_error is 0.001"),
+        (
+            {"form": "hard", "max_error": 1e-3},
+            "form 'hard' is up to 0.0693 away from the sigmoid and max_error is 0.001",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -126,7 +126,7 @@ def _wrap_function(function: Callable[..., Any], settings: dict[str, Any]) -> Ca
     if policy == "none":
         return function
     contexts = functools.partial(_selective_contexts, settings["min_flops_per_byte"])
-    options = {"context_fn": contexts} if policy == "selective" else {}
+    options: dict[str, Any] = {"context_fn": contexts} if policy == "selective" else {}
 
     @functools.wraps(function)
     def checkpointed(*inputs: Any, **named_inputs: Any) -> Any:

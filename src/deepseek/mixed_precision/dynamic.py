@@ -137,6 +137,7 @@ class DynamicPrecision:
         self._must_sample = False
         self._watch: Watch | None = None
         self._stance = ExitStack()
+        self._gradient_sums: dict[str, Tensor] = {}
         self._clear_window()
         self._apply()
         self._watch_next()
@@ -257,8 +258,8 @@ class DynamicPrecision:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(L, columns) counts, (L, 2) extremes and (L, 3) flags of non-finite values, over all ranks, on the CPU.
 
-        A flag column says: are the layer's inputs not finite, its outputs, its gradients; the last one counts from 1 for
-        the layer where it was seen first.
+        The flags are of the layer's inputs, outputs and gradients; the last one is largest for the layer whose gradients
+        were seen first.
         """
         counts = torch.zeros_like(self._counts)
         maxima = torch.zeros(len(samples), 5, dtype=torch.float64)
@@ -268,7 +269,9 @@ class DynamicPrecision:
             gradient = gradients[name]
             counts[row, -2] = 0.0 if gradient is None else gradient.square().sum()
             counts[row, -1] = 1.0
-            inputs, outputs, backwards = map(_largest, (each.input_extremes, each.output_extremes, each.gradient_extremes))
+            inputs, outputs, backwards = map(
+                _largest, (each.input_extremes, each.output_extremes, each.gradient_extremes)
+            )
             maxima[row, 0], maxima[row, 1] = max(inputs, outputs), backwards
             maxima[row, 2], maxima[row, 3] = math.isinf(inputs), math.isinf(outputs)
             # Larger for what the backward pass reached earlier, so that the largest over the ranks is the first.
@@ -318,9 +321,7 @@ class DynamicPrecision:
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         answers = choose(self.evidence, find_format(self.low), self.rules, scale=scale)
         self.verdicts = {name: verdict for name, (_, verdict) in answers.items()}
-        states = {
-            name: settle(self.states[name], self.verdicts[name], self.low, self.rules) for name in self.layers
-        }
+        states = {name: settle(self.states[name], self.verdicts[name], self.low, self.rules) for name in self.layers}
         self._clear_window()
         changes = self._change(states)
         lows = [name for name, state in self.states.items() if state.precision != "fp32"]
@@ -330,7 +331,10 @@ class DynamicPrecision:
     def _gather(self) -> dict[str, Evidence]:
         """The window's evidence, equal on all ranks."""
         sums = torch.tensor(
-            [[float(self._gradient_sums[name].square().sum()) if name in self._gradient_sums else 0.0] for name in self.layers],
+            [
+                [float(self._gradient_sums[name].square().sum()) if name in self._gradient_sums else 0.0]
+                for name in self.layers
+            ],
             dtype=torch.float64,
         )
         sums, _ = self._reduce(sums, torch.zeros(0))
@@ -351,7 +355,7 @@ class DynamicPrecision:
         return found
 
     def _blame(self, flags: Tensor) -> tuple[Event, ...]:
-        """Put the layers where infinities began into FP32 at once; a sample with infinities is no evidence otherwise."""
+        """Put the layers where infinities began into FP32 at once; such a sample is no evidence otherwise."""
         bad = flags.tolist()
         names = list(self.layers)
         culprits = find_culprits([(name, not row[0], not row[1]) for name, row in zip(names, bad, strict=True)])
@@ -382,7 +386,7 @@ class DynamicPrecision:
     def _clear_window(self) -> None:
         self._counts = torch.zeros(len(self.layers), 2 * ROW_SIZE + _NUM_EXTRA, dtype=torch.float64)
         self._extremes = torch.zeros(len(self.layers), 2, dtype=torch.float64)
-        self._gradient_sums: dict[str, Tensor] = {}
+        self._gradient_sums = {}
 
     # What is carried out
 

@@ -88,7 +88,7 @@ class PrecisionManager:
 
     @property
     def master_params(self) -> list[nn.Parameter]:
-        """What the optimizer updates, all of it FP32: masters for weights that were narrowed, other weights as they are."""
+        """What the optimizer updates, all FP32: the masters of weights that were narrowed, other weights as they are."""
         return [self._masters.get(each, each) for each in self.model.parameters()]
 
     def use_masters_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -163,7 +163,7 @@ def has_tf32(device: torch.device) -> bool:
 @contextmanager
 def tf32_products() -> Any:
     """FP32 products and convolutions on CUDA in TF32, and afterwards as they were."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [each.fp32_precision for each in settings]
     try:
         for each in settings:

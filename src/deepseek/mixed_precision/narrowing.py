@@ -6,10 +6,10 @@ compiled again when a decision changes and at no other time.
 
 Autocast narrows products, but two things stay large. What norms, residual sums and activations keep for the backward
 pass stays FP32: `Narrowing` keeps it in bf16, which has FP32's range, each tensor once however many operators keep it,
-and leaves weights alone. And autocast narrows the same input anew for each layer that reads it, so the three projections
-of an attention keep three copies of one tensor: `Inputs` narrows it once. Measured on a decoder of four layers, 32 rows
-of 128 tokens: FP32 237 MB, autocast 171, with `Narrowing` 152, with both 141. The forward pass is the same to the bit;
-gradients see values rounded as a bf16 product would round them.
+and leaves weights alone. And autocast narrows the same input anew for each layer that reads it, so the three
+projections of an attention keep three copies of one tensor: `Inputs` narrows it once. Measured on a decoder of four
+layers, 32 rows of 128 tokens: FP32 237 MB, autocast 171, with `Narrowing` 152, with both 141. The forward pass is the
+same to the bit; gradients see values rounded as a bf16 product would round them.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Inputs(threading.local):
     version: int = -1
 
     def narrow(self, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-        """`inputs` with the first in `dtype` where it is FP32; by the same tensor as for the layer before, if it is it."""
+        """`inputs` with the first in `dtype` where it is FP32: the layer before's, if that read the same tensor."""
         source = inputs[0] if inputs else None
         if not isinstance(source, Tensor) or source.dtype != torch.float32 or not torch.is_grad_enabled():
             return inputs
@@ -187,4 +187,3 @@ def _is_worth_it(value: Tensor, storage_bytes: int) -> bool:
 
 def _unpack(kept: Tensor | _Narrow) -> Tensor:
     return kept.values.float() if isinstance(kept, _Narrow) else kept
-

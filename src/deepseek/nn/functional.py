@@ -56,8 +56,13 @@ def fast_sigmoid(x: Tensor, *, form: Form = "auto", max_error: float = 0.07) -> 
         return torch.sigmoid(x)
     if chosen == "hard":
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        return HardSigmoid.apply(x)[0] if needs_gradient else torch_functional.hardsigmoid(x)
-    return TableSigmoid.apply(x)[0]  # type: ignore[no-any-return]
+        return _apply(HardSigmoid, x) if needs_gradient else torch_functional.hardsigmoid(x)
+    return _apply(TableSigmoid, x)
+
+
+def _apply(function: type[torch.autograd.Function], x: Tensor) -> Tensor:
+    y: Tensor = function.apply(x)[0]  # type: ignore[no-untyped-call]
+    return y
 
 
 def _choose_form(form: str, max_error: float) -> str:
@@ -81,7 +86,7 @@ class HardSigmoid(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         # Through the kernels that autograd does not see here; a conversion of values beyond 127 would wrap around.
         return torch_functional.hardsigmoid(x), x.clamp(-_HARD_LIMIT, _HARD_LIMIT).to(torch.int8)
 
@@ -91,11 +96,12 @@ class HardSigmoid(torch.autograd.Function):
         context.save_for_backward(outputs[1])
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor, _: Any) -> Tensor:
         (codes,) = context.saved_tensors
         if gradient.requires_grad:  # to be differentiated again, for which the kernel has no rule
             return gradient * ((codes.abs() < _HARD_LIMIT) / (2 * _HARD_LIMIT)).to(gradient.dtype)
-        return torch.ops.aten.hardsigmoid_backward(gradient, codes.to(gradient.dtype))  # type: ignore[no-any-return]
+        gradient_of_x: Tensor = torch.ops.aten.hardsigmoid_backward(gradient, codes.to(gradient.dtype))
+        return gradient_of_x
 
 
 class TableSigmoid(torch.autograd.Function):
@@ -104,7 +110,7 @@ class TableSigmoid(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         slopes, intercepts = _pieces(x.device)
         wide = x.float() if x.dtype.itemsize < 4 else x
         position = wide * (_NUM_PIECES / (2 * _TABLE_LIMIT)) + (_NUM_PIECES / 2 + 1)
@@ -120,17 +126,21 @@ class TableSigmoid(torch.autograd.Function):
         context.save_for_backward(outputs[1])
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor, _: Any) -> Tensor:
         (piece,) = context.saved_tensors
         slopes, _ = _pieces(gradient.device)
-        return gradient * slopes[piece.int()].to(gradient.dtype)  # type: ignore[no-any-return]
+        return gradient * slopes[piece.int()].to(gradient.dtype)
 
 
 _FARTHEST = 1e4  # far outside the table, and finite in every dtype
 
 
-@functools.cache
 def _pieces(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The table on `device`, made once; a compiler puts it into its graph instead."""
+    return _make_pieces(device) if torch.compiler.is_compiling() else _kept_pieces(device)
+
+
+def _make_pieces(device: torch.device) -> tuple[Tensor, Tensor]:
     """(256,) slopes and intercepts; the first and the last piece are flat, at the height of the table's ends."""
     edges = torch.linspace(-_TABLE_LIMIT, _TABLE_LIMIT, _NUM_PIECES + 1, dtype=torch.float64)
     heights = torch.sigmoid(edges)
@@ -139,6 +149,9 @@ def _pieces(device: torch.device) -> tuple[Tensor, Tensor]:
     slopes = torch.cat((flat, slopes, flat))
     intercepts = torch.cat((heights[:1], heights[:-1] - slopes[1:-1] * edges[:-1], heights[-1:]))
     return slopes.float().to(device), intercepts.float().to(device)
+
+
+_kept_pieces = functools.cache(_make_pieces)
 
 
 def __getattr__(name: str) -> Any:
