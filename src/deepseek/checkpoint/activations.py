@@ -15,7 +15,8 @@
     full        as block; on a model, the blocks are checkpointed inside a checkpoint of the whole model
 
 The recomputation runs under the autocast state and the random numbers of the first pass, so dropout drops the same
-values; checkpoints may be nested. The machinery is torch's (`torch.utils.checkpoint`, non-reentrant). Cost of `block`: one more forward pass of what is inside; of `selective`: a few percent of one.
+values; checkpoints may be nested. The machinery is torch's (`torch.utils.checkpoint`, non-reentrant). Cost of `block`:
+one more forward pass of what is inside; of `selective`: a few percent of one.
 Sources: Chen et al. 2016 (checkpointing); Korthikanti et al. 2022 (selective recomputation).
 """
 

@@ -27,7 +27,6 @@ layers' activations and gradients.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -98,7 +97,8 @@ class DynamicPrecision:
     `start="low"` all layers begin in 16 bits, with `"fp32"` they earn it; `auto` is `low` for bf16, whose range is
     FP32's, and `fp32` for FP16. `narrow_storage` keeps FP32 activations in bf16 between the two passes, except those of
     FP32 layers. `costs` is `measured` or, for runs that must repeat exactly, `assumed`. A `scaler` tells the scale that
-    FP16 gradients have. `group` are the ranks that decide together.
+    FP16 gradients have. `group` are the ranks that decide together. A model that was compiled, by `model.compile()` or
+    by `torch.compile(model)` given here, runs as it is written on sampled steps.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> dynamic = DynamicPrecision(model, low="bf16")
@@ -122,7 +122,8 @@ class DynamicPrecision:
         group: Group = "world",
     ) -> None:
         _check_settings(every, window, rules, start, costs)
-        self.model = model
+        self._compiled = model if hasattr(model, "_orig_mod") else None  # what torch.compile(model) returns
+        self.model = model = getattr(model, "_orig_mod", model)
         self.layers = find_layers(model)
         self.device = next(model.parameters()).device
         self.low = choose_low(low, self.device)
@@ -136,7 +137,7 @@ class DynamicPrecision:
         self.states = {name: LayerState(self.low if begins_low else "fp32") for name in self.layers}
         self._must_sample = False
         self._watch: Watch | None = None
-        self._stance = ExitStack()
+        self._stash = ExitStack()
         self._gradient_sums: dict[str, Tensor] = {}
         self._clear_window()
         self._apply()
@@ -193,7 +194,7 @@ class DynamicPrecision:
         if state.get("version") != _STATE_VERSION or state["low"] != self.low:
             raise CheckpointError(
                 f"the precision state is of version {state.get('version')} with {state.get('low')} and expected are "
-                f"version {_STATE_VERSION} with {self.low}; build DynamicPrecision with the low format it was saved with"
+                f"version {_STATE_VERSION} with {self.low}; build DynamicPrecision with the format it was saved with"
             )
         if set(state["layers"]) != set(self.layers):
             changed = sorted(set(state["layers"]) ^ set(self.layers))
@@ -216,19 +217,17 @@ class DynamicPrecision:
         return is_early or self._must_sample or self.num_steps % self.every == 0
 
     def _watch_next(self) -> None:
-        """Hooks for the coming step where it is sampled. Compiled code has no place for them, so it waits for a step."""
+        """Hooks for the coming step where it is sampled."""
         self._unwatch()
-        if not self._is_sampled():
-            return
-        self._watch = Watch(self.layers)
-        if "torch._dynamo" in sys.modules:
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        if self._is_sampled():
+            self._watch = Watch(self.layers)
+            self._stash = run_eagerly_(self.model, self._compiled)
 
     def _unwatch(self) -> None:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        self._stance.close()
+        self._stash.close()
 
     def _close_sample(self) -> tuple[Event, ...]:
         """Read what the hooks saw, on all ranks; decide where a window is full or something overflowed."""
@@ -236,10 +235,15 @@ class DynamicPrecision:
         samples = self._watch.samples
         self._unwatch()
         gradients = {name: sample_gradient(_weight(layer)) for name, layer in self.layers.items()}
-        if not any(each.gradients for each in samples.values()) or all(each is None for each in gradients.values()):
+        if all(each is None for each in gradients.values()):
             raise ConfigError(
                 "a sampled step left no gradients behind; call step() once per optimizer step, "
                 "after backward() and before zero_grad()"
+            )
+        if not any(each.gradients for each in samples.values()):
+            raise ConfigError(
+                "a sampled step was run by compiled code, which no hook sees into; compile with model.compile(), "
+                "or give DynamicPrecision what torch.compile(model) returned"
             )
         if not self.savings:
             self._price(samples)
@@ -258,8 +262,8 @@ class DynamicPrecision:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(L, columns) counts, (L, 2) extremes and (L, 3) flags of non-finite values, over all ranks, on the CPU.
 
-        The flags are of the layer's inputs, outputs and gradients; the last one is largest for the layer whose gradients
-        were seen first.
+        The flags are of the layer's inputs, outputs and gradients; the last one is largest for the layer whose
+        gradients were seen first.
         """
         counts = torch.zeros_like(self._counts)
         maxima = torch.zeros(len(samples), 5, dtype=torch.float64)
@@ -446,6 +450,20 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
             "give a model with linear, convolution or similar layers"
         )
     return layers
+
+
+def run_eagerly_(model: nn.Module, compiled: nn.Module | None) -> ExitStack:
+    """Let compiled modules run as they are written until the stack is closed; hooks see nothing of compiled code."""
+    stack = ExitStack()
+    for module in model.modules():
+        call = getattr(module, "_compiled_call_impl", None)
+        if call is not None:
+            module._compiled_call_impl = None
+            stack.callback(setattr, module, "_compiled_call_impl", call)
+    if compiled is not None:
+        stack.callback(compiled.__dict__.__setitem__, "forward", compiled.__dict__["forward"])
+        compiled.__dict__["forward"] = model.__call__
+    return stack
 
 
 def choose_low(low: str, device: torch.device) -> str:

@@ -88,7 +88,7 @@ class PrecisionManager:
 
     @property
     def master_params(self) -> list[nn.Parameter]:
-        """What the optimizer updates, all FP32: the masters of weights that were narrowed, other weights as they are."""
+        """What the optimizer updates, all FP32: masters of the weights that were narrowed, others as they are."""
         return [self._masters.get(each, each) for each in self.model.parameters()]
 
     def use_masters_(self, optimizer: torch.optim.Optimizer) -> None:

@@ -61,8 +61,13 @@ class _Look:
     watch: Watch
     name: str
 
-    @torch.no_grad()
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+        # What is computed without gradients between two steps, as an evaluation is, is no part of the sample.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.see(inputs, outputs)
+
+    @torch.no_grad()
+    def see(self, inputs: tuple[Any, ...], outputs: Any) -> None:
         sample = self.watch.samples[self.name]
         for each in _floats(inputs):
             if sample.input_shape is None:

@@ -61,7 +61,7 @@ def fast_sigmoid(x: Tensor, *, form: Form = "auto", max_error: float = 0.07) -> 
 
 
 def _apply(function: type[torch.autograd.Function], x: Tensor) -> Tensor:
-    y: Tensor = function.apply(x)[0]  # type: ignore[no-untyped-call]
+    y: Tensor = function.apply(x)[0]
     return y
 
 
@@ -100,8 +100,7 @@ class HardSigmoid(torch.autograd.Function):
         (codes,) = context.saved_tensors
         if gradient.requires_grad:  # to be differentiated again, for which the kernel has no rule
             return gradient * ((codes.abs() < _HARD_LIMIT) / (2 * _HARD_LIMIT)).to(gradient.dtype)
-        gradient_of_x: Tensor = torch.ops.aten.hardsigmoid_backward(gradient, codes.to(gradient.dtype))
-        return gradient_of_x
+        return torch.ops.aten.hardsigmoid_backward(gradient, codes.to(gradient.dtype))  # type: ignore[no-any-return]
 
 
 class TableSigmoid(torch.autograd.Function):
