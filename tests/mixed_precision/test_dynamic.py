@@ -352,6 +352,29 @@ def test_a_compiled_model_is_compiled_again_only_when_a_decision_changes(compile
     torch._dynamo.reset()
 
 
+def test_equal_blocks_are_compiled_once_and_once_more_where_one_differs():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, counter = Decoder(SMALL.override({"num_layers": 10})), CompileCounter()
+    for layer in model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    dynamic = DynamicPrecision(model, low="bf16", **QUICK)
+
+    def take_steps(num_steps):
+        for _ in range(num_steps):
+            tokens = torch.randint(0, 64, (2, 17))
+            F.cross_entropy(model(tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            dynamic.step()
+            model.zero_grad()
+
+    take_steps(8)
+    assert counter.frame_count == 1
+    assume(dynamic, **{f"layers.3.feedforward.{name}_proj": {"signal": 1e9} for name in ("gate", "up", "down")})
+    take_steps(8)
+    assert [name for name, each in dynamic.precisions.items() if each == "fp32"] and counter.frame_count == 2
+    torch._dynamo.reset()
+
+
 def test_compiled_code_that_no_hook_sees_into_is_not_taken_for_silence():
     torch._dynamo.reset()
     model = build()

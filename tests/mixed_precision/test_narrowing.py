@@ -1,6 +1,5 @@
 import copy
 import gc
-import pickle
 
 import pytest
 import torch
@@ -107,15 +106,13 @@ def test_a_wide_layer_takes_narrow_inputs():
     assert layer(torch.ones(2, 8, dtype=torch.float16)).dtype == torch.float32
 
 
-def test_a_copy_runs_its_own_weights_and_a_pickle_comes_back():
+def test_a_copy_runs_its_own_weights():
     layer = nn.Linear(4, 4)
     set_compute_(layer, BF16)
     twin = copy.deepcopy(layer)
     nn.init.zeros_(twin.weight)
     nn.init.zeros_(twin.bias)
     assert twin(torch.ones(1, 4)).abs().sum() == 0 and layer(torch.ones(1, 4)).abs().sum() > 0
-    again = pickle.loads(pickle.dumps(layer))
-    assert again(torch.ones(1, 4)).dtype == torch.bfloat16
 
 
 def test_a_forward_that_was_already_replaced_still_runs_and_comes_back():

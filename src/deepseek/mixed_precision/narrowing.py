@@ -1,8 +1,9 @@
 """What `DynamicPrecision` does to a model: each layer's products in a precision of its own, and narrow storage.
 
-A layer's `forward` is replaced on the instance by a function of the layer that reads its `compute` setting, so a deep
-copy runs its own weights, state dicts and types stay as they are, and a compiled model is guarded on the setting: it is
-compiled again when a decision changes and at no other time.
+A layer's `forward` is replaced on the instance by a method that reads the layer's `compute` setting, so a deep copy runs
+its own weights, state dicts and types stay as they are, and compiled code is guarded on the setting: it is compiled
+again when a decision changes and at no other time, and one block's code fits its neighbours. (With a partial function in
+the method's place, torch compiled each of six equal blocks by itself.) A pickle of the module needs `clear_compute_`.
 
 Autocast narrows products, but two things stay large. What norms, residual sums and activations keep for the backward
 pass stays FP32: `Narrowing` keeps it in bf16, which has FP32's range, each tensor once however many operators keep it,
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -46,12 +48,16 @@ class Compute:
     """Whether the module around it has the same setting, so that there is no context to enter."""
 
 
+# Equal settings are one object, so that code compiled for one block fits the next.
+share_compute = functools.cache(Compute)
+
+
 def set_compute_(module: nn.Module, compute: Compute) -> None:
     """Run the module's forward under `compute` from now on."""
     if _SETTING not in module.__dict__:
         if "forward" in module.__dict__:
             module.__dict__["plain_forward"] = module.__dict__["forward"]
-        module.forward = functools.partial(_run_under_setting, module)
+        module.forward = types.MethodType(_run_under_setting, module)
     module.__dict__[_SETTING] = compute
 
 

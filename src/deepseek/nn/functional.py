@@ -97,7 +97,7 @@ class HardSigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor, _: Any) -> Tensor:
-        (codes,) = context.saved_tensors
+        codes: Tensor = context.saved_tensors[0]
         if gradient.requires_grad:  # to be differentiated again, for which the kernel has no rule
             return gradient * ((codes.abs() < _HARD_LIMIT) / (2 * _HARD_LIMIT)).to(gradient.dtype)
         return torch.ops.aten.hardsigmoid_backward(gradient, codes.to(gradient.dtype))  # type: ignore[no-any-return]
@@ -126,7 +126,7 @@ class TableSigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor, _: Any) -> Tensor:
-        (piece,) = context.saved_tensors
+        piece: Tensor = context.saved_tensors[0]
         slopes, _ = _pieces(gradient.device)
         return gradient * slopes[piece.int()].to(gradient.dtype)
 
