@@ -1,5 +1,7 @@
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -169,3 +171,10 @@ def test_rules_that_make_no_sense_are_refused(options):
 def test_an_unknown_format_is_refused():
     with pytest.raises(ConfigError, match="unknown precision 'fp8'"):
         find_format("fp8")
+
+
+def test_deciding_needs_no_tensors():
+    code = (
+        "import sys, deepseek.mixed_precision.deciding, deepseek.mixed_precision.levels; print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

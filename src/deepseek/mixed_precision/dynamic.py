@@ -52,7 +52,7 @@ from deepseek.mixed_precision.deciding import (
     find_format,
     settle,
 )
-from deepseek.mixed_precision.narrowing import Compute, clear_compute_, set_compute_, share_compute
+from deepseek.mixed_precision.narrowing import Compute, clear_compute_, set_compute_
 from deepseek.mixed_precision.policies import has_native_bf16
 from deepseek.mixed_precision.scaling import Group, open_group
 from deepseek.mixed_precision.watching import ROW_SIZE, Sample, Watch, sample_gradient
@@ -411,7 +411,7 @@ class DynamicPrecision:
                 clear_compute_(module)
 
     def _compute(self, name: str, is_low: bool, *, is_inherited: bool) -> Compute:
-        return share_compute(
+        return Compute(
             self.device.type,
             _DTYPES[self.low] if is_low else None,
             keeps_narrow=self.narrow_storage and is_low,

@@ -1,9 +1,10 @@
 """What `DynamicPrecision` does to a model: each layer's products in a precision of its own, and narrow storage.
 
-A layer's `forward` is replaced on the instance by a method that reads the layer's `compute` setting, so a deep copy runs
-its own weights, state dicts and types stay as they are, and compiled code is guarded on the setting: it is compiled
-again when a decision changes and at no other time, and one block's code fits its neighbours. (With a partial function in
-the method's place, torch compiled each of six equal blocks by itself.) A pickle of the module needs `clear_compute_`.
+A layer's `forward` is replaced on the instance by a method that reads the layer's `compute` setting, so a deep copy
+runs its own weights, state dicts and types stay as they are, and compiled code is guarded on the setting: it is
+compiled again when a decision changes and at no other time, and one block's code fits its neighbours. (With a partial
+function in the method's place, torch compiled each of six equal blocks by itself.) A pickle of the module needs
+`clear_compute_` first.
 
 Autocast narrows products, but two things stay large. What norms, residual sums and activations keep for the backward
 pass stays FP32: `Narrowing` keeps it in bf16, which has FP32's range, each tensor once however many operators keep it,
@@ -15,7 +16,6 @@ same to the bit; gradients see values rounded as a bf16 product would round them
 
 from __future__ import annotations
 
-import functools
 import threading
 import types
 import weakref
@@ -46,10 +46,6 @@ class Compute:
     """Whether the module multiplies its input, and so narrows it."""
     is_inherited: bool = False
     """Whether the module around it has the same setting, so that there is no context to enter."""
-
-
-# Equal settings are one object, so that code compiled for one block fits the next.
-share_compute = functools.cache(Compute)
 
 
 def set_compute_(module: nn.Module, compute: Compute) -> None:
