@@ -26,13 +26,14 @@ class Saving:
 
     seconds: float
     num_bytes: float
+    is_measured: bool = True
 
 
 def assume_saving(layer: nn.Module, input_shape: tuple[int, ...] | None) -> Saving:
     """Without measuring: half the bytes of the input, and time in proportion to the multiply-adds."""
     num_elements = float(torch.Size(input_shape).numel()) if input_shape else 1.0
     num_weights = float(sum(each.numel() for each in layer.parameters(recurse=False)))
-    return Saving(num_weights * 1e-12, 2 * num_elements)
+    return Saving(num_weights * 1e-12, 2 * num_elements, is_measured=False)
 
 
 def measure_saving(layer: nn.Module, input_shape: tuple[int, ...], low: torch.dtype) -> Saving | None:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 import torch
@@ -183,7 +183,7 @@ class DynamicPrecision:
             "num_steps": self.num_steps,
             "must_sample": self._must_sample,
             "layers": {name: (each.precision, each.num_good, each.reason) for name, each in self.states.items()},
-            "savings": {name: (each.seconds, each.num_bytes) for name, each in self.savings.items()},
+            "savings": {name: astuple(each) for name, each in self.savings.items()},
             "counts": self._counts.clone(),
             "extremes": self._extremes.clone(),
             "gradients": {name: each.clone() for name, each in self._gradient_sums.items()},
@@ -300,16 +300,19 @@ class DynamicPrecision:
     def _price(self, samples: Mapping[str, Sample]) -> None:
         """What each layer saves in 16 bits, as the mean over the ranks; one measurement for equal layers."""
         known: dict[Any, Saving] = {}
-        table = torch.zeros(len(samples), 2, dtype=torch.float64)
+        table = torch.zeros(len(samples), 3, dtype=torch.float64)
         for row, (name, sample) in enumerate(samples.items()):
             layer = self.layers[name]
             key = (type(layer), sample.input_shape, tuple(each.shape for each in layer.parameters(recurse=False)))
             if key not in known:
                 known[key] = self._price_one(layer, sample)
-            table[row] = torch.tensor([known[key].seconds, known[key].num_bytes])
+            table[row] = torch.tensor(astuple(known[key]), dtype=torch.float64)
         table, _ = self._reduce(table, torch.zeros(0))
         table /= self._world_size()
-        self.savings = {name: Saving(*row) for name, row in zip(samples, table.tolist(), strict=True)}
+        self.savings = {
+            name: Saving(seconds, num_bytes, is_measured=is_measured > 0)
+            for name, (seconds, num_bytes, is_measured) in zip(samples, table.tolist(), strict=True)
+        }
 
     def _price_one(self, layer: nn.Module, sample: Sample) -> Saving:
         saving = None
@@ -427,7 +430,7 @@ class DynamicPrecision:
             self.states[name].precision,
             f"{verdict.share:.1e}" if verdict else "-",
             f"{verdict.underflow:.1%}" if verdict else "-",
-            f"{saving.seconds * 1e3:.2f}" if saving else "-",
+            _milliseconds(saving),
             f"{saving.num_bytes / 1e6:.2f}" if saving else "-",
             self.states[name].reason,
         )
@@ -502,6 +505,12 @@ def _containers(is_low: Mapping[str, bool]) -> dict[str, bool]:
         if name:
             children.setdefault(name.rpartition(".")[0], []).append(low)
     return {name: all(lows) for name, lows in children.items()}
+
+
+def _milliseconds(saving: Saving | None) -> str:
+    if saving is None:
+        return "-"
+    return f"{saving.seconds * 1e3:.2f}" if saving.is_measured else "assumed"
 
 
 def _weight(layer: nn.Module) -> Tensor:
