@@ -33,7 +33,6 @@ DOORS = {
     "transformers": {"models/encoders/model.py"},
     "openai": set(),
     "onnxruntime": {"compiler/backends/onnxruntime.py"},
-    "onnx": {"compiler/backends/onnxruntime.py"},
     "openvino": {"compiler/backends/openvino.py"},
     "nncf": {"compiler/backends/openvino.py"},
     "tvm": {"compiler/backends/tvm.py"},

@@ -27,6 +27,8 @@ _PUBLIC = {
     "save_model": "deepseek.models.loading",
     "quantize": "deepseek.compress.quantizing",
     "BackendSelector": "deepseek.compiler.choosing",
+    "fast_sigmoid": "deepseek.nn.functional",
+    "PrecisionManager": "deepseek.mixed_precision.manager",
 }
 _MODULES = (
     "artifact",

@@ -24,6 +24,7 @@ _OWN = {
     "Int8Linear": "quantized",
     "Int8Embedding": "quantized",
     "Int8Experts": "quantized",
+    "fast_sigmoid": "functional",
 }
 
 

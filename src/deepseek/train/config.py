@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
 from deepseek.data.config import DataConfig
-from deepseek.mixed_precision.policies import Precision
+from deepseek.mixed_precision.levels import Level
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.optim.optimizers import OptimizerConfig
 
@@ -29,8 +29,11 @@ class TrainConfig(Config):
     """Optimizer steps of the whole run."""
     accum_steps: int = Field(default=1, ge=1)
     """Micro-batches whose gradients are added up before each optimizer step."""
-    precision: Precision = "auto"
-    """What the products compute in: `bf16`, `fp32`, or `auto` for bf16 where the hardware has it."""
+    precision: Literal["auto", "fp32", "bf16", "dynamic"] = "auto"
+    """What the products compute in: `bf16`, `fp32`, `auto` for bf16 where the hardware has it, or `dynamic` for a
+    choice per layer from its gradients, which also keeps activations in bf16."""
+    ds_amp_level: Level | None = None
+    """`O0` computes in fp32 whatever `precision` says, `O1` as it says; none asks the environment's `DS_AMP_LEVEL`."""
     compile: Literal["none", "blocks"] = "none"
     """Compile each kind of block once, or run eagerly; compiling pays on runs of more than a few minutes."""
     device: str = "cpu"

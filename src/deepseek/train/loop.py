@@ -30,6 +30,8 @@ from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.core.events import Event
 from deepseek.data.batching import BatchLoader, evaluation_batches
 from deepseek.data.preparing import PreparedData, load_data, prepare_data
+from deepseek.mixed_precision.dynamic import DynamicPrecision
+from deepseek.mixed_precision.levels import choose_level
 from deepseek.mixed_precision.policies import Precision, choose_precision
 from deepseek.models.decoder.model import Decoder, count_parameters
 from deepseek.models.loading import save_model
@@ -56,6 +58,8 @@ class Run:
     loader: BatchLoader
     precision: Precision
     peak_learning_rate: float
+    dynamic: DynamicPrecision | None = None
+    """Chooses the precision of each layer, where that is asked for; `precision` then puts nothing around the model."""
     step: int = 0
     """Optimizer steps done."""
     saved_step: int = 0
@@ -75,7 +79,7 @@ def train(config: TrainConfig) -> Generator[Event, None, None]:
     yield RunStarted(
         num_parameters=count_parameters(run.model),
         num_train_tokens=len(run.data.train.tokens),
-        precision=run.precision,
+        precision=run.precision if run.dynamic is None else "dynamic",
         first_step=run.step,
         num_steps=config.num_steps,
         learning_rate=run.peak_learning_rate,
@@ -110,7 +114,26 @@ def build(config: TrainConfig, data: PreparedData) -> Run:
         for layer in model.layers:
             layer.compile()
     loader = BatchLoader(data.train, config.data)
-    return Run(config, data, model, optimizer, loader, choose_precision(config.precision, device), learning_rate)
+    precision, dynamic = open_precision(config, model, device)
+    return Run(config, data, model, optimizer, loader, precision, learning_rate, dynamic)
+
+
+def open_precision(
+    config: TrainConfig, model: Decoder, device: torch.device
+) -> tuple[Precision, DynamicPrecision | None]:
+    """What goes around each forward pass, and what chooses layer by layer where that is asked for."""
+    level = choose_level(config.ds_amp_level)
+    if level == "O2":
+        raise ConfigError(
+            "level O2 keeps 16-bit weights beside their masters, which the trainer does not; choose O1, "
+            "or use PrecisionManager in a loop of your own"
+        )
+    if level == "O0":
+        return "fp32", None
+    if config.precision == "dynamic":
+        # Measured seconds differ from process to process, and a resumed run must decide as the first one would.
+        return "fp32", DynamicPrecision(model, costs="assumed")
+    return choose_precision(config.precision, device), None
 
 
 def open_device(name: str) -> torch.device:
@@ -151,6 +174,8 @@ def resume(run: Run) -> None:
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.loader.load_state_dict(state["loader"])
+    if run.dynamic is not None:
+        run.dynamic.load_state_dict(state["precision"])
     restore_rng(state["rng"])
     run.step = run.saved_step = checkpoint.step
 
@@ -188,6 +213,8 @@ def save_checkpoint(run: Run) -> CheckpointSaved:
         "loader": run.loader.state_dict(),
         "rng": capture_rng(),
     }
+    if run.dynamic is not None:
+        state["precision"] = run.dynamic.state_dict()
     path = save(Path(run.config.folder) / CHECKPOINT_FOLDER, run.step, state, keep=run.config.keep_checkpoints)
     run.saved_step = run.step
     return CheckpointSaved(run.step, str(path), time.perf_counter() - began_s)
@@ -198,6 +225,8 @@ def _take_steps(run: Run) -> Iterator[Event]:
     num_tokens, began_s = 0, time.perf_counter()
     while run.step < config.num_steps:
         result = _take_one(run)
+        if run.dynamic is not None:
+            yield from run.dynamic.step()
         num_tokens += result.num_tokens
         if run.step % config.log_every == 0 or run.step in (1, config.num_steps):
             now_s = time.perf_counter()

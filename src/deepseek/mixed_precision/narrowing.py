@@ -1,0 +1,191 @@
+"""What `DynamicPrecision` does to a model: each layer's products in a precision of its own, and narrow storage.
+
+A layer's `forward` is replaced on the instance by a method that reads the layer's `compute` setting, so a deep copy
+runs its own weights, state dicts and types stay as they are, and compiled code is guarded on the setting: it is
+compiled again when a decision changes and at no other time, and one block's code fits its neighbours. (With a partial
+function in the method's place, torch compiled each of six equal blocks by itself.) A pickle of the module needs
+`clear_compute_` first.
+
+Autocast narrows products, but two things stay large. What norms, residual sums and activations keep for the backward
+pass stays FP32: `Narrowing` keeps it in bf16, which has FP32's range, each tensor once however many operators keep it,
+and leaves weights alone. And autocast narrows the same input anew for each layer that reads it, so the three
+projections of an attention keep three copies of one tensor: `Inputs` narrows it once. Measured on a decoder of four
+layers, 32 rows of 128 tokens: FP32 237 MB, autocast 171, with `Narrowing` 152, with both 141. The forward pass is the
+same to the bit; gradients see values rounded as a bf16 product would round them.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+_SMALLEST = 1024  # elements; below that, packing costs more than it saves
+_SETTING = "compute"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a module's own operators run."""
+
+    device_type: str
+    dtype: torch.dtype | None
+    """Of products; None for FP32, whatever surrounds the module."""
+    keeps_narrow: bool = False
+    """Whether FP32 tensors that are kept for the backward pass are kept in bf16."""
+    is_root: bool = False
+    is_layer: bool = False
+    """Whether the module multiplies its input, and so narrows it."""
+    is_inherited: bool = False
+    """Whether the module around it has the same setting, so that there is no context to enter."""
+
+
+def set_compute_(module: nn.Module, compute: Compute) -> None:
+    """Run the module's forward under `compute` from now on."""
+    if _SETTING not in module.__dict__:
+        if "forward" in module.__dict__:
+            module.__dict__["plain_forward"] = module.__dict__["forward"]
+        module.forward = types.MethodType(_run_under_setting, module)
+    module.__dict__[_SETTING] = compute
+
+
+def clear_compute_(module: nn.Module) -> None:
+    """Put back the forward that the module had."""
+    if module.__dict__.pop(_SETTING, None) is None:
+        return
+    del module.__dict__["forward"]
+    plain = module.__dict__.pop("plain_forward", None)
+    if plain is not None:
+        module.__dict__["forward"] = plain
+
+
+def compute_of(module: nn.Module) -> Compute | None:
+    """The module's setting, or None where it has none of its own."""
+    return module.__dict__.get(_SETTING)
+
+
+def _run_under_setting(self: nn.Module, *inputs: Any, **named_inputs: Any) -> Any:
+    compute: Compute = self.compute  # type: ignore[assignment]
+    if compute.dtype is None:
+        inputs, named_inputs = tree_map(_widen, (inputs, named_inputs))
+    elif compute.is_layer and not torch.compiler.is_compiling():
+        inputs = _INPUTS.narrow(inputs, compute.dtype)
+    if compute.is_inherited:
+        return _run_plain(self, inputs, named_inputs)
+    with _context(compute), _storage(compute, self):
+        return _run_plain(self, inputs, named_inputs)
+
+
+def _run_plain(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:
+    """The forward that the module had: its class's, or one that was put on it."""
+    if "plain_forward" in module.__dict__:
+        return module.__dict__["plain_forward"](*inputs, **named_inputs)
+    return type(module).forward(module, *inputs, **named_inputs)
+
+
+def _context(compute: Compute) -> AbstractContextManager[object]:
+    if compute.dtype is None:
+        return torch.autocast(compute.device_type, enabled=False)
+    return torch.autocast(compute.device_type, dtype=compute.dtype)
+
+
+def _storage(compute: Compute, module: nn.Module) -> AbstractContextManager[object]:
+    """How kept tensors are stored; a compiler decides for itself what it keeps."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    if not compute.is_root:
+        return nullcontext() if compute.keeps_narrow else torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    return Narrowing(module.parameters()) if compute.keeps_narrow else nullcontext()
+
+
+class Inputs(threading.local):
+    """The input that was narrowed last, for the next layer that reads the same one."""
+
+    source: Tensor | None = None
+    result: Tensor | None = None
+    version: int = -1
+
+    def narrow(self, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        """`inputs` with the first in `dtype` where it is FP32: the layer before's, if that read the same tensor."""
+        source = inputs[0] if inputs else None
+        if not isinstance(source, Tensor) or source.dtype != torch.float32 or not torch.is_grad_enabled():
+            return inputs
+        is_known = source is self.source and source._version == self.version
+        if not is_known or self.result is None or self.result.dtype != dtype:
+            self.source, self.result, self.version = source, source.to(dtype), source._version
+        return (self.result, *inputs[1:])
+
+    def forget(self) -> None:
+        """Let go of the tensors."""
+        self.source = self.result = None
+
+
+_INPUTS = Inputs()
+
+
+def _widen(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_narrow else value
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+class Narrowing(torch.autograd.graph.saved_tensors_hooks):
+    """Inside, FP32 results that operators keep for the backward pass are kept in bf16; `weights` are left alone.
+
+    >>> x = torch.randn(4096, requires_grad=True)
+    >>> with Narrowing():
+    ...     y = (x * 2).sin()
+    >>> y.sum().backward()
+    >>> torch.allclose(x.grad, 2 * (2 * x).cos(), atol=0.1)
+    True
+    """
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        super().__init__(self._pack, _unpack)
+        # By memory, since what autograd hands over is an alias of the weight that does not know it is one.
+        self._weights = {each.untyped_storage()._cdata for each in weights if type(each) in (Tensor, nn.Parameter)}
+        self._kept: dict[tuple[Any, ...], tuple[weakref.ref[Any], weakref.ref[_Narrow]]] = {}
+
+    def _pack(self, value: Tensor) -> Tensor | _Narrow:
+        storage = value.untyped_storage()
+        if storage._cdata in self._weights or not _is_worth_it(value, storage.nbytes()):
+            return value
+        key = (storage._cdata, value.storage_offset(), value.shape, value.stride(), value._version)
+        source, narrow = self._kept.get(key, (None, None))
+        if source is not None and source() is not None and narrow is not None and (known := narrow()) is not None:
+            return known
+        kept = _Narrow(value.detach().to(torch.bfloat16))
+        # An address may be used again once its first owner is gone; the weak reference tells.
+        self._kept[key] = weakref.ref(storage), weakref.ref(kept)
+        return kept
+
+
+class _Narrow:
+    """A kept tensor; an object of its own, so that operators can share it and the last one frees it."""
+
+    __slots__ = ("__weakref__", "values")
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+
+def _is_worth_it(value: Tensor, storage_bytes: int) -> bool:
+    """Whether keeping a narrow copy frees memory; an expanded tensor is smaller than it looks."""
+    if value.dtype != torch.float32 or value.layout != torch.strided or type(value) is not Tensor:
+        return False
+    return value.numel() >= _SMALLEST and storage_bytes >= value.numel() * value.element_size()
+
+
+def _unpack(kept: Tensor | _Narrow) -> Tensor:
+    return kept.values.float() if isinstance(kept, _Narrow) else kept
