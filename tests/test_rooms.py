@@ -49,6 +49,7 @@ PURE = (
     "core/units.py",
     "core/names.py",
     "compiler/choosing.py",
+    "mixed_precision/deciding.py",
 )
 
 
