@@ -32,8 +32,8 @@ from benchmarks.measuring import Bar, Row, report
 from deepseek.compiler.backends.flattening import Flattened, flatten_model
 from deepseek.compiler.backends.openvino import without_telemetry
 from deepseek.compiler.choosing import Tolerance
-from deepseek.compiler.measuring import measure_in_turns
 from deepseek.compiler.selection import compare, select
+from deepseek.compiler.timing import measure_in_turns
 from deepseek.core.extras import has_library
 from deepseek.models import zoo
 

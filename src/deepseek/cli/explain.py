@@ -21,7 +21,7 @@ def explain(model: str, *, json: bool = False) -> None:
     """
     from deepseek.cli.showing import show_table
     from deepseek.compiler.decisions import find_decisions, to_dict
-    from deepseek.compiler.explaining import COLUMNS, describe_key, list_notes, list_refusals, list_rows, summarize
+    from deepseek.compiler.reporting import COLUMNS, describe_key, list_notes, list_refusals, list_rows, summarize
 
     found = find_decisions(model)
     if json:

@@ -47,8 +47,8 @@ from deepseek.compiler.choosing import (
     read_tolerances,
 )
 from deepseek.compiler.digesting import digest_model
-from deepseek.compiler.explaining import explain
-from deepseek.compiler.measuring import SLOW_CALL_S, measure_in_turns, time_call
+from deepseek.compiler.reporting import explain
+from deepseek.compiler.timing import SLOW_CALL_S, measure_in_turns, time_call
 from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event

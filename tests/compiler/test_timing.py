@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek.compiler.measuring import MOST_CALLS, SLOW_CALL_S, measure_in_turns, time_turn
+from deepseek.compiler.timing import MOST_CALLS, SLOW_CALL_S, measure_in_turns, time_turn
 
 
 class Clock:
