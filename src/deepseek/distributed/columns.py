@@ -1,0 +1,112 @@
+"""Many predictions at once: every size of model, cluster and plan as an array with one entry per case.
+
+The formulas of `cost`, `collectives_cost`, `memory` and `predict` are written once, on these columns: a single prediction
+is a table of one row, the search a table of 10**5 rows over one model, the fit a table of all published runs. Arrays
+broadcast, so a column that is the same for all cases has length 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek.distributed.cluster import Cluster
+from deepseek.distributed.constants import NAMES, Constants, get_constants
+from deepseek.distributed.model_shape import ModelShape
+from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan
+
+Array = NDArray[np.float64]
+
+MODEL_COLUMNS = (
+    "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocabulary", "sequence", "experts", "top_k",
+    "expert_ffn", "shared_experts", "moe_layers", "tied_embeddings", "is_latent", "q_lora_rank", "kv_lora_rank",
+    "qk_nope_dim", "qk_rope_dim", "v_head_dim", "mtp_layers", "attention_parameters", "dense_mlp_parameters",
+    "expert_parameters", "embedding_parameters",
+)  # fmt: skip
+PLAN_COLUMNS = (
+    "tp", "pp", "dp", "ep", "cp", "etp", "zero_stage", "micro_batch_size", "virtual_stages", "sequence_parallel",
+    "shard_group", "fused_attention", "overlap_data_parallel", "overlap_tensor_parallel", "fp32_gradients", "compiled",
+)  # fmt: skip
+# Bytes of one element of a matrix operand as it is read by the matrix units.
+OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}
+
+
+class Columns:
+    """Named arrays, read as attributes."""
+
+    def __init__(self, values: Mapping[str, Array]) -> None:
+        self._values = dict(values)
+
+    def __getattr__(self, name: str) -> Array:
+        """The column called `name`."""
+        try:
+            return self.__dict__["_values"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(f"no column {name!r}") from None
+
+    def with_columns(self, **values: Array) -> Columns:
+        """The same table with some columns added or replaced."""
+        return Columns({**self._values, **values})
+
+    def take(self, rows: NDArray[np.intp] | NDArray[np.bool_] | slice) -> Columns:
+        """Some of the rows; columns of length 1 stay as they are."""
+        return Columns({name: value if len(value) == 1 else value[rows] for name, value in self._values.items()})
+
+
+def describe_model(model: ModelShape) -> dict[str, float]:
+    """The sizes of a model, by column."""
+    return {name: float(getattr(model, name)) for name in MODEL_COLUMNS}
+
+
+def describe_plan(plan: Plan) -> dict[str, float]:
+    """The numbers of a plan, by column; words become their place in the list of choices."""
+    values = {name: float(getattr(plan, name)) for name in PLAN_COLUMNS}
+    values["recomputation"] = float(RECOMPUTATIONS.index(plan.recomputation))
+    values["schedule"] = float(SCHEDULES.index(plan.schedule))
+    values["operand_bytes"] = OPERAND_BYTES[plan.precision]
+    return values
+
+
+def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
+    """Speeds of the slowest device and of the links of a cluster, by column."""
+    slowest = min((node.accelerator for node in cluster.nodes), key=lambda each: each.get_peak_flops(precision))
+    return {
+        "gpus_per_node": float(cluster.gpus_per_node),
+        "num_devices": float(cluster.num_devices),
+        "num_nodes": float(len(cluster.nodes)),
+        "scale_up_size": float(cluster.scale_up_size),
+        "peak_flops": slowest.get_peak_flops(precision),
+        "peak_flops_16": slowest.get_peak_flops("bf16"),
+        "processors": float(slowest.processors),
+        "memory_bandwidth": slowest.memory_bandwidth_bytes_per_s,
+        "device_memory_bytes": min(node.accelerator.memory_bytes for node in cluster.nodes),
+        "scale_up_alpha_s": cluster.scale_up.alpha_s,
+        "scale_up_bandwidth": cluster.scale_up.bandwidth_bytes_per_s,
+        "network_alpha_s": cluster.network.alpha_s,
+        "network_bandwidth": cluster.network.bandwidth_bytes_per_s,
+    }
+
+
+def describe_constants(constants: Constants) -> dict[str, float]:
+    """The constants of one family, by column."""
+    return {name: getattr(constants, name) for name in NAMES}
+
+
+def describe_case(model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int) -> dict[str, float]:
+    """Everything one prediction needs, by column."""
+    family = cluster.nodes[0].accelerator.family
+    return {
+        **describe_model(model),
+        **describe_cluster(cluster, plan.precision),
+        **describe_constants(get_constants(family)),
+        **describe_plan(plan),
+        "global_batch": float(global_batch),
+    }
+
+
+def stack_cases(cases: Sequence[Mapping[str, float]]) -> Columns:
+    """A table with one row per case."""
+    names = cases[0].keys()
+    return Columns({name: np.array([case[name] for case in cases], dtype=np.float64) for name in names})
