@@ -1,0 +1,295 @@
+"""Predicting a table of runs that somebody else measured: rows of one CSV schema in, the same rows with predictions out.
+
+Only inputs are read (model, cluster, plan, batch, precision); the measured columns never are, and a test blanks them to
+prove it. What a row does not say is assumed by rules that depend on the software the row names and on its age, never on
+who published it, and every assumption is written into `note`. A row that cannot be predicted keeps empty predictions and
+says why.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deepseek.core.errors import ConfigError
+from deepseek.distributed.cluster import Accelerator, Cluster, get_accelerator
+from deepseek.distributed.columns import Columns, describe_case, stack_cases
+from deepseek.distributed.model_shape import ModelShape, load_model_shapes
+from deepseek.distributed.plan import Plan, Precision, Recomputation, Schedule
+from deepseek.distributed.predict import predict_columns
+
+MEASURED_COLUMNS = (
+    "iter_time_s", "tokens_per_s_per_accel", "tflops_per_accel", "mfu_pct", "hfu_pct", "mem_gb", "oom",
+)  # fmt: skip
+PREDICTED_COLUMNS = ("predicted_iter_time_s", "predicted_mem_gb", "predicted_oom", "note")
+_READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "act_ckpt", "fsdp")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row, understood: what to predict, and what had to be assumed."""
+
+    model: ModelShape
+    cluster: Cluster
+    plan: Plan
+    global_batch: int
+    assumptions: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, float]:
+        """The row of columns that `predict_columns` takes."""
+        return describe_case(self.model, self.cluster, self.plan, self.global_batch)
+
+
+class _Reader:
+    """Reads one row and collects assumptions on the way."""
+
+    def __init__(self, row: Mapping[str, str]) -> None:
+        self.row = {key: (value or "").strip() for key, value in row.items() if key not in MEASURED_COLUMNS}
+        self.assumed: list[str] = []
+
+    def assume(self, text: str) -> None:
+        self.assumed.append(text)
+
+    def count(self, name: str, default: int | None = None) -> int:
+        text = self.row.get(name, "")
+        if text:
+            try:
+                value = float(text)
+            except ValueError:
+                raise ConfigError(f"{name}={text!r} is not a number") from None
+            if value < 1 or value != int(value):
+                raise ConfigError(f"{name}={text!r} is not a positive whole number")
+            return int(value)
+        if default is None:
+            raise ConfigError(f"{name} is missing")
+        return default
+
+    @property
+    def software(self) -> str:
+        return " ".join(self.row.get(name, "") for name in _READ_FOR_SOFTWARE).lower()
+
+
+_ALIASES = {
+    "b200": "B200-SXM", "b300": "B300-SXM", "tpuv4": "TPU-v4", "tpuv5p": "TPU-v5p", "tpuv6e": "TPU-v6e",
+    "v100": "V100-SXM-16GB", "a100": "A100-SXM-80GB", "h100": "H100-SXM-80GB", "h200": "H200-SXM", "h800": "H800-SXM-80GB",
+}  # fmt: skip
+_MODEL_ALIASES = (
+    (r"deepseek[-_ ]?v3", "DeepSeek-V3"), (r"deepseek[-_ ]?v2[-_ ]?lite", "DeepSeek-V2-Lite"),
+    (r"deepseek[-_ ]?v2", "DeepSeek-V2"), (r"kimi[-_ ]?k2", "Kimi-K2"), (r"mixtral[-_ ]?8x22b", "Mixtral-8x22B"),
+    (r"mixtral[-_ ]?8x7b", "Mixtral-8x7B"), (r"qwen3[-_ ]?235b", "Qwen3-235B-A22B"), (r"qwen3[-_ ]?30b", "Qwen3-30B-A3B"),
+    (r"qwen2[-_ ]?57b", "Qwen2-57B-A14B"), (r"gpt[-_ ]?oss[-_ ]?120b", "GPT-OSS-120B"), (r"llama4", "Llama4-Maverick"),
+    (r"grok[-_ ]?1", "Grok-1"), (r"llama[-_ ]?3(\.1)?[-_ ]?405b", "Llama3.1-405B"), (r"llama[-_ ]?3(\.1)?[-_ ]?70b", "Llama3-70B"),
+    (r"llama[-_ ]?3(\.1)?[-_ ]?8b", "Llama3-8B"), (r"llama[-_ ]?2[-_ ]?70b", "Llama2-70B"), (r"llama[-_ ]?2[-_ ]?13b", "Llama2-13B"),
+    (r"llama[-_ ]?2[-_ ]?7b", "Llama2-7B"), (r"nemotron[-_ ]?4?[-_ ]?15b", "Nemotron4-15B"),
+    (r"nemotron[-_ ]?4?[-_ ]?340b", "Nemotron4-340B"), (r"gpt[-_ ]?3?[-_ ]?175b", "GPT3-175B"),
+)  # fmt: skip
+
+
+def _read_model(reader: _Reader) -> ModelShape:
+    row = reader.row
+    name = row.get("model", "")
+    known = load_model_shapes()
+    alias = next((to for pattern, to in _MODEL_ALIASES if re.search(pattern, name.lower())), name)
+    base = known.get(alias)
+    arch = row.get("arch", "")
+    if arch in ("cnn", "hybrid", "hybrid/moe", "moe-hybrid"):
+        raise ConfigError(f"arch={arch!r} needs a traced operator list, which a row does not hold")
+    if not row.get("hidden"):
+        if base is None:
+            raise ConfigError(f"the sizes of model {name!r} are missing and it is not a known one")
+        reader.assume(f"sizes of {base.name}")
+    if arch == "moe" and base is None:
+        raise ConfigError(f"a row holds no expert sizes and model {name!r} is not a known one")
+    if base is not None and base.experts:
+        shape = replace(base, layers=reader.count("layers", base.layers), mtp_layers=base.mtp_layers if "w/o mtp" not in name.lower() else 0)
+        return shape.with_sequence(reader.count("seq_len"))
+    hidden = reader.count("hidden", base.hidden if base else None)
+    heads = reader.count("heads", base.heads if base else None)
+    is_tied = base.tied_embeddings if base else "gpt" in name.lower() or "mpt" in name.lower()
+    ffn = reader.count("ffn", base.ffn if base else 4 * hidden)
+    return ModelShape(
+        layers=reader.count("layers", base.layers if base else None),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=reader.count("kv_heads", base.kv_heads if base else heads),
+        ffn=ffn,
+        vocabulary=_pad_vocabulary(reader.count("vocab", base.vocabulary if base else 50257), reader.count("tp", 1)),
+        sequence=reader.count("seq_len"),
+        gated=base.gated if base else bool(re.search(r"llama|qwen|mistral|gemma", name.lower())),
+        tied_embeddings=is_tied,
+        head_dim=base.head_dim if base and base.hidden == hidden and base.heads == heads else 0,
+        name=name,
+    )
+
+
+def _pad_vocabulary(vocabulary: int, tp: int) -> int:
+    """Frameworks pad the vocabulary so that every tensor rank holds a multiple of 128 words."""
+    unit = 128 * tp
+    return -(-vocabulary // unit) * unit
+
+
+def _read_cluster(reader: _Reader) -> Cluster:
+    name = reader.row.get("accel", "")
+    device: Accelerator = get_accelerator(_ALIASES.get(name.lower(), name))
+    num = reader.count("n_accel")
+    per_node = min(reader.count("accel_per_node", 8), num)
+    network = _read_network(reader, per_node)
+    return Cluster.of(device, nodes=-(-num // per_node), gpus_per_node=per_node, network_gbit_per_s=network)
+
+
+def _read_network(reader: _Reader, per_node: int) -> float | None:
+    """One device's share of the network in Gbit/s, where the row states it."""
+    text = reader.row.get("notes", "") + " " + reader.row.get("source_ref", "")
+    cards = re.search(r"(\d+)\s*x\s*(?:omni-?path|opa)\s*-?(\d+)", text, re.IGNORECASE)
+    if cards:
+        return float(cards[1]) * float(cards[2]) / per_node
+    per_box = re.search(r"(\d+)\s*G(?:bps|b/s)\s*(?:per node|node-node)", text, re.IGNORECASE)
+    return float(per_box[1]) / per_node if per_box else None
+
+
+_PRECISIONS: tuple[tuple[str, Precision], ...] = (
+    ("nvfp4", "fp4"), ("mxfp8", "mxfp8"), ("fp8-mx", "mxfp8"), ("fp8", "fp8"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"),
+)  # fmt: skip
+# Software of the years before fused attention (Dao et al. 2022, arXiv:2205.14135) and without overlap of gradients.
+_BEFORE_FUSED = ("megatron-deepspeed", "bigscience", "readme_2020", "jan2021", "alpa")
+
+
+def _is_before_fused(reader: _Reader) -> bool:
+    papers = [int(each) for each in re.findall(r"(?<!\d)(\d{4})\.\d{5}", reader.row.get("source_ref", ""))]
+    return any(word in reader.software for word in _BEFORE_FUSED) or any(each < 2206 for each in papers)
+
+
+def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
+    row = reader.row
+    tp, pp, cp = (reader.count(name, 1) for name in ("tp", "pp", "cp"))
+    dp = cluster.num_devices // (tp * pp * cp)
+    if dp < 1 or dp * tp * pp * cp != cluster.num_devices:
+        raise ConfigError(f"tp*pp*cp = {tp * pp * cp} does not divide the {cluster.num_devices} devices of the row")
+    stages = reader.count("vp", 1) if pp > 1 else 1
+    is_old = _is_before_fused(reader)
+    zero = _read_zero(reader, is_old)
+    is_modern_megatron = any(word in reader.software for word in ("nemo", "megatron-bridge", "megatron_bridge", "mlperf"))
+    sequence_parallel = row.get("seq_parallel") == "1" if row.get("seq_parallel") else tp > 1 and not is_old
+    return Plan(
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        ep=reader.count("ep", 1) if model.experts else 1,
+        cp=cp,
+        etp=reader.count("etp", 1) if model.experts else 1,
+        zero_stage=zero,
+        recomputation=_read_recomputation(reader),
+        micro_batch_size=_read_micro_batch(reader, dp),
+        schedule=_read_schedule(row.get("schedule", ""), stages, pp),
+        virtual_stages=stages,
+        sequence_parallel=sequence_parallel,
+        precision=_read_precision(reader),
+        shard_group=_read_shard_group(reader, dp),
+        fused_attention=not is_old,
+        overlap_data_parallel=not is_old,
+        overlap_tensor_parallel=is_modern_megatron and tp > 1,
+        fp32_gradients=not (is_old or zero == 3),
+        compiled=is_modern_megatron or "compile" in reader.software or "maxtext" in reader.software or "paxml" in reader.software,
+    )
+
+
+def _read_micro_batch(reader: _Reader, dp: int) -> int:
+    if not reader.row.get("mbs"):
+        reader.assume("micro-batch of 1")
+    return reader.count("mbs", 1)
+
+
+def _read_zero(reader: _Reader, is_old: bool) -> int:
+    text, fsdp = reader.row.get("zero_stage", ""), reader.row.get("fsdp", "").upper()
+    if "FULL" in fsdp or "FSDP" in fsdp or "fsdp" in reader.row.get("notes", "").lower():
+        return 3
+    if "SHARD_GRAD_OP" in fsdp:
+        return 2
+    if text and (text != "0" or is_old):
+        return int(text)
+    return 0 if is_old else 1
+
+
+def _read_shard_group(reader: _Reader, dp: int) -> int:
+    found = re.search(r"fsdp=(\d+)\+dp", reader.row.get("notes", "").lower())
+    size = int(found[1]) if found else 0
+    return size if size and dp % size == 0 and size < dp else 0
+
+
+def _read_recomputation(reader: _Reader) -> Recomputation:
+    text = reader.row.get("act_ckpt", "").lower()
+    if text.startswith("full"):
+        return "full"
+    if text.startswith("selective"):
+        return "selective"
+    if not text:
+        reader.assume("no recomputation")
+    return "none"
+
+
+def _read_schedule(text: str, stages: int, pp: int) -> Schedule:
+    if stages > 1:
+        return "interleaved"
+    if "zb" in text.lower() or "zero" in text.lower() or "dualpipe" in text.lower():
+        return "zero_bubble"
+    return "gpipe" if "gpipe" in text.lower() else "1f1b"
+
+
+def _read_precision(reader: _Reader) -> Precision:
+    text = reader.row.get("precision", "").lower()
+    found = next((precision for word, precision in _PRECISIONS if word in text), None)
+    if found is None:
+        reader.assume("bf16")
+    return found or "bf16"
+
+
+def read_run(row: Mapping[str, str]) -> Run:
+    """Understand one row, or raise a `ConfigError` that says which input is missing."""
+    reader = _Reader(row)
+    model = _read_model(reader)
+    cluster = _read_cluster(reader)
+    plan = _read_plan(reader, model, cluster)
+    batch = reader.count("gbs")
+    return Run(model, cluster, plan, batch, tuple(reader.assumed))
+
+
+def predict_runs(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The same rows with `predicted_iter_time_s`, `predicted_mem_gb`, `predicted_oom` and `note` added."""
+    runs: dict[int, Run] = {}
+    answers = [{**row, **dict.fromkeys(PREDICTED_COLUMNS, "")} for row in rows]
+    for index, row in enumerate(rows):
+        try:
+            runs[index] = read_run(row)
+        except ConfigError as error:
+            answers[index]["note"] = f"not predicted: {error}"
+    if runs:
+        seconds, needed, is_over = predict_columns(stack_runs(runs.values()))
+        for place, (index, run) in enumerate(runs.items()):
+            answers[index] |= {
+                "predicted_iter_time_s": f"{seconds[place]:.6g}",
+                "predicted_mem_gb": f"{needed[place] / 1e9:.4g}",
+                "predicted_oom": str(int(is_over[place])),
+                "note": "assumed: " + ", ".join(run.assumptions) if run.assumptions else "",
+            }
+    return answers
+
+
+def stack_runs(runs: Iterable[Run]) -> Columns:
+    """The table of columns of some runs."""
+    return stack_cases([run.describe() for run in runs])
+
+
+def predict_file(source: Path, target: Path) -> int:
+    """Predict every row of the CSV file `source` into `target`; returns how many rows were predicted."""
+    with source.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    answers = predict_runs(rows)
+    names = list(dict.fromkeys([*(rows[0] if rows else ()), *PREDICTED_COLUMNS]))
+    with target.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        writer.writerows(answers)
+    return sum(bool(each["predicted_iter_time_s"]) for each in answers)
