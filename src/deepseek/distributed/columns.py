@@ -16,6 +16,7 @@ from deepseek.distributed.cluster import Cluster
 from deepseek.distributed.constants import NAMES, Constants, get_constants
 from deepseek.distributed.model_shape import ModelShape
 from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan
+from deepseek.distributed.software import ATTENTIONS
 
 Array = NDArray[np.float64]
 
@@ -27,10 +28,17 @@ MODEL_COLUMNS = (
 )  # fmt: skip
 PLAN_COLUMNS = (
     "tp", "pp", "dp", "ep", "cp", "etp", "zero_stage", "micro_batch_size", "virtual_stages", "sequence_parallel",
-    "shard_group", "fused_attention", "overlap_data_parallel", "overlap_tensor_parallel", "fp32_gradients", "compiled",
+    "shard_group",
+)  # fmt: skip
+SOFTWARE_COLUMNS = (
+    "is_compiled", "overlaps_gradients", "overlaps_tensors", "splits_messages", "fuses_accumulation",
+    "has_fp32_gradients", "gathers_layers",
 )  # fmt: skip
 # Bytes of one element of a matrix operand as it is read by the matrix units.
 OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}
+
+_SWITCH_REDUCTION = frozenset({"hopper", "blackwell"})  # NVSwitch 3 and later add up inside the switch
+_ASYNCHRONOUS_MATMUL = frozenset({"hopper", "blackwell"})  # what FlashAttention 3 builds on
 
 
 class Columns:
@@ -65,6 +73,8 @@ def describe_plan(plan: Plan) -> dict[str, float]:
     values = {name: float(getattr(plan, name)) for name in PLAN_COLUMNS}
     values["recomputation"] = float(RECOMPUTATIONS.index(plan.recomputation))
     values["schedule"] = float(SCHEDULES.index(plan.schedule))
+    values |= {name: float(getattr(plan.software, name)) for name in SOFTWARE_COLUMNS}
+    values["attention"] = float(ATTENTIONS.index(plan.software.attention))
     values["operand_bytes"] = OPERAND_BYTES[plan.precision]
     return values
 
@@ -80,6 +90,8 @@ def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
         "peak_flops": slowest.get_peak_flops(precision),
         "peak_flops_16": slowest.get_peak_flops("bf16"),
         "processors": float(slowest.processors),
+        "has_switch_reduction": float(slowest.family in _SWITCH_REDUCTION),
+        "has_asynchronous_matmul": float(slowest.family in _ASYNCHRONOUS_MATMUL),
         "memory_bandwidth": slowest.memory_bandwidth_bytes_per_s,
         "device_memory_bytes": min(node.accelerator.memory_bytes for node in cluster.nodes),
         "scale_up_alpha_s": cluster.scale_up.alpha_s,

@@ -23,7 +23,12 @@ _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 _BACKWARD_ATTENTION = 2.5  # five products instead of two (Dao et al. 2022)
 _UNFUSED_SCORE_BYTES = 17.0  # bytes per score: product out, mask and softmax in and out, dropout in, out, mask, product in
 _UNFUSED_SCORE_BYTES_BACKWARD = 15.0
+_UNFUSED, _FLASH, _FLASH_3 = 0.0, 1.0, 3.0  # places in software.ATTENTIONS
+_FLASH_1_SPEED = 0.55  # FlashAttention 1 relative to 2 (Dao 2023, arXiv:2307.08691, figures 4 to 7)
+_FLASH_3_SPEED = 1.75  # FlashAttention 3 relative to 2 on Hopper (Shah et al. 2024, arXiv:2407.08608)
 _KERNELS_FORWARD = 24.0  # of an unfused decoder layer; backward issues twice as many
+_KERNELS_EXPERTS = 100.0  # routing, permuting and counting tokens
+_KERNELS_EXCHANGE = 8.0  # host work of one collective, in kernels
 _ALIGNMENT = 8.0  # elements of 16 bit that one vector load takes
 
 
@@ -122,7 +127,9 @@ def _attend_s(c: Columns, tokens: Array) -> tuple[Array, Array]:
     query, value = _score_dims(c)
     heads = c.heads / c.tp
     flops = 2.0 * tokens * c.sequence * heads * (query + value)
-    speed = c.peak_flops_16 * c.matmul_fraction * c.attention_fraction
+    kernel = np.where(c.attention == _FLASH, _FLASH_1_SPEED, 1.0)
+    kernel = np.where((c.attention == _FLASH_3) & (c.has_asynchronous_matmul > 0), _FLASH_3_SPEED, kernel)
+    speed = c.peak_flops_16 * c.matmul_fraction * c.attention_fraction * kernel
     fused = 0.5 * flops / speed  # half of the scores lie above the diagonal and are skipped
     sequences = c.micro_batch_size * heads
     length = c.sequence / c.cp
@@ -134,7 +141,7 @@ def _attend_s(c: Columns, tokens: Array) -> tuple[Array, Array]:
     scores = sequences * length * c.sequence
     unfused = products + _move_s(c, _UNFUSED_SCORE_BYTES * scores, 3)
     unfused_backward = 2 * products + _move_s(c, _UNFUSED_SCORE_BYTES_BACKWARD * scores, 3)
-    is_fused = c.fused_attention > 0
+    is_fused = c.attention > 0
     forward = np.where(is_fused, fused + c.kernel_s, unfused)
     return forward, np.where(is_fused, _BACKWARD_ATTENTION * fused + c.kernel_s, unfused_backward)
 
@@ -192,7 +199,7 @@ def time_expert_layer(c: Columns) -> LayerTime:
         layer.attention_backward_s,
         layer.memory_backward_s + permuted,
         layer.weight_gradient_s,
-        layer.kernels * 2.0,
+        layer.kernels + _KERNELS_EXPERTS,
     )
 
 
@@ -204,7 +211,7 @@ def _assemble(c: Columns, tokens: Array, mlp: tuple[Array, Array, Array], wide: 
     elementwise = 22.0 * _shared_rows(c, tokens) * c.hidden + 2.0 * (wide + narrow)
     elementwise = elementwise + 8.0 * tokens * c.heads * query / c.tp
     operands = _cast_bytes(c, 2 * tokens * c.hidden + tokens * c.heads * query / c.tp + narrow)
-    fused = np.where(c.compiled > 0, 0.6, 1.0)
+    fused = np.where(c.is_compiled > 0, 0.6, 1.0)
     return LayerTime(
         matmul_s=forward,
         attention_s=score,
@@ -213,7 +220,7 @@ def _assemble(c: Columns, tokens: Array, mlp: tuple[Array, Array, Array], wide: 
         attention_backward_s=score_backward,
         memory_backward_s=_move_s(c, 1.5 * fused * elementwise + 1.5 * operands, 12),
         weight_gradient_s=weights,
-        kernels=np.full_like(tokens, _KERNELS_FORWARD),
+        kernels=_KERNELS_FORWARD + 2 * _KERNELS_EXCHANGE * (c.tp > 1) + _KERNELS_EXCHANGE * (c.zero_stage == 3),
     )
 
 
@@ -262,5 +269,14 @@ def time_optimizer(c: Columns) -> Array:
     is_sharded = c.zero_stage > 0
     group = np.where(c.shard_group > 0, c.shard_group, c.dp * c.cp)
     held = shared / np.where(is_sharded, group, 1.0) + experts / np.where(is_sharded, expert_dp, 1.0)
-    touched = held * 30.0 + (shared + experts) * np.where(c.fp32_gradients > 0, 4.0, 2.0)
+    touched = held * 30.0 + (shared + experts) * np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
     return _move_s(c, touched, 10)
+
+
+def time_accumulation(c: Columns) -> Array:
+    """Adding one micro-batch's weight gradients to the step's, per layer."""
+    shared, experts = count_rank_parameters(c)
+    element = np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
+    moved = np.where(c.fuses_accumulation > 0, element, 2.0 + 2 * element)
+    is_repeated = (c.global_batch > c.dp * c.micro_batch_size) & (c.zero_stage < 3)
+    return np.where(is_repeated, (shared + experts) * moved / (c.memory_bandwidth * c.memory_fraction), 0.0)

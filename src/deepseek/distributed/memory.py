@@ -41,7 +41,7 @@ def _measure_layer(c: Columns) -> tuple[Array, Array]:
     cut = np.where(c.sequence_parallel > 0, c.tp, 1.0)
     query = np.where(c.is_latent > 0, (c.qk_nope_dim + c.qk_rope_dim), c.head_dim) * c.heads
     keys = np.where(c.is_latent > 0, query, c.kv_heads * c.head_dim)
-    dropout = np.where(c.fused_attention > 0, 0.0, 1.0)
+    dropout = np.where(c.attention > 0, 0.0, 1.0)
     rows = (8.0 + 2.0 * dropout) * tokens * c.hidden / cut
     core = tokens * (2.0 * query + 4.0 * keys + 2.0 * query) / c.tp
     moe = c.moe_layers / c.layers
@@ -49,7 +49,7 @@ def _measure_layer(c: Columns) -> tuple[Array, Array]:
     width = (1 - moe) * c.ffn / c.tp + moe * routed
     wide = tokens * width * np.where(c.gated > 0, 8.0, 4.0) + moe * 4.0 * tokens * c.top_k * c.etp / c.tp * c.hidden
     scores = 5.0 * c.micro_batch_size * c.heads / c.tp * (c.sequence / c.cp) * c.sequence
-    kept = np.where((c.fused_attention > 0) | (c.recomputation > 0), 0.0, scores)
+    kept = np.where((c.attention > 0) | (c.recomputation > 0), 0.0, scores)
     return rows + core + wide + kept, 2.0 * tokens * c.hidden / cut
 
 
@@ -58,7 +58,7 @@ def measure_memory(c: Columns) -> dict[str, Array]:
     shared, experts = cost.count_rank_parameters(c)
     ranks = np.where(c.shard_group > 0, c.shard_group, c.dp * c.cp)
     expert_ranks = np.maximum(c.tp * c.cp * c.dp / (c.ep * c.etp), 1.0)
-    gradient = np.where(c.fp32_gradients > 0, 4.0, 2.0)
+    gradient = np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
     layers = np.ceil(c.layers / c.pp)
     whole, entry = _measure_layer(c)
     is_full = c.recomputation == 2

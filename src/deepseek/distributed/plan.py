@@ -18,6 +18,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.distributed.cluster import Cluster
 from deepseek.distributed.model_shape import ModelShape, OperatorList
+from deepseek.distributed.software import SOFTWARE, Software
 
 Recomputation = Literal["none", "selective", "full"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
@@ -35,10 +36,7 @@ class Plan:
 
     `dp` counts the replicas of the attention weights; experts are spread over `ep * etp` of the `tp * cp * dp` ranks of
     a stage. `shard_group` is how many data-parallel ranks share the weights under ZeRO 3 (0: all of them; a node's worth
-    is what PyTorch calls HSDP). The last fields describe the software that runs the plan, because they change what is
-    stored or waited for: `fused_attention` never writes the scores to memory (FlashAttention), `overlap_data_parallel`
-    and `overlap_tensor_parallel` start communication while matrices are still being multiplied, `compiled` replays
-    recorded kernels instead of issuing each from Python.
+    is what PyTorch calls HSDP). `software` holds the traits of the program that runs the plan.
 
     >>> Plan(tp=8, pp=4, dp=2, micro_batch_size=2).num_devices
     64
@@ -58,11 +56,7 @@ class Plan:
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     shard_group: int = 0
-    fused_attention: bool = True
-    overlap_data_parallel: bool = True
-    overlap_tensor_parallel: bool = False
-    fp32_gradients: bool = True
-    compiled: bool = False
+    software: Software = SOFTWARE["modern"]
 
     def __post_init__(self) -> None:
         """Refuse numbers and words that mean nothing for any model."""

@@ -28,6 +28,7 @@ from deepseek.distributed.model_shape import ModelShape
 from deepseek.distributed.plan import Plan, validate
 
 _NONE, _SELECTIVE, _FULL = 0.0, 1.0, 2.0  # places in plan.RECOMPUTATIONS
+_TENSORS_PER_LAYER = 12.0  # weights and biases of a decoder layer with biases
 _ZERO_BUBBLE = 3.0  # place in plan.SCHEDULES
 TIME_ITEMS = (
     "matmul", "attention", "memory_bound", "recomputation", "head", "launch_wait", "tensor_parallel", "context_parallel",
@@ -72,7 +73,7 @@ def _time_tensor_parallel(c: Columns) -> Array:
         2 * collectives.scatter_reduce_s(c, num_bytes, group),
         collectives.all_reduce_s(c, num_bytes, group),
     )
-    exposed = np.where(c.overlap_tensor_parallel > 0, c.exposed_fraction, 1.0)
+    exposed = np.where(c.overlaps_tensors > 0, c.exposed_fraction, 1.0)
     moe_share = c.moe_layers / c.layers
     return one * exposed * (2.0 - moe_share * (c.etp < c.tp))
 
@@ -101,8 +102,11 @@ def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
     layers = np.ceil(c.layers / c.pp)
     ranks = np.where(c.shard_group > 0, c.shard_group, c.dp * c.cp)
     group = collectives.place_group(c, ranks, c.tp)
-    gather = collectives.scatter_reduce_s(c, 2.0 * (shared + experts) / layers, group)
-    scatter = collectives.scatter_reduce_s(c, np.where(c.fp32_gradients > 0, 4.0, 2.0) * (shared + experts) / layers, group)
+    pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER)
+    weights = (shared + experts) / (layers * pieces)
+    gradient = np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
+    gather = pieces * collectives.scatter_reduce_s(c, 2.0 * weights, group)
+    scatter = pieces * collectives.scatter_reduce_s(c, gradient * weights, group)
     is_sharded = c.zero_stage == 3
     return np.where(is_sharded, gather, 0.0), np.where(is_sharded, scatter, 0.0)
 
@@ -110,7 +114,7 @@ def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
 def _time_data_parallel(c: Columns) -> Array:
     """Gradients (and weights under ZeRO 1 and 2) once per step, before overlap."""
     shared, experts = cost.count_rank_parameters(c)
-    gradient = np.where(c.fp32_gradients > 0, 4.0, 2.0)
+    gradient = np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
     group = collectives.place_group(c, c.dp * c.cp, c.tp)
     expert_dp = np.maximum(c.tp * c.cp * c.dp / (c.ep * c.etp), 1.0)
     expert_group = collectives.place_group(c, expert_dp, c.ep * c.etp)
@@ -130,24 +134,25 @@ def predict_times(c: Columns) -> dict[str, Array]:
     """Seconds of one step by item, for every row; their sum is the step time."""
     layer = cost.time_layer(c)
     micro_batches = np.maximum(c.global_batch / (c.dp * c.micro_batch_size), 1.0)
+    accumulate = cost.time_accumulation(c) / np.ceil(c.layers / c.pp)
     tp, cp, ep = _time_tensor_parallel(c), _time_context_parallel(c), _time_expert_parallel(c)
     again = np.where(c.recomputation == _FULL, layer.forward_s, 0.0)
-    again = np.where((c.recomputation == _SELECTIVE) & (c.fused_attention == 0), layer.attention_s, again)
+    again = np.where((c.recomputation == _SELECTIVE) & (c.attention == 0), layer.attention_s, again)
     is_full = np.where(c.recomputation == _FULL, 1.0, 0.0)
     cp_forward = _exposed(c, cp, layer.attention_s)
     cp_backward = _exposed(c, 2 * cp, layer.attention_backward_s) + is_full * cp_forward
     gather, scatter = _time_sharded_weights(c)
     forward = layer.forward_s + tp + cp_forward + ep
-    backward = layer.backward_s + again + (1 + is_full) * (tp + ep) + cp_backward
-    shard_forward = _exposed(c, gather, forward)
-    shard_backward = _exposed(c, gather + scatter, backward)
-    host_forward = np.where(c.compiled > 0, 0.3, 1.0) * layer.kernels * c.launch_s
+    backward = layer.backward_s + accumulate + again + (1 + is_full) * (tp + ep) + cp_backward
+    shard_forward = np.where(c.gathers_layers > 0, _exposed(c, gather, forward), gather)
+    shard_backward = np.where(c.gathers_layers > 0, _exposed(c, gather + scatter, backward), gather + scatter)
+    host_forward = np.where(c.is_compiled > 0, 0.3, 1.0) * layer.kernels * c.launch_s
     wait_forward = np.maximum(host_forward - forward - shard_forward, 0.0)
     wait_backward = np.maximum((1 + is_full) * host_forward - backward - shard_backward, 0.0)
     per_layer = {
         "matmul": layer.matmul_s + layer.matmul_backward_s,
         "attention": layer.attention_s + layer.attention_backward_s,
-        "memory_bound": layer.memory_s + layer.memory_backward_s,
+        "memory_bound": layer.memory_s + layer.memory_backward_s + accumulate,
         "recomputation": again,
         "launch_wait": wait_forward + wait_backward,
         "tensor_parallel": (2 + is_full) * tp,
@@ -179,7 +184,7 @@ def predict_times(c: Columns) -> dict[str, Array]:
     items["pipeline_bubble"] = bubble
     data = _time_data_parallel(c)
     beside = layers_on_busiest * backward
-    items["data_parallel"] = np.where(c.overlap_data_parallel > 0, _exposed(c, data, beside), data)
+    items["data_parallel"] = np.where(c.overlaps_gradients > 0, _exposed(c, data, beside), data)
     items["optimizer"] = cost.time_optimizer(c)
     total = np.sum(np.broadcast_arrays(*items.values()), axis=0)
     items["jitter"] = total * c.jitter_fraction * np.log2(np.maximum(c.num_nodes, 1.0))
@@ -188,7 +193,7 @@ def predict_times(c: Columns) -> dict[str, Array]:
 
 def _time_pipeline_message(c: Columns) -> Array:
     """Passing one micro-batch on and its gradient back, as far as a stage waits for it."""
-    num_bytes = 2.0 * cost.count_tokens(c) * c.hidden / c.tp
+    num_bytes = 2.0 * cost.count_tokens(c) * c.hidden / np.where(c.splits_messages > 0, c.tp, 1.0)
     is_remote = c.tp * c.cp * c.dp >= c.scale_up_size
     one = collectives.send_s(c, num_bytes, is_remote)
     exposed = np.where(c.virtual_stages > 1, c.exposed_fraction, 1.0)

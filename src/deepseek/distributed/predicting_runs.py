@@ -20,12 +20,13 @@ from deepseek.distributed.columns import Columns, describe_case, stack_cases
 from deepseek.distributed.model_shape import ModelShape, load_model_shapes
 from deepseek.distributed.plan import Plan, Precision, Recomputation, Schedule
 from deepseek.distributed.predict import predict_columns
+from deepseek.distributed.software import find_software
 
 MEASURED_COLUMNS = (
     "iter_time_s", "tokens_per_s_per_accel", "tflops_per_accel", "mfu_pct", "hfu_pct", "mem_gb", "oom",
 )  # fmt: skip
 PREDICTED_COLUMNS = ("predicted_iter_time_s", "predicted_mem_gb", "predicted_oom", "note")
-_READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "act_ckpt", "fsdp")
+_READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,6 @@ def _read_network(reader: _Reader, per_node: int) -> float | None:
 _PRECISIONS: tuple[tuple[str, Precision], ...] = (
     ("nvfp4", "fp4"), ("mxfp8", "mxfp8"), ("fp8-mx", "mxfp8"), ("fp8", "fp8"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"),
 )  # fmt: skip
-# Software of the years before fused attention (Dao et al. 2022, arXiv:2205.14135) and without overlap of gradients.
-_BEFORE_FUSED = ("megatron-deepspeed", "bigscience", "readme_2020", "jan2021", "alpa")
-
-
-def _is_before_fused(reader: _Reader) -> bool:
-    papers = [int(each) for each in re.findall(r"(?<!\d)(\d{4})\.\d{5}", reader.row.get("source_ref", ""))]
-    return any(word in reader.software for word in _BEFORE_FUSED) or any(each < 2206 for each in papers)
-
-
 def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
     row = reader.row
     tp, pp, cp = (reader.count(name, 1) for name in ("tp", "pp", "cp"))
@@ -169,9 +161,9 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
     if dp < 1 or dp * tp * pp * cp != cluster.num_devices:
         raise ConfigError(f"tp*pp*cp = {tp * pp * cp} does not divide the {cluster.num_devices} devices of the row")
     stages = reader.count("vp", 1) if pp > 1 else 1
-    is_old = _is_before_fused(reader)
-    zero = _read_zero(reader, is_old)
-    is_modern_megatron = any(word in reader.software for word in ("nemo", "megatron-bridge", "megatron_bridge", "mlperf"))
+    name, software = find_software(reader.software)
+    reader.assume(f"traits of {name}")
+    is_old = software.attention == "unfused"
     sequence_parallel = row.get("seq_parallel") == "1" if row.get("seq_parallel") else tp > 1 and not is_old
     return Plan(
         tp=tp,
@@ -180,7 +172,7 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
         ep=reader.count("ep", 1) if model.experts else 1,
         cp=cp,
         etp=reader.count("etp", 1) if model.experts else 1,
-        zero_stage=zero,
+        zero_stage=_read_zero(reader, is_old),
         recomputation=_read_recomputation(reader),
         micro_batch_size=_read_micro_batch(reader, dp),
         schedule=_read_schedule(row.get("schedule", ""), stages, pp),
@@ -188,11 +180,7 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
         sequence_parallel=sequence_parallel,
         precision=_read_precision(reader),
         shard_group=_read_shard_group(reader, dp),
-        fused_attention=not is_old,
-        overlap_data_parallel=not is_old,
-        overlap_tensor_parallel=is_modern_megatron and tp > 1,
-        fp32_gradients=not (is_old or zero == 3),
-        compiled=is_modern_megatron or "compile" in reader.software or "maxtext" in reader.software or "paxml" in reader.software,
+        software=software,
     )
 
 

@@ -1,0 +1,106 @@
+"""What the software that runs a plan can do: the traits that change what is stored, moved or waited for.
+
+A plan of the same numbers costs differently where scores are written to memory, where gradients wait for the whole
+backward pass, or where Python issues every kernel. These are facts about programs and their age, so they are a value of
+their own: `Software` goes into a `Plan`, and `find_software` looks up what a named program of a given date does. Published
+runs name their program and date; the traits come from the programs' papers and release notes, none from a measurement
+that is predicted with them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from deepseek.core.errors import ConfigError
+from deepseek.core.names import explain_unknown
+
+Attention = Literal["unfused", "flash", "flash2", "flash3"]
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
+
+
+@dataclass(frozen=True)
+class Software:
+    """Traits of a training program.
+
+    `attention`               the kernel: scores in memory, or FlashAttention 1 (2022), 2 (2023), 3 or cuDNN (2024)
+    `is_compiled`             recorded or compiled kernels instead of one Python call each
+    `overlaps_gradients`      data-parallel reduction runs beside the backward pass
+    `overlaps_tensors`        tensor-parallel exchange runs beside the products
+    `splits_messages`         a stage sends each tensor rank's part only (scatter-gather, arXiv:2104.04473, 4.1)
+    `fuses_accumulation`      weight gradients are added into the buffer by the product itself
+    `has_fp32_gradients`      gradients are kept and reduced in 4 bytes
+    `gathers_layers`          sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
+    """
+
+    attention: Attention = "flash2"
+    is_compiled: bool = False
+    overlaps_gradients: bool = True
+    overlaps_tensors: bool = False
+    splits_messages: bool = True
+    fuses_accumulation: bool = True
+    has_fp32_gradients: bool = True
+    gathers_layers: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse an attention kernel that nobody has written."""
+        if self.attention not in ATTENTIONS:
+            raise ConfigError(explain_unknown("attention", self.attention, ATTENTIONS))
+
+
+_UNFUSED = Software(attention="unfused", overlaps_gradients=False, fuses_accumulation=False, has_fp32_gradients=False)
+_DEEPSPEED = replace(_UNFUSED, splits_messages=False, gathers_layers=False)
+_NVIDIA = Software(attention="flash3", is_compiled=False, overlaps_tensors=True)
+_XLA = Software(attention="flash3", is_compiled=True, fuses_accumulation=True)
+SOFTWARE: dict[str, Software] = {
+    "Megatron-LM 2021": _UNFUSED,
+    "DeepSpeed 2021": _DEEPSPEED,
+    "Megatron-LM": Software(),
+    "NeMo": _NVIDIA,
+    "XLA": _XLA,
+    "torchtitan": Software(fuses_accumulation=False, has_fp32_gradients=True),
+    "nanotron": Software(overlaps_gradients=False, fuses_accumulation=False),
+    "llm-foundry": Software(attention="flash", fuses_accumulation=False, has_fp32_gradients=False),
+    "MegaScale": Software(overlaps_tensors=True),
+    "modern": Software(),
+}
+# What a description says -> the program; the first row that matches wins.
+_PATTERNS: tuple[tuple[str, str], ...] = (
+    (r"maxtext|paxml|\bxla\b|\bjax\b", "XLA"),
+    (r"nemo|megatron-bridge|mlperf|mlcommons", "NeMo"),
+    (r"nanotron", "nanotron"),
+    (r"torchtitan", "torchtitan"),
+    (r"llm-foundry|mosaic", "llm-foundry"),
+    (r"(?:^|\s)megascale;", "MegaScale"),
+    (r"megatron-deepspeed|bigscience|deepspeed pp|alpa", "DeepSpeed 2021"),
+    (r"zero-3.*|deepspeed", "DeepSpeed"),
+    (r"megatron", "Megatron-LM"),
+)
+_FLASH_PAPER = 2206  # year and month after which published runs can have fused attention (arXiv:2205.14135)
+
+
+def find_software(text: str) -> tuple[str, Software]:
+    """The program that a description names, in the state of the date that it gives.
+
+    >>> find_software("NVIDIA/NeMo performance summary 2024")[0]
+    'NeMo'
+    >>> find_software("Megatron-LM, arXiv:2104.04473 Table 1")[1].attention
+    'unfused'
+    """
+    words = text.lower()
+    name = next((name for pattern, name in _PATTERNS if re.search(pattern, words)), "modern")
+    is_old = _is_before_flash(words)
+    if name == "DeepSpeed":
+        name = "DeepSpeed 2021" if is_old else "modern"
+    elif name in ("Megatron-LM", "modern") and is_old:
+        name = "Megatron-LM 2021"
+    found = SOFTWARE[name]
+    return name, replace(found, is_compiled=True) if re.search(r"\+compile|; compile| compile\b", words) else found
+
+
+def _is_before_flash(words: str) -> bool:
+    papers = [int(each) for each in re.findall(r"(?<!\d)(\d{4})\.\d{5}", words)]
+    years = [int(each) for each in re.findall(r"(?<!\d)(20[12]\d)(?!\d)", words)]
+    dates = [*papers, *(each % 100 * 100 + 1 for each in years)]
+    return bool(dates) and max(dates) < _FLASH_PAPER
