@@ -28,15 +28,16 @@ MODEL_COLUMNS = (
 )  # fmt: skip
 PLAN_COLUMNS = (
     "tp", "pp", "dp", "ep", "cp", "etp", "zero_stage", "micro_batch_size", "virtual_stages", "sequence_parallel",
-    "shard_group",
+    "shard_group", "frozen_weights",
 )  # fmt: skip
 SOFTWARE_COLUMNS = (
-    "is_compiled", "overlaps_gradients", "overlaps_tensors", "splits_messages", "fuses_accumulation",
-    "has_fp32_gradients", "gathers_layers",
+    "is_compiled", "overlaps_gradients", "overlaps_tensors", "splits_messages", "fuses_accumulation", "fuses_elementwise",
+    "has_fp32_gradients", "regathers_inputs", "logit_bytes", "offloads_optimizer", "gathers_layers",
 )  # fmt: skip
 # Bytes of one element of a matrix operand as it is read by the matrix units.
 OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}
 
+_TOPOLOGIES = ("switch", "pairs", "mesh")
 _SWITCH_REDUCTION = frozenset({"hopper", "blackwell"})  # NVSwitch 3 and later add up inside the switch
 _ASYNCHRONOUS_MATMUL = frozenset({"hopper", "blackwell"})  # what FlashAttention 3 builds on
 
@@ -90,6 +91,7 @@ def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
         "peak_flops": slowest.get_peak_flops(precision),
         "peak_flops_16": slowest.get_peak_flops("bf16"),
         "processors": float(slowest.processors),
+        "topology": float(_TOPOLOGIES.index(slowest.topology) if cluster.gpus_per_node <= 8 else 0),
         "has_switch_reduction": float(slowest.family in _SWITCH_REDUCTION),
         "has_asynchronous_matmul": float(slowest.family in _ASYNCHRONOUS_MATMUL),
         "memory_bandwidth": slowest.memory_bandwidth_bytes_per_s,

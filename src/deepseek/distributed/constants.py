@@ -8,7 +8,7 @@ the value of the nearest family (`ada` and `other` from `ampere`, `cdna` from `h
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Constants:
     `attention_fraction`      [1]       speed of fused attention relative to `matmul_fraction` of the peak
     `memory_fraction`         [1]       share of the memory bandwidth that elementwise kernels reach
     `launch_s`                [s]       host time to issue one kernel from Python
-    `kernel_s`                [s]       device time that a kernel of no work takes
     `scale_up_fraction`       [1]       share of the scale-up links' bandwidth that long collectives reach
     `network_fraction`        [1]       share of the network cards' bandwidth that long collectives reach
-    `scale_up_ramp_bytes`     [bytes]   message at which a collective reaches half of its final bandwidth
+    `collective_s`            [s]       time of a collective of no bytes between two neighbours
     `exposed_fraction`        [1]       share of overlapped communication that still delays the computation
-    `jitter_fraction`         [1]       time lost to the slowest rank per doubling of the number of nodes
+    `communicator_bytes`      [bytes]   memory that each group of communicating ranks takes on a device
+    `fragmentation_fraction`  [1]       memory that the allocator cannot hand out, relative to what comes and goes
     """
 
     matmul_fraction: float
@@ -35,46 +35,72 @@ class Constants:
     attention_fraction: float
     memory_fraction: float
     launch_s: float
-    kernel_s: float
     scale_up_fraction: float
     network_fraction: float
-    scale_up_ramp_bytes: float
+    collective_s: float
     exposed_fraction: float
-    jitter_fraction: float
+    communicator_bytes: float
+    fragmentation_fraction: float
 
 
 NAMES: tuple[str, ...] = tuple(Constants.__dataclass_fields__)
 
 _AMPERE = Constants(
-    matmul_fraction=0.85,
+    matmul_fraction=0.76,
     narrow_fraction=0.7,
-    matmul_fill_depth=150.0,
-    attention_fraction=0.6,
-    memory_fraction=0.8,
-    launch_s=2.5e-5,
-    kernel_s=4e-6,
-    scale_up_fraction=0.78,
-    network_fraction=0.8,
-    scale_up_ramp_bytes=1.2e7,
+    matmul_fill_depth=144.0,
+    attention_fraction=0.7,
+    memory_fraction=0.85,
+    launch_s=3e-05,
+    scale_up_fraction=0.76,
+    network_fraction=0.85,
+    collective_s=4e-05,
     exposed_fraction=0.3,
-    jitter_fraction=0.003,
+    communicator_bytes=8e8,
+    fragmentation_fraction=0.05,
 )
 _HOPPER = Constants(
-    matmul_fraction=0.72,
-    narrow_fraction=0.6,
+    matmul_fraction=0.68,
+    narrow_fraction=0.66,
     matmul_fill_depth=150.0,
-    attention_fraction=0.6,
-    memory_fraction=0.8,
-    launch_s=1.5e-5,
-    kernel_s=4e-6,
-    scale_up_fraction=0.8,
-    network_fraction=0.8,
-    scale_up_ramp_bytes=1.2e7,
+    attention_fraction=0.48,
+    memory_fraction=0.7,
+    launch_s=1.5e-05,
+    scale_up_fraction=0.82,
+    network_fraction=0.85,
+    collective_s=2e-05,
     exposed_fraction=0.3,
-    jitter_fraction=0.003,
+    communicator_bytes=8e8,
+    fragmentation_fraction=0.05,
 )
-_BLACKWELL = Constants(**asdict(_HOPPER))
-_VOLTA = Constants(**{**asdict(_AMPERE), "matmul_fraction": 0.75})
+_BLACKWELL = Constants(
+    matmul_fraction=0.6,
+    narrow_fraction=0.52,
+    matmul_fill_depth=150.0,
+    attention_fraction=0.5,
+    memory_fraction=0.7,
+    launch_s=1.7e-05,
+    scale_up_fraction=0.75,
+    network_fraction=0.85,
+    collective_s=2e-05,
+    exposed_fraction=0.3,
+    communicator_bytes=8e8,
+    fragmentation_fraction=0.05,
+)
+_VOLTA = Constants(
+    matmul_fraction=0.7,
+    narrow_fraction=0.7,
+    matmul_fill_depth=144.0,
+    attention_fraction=0.6,
+    memory_fraction=0.85,
+    launch_s=3e-05,
+    scale_up_fraction=0.9,
+    network_fraction=0.65,
+    collective_s=3e-05,
+    exposed_fraction=0.3,
+    communicator_bytes=8e8,
+    fragmentation_fraction=0.05,
+)
 
 FAMILIES: dict[str, Constants] = {
     "volta": _VOLTA,

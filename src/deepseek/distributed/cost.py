@@ -26,9 +26,12 @@ _UNFUSED_SCORE_BYTES_BACKWARD = 15.0
 _UNFUSED, _FLASH, _FLASH_3 = 0.0, 1.0, 3.0  # places in software.ATTENTIONS
 _FLASH_1_SPEED = 0.55  # FlashAttention 1 relative to 2 (Dao 2023, arXiv:2307.08691, figures 4 to 7)
 _FLASH_3_SPEED = 1.75  # FlashAttention 3 relative to 2 on Hopper (Shah et al. 2024, arXiv:2407.08608)
-_KERNELS_FORWARD = 24.0  # of an unfused decoder layer; backward issues twice as many
-_KERNELS_EXPERTS = 100.0  # routing, permuting and counting tokens
-_KERNELS_EXCHANGE = 8.0  # host work of one collective, in kernels
+_KERNELS_FORWARD = 32.0  # of an unfused decoder layer; backward issues twice as many
+_KERNEL_S = 4e-6  # device time of a kernel that does nothing
+_PLAIN_ELEMENTWISE = 1.6  # bytes of one kernel per operator, relative to fused ones
+_KERNELS_EXPERTS = 200.0  # routing, permuting and counting tokens
+_KERNELS_EXCHANGE = 4.0  # host work of one collective, in kernels
+_HOST_LINK = 2e10  # bytes/s between a device and the host's memory, where the optimizer may live
 _ALIGNMENT = 8.0  # elements of 16 bit that one vector load takes
 
 
@@ -80,7 +83,7 @@ def multiply_s(c: Columns, m: Array, n: Array, k: Array, count: Array | float = 
         best = seconds if best is None else np.minimum(best, seconds)
     assert best is not None
     moved = (element * (m * k + k * n) + 2.0 * m * n) * count
-    return np.maximum(best, moved / (c.memory_bandwidth * c.memory_fraction)) + c.kernel_s
+    return np.maximum(best, moved / (c.memory_bandwidth * c.memory_fraction)) + _KERNEL_S
 
 
 def _product(c: Columns, m: Array, n: Array, k: Array, count: Array | float = 1.0) -> tuple[Array, Array, Array]:
@@ -95,7 +98,7 @@ def _sum(products: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Arra
 
 
 def _move_s(c: Columns, num_bytes: Array, kernels: float) -> Array:
-    return num_bytes / (c.memory_bandwidth * c.memory_fraction) + kernels * c.kernel_s
+    return num_bytes / (c.memory_bandwidth * c.memory_fraction) + kernels * _KERNEL_S
 
 
 def _attention_products(c: Columns, tokens: Array) -> tuple[Array, Array, Array]:
@@ -117,14 +120,15 @@ def _attention_products(c: Columns, tokens: Array) -> tuple[Array, Array, Array]
     return a, b, d
 
 
-def _score_dims(c: Columns) -> tuple[Array, Array]:
+def count_score_dims(c: Columns) -> tuple[Array, Array]:
+    """Elements of a head that scores and results are made of."""
     query = np.where(c.is_latent > 0, c.qk_nope_dim + c.qk_rope_dim, c.head_dim)
     return query, np.where(c.is_latent > 0, c.v_head_dim, c.head_dim)
 
 
 def _attend_s(c: Columns, tokens: Array) -> tuple[Array, Array]:
     """Scores, softmax and weighted sum, forward and backward: fused where the plan says so."""
-    query, value = _score_dims(c)
+    query, value = count_score_dims(c)
     heads = c.heads / c.tp
     flops = 2.0 * tokens * c.sequence * heads * (query + value)
     kernel = np.where(c.attention == _FLASH, _FLASH_1_SPEED, 1.0)
@@ -142,8 +146,8 @@ def _attend_s(c: Columns, tokens: Array) -> tuple[Array, Array]:
     unfused = products + _move_s(c, _UNFUSED_SCORE_BYTES * scores, 3)
     unfused_backward = 2 * products + _move_s(c, _UNFUSED_SCORE_BYTES_BACKWARD * scores, 3)
     is_fused = c.attention > 0
-    forward = np.where(is_fused, fused + c.kernel_s, unfused)
-    return forward, np.where(is_fused, _BACKWARD_ATTENTION * fused + c.kernel_s, unfused_backward)
+    forward = np.where(is_fused, fused + _KERNEL_S, unfused)
+    return forward, np.where(is_fused, _BACKWARD_ATTENTION * fused + _KERNEL_S, unfused_backward)
 
 
 def _largest_power(value: Array) -> Array:
@@ -207,16 +211,16 @@ def _assemble(c: Columns, tokens: Array, mlp: tuple[Array, Array, Array], wide: 
     attention = _attention_products(c, tokens)
     forward, inputs, weights = (one + two for one, two in zip(attention, mlp, strict=True))
     score, score_backward = _attend_s(c, tokens)
-    query, _ = _score_dims(c)
+    query, _ = count_score_dims(c)
     elementwise = 22.0 * _shared_rows(c, tokens) * c.hidden + 2.0 * (wide + narrow)
     elementwise = elementwise + 8.0 * tokens * c.heads * query / c.tp
     operands = _cast_bytes(c, 2 * tokens * c.hidden + tokens * c.heads * query / c.tp + narrow)
-    fused = np.where(c.is_compiled > 0, 0.6, 1.0)
+    fused = np.where((c.is_compiled > 0) | (c.fuses_elementwise > 0), 1.0, _PLAIN_ELEMENTWISE)
     return LayerTime(
         matmul_s=forward,
         attention_s=score,
         memory_s=_move_s(c, fused * elementwise + operands, 8),
-        matmul_backward_s=inputs + weights,
+        matmul_backward_s=inputs + np.where(c.frozen_weights > 0, 0.0, weights),
         attention_backward_s=score_backward,
         memory_backward_s=_move_s(c, 1.5 * fused * elementwise + 1.5 * operands, 12),
         weight_gradient_s=weights,
@@ -238,6 +242,7 @@ def time_head(c: Columns) -> tuple[Array, Array]:
     words = c.vocabulary / c.tp
     wide = c.with_columns(operand_bytes=np.maximum(c.operand_bytes, 2.0))
     forward, inputs, weights = _product(wide, tokens, words, c.hidden)
+    weights = np.where(c.frozen_weights > 0, 0.0, weights)
     return forward + _move_s(c, 16.0 * tokens * words, 6), inputs + weights + _move_s(c, 12.0 * tokens * words, 4)
 
 
@@ -270,7 +275,8 @@ def time_optimizer(c: Columns) -> Array:
     group = np.where(c.shard_group > 0, c.shard_group, c.dp * c.cp)
     held = shared / np.where(is_sharded, group, 1.0) + experts / np.where(is_sharded, expert_dp, 1.0)
     touched = held * 30.0 + (shared + experts) * np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
-    return _move_s(c, touched, 10)
+    on_device = _move_s(c, touched, 10)
+    return np.where(c.frozen_weights > 0, 0.0, np.where(c.offloads_optimizer > 0, held * 16.0 / _HOST_LINK, on_device))
 
 
 def time_accumulation(c: Columns) -> Array:
@@ -278,5 +284,5 @@ def time_accumulation(c: Columns) -> Array:
     shared, experts = count_rank_parameters(c)
     element = np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
     moved = np.where(c.fuses_accumulation > 0, element, 2.0 + 2 * element)
-    is_repeated = (c.global_batch > c.dp * c.micro_batch_size) & (c.zero_stage < 3)
+    is_repeated = (c.global_batch > c.dp * c.micro_batch_size) & (c.zero_stage < 3) & (c.frozen_weights == 0)
     return np.where(is_repeated, (shared + experts) * moved / (c.memory_bandwidth * c.memory_fraction), 0.0)

@@ -4,7 +4,7 @@
 (`columns.py` says how). A step is
 
     m micro-batches on the busiest stage  +  the pipeline's fill and drain  +  what data parallelism could not hide
-    +  the optimizer  +  the wait for the slowest rank
+    +  the optimizer
 
 where a stage is its layers (operators by shape, `cost.py`), its embedding or head, and the messages between ranks
 (`collectives_cost.py`) that overlap leaves exposed. The closed form of the schedules equals the event by event
@@ -28,11 +28,12 @@ from deepseek.distributed.model_shape import ModelShape
 from deepseek.distributed.plan import Plan, validate
 
 _NONE, _SELECTIVE, _FULL = 0.0, 1.0, 2.0  # places in plan.RECOMPUTATIONS
+_SELECTED_MATMULS = 0.25  # of the products, where elementwise results and every other product are recomputed
 _TENSORS_PER_LAYER = 12.0  # weights and biases of a decoder layer with biases
 _ZERO_BUBBLE = 3.0  # place in plan.SCHEDULES
 TIME_ITEMS = (
     "matmul", "attention", "memory_bound", "recomputation", "head", "launch_wait", "tensor_parallel", "context_parallel",
-    "expert_parallel", "sharded_weights", "pipeline_messages", "pipeline_bubble", "data_parallel", "optimizer", "jitter",
+    "expert_parallel", "sharded_weights", "pipeline_messages", "pipeline_bubble", "data_parallel", "optimizer",
 )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _time_data_parallel(c: Columns) -> Array:
     hybrid = (c.zero_stage == 3) & (c.shard_group > 0) & (c.shard_group < c.dp)
     copies = collectives.place_group(c, np.where(hybrid, c.dp / np.maximum(c.shard_group, 1), 1.0), c.tp * np.maximum(c.shard_group, 1))
     across = collectives.all_reduce_s(c, gradient * shared / np.maximum(c.shard_group, 1), copies)
-    return np.where(hybrid, across, seconds)
+    return np.where(c.frozen_weights > 0, 0.0, np.where(hybrid, across, seconds))
 
 
 def predict_times(c: Columns) -> dict[str, Array]:
@@ -137,7 +138,8 @@ def predict_times(c: Columns) -> dict[str, Array]:
     accumulate = cost.time_accumulation(c) / np.ceil(c.layers / c.pp)
     tp, cp, ep = _time_tensor_parallel(c), _time_context_parallel(c), _time_expert_parallel(c)
     again = np.where(c.recomputation == _FULL, layer.forward_s, 0.0)
-    again = np.where((c.recomputation == _SELECTIVE) & (c.attention == 0), layer.attention_s, again)
+    light = np.where(c.attention == 0, layer.attention_s, layer.memory_s + _SELECTED_MATMULS * layer.matmul_s)
+    again = np.where(c.recomputation == _SELECTIVE, light, again)
     is_full = np.where(c.recomputation == _FULL, 1.0, 0.0)
     cp_forward = _exposed(c, cp, layer.attention_s)
     cp_backward = _exposed(c, 2 * cp, layer.attention_backward_s) + is_full * cp_forward
@@ -186,8 +188,6 @@ def predict_times(c: Columns) -> dict[str, Array]:
     beside = layers_on_busiest * backward
     items["data_parallel"] = np.where(c.overlaps_gradients > 0, _exposed(c, data, beside), data)
     items["optimizer"] = cost.time_optimizer(c)
-    total = np.sum(np.broadcast_arrays(*items.values()), axis=0)
-    items["jitter"] = total * c.jitter_fraction * np.log2(np.maximum(c.num_nodes, 1.0))
     return items
 
 

@@ -179,7 +179,7 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
         virtual_stages=stages,
         sequence_parallel=sequence_parallel,
         precision=_read_precision(reader),
-        shard_group=_read_shard_group(reader, dp),
+        frozen_weights="lora" in (row.get("model", "") + row.get("arch", "")).lower(),
         software=software,
     )
 
@@ -192,19 +192,14 @@ def _read_micro_batch(reader: _Reader, dp: int) -> int:
 
 def _read_zero(reader: _Reader, is_old: bool) -> int:
     text, fsdp = reader.row.get("zero_stage", ""), reader.row.get("fsdp", "").upper()
-    if "FULL" in fsdp or "FSDP" in fsdp or "fsdp" in reader.row.get("notes", "").lower():
-        return 3
     if "SHARD_GRAD_OP" in fsdp:
         return 2
-    if text and (text != "0" or is_old):
+    if "FULL" in fsdp or "FSDP" in fsdp or "fsdp" in reader.row.get("notes", "").lower():
+        return 3
+    if text in ("0", "1", "2", "3"):
         return int(text)
+    reader.assume("ZeRO 0" if is_old else "ZeRO 1")
     return 0 if is_old else 1
-
-
-def _read_shard_group(reader: _Reader, dp: int) -> int:
-    found = re.search(r"fsdp=(\d+)\+dp", reader.row.get("notes", "").lower())
-    size = int(found[1]) if found else 0
-    return size if size and dp % size == 0 and size < dp else 0
 
 
 def _read_recomputation(reader: _Reader) -> Recomputation:
@@ -213,8 +208,6 @@ def _read_recomputation(reader: _Reader) -> Recomputation:
         return "full"
     if text.startswith("selective"):
         return "selective"
-    if not text:
-        reader.assume("no recomputation")
     return "none"
 
 
@@ -240,8 +233,17 @@ def read_run(row: Mapping[str, str]) -> Run:
     model = _read_model(reader)
     cluster = _read_cluster(reader)
     plan = _read_plan(reader, model, cluster)
-    batch = reader.count("gbs")
-    return Run(model, cluster, plan, batch, tuple(reader.assumed))
+    run = Run(model, cluster, plan, reader.count("gbs"))
+    if not reader.row.get("act_ckpt"):
+        run = _assume_recomputation(reader, run)
+    return replace(run, assumptions=tuple(reader.assumed))
+
+
+def _assume_recomputation(reader: _Reader, run: Run) -> Run:
+    """Nothing is recomputed where the plan fits so, as everybody prefers; else all of it."""
+    is_over = bool(predict_columns(stack_runs([run]))[2][0])
+    reader.assume("full recomputation, for memory" if is_over else "no recomputation")
+    return replace(run, plan=replace(run.plan, recomputation="full")) if is_over else run
 
 
 def predict_runs(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
@@ -30,7 +30,12 @@ class Software:
     `overlaps_tensors`        tensor-parallel exchange runs beside the products
     `splits_messages`         a stage sends each tensor rank's part only (scatter-gather, arXiv:2104.04473, 4.1)
     `fuses_accumulation`      weight gradients are added into the buffer by the product itself
+    `fuses_elementwise`       norms, biases, activations and residuals in few kernels; else one kernel each
     `has_fp32_gradients`      gradients are kept and reduced in 4 bytes
+    `regathers_inputs`        sequence-parallel inputs are kept in parts and gathered again for the backward pass
+    `logit_bytes`             memory of one logit from head to gradient: 10 in plain 32 bit steps, 6 with one copy, 4 in a
+                              fused kernel, 0 in chunks
+    `offloads_optimizer`      Adam's state and step live in the host's memory
     `gathers_layers`          sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
     """
 
@@ -40,7 +45,11 @@ class Software:
     overlaps_tensors: bool = False
     splits_messages: bool = True
     fuses_accumulation: bool = True
+    fuses_elementwise: bool = True
     has_fp32_gradients: bool = True
+    regathers_inputs: bool = True
+    logit_bytes: float = 6.0
+    offloads_optimizer: bool = False
     gathers_layers: bool = True
 
     def __post_init__(self) -> None:
@@ -50,8 +59,8 @@ class Software:
 
 
 _UNFUSED = Software(attention="unfused", overlaps_gradients=False, fuses_accumulation=False, has_fp32_gradients=False)
-_DEEPSPEED = replace(_UNFUSED, splits_messages=False, gathers_layers=False)
-_NVIDIA = Software(attention="flash3", is_compiled=False, overlaps_tensors=True)
+_DEEPSPEED = replace(_UNFUSED, gathers_layers=False)
+_NVIDIA = Software(attention="flash3", overlaps_tensors=True, has_fp32_gradients=False)
 _XLA = Software(attention="flash3", is_compiled=True, fuses_accumulation=True)
 SOFTWARE: dict[str, Software] = {
     "Megatron-LM 2021": _UNFUSED,
@@ -59,9 +68,23 @@ SOFTWARE: dict[str, Software] = {
     "Megatron-LM": Software(),
     "NeMo": _NVIDIA,
     "XLA": _XLA,
-    "torchtitan": Software(fuses_accumulation=False, has_fp32_gradients=True),
-    "nanotron": Software(overlaps_gradients=False, fuses_accumulation=False),
-    "llm-foundry": Software(attention="flash", fuses_accumulation=False, has_fp32_gradients=False),
+    "torchtitan": Software(
+        fuses_accumulation=False, fuses_elementwise=False, regathers_inputs=False, logit_bytes=10.0
+    ),
+    "nanotron": Software(
+        overlaps_gradients=False,
+        fuses_accumulation=False,
+        fuses_elementwise=False,
+        regathers_inputs=False,
+        logit_bytes=10.0,
+    ),
+    "llm-foundry": Software(
+        attention="flash",
+        fuses_accumulation=False,
+        fuses_elementwise=False,
+        has_fp32_gradients=False,
+        logit_bytes=4.0,
+    ),
     "MegaScale": Software(overlaps_tensors=True),
     "modern": Software(),
 }
@@ -77,6 +100,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"zero-3.*|deepspeed", "DeepSpeed"),
     (r"megatron", "Megatron-LM"),
 )
+_GRAPHS_SINCE = (26, 6)  # NeMo's container with graphs of layers with experts, from its published times: a step, not a drift
 _FLASH_PAPER = 2206  # year and month after which published runs can have fused attention (arXiv:2205.14135)
 
 
@@ -96,7 +120,19 @@ def find_software(text: str) -> tuple[str, Software]:
     elif name in ("Megatron-LM", "modern") and is_old:
         name = "Megatron-LM 2021"
     found = SOFTWARE[name]
-    return name, replace(found, is_compiled=True) if re.search(r"\+compile|; compile| compile\b", words) else found
+    traits: dict[str, Any] = {
+        "is_compiled": found.is_compiled or _is_compiled(words),
+        "logit_bytes": 0.0 if "liger" in words else found.logit_bytes,
+        "offloads_optimizer": found.offloads_optimizer or bool(re.search(r"cpu-?\s?offload", words)),
+    }
+    return name, replace(found, **traits)
+
+
+def _is_compiled(words: str) -> bool:
+    """Whether `torch.compile` is named, or a release that records whole iterations as graphs."""
+    release = re.search(r"container (\d+)\.(\d+)", words)
+    is_recorded = release is not None and (int(release[1]), int(release[2])) >= _GRAPHS_SINCE
+    return is_recorded or bool(re.search(r"\+compile|; compile| compile\b", words))
 
 
 def _is_before_flash(words: str) -> bool:
