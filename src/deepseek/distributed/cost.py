@@ -22,12 +22,12 @@ from deepseek.distributed.columns import Array, Columns
 _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 _BACKWARD_ATTENTION = 2.5  # five products instead of two (Dao et al. 2022)
 _UNFUSED_SCORE_BYTES = 17.0  # bytes per score: product out, mask and softmax in and out, dropout in, out, mask, product in
-_UNFUSED_SCORE_BYTES_BACKWARD = 15.0
+_UNFUSED_SCORE_BYTES_BACKWARD = 17.0
 _UNFUSED, _FLASH, _FLASH_3 = 0.0, 1.0, 3.0  # places in software.ATTENTIONS
 _FLASH_1_SPEED = 0.55  # FlashAttention 1 relative to 2 (Dao 2023, arXiv:2307.08691, figures 4 to 7)
 _FLASH_3_SPEED = 1.75  # FlashAttention 3 relative to 2 on Hopper (Shah et al. 2024, arXiv:2407.08608)
 _KERNELS_FORWARD = 32.0  # of an unfused decoder layer; backward issues twice as many
-_KERNEL_S = 4e-6  # device time of a kernel that does nothing
+KERNEL_S = 4e-6  # device time of a kernel that does nothing
 _PLAIN_ELEMENTWISE = 1.6  # bytes of one kernel per operator, relative to fused ones
 _KERNELS_EXPERTS = 200.0  # routing, permuting and counting tokens
 _KERNELS_EXCHANGE = 4.0  # host work of one collective, in kernels
@@ -37,7 +37,10 @@ _ALIGNMENT = 8.0  # elements of 16 bit that one vector load takes
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Device seconds of one layer for one micro-batch; `kernels` counts launches of a forward pass."""
+    """Device seconds of one layer for one micro-batch; `kernels` counts launches of a forward pass.
+
+    `last_matmul_s` is the part of `matmul_s` whose result only the next layer needs.
+    """
 
     matmul_s: Array
     attention_s: Array
@@ -46,6 +49,7 @@ class LayerTime:
     attention_backward_s: Array
     memory_backward_s: Array
     weight_gradient_s: Array
+    last_matmul_s: Array
     kernels: Array
 
     @property
@@ -83,7 +87,7 @@ def multiply_s(c: Columns, m: Array, n: Array, k: Array, count: Array | float = 
         best = seconds if best is None else np.minimum(best, seconds)
     assert best is not None
     moved = (element * (m * k + k * n) + 2.0 * m * n) * count
-    return np.maximum(best, moved / (c.memory_bandwidth * c.memory_fraction)) + _KERNEL_S
+    return np.maximum(best, moved / (c.memory_bandwidth * c.memory_fraction)) + KERNEL_S
 
 
 def _product(c: Columns, m: Array, n: Array, k: Array, count: Array | float = 1.0) -> tuple[Array, Array, Array]:
@@ -98,7 +102,7 @@ def _sum(products: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Arra
 
 
 def _move_s(c: Columns, num_bytes: Array, kernels: float) -> Array:
-    return num_bytes / (c.memory_bandwidth * c.memory_fraction) + kernels * _KERNEL_S
+    return num_bytes / (c.memory_bandwidth * c.memory_fraction) + kernels * KERNEL_S
 
 
 def _attention_products(c: Columns, tokens: Array) -> tuple[Array, Array, Array]:
@@ -146,8 +150,8 @@ def _attend_s(c: Columns, tokens: Array) -> tuple[Array, Array]:
     unfused = products + _move_s(c, _UNFUSED_SCORE_BYTES * scores, 3)
     unfused_backward = 2 * products + _move_s(c, _UNFUSED_SCORE_BYTES_BACKWARD * scores, 3)
     is_fused = c.attention > 0
-    forward = np.where(is_fused, fused + _KERNEL_S, unfused)
-    return forward, np.where(is_fused, _BACKWARD_ATTENTION * fused + _KERNEL_S, unfused_backward)
+    forward = np.where(is_fused, fused + KERNEL_S, unfused)
+    return forward, np.where(is_fused, _BACKWARD_ATTENTION * fused + KERNEL_S, unfused_backward)
 
 
 def _largest_power(value: Array) -> Array:
@@ -170,8 +174,9 @@ def time_dense_layer(c: Columns) -> LayerTime:
     """One layer with a dense MLP."""
     tokens = count_tokens(c)
     ffn = np.maximum(c.ffn, 1.0) / c.tp
-    mlp = _sum([_product(c, tokens, ffn * (1 + c.gated), c.hidden), _product(c, tokens, c.hidden, ffn)])
-    return _assemble(c, tokens, mlp, tokens * ffn * (1 + c.gated), tokens * ffn)
+    last = _product(c, tokens, c.hidden, ffn)
+    mlp = _sum([_product(c, tokens, ffn * (1 + c.gated), c.hidden), last])
+    return _assemble(c, tokens, mlp, tokens * ffn * (1 + c.gated), tokens * ffn, last[0])
 
 
 def time_expert_layer(c: Columns) -> LayerTime:
@@ -183,17 +188,18 @@ def time_expert_layer(c: Columns) -> LayerTime:
     each = rows / local
     shared = c.shared_experts * np.maximum(c.expert_ffn, 1.0) / c.tp
     always = np.where(shared > 0, 1.0, 1e-9)
+    last = _product(c, each, c.hidden, ffn, local)
     mlp = _sum(
         [
             _product(c, each, ffn * (1 + c.gated), c.hidden, local),
-            _product(c, each, c.hidden, ffn, local),
+            last,
             _product(c, tokens, np.maximum(shared, 1.0) * (1 + c.gated), c.hidden, always),
             _product(c, tokens, c.hidden, np.maximum(shared, 1.0), always),
             _product(c, tokens, np.maximum(c.experts, 1.0), c.hidden),
         ]
     )
     middle = rows * ffn + tokens * shared
-    layer = _assemble(c, tokens, mlp, middle * (1 + c.gated), middle)
+    layer = _assemble(c, tokens, mlp, middle * (1 + c.gated), middle, last[0])
     permuted = _move_s(c, 12.0 * rows * c.hidden, 6)
     return LayerTime(
         layer.matmul_s,
@@ -203,11 +209,14 @@ def time_expert_layer(c: Columns) -> LayerTime:
         layer.attention_backward_s,
         layer.memory_backward_s + permuted,
         layer.weight_gradient_s,
+        layer.last_matmul_s,
         layer.kernels + _KERNELS_EXPERTS,
     )
 
 
-def _assemble(c: Columns, tokens: Array, mlp: tuple[Array, Array, Array], wide: Array, narrow: Array) -> LayerTime:
+def _assemble(
+    c: Columns, tokens: Array, mlp: tuple[Array, Array, Array], wide: Array, narrow: Array, last: Array
+) -> LayerTime:
     attention = _attention_products(c, tokens)
     forward, inputs, weights = (one + two for one, two in zip(attention, mlp, strict=True))
     score, score_backward = _attend_s(c, tokens)
@@ -224,6 +233,7 @@ def _assemble(c: Columns, tokens: Array, mlp: tuple[Array, Array, Array], wide: 
         attention_backward_s=score_backward,
         memory_backward_s=_move_s(c, 1.5 * fused * elementwise + 1.5 * operands, 12),
         weight_gradient_s=weights,
+        last_matmul_s=last,
         kernels=_KERNELS_FORWARD + 2 * _KERNELS_EXCHANGE * (c.tp > 1) + _KERNELS_EXCHANGE * (c.zero_stage == 3),
     )
 

@@ -23,10 +23,10 @@ from deepseek.distributed.software import SOFTWARE, Software
 Recomputation = Literal["none", "selective", "full"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "fp4"]
-RECOMPUTATIONS: tuple[str, ...] = get_args(Recomputation)
+RECOMPUTATIONS: tuple[Recomputation, ...] = get_args(Recomputation)
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-_CHOICES = {"recomputation": RECOMPUTATIONS, "schedule": SCHEDULES, "precision": PRECISIONS}
+_CHOICES: dict[str, tuple[str, ...]] = {"recomputation": RECOMPUTATIONS, "schedule": SCHEDULES, "precision": PRECISIONS}
 _COUNTS = ("tp", "pp", "dp", "ep", "cp", "etp", "micro_batch_size", "virtual_stages")
 
 

@@ -98,7 +98,10 @@ def _time_expert_parallel(c: Columns) -> Array:
 
 
 def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
-    """Gathering one layer's weights, and scattering its gradients, under ZeRO 3."""
+    """Gathering one layer's weights, and scattering its gradients, under ZeRO 3.
+
+    Tensor by tensor, what arrives is copied out of the receiving buffer with one kernel per rank.
+    """
     shared, experts = cost.count_rank_parameters(c)
     layers = np.ceil(c.layers / c.pp)
     ranks = np.where(c.shard_group > 0, c.shard_group, c.dp * c.cp)
@@ -106,7 +109,8 @@ def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
     pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER)
     weights = (shared + experts) / (layers * pieces)
     gradient = np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
-    gather = pieces * collectives.scatter_reduce_s(c, 2.0 * weights, group)
+    copies = np.where(c.gathers_layers > 0, 0.0, ranks * cost.KERNEL_S)
+    gather = pieces * (collectives.scatter_reduce_s(c, 2.0 * weights, group) + copies)
     scatter = pieces * collectives.scatter_reduce_s(c, gradient * weights, group)
     is_sharded = c.zero_stage == 3
     return np.where(is_sharded, gather, 0.0), np.where(is_sharded, scatter, 0.0)
@@ -121,7 +125,9 @@ def _time_data_parallel(c: Columns) -> Array:
     expert_group = collectives.place_group(c, expert_dp, c.ep * c.etp)
     reduce = collectives.all_reduce_s(c, gradient * shared, group)
     reduce = reduce + collectives.all_reduce_s(c, gradient * experts, expert_group)
-    split = collectives.scatter_reduce_s(c, gradient * shared, group) + collectives.scatter_reduce_s(c, 2.0 * shared, group)
+    pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER * np.ceil(c.layers / c.pp))
+    split = collectives.scatter_reduce_s(c, gradient * shared / pieces, group)
+    split = pieces * (split + collectives.scatter_reduce_s(c, 2.0 * shared / pieces, group))
     split = split + collectives.scatter_reduce_s(c, gradient * experts, expert_group)
     split = split + collectives.scatter_reduce_s(c, 2.0 * experts, expert_group)
     seconds = np.where(c.zero_stage == 0, reduce, np.where(c.zero_stage < 3, split, 0.0))
@@ -137,7 +143,8 @@ def predict_times(c: Columns) -> dict[str, Array]:
     micro_batches = np.maximum(c.global_batch / (c.dp * c.micro_batch_size), 1.0)
     accumulate = cost.time_accumulation(c) / np.ceil(c.layers / c.pp)
     tp, cp, ep = _time_tensor_parallel(c), _time_context_parallel(c), _time_expert_parallel(c)
-    again = np.where(c.recomputation == _FULL, layer.forward_s, 0.0)
+    spared = np.where(c.stops_recomputing > 0, layer.last_matmul_s, 0.0)
+    again = np.where(c.recomputation == _FULL, layer.forward_s - spared, 0.0)
     light = np.where(c.attention == 0, layer.attention_s, layer.memory_s + _SELECTED_MATMULS * layer.matmul_s)
     again = np.where(c.recomputation == _SELECTIVE, light, again)
     is_full = np.where(c.recomputation == _FULL, 1.0, 0.0)
@@ -147,7 +154,8 @@ def predict_times(c: Columns) -> dict[str, Array]:
     forward = layer.forward_s + tp + cp_forward + ep
     backward = layer.backward_s + accumulate + again + (1 + is_full) * (tp + ep) + cp_backward
     shard_forward = np.where(c.gathers_layers > 0, _exposed(c, gather, forward), gather)
-    shard_backward = np.where(c.gathers_layers > 0, _exposed(c, gather + scatter, backward), gather + scatter)
+    waited = gather * (1 + is_full) + scatter
+    shard_backward = np.where(c.gathers_layers > 0, _exposed(c, gather + scatter, backward), waited)
     host_forward = np.where(c.is_compiled > 0, 0.3, 1.0) * layer.kernels * c.launch_s
     wait_forward = np.maximum(host_forward - forward - shard_forward, 0.0)
     wait_backward = np.maximum((1 + is_full) * host_forward - backward - shard_backward, 0.0)
@@ -175,6 +183,11 @@ def predict_times(c: Columns) -> dict[str, Array]:
     is_last = last > middle
     layers_on_busiest = np.where((c.pp == 1) | is_last, in_last, slots)
     head_on_busiest = np.where((c.pp == 1) | is_last, head, 0.0)
+    share = (c.layers * layer_s + head) / c.pp
+    even = np.maximum(np.ceil(share / layer_s - 1e-9), 1.0)
+    is_balanced = (c.balances_stages > 0) & (c.pp > 1)
+    layers_on_busiest = np.where(is_balanced, even, layers_on_busiest)
+    head_on_busiest = np.where(is_balanced, 0.0, head_on_busiest)
     busiest = layers_on_busiest * layer_s + head_on_busiest + message
     everything = c.layers * layer_s + head + c.pp * message
     weight = slots * layer.weight_gradient_s

@@ -18,7 +18,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.distributed.cluster import Accelerator, Cluster, get_accelerator
 from deepseek.distributed.columns import Columns, describe_case, stack_cases
 from deepseek.distributed.model_shape import ModelShape, load_model_shapes
-from deepseek.distributed.plan import Plan, Precision, Recomputation, Schedule
+from deepseek.distributed.plan import RECOMPUTATIONS, Plan, Precision, Recomputation, Schedule
 from deepseek.distributed.predict import predict_columns
 from deepseek.distributed.software import find_software
 
@@ -240,10 +240,12 @@ def read_run(row: Mapping[str, str]) -> Run:
 
 
 def _assume_recomputation(reader: _Reader, run: Run) -> Run:
-    """Nothing is recomputed where the plan fits so, as everybody prefers; else all of it."""
-    is_over = bool(predict_columns(stack_runs([run]))[2][0])
-    reader.assume("full recomputation, for memory" if is_over else "no recomputation")
-    return replace(run, plan=replace(run.plan, recomputation="full")) if is_over else run
+    """The least recomputation with which the plan fits, as everybody prefers."""
+    tried = [replace(run, plan=replace(run.plan, recomputation=each)) for each in RECOMPUTATIONS]
+    is_over = predict_columns(stack_runs(tried))[2]
+    chosen = next((each for each, over in zip(tried, is_over, strict=True) if not over), tried[-1])
+    reader.assume(f"{chosen.plan.recomputation} recomputation")
+    return chosen
 
 
 def predict_runs(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:

@@ -32,11 +32,13 @@ class Software:
     `fuses_accumulation`      weight gradients are added into the buffer by the product itself
     `fuses_elementwise`       norms, biases, activations and residuals in few kernels; else one kernel each
     `has_fp32_gradients`      gradients are kept and reduced in 4 bytes
+    `stops_recomputing`       recomputation ends at the last tensor that backward needs, so a layer's last product is spared
     `regathers_inputs`        sequence-parallel inputs are kept in parts and gathered again for the backward pass
     `logit_bytes`             memory of one logit from head to gradient: 10 in plain 32 bit steps, 6 with one copy, 4 in a
                               fused kernel, 0 in chunks
     `offloads_optimizer`      Adam's state and step live in the host's memory
     `gathers_layers`          sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
+    `balances_stages`         the output head counts as work when layers are dealt to stages
     """
 
     attention: Attention = "flash2"
@@ -47,10 +49,12 @@ class Software:
     fuses_accumulation: bool = True
     fuses_elementwise: bool = True
     has_fp32_gradients: bool = True
+    stops_recomputing: bool = False
     regathers_inputs: bool = True
     logit_bytes: float = 6.0
     offloads_optimizer: bool = False
     gathers_layers: bool = True
+    balances_stages: bool = False
 
     def __post_init__(self) -> None:
         """Refuse an attention kernel that nobody has written."""
@@ -61,15 +65,20 @@ class Software:
 _UNFUSED = Software(attention="unfused", overlaps_gradients=False, fuses_accumulation=False, has_fp32_gradients=False)
 _DEEPSPEED = replace(_UNFUSED, gathers_layers=False)
 _NVIDIA = Software(attention="flash3", overlaps_tensors=True, has_fp32_gradients=False)
-_XLA = Software(attention="flash3", is_compiled=True, fuses_accumulation=True)
+_XLA = Software(attention="flash3", is_compiled=True, stops_recomputing=True)
 SOFTWARE: dict[str, Software] = {
     "Megatron-LM 2021": _UNFUSED,
+    "Megatron-LM 2022": replace(_UNFUSED, fuses_accumulation=True),
     "DeepSpeed 2021": _DEEPSPEED,
     "Megatron-LM": Software(),
     "NeMo": _NVIDIA,
     "XLA": _XLA,
     "torchtitan": Software(
-        fuses_accumulation=False, fuses_elementwise=False, regathers_inputs=False, logit_bytes=10.0
+        fuses_accumulation=False,
+        fuses_elementwise=False,
+        stops_recomputing=True,
+        regathers_inputs=False,
+        logit_bytes=10.0,
     ),
     "nanotron": Software(
         overlaps_gradients=False,
@@ -77,12 +86,15 @@ SOFTWARE: dict[str, Software] = {
         fuses_elementwise=False,
         regathers_inputs=False,
         logit_bytes=10.0,
+        gathers_layers=False,
+        balances_stages=True,
     ),
     "llm-foundry": Software(
         attention="flash",
         fuses_accumulation=False,
         fuses_elementwise=False,
         has_fp32_gradients=False,
+        stops_recomputing=True,
         logit_bytes=4.0,
     ),
     "MegaScale": Software(overlaps_tensors=True),
@@ -101,6 +113,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"megatron", "Megatron-LM"),
 )
 _GRAPHS_SINCE = (26, 6)  # NeMo's container with graphs of layers with experts, from its published times: a step, not a drift
+_FUSED_ACCUMULATION = 2202  # year and month since which Megatron-LM adds weight gradients inside the product
 _FLASH_PAPER = 2206  # year and month after which published runs can have fused attention (arXiv:2205.14135)
 
 
@@ -114,11 +127,11 @@ def find_software(text: str) -> tuple[str, Software]:
     """
     words = text.lower()
     name = next((name for pattern, name in _PATTERNS if re.search(pattern, words)), "modern")
-    is_old = _is_before_flash(words)
+    date = _find_date(words)
     if name == "DeepSpeed":
-        name = "DeepSpeed 2021" if is_old else "modern"
-    elif name in ("Megatron-LM", "modern") and is_old:
-        name = "Megatron-LM 2021"
+        name = "DeepSpeed 2021" if date < _FLASH_PAPER else "modern"
+    elif name in ("Megatron-LM", "modern") and date < _FLASH_PAPER:
+        name = "Megatron-LM 2021" if date < _FUSED_ACCUMULATION else "Megatron-LM 2022"
     found = SOFTWARE[name]
     traits: dict[str, Any] = {
         "is_compiled": found.is_compiled or _is_compiled(words),
@@ -135,8 +148,8 @@ def _is_compiled(words: str) -> bool:
     return is_recorded or bool(re.search(r"\+compile|; compile| compile\b", words))
 
 
-def _is_before_flash(words: str) -> bool:
+def _find_date(words: str) -> int:
+    """Year and month of the newest paper or year that is named, as in arXiv numbers; 9999 without any."""
     papers = [int(each) for each in re.findall(r"(?<!\d)(\d{4})\.\d{5}", words)]
     years = [int(each) for each in re.findall(r"(?<!\d)(20[12]\d)(?!\d)", words)]
-    dates = [*papers, *(each % 100 * 100 + 1 for each in years)]
-    return bool(dates) and max(dates) < _FLASH_PAPER
+    return max([*papers, *(each % 100 * 100 + 1 for each in years)], default=9999)
