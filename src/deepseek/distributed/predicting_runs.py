@@ -143,7 +143,7 @@ def _read_cluster(reader: _Reader) -> Cluster:
 
 # The host's processor moves every packet of Omni-Path. BigScience's all-reduce benchmark got 5.1 and 6.8 GB/s out of a node
 # with four cards of 12.5 GB/s (10 and 14 %); several groups at once get more out of them.
-_OMNI_PATH_SHARE = 0.3
+_OMNI_PATH_SHARE = 0.2
 
 
 def _read_network(reader: _Reader, per_node: int) -> float | None:
