@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deepseek.distributed.cluster import Cluster
 from deepseek.distributed.constants import NAMES, Constants, get_constants
-from deepseek.distributed.model_shape import ModelShape
+from deepseek.distributed.model_shape import ModelShape, OperatorList
 from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan
 from deepseek.distributed.software import ATTENTIONS
 
@@ -116,6 +116,18 @@ def describe_case(model: ModelShape, cluster: Cluster, plan: Plan, global_batch:
         **describe_cluster(cluster, plan.precision),
         **describe_constants(get_constants(family)),
         **describe_plan(plan),
+        "global_batch": float(global_batch),
+    }
+
+
+def describe_operators(model: OperatorList, cluster: Cluster, plan: Plan, global_batch: int) -> dict[str, float]:
+    """Everything one prediction of a traced list needs, by column; its sizes stay in the list."""
+    family = cluster.nodes[0].accelerator.family
+    return {
+        **describe_cluster(cluster, plan.precision),
+        **describe_constants(get_constants(family)),
+        **describe_plan(plan),
+        "num_parameters": float(model.num_parameters),
         "global_batch": float(global_batch),
     }
 
