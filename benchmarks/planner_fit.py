@@ -3,12 +3,12 @@
     python -m benchmarks.planner_fit            fit every family, print what to write into constants.py, and the errors
     python -m benchmarks.planner_fit --quick    every tenth row
 
-The runs (`data/planner_runs.csv`) and collectives (`data/planner_collectives.csv`) are plain figures with their sources.
-A family's ten constants of time are fitted to the logarithm of predicted over measured, by Gauss-Newton steps with
-numerical derivatives inside physical bounds; a Cauchy loss keeps a source whose runs contradict the rest from pulling
-everybody. Each source weighs a little more than the root of its number of rows. The two constants of memory are chosen
-on a grid: smallest mean error among those that reject no run that happened. One fit takes about a second, because all
-runs are one table (`deepseek.distributed.columns`).
+The runs (`data/planner_runs.csv`) and collectives (`data/planner_collectives.csv`) are plain figures with their
+sources. A family's ten constants of time are fitted to the logarithm of predicted over measured, by Gauss-Newton
+steps with numerical derivatives inside physical bounds; a Cauchy loss keeps a source whose runs contradict the rest
+from pulling everybody. Each source weighs a little more than the root of its number of rows. The two constants of
+memory are chosen on a grid: smallest mean error among those that reject no run that happened. One fit takes about a
+second, because all runs are one table (`deepseek.distributed.columns`).
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ def fit(problem: Problem, start: Constants, steps: int = 14) -> Array:
     residuals = problem.residuals(theta)
     best = score(residuals, theta)
     for _ in range(steps):
-        slopes = np.stack([(problem.residuals(theta + 0.02 * unit) - residuals) / 0.02 for unit in np.eye(len(theta))], 1)
+        slopes = np.stack(
+            [(problem.residuals(theta + 0.02 * unit) - residuals) / 0.02 for unit in np.eye(len(theta))], 1
+        )
         robust = weights / (1 + (residuals / scales) ** 2)
         curvature = slopes.T @ (slopes * robust[:, None]) + PRIOR_WEIGHT / PRIOR_SCALE**2 * np.eye(len(theta))
         gradient = slopes.T @ (robust * residuals) + PRIOR_WEIGHT * (theta - prior) / PRIOR_SCALE**2
@@ -236,7 +238,9 @@ def fit_memory(runs: Sequence[MeasuredRun], start: Constants) -> tuple[float, fl
 
     def judge(pair: tuple[float, float]) -> tuple[int, float]:
         needed, possible = (_measure(table, pair) for table in tables)
-        error = float(np.median(np.abs(needed / measured - 1)) + np.mean(np.minimum(np.abs(needed / measured - 1), 0.5)))
+        error = float(
+            np.median(np.abs(needed / measured - 1)) + np.mean(np.minimum(np.abs(needed / measured - 1), 0.5))
+        )
         return int(np.sum(possible > tables[1].device_memory_bytes)), error
 
     return min(((one, two) for one in COMMUNICATOR_BYTES for two in FRAGMENTATION), key=judge)

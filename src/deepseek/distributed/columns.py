@@ -1,8 +1,8 @@
 """Many predictions at once: every size of model, cluster and plan as an array with one entry per case.
 
-The formulas of `cost`, `collectives_cost`, `memory` and `predict` are written once, on these columns: a single prediction
-is a table of one row, the search a table of 10**5 rows over one model, the fit a table of all published runs. Arrays
-broadcast, so a column that is the same for all cases has length 1.
+The formulas of `cost`, `collectives_cost`, `memory` and `predict` are written once, on these columns: a single
+prediction is a table of one row, the search a table of 10**5 rows over one model, the fit a table of all published
+runs. Arrays broadcast, so a column that is the same for all cases has length 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan
 from deepseek.distributed.software import ATTENTIONS
 
 Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 MODEL_COLUMNS = (
     "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocabulary", "sequence", "experts", "top_k",
@@ -31,8 +32,9 @@ PLAN_COLUMNS = (
     "shard_group", "frozen_weights",
 )  # fmt: skip
 SOFTWARE_COLUMNS = (
-    "is_compiled", "overlaps_gradients", "overlaps_tensors", "splits_messages", "fuses_accumulation", "fuses_elementwise",
-    "has_fp32_gradients", "stops_recomputing", "regathers_inputs", "logit_bytes", "offloads_optimizer", "gathers_layers", "balances_stages",
+    "is_compiled", "overlaps_gradients", "overlaps_tensors", "splits_messages", "fuses_accumulation",
+    "fuses_elementwise", "has_fp32_gradients", "stops_recomputing", "regathers_inputs", "logit_bytes",
+    "offloads_optimizer", "gathers_layers", "balances_stages",
 )  # fmt: skip
 # Bytes of one element of a matrix operand as it is read by the matrix units.
 OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}

@@ -1,9 +1,9 @@
 """The twelve numbers that no datasheet prints: what share of a peak is reached, and what the first byte costs.
 
-Each has a physical meaning and a unit, and one value per family of accelerators; every run on that family is predicted
-with it, whoever measured it. `benchmarks/planner_fit.py` finds them on published runs, leaving out one source at a time,
-and `benchmarks/planner.py` reports the errors on the sources that were left out. Families without published runs take
-the value of the nearest family (`ada` and `other` from `ampere`, `cdna` from `hopper`).
+Each has a physical meaning and a unit, and one value per family of accelerators; every run on that family is
+predicted with it, whoever measured it. `benchmarks/planner_fit.py` finds them on published runs, leaving out one
+source at a time, and `benchmarks/planner.py` reports the errors on the sources that were left out. Families without
+published runs take the value of the nearest family (`ada` and `other` from `ampere`, `cdna` from `hopper`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _VOLTA = Constants(
     network_fraction=0.65,
     collective_s=2.659e-05,
     exposed_fraction=0.3,
-    communicator_bytes=8e+08,
+    communicator_bytes=8e08,
     fragmentation_fraction=0.05,
 )
 _AMPERE = Constants(
@@ -70,7 +70,7 @@ _AMPERE = Constants(
     network_fraction=0.98,
     collective_s=6.393e-05,
     exposed_fraction=0.8703,
-    communicator_bytes=2e+09,
+    communicator_bytes=2e09,
     fragmentation_fraction=0.02,
 )
 _HOPPER = Constants(
@@ -84,7 +84,7 @@ _HOPPER = Constants(
     network_fraction=0.8135,
     collective_s=3.318e-05,
     exposed_fraction=0.3752,
-    communicator_bytes=1.2e+09,
+    communicator_bytes=1.2e09,
     fragmentation_fraction=0.05,
 )
 _BLACKWELL = Constants(
@@ -98,7 +98,7 @@ _BLACKWELL = Constants(
     network_fraction=0.98,
     collective_s=2.038e-05,
     exposed_fraction=0.5248,
-    communicator_bytes=8e+08,
+    communicator_bytes=8e08,
     fragmentation_fraction=0.05,
 )
 

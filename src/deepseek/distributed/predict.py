@@ -1,7 +1,7 @@
 """Seconds and bytes of one training step under a plan, before anything runs.
 
-`predict` prices one plan; `predict_columns` prices a whole table of them with the same formulas, fast enough for a search
-(`columns.py` says how). A step is
+`predict` prices one plan; `predict_columns` prices a whole table of them with the same formulas, fast enough for a
+search (`columns.py` says how). A step is
 
     m micro-batches on the busiest stage  +  the pipeline's fill and drain  +  what data parallelism could not hide
     +  the optimizer
@@ -41,7 +41,7 @@ TIME_ITEMS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """One step: seconds and worst-rank bytes, whole and by item; `timeline` holds the pipeline's events if asked for."""
+    """One step: seconds and worst-rank bytes, whole and by item; `timeline` holds the pipeline's events on demand."""
 
     step_time_s: float
     time_items_s: dict[str, float]
@@ -217,8 +217,8 @@ def _wait_for_shards(c: Columns, forward: Array, backward: Array, is_full: Array
 def _deal_stages(c: Columns, layer_s: Array) -> _Stages:
     """Layers and head of the busiest stage.
 
-    Where the depth does not divide, the first and last stages have fewer layers. The head is on the last stage, which is
-    the busiest if the head costs more than the layers it lacks; programs that balance stages deal it like layers.
+    Where the depth does not divide, the first and last stages have fewer layers. The head is on the last stage, which
+    is the busiest if the head costs more than the layers it lacks; programs that balance stages deal it like layers.
     """
     head = sum(cost.time_head(c)) + sum(cost.time_embedding(c)) * (c.pp == 1)
     slots = np.ceil(c.layers / (c.pp * c.virtual_stages)) * c.virtual_stages
@@ -347,7 +347,7 @@ def _measure_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
 
 
 def draw_timeline(model: ModelShape | OperatorList, cluster: Cluster, plan: Plan, global_batch: int) -> Timeline | None:
-    """The pipeline's events of one step, or `None` without a pipeline; stages are as uneven as layers and head make them.
+    """The pipeline's events of one step, or `None` without one; stages are as uneven as layers and head make them.
 
     >>> from deepseek.distributed.model_shape import get_model_shape
     >>> plan = Plan(tp=4, pp=2, micro_batch_size=1)
