@@ -200,8 +200,8 @@ def _time_stage_layer(c: Columns) -> _Layer:
         "sharded_weights": shard_forward + shard_backward,
     }
     all_forward = forward + shard_forward + wait_forward
-    share = all_forward / (all_forward + backward + shard_backward + wait_backward)
-    return _Layer(items, backward, layer.weight_gradient_s, share)
+    all_backward = backward + shard_backward + wait_backward
+    return _Layer(items, all_backward, layer.weight_gradient_s, all_forward / (all_forward + all_backward))
 
 
 def _wait_for_shards(c: Columns, forward: Array, backward: Array, is_full: Array) -> tuple[Array, Array]:
