@@ -38,7 +38,8 @@ def test_doubling_a_bandwidth_never_slows_a_step(plan, kind):
     cluster = cluster_for(plan)
     faster = scale_bandwidths(cluster, 2.0, kind)
     batch = 4 * plan.dp * plan.micro_batch_size
-    assert predict(SMALL, faster, plan, batch).step_time_s <= predict(SMALL, cluster, plan, batch).step_time_s
+    before = predict(SMALL, cluster, plan, batch).step_time_s
+    assert predict(SMALL, faster, plan, batch).step_time_s <= before * (1 + 1e-12)
 
 
 @given(PLANS)
