@@ -31,6 +31,7 @@ _FLASH_3_SPEED = 1.75  # FlashAttention 3 relative to 2 on Hopper (Shah et al. 2
 _KERNELS_FORWARD = 32.0  # of an unfused decoder layer; backward issues twice as many
 KERNEL_S = 4e-6  # device time of a kernel that does nothing
 _PLAIN_ELEMENTWISE = 1.6  # bytes of one kernel per operator, relative to fused ones
+_KERNELS_CAPACITY = 80.0  # the same where every expert has a fixed number of places
 _KERNELS_EXPERTS = 200.0  # routing, permuting and counting tokens
 _KERNELS_EXCHANGE = 4.0  # host work of one collective, in kernels
 _HOST_LINK = 2e10  # bytes/s between a device and the host's memory, where the optimizer may live
@@ -213,7 +214,7 @@ def time_expert_layer(c: Columns) -> LayerTime:
         layer.memory_backward_s + permuted,
         layer.weight_gradient_s,
         layer.last_matmul_s,
-        layer.kernels + _KERNELS_EXPERTS,
+        layer.kernels + np.where(c.counts_tokens > 0, _KERNELS_EXPERTS, _KERNELS_CAPACITY),
     )
 
 

@@ -32,6 +32,7 @@ _SELECTIVE, _FULL = 1.0, 2.0  # places in plan.RECOMPUTATIONS
 _ZERO_BUBBLE = 3.0  # place in plan.SCHEDULES
 _SELECTED_MATMULS = 0.25  # of the products, where elementwise results and every other product are recomputed
 _TENSORS_PER_LAYER = 12.0  # weights and biases of a decoder layer with biases
+_COUNTING_WAIT = 0.6  # of a layer's launches cannot be issued before the host knows the experts' token counts
 _COMPILED_LAUNCH = 0.3  # host time of a recorded or compiled kernel, relative to one issued from Python
 TIME_ITEMS = (
     "matmul", "attention", "memory_bound", "recomputation", "launch_wait", "tensor_parallel", "context_parallel",
@@ -186,8 +187,9 @@ def _time_stage_layer(c: Columns) -> _Layer:
     backward = layer.backward_s + accumulate + again + (1 + is_full) * (tp + ep) + cp_backward
     shard_forward, shard_backward = _wait_for_shards(c, forward, backward, is_full)
     host = np.where(c.is_compiled > 0, _COMPILED_LAUNCH, 1.0) * layer.kernels * c.launch_s
-    wait_forward = np.maximum(host - forward - shard_forward, 0.0)
-    wait_backward = np.maximum((1 + is_full) * host - backward - shard_backward, 0.0)
+    behind = np.where((c.counts_tokens > 0) & (c.is_compiled == 0), _COUNTING_WAIT * c.moe_layers / c.layers, 0.0)
+    wait_forward = np.maximum(host - forward - shard_forward, behind * host)
+    wait_backward = np.maximum((1 + is_full) * host - backward - shard_backward, is_full * behind * host)
     items = {
         "matmul": layer.matmul_s + layer.matmul_backward_s,
         "attention": layer.attention_s + layer.attention_backward_s,

@@ -28,7 +28,7 @@ MEASURED_COLUMNS = (
     "iter_time_s", "tokens_per_s_per_accel", "tflops_per_accel", "mfu_pct", "hfu_pct", "mem_gb", "oom",
 )  # fmt: skip
 PREDICTED_COLUMNS = ("predicted_iter_time_s", "predicted_mem_gb", "predicted_oom", "note")
-_READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "fsdp")
+_READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "fsdp", "accel", "model")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Software:
                               4 in a fused kernel, 0 in chunks
     `offloads_optimizer`      Adam's state and step live in the host's memory
     `gathers_layers`          sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
+    `counts_tokens`           the host waits for how many tokens each expert got (dropless); else capacities are fixed
     `balances_stages`         the output head counts as work when layers are dealt to stages
     """
 
@@ -52,6 +53,7 @@ class Software:
     logit_bytes: float = 6.0
     offloads_optimizer: bool = False
     gathers_layers: bool = True
+    counts_tokens: bool = True
     balances_stages: bool = False
 
     def __post_init__(self) -> None:
@@ -109,8 +111,8 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"zero-3.*|deepspeed", "DeepSpeed"),
     (r"megatron", "Megatron-LM"),
 )
-# Container since which NeMo's layers with experts run as recorded graphs. Read from a step in the times it publishes
-# for equal inputs, hence the one trait here that its source's rows told.
+# Container since which NeMo's layers with experts run as recorded graphs on Blackwell. Read from a step in the times
+# it publishes for equal inputs, hence the one trait here that its source's rows told.
 _GRAPHS_SINCE = (26, 6)
 _FUSED_ACCUMULATION = 2202  # year and month since which Megatron-LM adds weight gradients inside the product
 _FLASH_PAPER = 2206  # year and month after which published runs can have fused attention (arXiv:2205.14135)
@@ -134,6 +136,7 @@ def find_software(text: str) -> tuple[str, Software]:
     found = SOFTWARE[name]
     traits: dict[str, Any] = {
         "is_compiled": found.is_compiled or _is_compiled(words),
+        "counts_tokens": found.counts_tokens and "tokendrop" not in words,
         "logit_bytes": 0.0 if "liger" in words else found.logit_bytes,
         "offloads_optimizer": found.offloads_optimizer or bool(re.search(r"cpu-?\s?offload", words)),
     }
@@ -143,7 +146,8 @@ def find_software(text: str) -> tuple[str, Software]:
 def _is_compiled(words: str) -> bool:
     """Whether `torch.compile` is named, or a release that records whole iterations as graphs."""
     release = re.search(r"container (\d+)\.(\d+)", words)
-    is_recorded = release is not None and (int(release[1]), int(release[2])) >= _GRAPHS_SINCE
+    is_recent = release is not None and (int(release[1]), int(release[2])) >= _GRAPHS_SINCE
+    is_recorded = is_recent and bool(re.search(r"\bg?b[23]00\b", words))
     return is_recorded or bool(re.search(r"\+compile|; compile| compile\b", words))
 
 
