@@ -32,7 +32,7 @@ PLAN_COLUMNS = (
     "shard_group", "frozen_weights",
 )  # fmt: skip
 SOFTWARE_COLUMNS = (
-    "is_compiled", "overlaps_gradients", "overlaps_tensors", "splits_messages", "fuses_accumulation",
+    "is_compiled", "overlaps_gradients", "overlaps_tensors", "overlaps_input_gradients", "splits_messages", "fuses_accumulation",
     "fuses_elementwise", "has_fp32_gradients", "stops_recomputing", "regathers_inputs", "logit_bytes",
     "offloads_optimizer", "gathers_layers", "counts_tokens", "balances_stages",
 )  # fmt: skip

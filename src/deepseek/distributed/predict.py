@@ -184,7 +184,9 @@ def _time_stage_layer(c: Columns) -> _Layer:
     cp_forward = _exposed(c, cp, layer.attention_s)
     cp_backward = _exposed(c, 2 * cp, layer.attention_backward_s) + is_full * cp_forward
     forward = layer.forward_s + tp + cp_forward + ep
-    backward = layer.backward_s + accumulate + again + (1 + is_full) * (tp + ep) + cp_backward
+    beside = _exposed(c, tp, layer.weight_gradient_s)
+    tp_backward = is_full * tp + np.where(c.overlaps_input_gradients > 0, beside, tp)
+    backward = layer.backward_s + accumulate + again + tp_backward + (1 + is_full) * ep + cp_backward
     shard_forward, shard_backward = _wait_for_shards(c, forward, backward, is_full)
     host = np.where(c.is_compiled > 0, _COMPILED_LAUNCH, 1.0) * layer.kernels * c.launch_s
     behind = np.where((c.counts_tokens > 0) & (c.is_compiled == 0), _COUNTING_WAIT * c.moe_layers / c.layers, 0.0)
@@ -196,7 +198,7 @@ def _time_stage_layer(c: Columns) -> _Layer:
         "memory_bound": layer.memory_s + layer.memory_backward_s + accumulate,
         "recomputation": again,
         "launch_wait": wait_forward + wait_backward,
-        "tensor_parallel": (2 + is_full) * tp,
+        "tensor_parallel": tp + tp_backward,
         "context_parallel": cp_forward + cp_backward,
         "expert_parallel": (2 + is_full) * ep,
         "sharded_weights": shard_forward + shard_backward,

@@ -23,27 +23,30 @@ ATTENTIONS: tuple[str, ...] = get_args(Attention)
 class Software:
     """Traits of a training program.
 
-    `attention`               the kernel: scores in memory, or FlashAttention 1 (2022), 2 (2023), 3 or cuDNN (2024)
-    `is_compiled`             recorded or compiled kernels instead of one Python call each `overlaps_gradients`
-    data-parallel reduction runs beside the backward pass `overlaps_tensors`        tensor-parallel exchange runs
-    beside the products `splits_messages`         a stage sends each tensor rank's part only (scatter-gather,
-    arXiv:2104.04473, 4.1) `fuses_accumulation`      weight gradients are added into the buffer by the product itself
-    `fuses_elementwise`       norms, biases, activations and residuals in few kernels; else one kernel each
-    `has_fp32_gradients`      gradients are kept and reduced in 4 bytes `stops_recomputing`       recomputation ends
-    at the last tensor that backward needs; a layer's last product is spared `regathers_inputs`
-    sequence-parallel inputs are kept in parts and gathered again for the backward pass `logit_bytes`
-    memory of one logit from head to gradient: 10 in plain 32 bit steps, 6 with one copy,
-                              4 in a fused kernel, 0 in chunks
-    `offloads_optimizer`      Adam's state and step live in the host's memory
-    `gathers_layers`          sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
-    `counts_tokens`           the host waits for how many tokens each expert got (dropless); else capacities are fixed
-    `balances_stages`         the output head counts as work when layers are dealt to stages
+    `attention`                 scores in memory, or FlashAttention 1 (2022), 2 (2023), 3 or cuDNN (2024)
+    `is_compiled`               recorded or compiled kernels instead of one Python call each
+    `overlaps_gradients`        data-parallel reduction runs beside the backward pass
+    `overlaps_tensors`          tensor-parallel exchange runs beside the products
+    `overlaps_input_gradients`  only that of the backward pass does, beside the weight gradients
+    `splits_messages`           a stage sends each tensor rank's part only (scatter-gather, arXiv:2104.04473, 4.1)
+    `fuses_accumulation`        weight gradients are added into the buffer by the product itself
+    `fuses_elementwise`         norms, biases, activations and residuals in few kernels; else one kernel each
+    `has_fp32_gradients`        gradients are kept and reduced in 4 bytes
+    `stops_recomputing`         recomputation ends at the last tensor that backward needs: no last product of a layer
+    `regathers_inputs`          sequence-parallel inputs are kept in parts and gathered again for the backward pass
+    `logit_bytes`               memory of one logit from head to gradient: 10 in plain 32 bit steps, 6 with one copy,
+                                4 in a fused kernel, 0 in chunks
+    `offloads_optimizer`        Adam's state and step live in the host's memory
+    `gathers_layers`            sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
+    `counts_tokens`             the host waits for the experts' token counts (dropless); else capacities are fixed
+    `balances_stages`           the output head counts as work when layers are dealt to stages
     """
 
     attention: Attention = "flash2"
     is_compiled: bool = False
     overlaps_gradients: bool = True
     overlaps_tensors: bool = False
+    overlaps_input_gradients: bool = False
     splits_messages: bool = True
     fuses_accumulation: bool = True
     fuses_elementwise: bool = True
@@ -68,9 +71,9 @@ _NVIDIA = Software(attention="flash3", overlaps_tensors=True, has_fp32_gradients
 _XLA = Software(attention="flash3", is_compiled=True, stops_recomputing=True)
 SOFTWARE: dict[str, Software] = {
     "Megatron-LM 2021": _UNFUSED,
-    "Megatron-LM 2022": replace(_UNFUSED, fuses_accumulation=True),
+    "Megatron-LM 2022": replace(_UNFUSED, fuses_accumulation=True, overlaps_input_gradients=True),
     "DeepSpeed 2021": _DEEPSPEED,
-    "Megatron-LM": Software(),
+    "Megatron-LM": Software(overlaps_input_gradients=True),
     "NeMo": _NVIDIA,
     "XLA": _XLA,
     "torchtitan": Software(
