@@ -1,12 +1,13 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.cluster import Cluster, get_accelerator
-from deepseek.distributed.columns import describe_case, stack_cases
+from deepseek.distributed.columns import describe_case, spread_plans, stack_cases
 from deepseek.distributed.model_shape import ModelShape, OperatorCost, OperatorList, get_model_shape
 from deepseek.distributed.plan import Plan
 from deepseek.distributed.predict import TIME_ITEMS, predict, predict_columns, predict_times
@@ -129,8 +130,20 @@ def test_a_plan_that_cannot_run_is_refused_before_it_is_priced():
         predict(SMALL, Cluster.of("A100-SXM-80GB"), Plan(), 8)
 
 
+def test_a_table_spread_over_one_model_gets_the_answers_of_single_plans():
+    cluster = Cluster.of("A100-SXM-80GB")
+    sizes = [(1, 1, 8), (2, 1, 4), (2, 2, 2), (4, 2, 1), (1, 8, 1)]
+    varied = {name: np.array([float(size[place]) for size in sizes]) for place, name in enumerate(("tp", "pp", "dp"))}
+    seconds, needed, _ = predict_columns(spread_plans(SMALL, cluster, Plan(micro_batch_size=2), 64, varied))
+    for index, (tp, pp, dp) in enumerate(sizes):
+        answer = predict(SMALL, cluster, Plan(tp=tp, pp=pp, dp=dp, micro_batch_size=2), 64)
+        assert (seconds[index], needed[index]) == pytest.approx((answer.step_time_s, answer.memory_bytes), rel=1e-12)
+    with pytest.raises(ConfigError, match="did you mean 'micro_batch_size'"):
+        spread_plans(SMALL, cluster, Plan(), 64, {"micro_batches_size": np.ones(1)})
+
+
 def test_a_hundred_thousand_plans_are_one_table():
     plans = [Plan(tp=tp, pp=pp, dp=8 // (tp * pp), micro_batch_size=1) for tp, pp in ((1, 1), (2, 1), (2, 2), (4, 2))]
     one = stack_cases([describe_case(SMALL, Cluster.of("A100-SXM-80GB"), plan, 64) for plan in plans])
-    many = one.take(__import__("numpy").arange(100_000) % 4)
+    many = one.take(np.arange(100_000) % 4)
     assert sum(predict_times(many).values()).shape == (100_000,)

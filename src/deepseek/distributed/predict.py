@@ -57,9 +57,9 @@ class _Layer:
     """One average layer of a stage for one micro-batch: seconds by item, and by pass."""
 
     items: dict[str, Array]
+    forward_s: Array
     backward_s: Array
     weight_gradient_s: Array
-    forward_share: Array
 
     @property
     def both_s(self) -> Array:
@@ -112,7 +112,8 @@ def _time_expert_parallel(c: Columns) -> Array:
     domains = group.spread
     reached = domains * (1.0 - (1.0 - 1.0 / domains) ** np.maximum(c.top_k, 1.0)) * (1.0 - 1.0 / domains)
     remote = np.where(domains > 1, 2.0 * tokens * c.hidden * reached, 0.0)
-    return 2 * collectives.all_to_all_s(c, num_bytes, group, remote) * c.moe_layers / c.layers
+    exposed = np.where(c.overlaps_experts > 0, c.exposed_fraction, 1.0)
+    return 2 * collectives.all_to_all_s(c, num_bytes, group, remote) * exposed * c.moe_layers / c.layers
 
 
 def _count_gradient_bytes(c: Columns) -> Array:
@@ -137,8 +138,8 @@ def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
     return np.where(is_sharded, gather, 0.0), np.where(is_sharded, scatter, 0.0)
 
 
-def _time_data_parallel(c: Columns) -> Array:
-    """Gradients (and weights under ZeRO 1 and 2) once per step, before overlap."""
+def _time_data_parallel(c: Columns) -> tuple[Array, Array]:
+    """Reducing gradients, and gathering weights under ZeRO 1 and 2, once per step, before overlap."""
     shared, experts = cost.count_rank_parameters(c)
     gradient = _count_gradient_bytes(c)
     group = collectives.place_group(c, c.dp * c.cp, c.tp)
@@ -147,15 +148,15 @@ def _time_data_parallel(c: Columns) -> Array:
     reduce = collectives.all_reduce_s(c, gradient * shared, group)
     reduce = reduce + collectives.all_reduce_s(c, gradient * experts, expert_group)
     pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER * np.ceil(c.layers / c.pp))
-    split = _scatter_and_gather_s(c, gradient, shared / pieces, group) * pieces
-    split = split + _scatter_and_gather_s(c, gradient, experts, expert_group)
-    seconds = np.where(c.zero_stage == 0, reduce, np.where(c.zero_stage < 3, split, _time_shard_copies(c, shared)))
-    return np.where(c.frozen_weights > 0, 0.0, seconds)
-
-
-def _scatter_and_gather_s(c: Columns, gradient: Array, parameters: Array, group: collectives.Group) -> Array:
-    scatter = collectives.scatter_reduce_s(c, gradient * parameters, group)
-    return scatter + collectives.scatter_reduce_s(c, 2.0 * parameters, group)
+    scatter, gather = (
+        pieces * collectives.scatter_reduce_s(c, element * shared / pieces, group)
+        + collectives.scatter_reduce_s(c, element * experts, expert_group)
+        for element in (gradient, np.full_like(gradient, 2.0))
+    )
+    back = np.where(c.zero_stage == 0, reduce, np.where(c.zero_stage < 3, scatter, _time_shard_copies(c, shared)))
+    ahead = np.where((c.zero_stage == 1) | (c.zero_stage == 2), gather, 0.0)
+    is_trained = c.frozen_weights == 0
+    return back * is_trained, ahead * is_trained
 
 
 def _time_shard_copies(c: Columns, shared: Array) -> Array:
@@ -205,7 +206,7 @@ def _time_stage_layer(c: Columns) -> _Layer:
     }
     all_forward = forward + shard_forward + wait_forward
     all_backward = backward + shard_backward + wait_backward
-    return _Layer(items, all_backward, layer.weight_gradient_s, all_forward / (all_forward + all_backward))
+    return _Layer(items, all_forward, all_backward, layer.weight_gradient_s)
 
 
 def _wait_for_shards(c: Columns, forward: Array, backward: Array, is_full: Array) -> tuple[Array, Array]:
@@ -264,9 +265,10 @@ def predict_times(c: Columns) -> dict[str, Array]:
     items["head"] = micro_batches * stages.head_s
     items["pipeline_messages"] = micro_batches * stages.message_s
     items["pipeline_bubble"] = _time_bubble(c, layer, stages, micro_batches)
-    data = _time_data_parallel(c)
-    beside = stages.layers * layer.backward_s
-    items["data_parallel"] = np.where(c.overlaps_gradients > 0, _exposed(c, data, beside), data)
+    back, ahead = _time_data_parallel(c)
+    hidden = _exposed(c, back, stages.layers * layer.backward_s)
+    hidden = hidden + _exposed(c, ahead, stages.layers * layer.forward_s)
+    items["data_parallel"] = np.where(c.overlaps_gradients > 0, hidden, back + ahead)
     items["optimizer"] = cost.time_optimizer(c)
     return items
 
@@ -369,7 +371,8 @@ def draw_timeline(model: ModelShape | OperatorList, cluster: Cluster, plan: Plan
 def list_stage_work(c: Columns) -> list[StageWork]:
     """Work of one chunk of each stage for one micro-batch, of a table with one row."""
     layer = _time_stage_layer(c)
-    both, share = float(layer.both_s[0]), float(layer.forward_share[0])
+    both = float(layer.both_s[0])
+    share = float(layer.forward_s[0]) / both
     stages, chunks = int(c.pp[0]), int(c.virtual_stages[0])
     dealt = _deal_stages(c, layer.both_s)
     message, head = float(dealt.message_s[0]), float(dealt.all_head_s[0])

@@ -208,9 +208,9 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
     dp = cluster.num_devices // (tp * pp * cp)
     if dp < 1 or dp * tp * pp * cp != cluster.num_devices:
         raise ConfigError(f"tp*pp*cp = {tp * pp * cp} does not divide the {cluster.num_devices} devices of the row")
-    stages = reader.count("vp", 1) if pp > 1 else 1
     name, software = find_software(reader.software)
     reader.assume(f"traits of {name}")
+    stages = _read_virtual_stages(reader, name, model, pp)
     is_old = software.attention == "unfused"
     sequence_parallel = row.get("seq_parallel") == "1" if row.get("seq_parallel") else tp > 1 and not is_old
     return Plan(
@@ -222,7 +222,7 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
         etp=reader.count("etp", 1) if model.experts else 1,
         zero_stage=_read_zero(reader, is_old),
         recomputation=_read_recomputation(reader),
-        micro_batch_size=_read_micro_batch(reader, dp),
+        micro_batch_size=reader.count("mbs", 1),
         schedule=_read_schedule(row.get("schedule", ""), stages, pp),
         virtual_stages=stages,
         sequence_parallel=sequence_parallel,
@@ -232,10 +232,14 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
     )
 
 
-def _read_micro_batch(reader: _Reader, dp: int) -> int:
-    if not reader.row.get("mbs"):
-        reader.assume("micro-batch of 1")
-    return reader.count("mbs", 1)
+def _read_virtual_stages(reader: _Reader, program: str, model: ModelShape, pp: int) -> int:
+    """NeMo's recipes interleave as finely as the depth allows; others say so where they interleave."""
+    if pp == 1:
+        return 1
+    if reader.row.get("vp") or program != "NeMo" or model.layers % pp:
+        return reader.count("vp", 1)
+    reader.assume(f"{model.layers // pp} virtual stages")
+    return model.layers // pp
 
 
 def _read_zero(reader: _Reader, is_old: bool) -> int:
@@ -282,9 +286,22 @@ def read_run(row: Mapping[str, str]) -> Run:
     cluster = _read_cluster(reader)
     plan = _read_plan(reader, model, cluster)
     run = Run(_shrink_to_stated_size(reader, model), cluster, plan, reader.count("gbs"))
+    if not reader.row.get("mbs"):
+        run = _assume_micro_batch(reader, run)
     if not reader.row.get("act_ckpt"):
         run = _assume_recomputation(reader, run)
     return replace(run, assumptions=tuple(reader.assumed))
+
+
+def _assume_micro_batch(reader: _Reader, run: Run) -> Run:
+    """Without a pipeline the largest of 4, 2 and 1 that fits, since larger products are faster; 1 with a pipeline."""
+    share = run.global_batch // run.plan.dp
+    sizes = [size for size in (4, 2, 1) if run.plan.pp == 1 and share % size == 0] or [1]
+    tried = [replace(run, plan=replace(run.plan, micro_batch_size=size)) for size in sizes]
+    is_over = predict_columns(stack_runs(tried))[2]
+    chosen = next((each for each, over in zip(tried, is_over, strict=True) if not over), tried[-1])
+    reader.assume(f"micro-batch of {chosen.plan.micro_batch_size}")
+    return chosen
 
 
 def _assume_recomputation(reader: _Reader, run: Run) -> Run:
@@ -332,9 +349,9 @@ def predict_file(source: Path, target: Path) -> int:
     if not rows:
         raise ConfigError(f"{source} holds no runs; expected a CSV file with a header and one run a line")
     answers = predict_runs(rows)
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, list(dict.fromkeys([*rows[0], *PREDICTED_COLUMNS])), extrasaction="ignore")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(dict.fromkeys([*rows[0], *PREDICTED_COLUMNS])), extrasaction="ignore")
     writer.writeheader()
     writer.writerows(answers)
-    write_file(target, stream.getvalue().encode("utf-8"))
+    write_file(target, table.getvalue().encode("utf-8"))
     return sum(bool(each["predicted_iter_time_s"]) for each in answers)

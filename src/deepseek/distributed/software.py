@@ -28,6 +28,7 @@ class Software:
     `overlaps_gradients`        data-parallel reduction runs beside the backward pass
     `overlaps_tensors`          tensor-parallel exchange runs beside the products
     `overlaps_input_gradients`  only that of the backward pass does, beside the weight gradients
+    `overlaps_experts`          tokens travel to and from experts beside another micro-batch's products
     `splits_messages`           a stage sends each tensor rank's part only (scatter-gather, arXiv:2104.04473, 4.1)
     `fuses_accumulation`        weight gradients are added into the buffer by the product itself
     `fuses_elementwise`         norms, biases, activations and residuals in few kernels; else one kernel each
@@ -47,6 +48,7 @@ class Software:
     overlaps_gradients: bool = True
     overlaps_tensors: bool = False
     overlaps_input_gradients: bool = False
+    overlaps_experts: bool = False
     splits_messages: bool = True
     fuses_accumulation: bool = True
     fuses_elementwise: bool = True
@@ -139,6 +141,7 @@ def find_software(text: str) -> tuple[str, Software]:
     found = SOFTWARE[name]
     traits: dict[str, Any] = {
         "is_compiled": found.is_compiled or _is_compiled(words),
+        "overlaps_experts": found.overlaps_experts or "dualpipe" in words,
         "counts_tokens": found.counts_tokens and "tokendrop" not in words,
         "logit_bytes": 0.0 if "liger" in words else found.logit_bytes,
         "offloads_optimizer": found.offloads_optimizer or bool(re.search(r"cpu-?\s?offload", words)),
