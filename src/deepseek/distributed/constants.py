@@ -60,9 +60,9 @@ _VOLTA = Constants(
     fragmentation_fraction=0.05,
 )
 _AMPERE = Constants(
-    matmul_fraction=0.7804,
+    matmul_fraction=0.7802,
     narrow_fraction=0.65,
-    matmul_fill_depth=59.86,
+    matmul_fill_depth=59.85,
     attention_fraction=0.72,
     memory_fraction=0.7983,
     launch_s=3.011e-05,
@@ -74,8 +74,8 @@ _AMPERE = Constants(
     fragmentation_fraction=0.02,
 )
 _HOPPER = Constants(
-    matmul_fraction=0.6975,
-    narrow_fraction=0.6542,
+    matmul_fraction=0.6972,
+    narrow_fraction=0.6539,
     matmul_fill_depth=128.2,
     attention_fraction=0.4665,
     memory_fraction=0.5195,
@@ -89,15 +89,15 @@ _HOPPER = Constants(
 )
 _BLACKWELL = Constants(
     matmul_fraction=0.6,
-    narrow_fraction=0.5752,
-    matmul_fill_depth=99.48,
-    attention_fraction=0.3105,
-    memory_fraction=0.8114,
-    launch_s=1.908e-05,
+    narrow_fraction=0.598,
+    matmul_fill_depth=99.2,
+    attention_fraction=0.3121,
+    memory_fraction=0.919,
+    launch_s=1.901e-05,
     scale_up_fraction=0.95,
-    network_fraction=0.98,
-    collective_s=4.079e-05,
-    exposed_fraction=0.8121,
+    network_fraction=0.9752,
+    collective_s=3.82e-05,
+    exposed_fraction=0.7319,
     communicator_bytes=8e08,
     fragmentation_fraction=0.05,
 )
