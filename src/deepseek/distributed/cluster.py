@@ -25,8 +25,8 @@ from deepseek.core.names import explain_unknown
 class LinkClass:
     """A kind of link: `alpha_s` seconds before the first byte, then `bandwidth_bytes_per_s` in each direction.
 
-    >>> LinkClass(alpha_s=5e-6, bandwidth_bytes_per_s=25e9).send_s(50_000)
-    7e-06
+    >>> LinkClass(alpha_s=5e-6, bandwidth_bytes_per_s=25e9).send_s(25_000)
+    6e-06
     """
 
     alpha_s: float
