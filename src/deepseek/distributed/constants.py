@@ -1,0 +1,126 @@
+"""The twelve numbers that no datasheet prints: what share of a peak is reached, and what the first byte costs.
+
+Each has a physical meaning and a unit, and one value per family of accelerators; every run on that family is
+predicted with it, whoever measured it. `benchmarks/planner_fit.py` finds them on published runs, leaving out one
+source at a time, and `benchmarks/planner.py` reports the errors on the sources that were left out. Families without
+published runs take the value of the nearest family (`ada` and `other` from `ampere`, `cdna` from `hopper`).
+
+The fixed numbers in `cost.py`, `collectives_cost.py`, `memory.py` and `predict.py` (bytes per score, kernels per layer,
+the lost part of a last wave and the like) are the same for everybody and are not fitted by the program. They come from
+counting or from papers where a comment says so; the others were set by hand, once, with all development runs in view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Constants:
+    """One family of accelerators.
+
+    `matmul_fraction`         [1]       share of the datasheet peak in the inner loop of a large 16 bit matrix product
+    `narrow_fraction`         [1]       the same for 8 and 4 bit products, relative to their own peak
+    `matmul_fill_depth`       [1]       elements of the contracted dimension that a tile spends filling and draining
+    `attention_fraction`      [1]       speed of fused attention relative to `matmul_fraction` of the peak
+    `memory_fraction`         [1]       share of the memory bandwidth that elementwise kernels reach
+    `launch_s`                [s]       host time to issue one kernel from Python
+    `scale_up_fraction`       [1]       share of the scale-up links' bandwidth that long collectives reach
+    `network_fraction`        [1]       share of the network cards' bandwidth that long collectives reach
+    `collective_s`            [s]       time of a collective of no bytes between two neighbours
+    `exposed_fraction`        [1]       share of overlapped communication that still delays the computation
+    `communicator_bytes`      [bytes]   memory that each group of communicating ranks takes on a device
+    `fragmentation_fraction`  [1]       memory that the allocator cannot hand out, relative to what comes and goes
+    """
+
+    matmul_fraction: float
+    narrow_fraction: float
+    matmul_fill_depth: float
+    attention_fraction: float
+    memory_fraction: float
+    launch_s: float
+    scale_up_fraction: float
+    network_fraction: float
+    collective_s: float
+    exposed_fraction: float
+    communicator_bytes: float
+    fragmentation_fraction: float
+
+
+NAMES: tuple[str, ...] = tuple(Constants.__dataclass_fields__)
+
+_VOLTA = Constants(
+    matmul_fraction=0.8172,
+    narrow_fraction=0.65,
+    matmul_fill_depth=95.75,
+    attention_fraction=0.5,
+    memory_fraction=0.8694,
+    launch_s=3e-05,
+    scale_up_fraction=0.8837,
+    network_fraction=0.8,
+    collective_s=2.942e-05,
+    exposed_fraction=0.4,
+    communicator_bytes=8e08,
+    fragmentation_fraction=0.05,
+)
+_AMPERE = Constants(
+    matmul_fraction=0.7701,
+    narrow_fraction=0.65,
+    matmul_fill_depth=68.02,
+    attention_fraction=0.7284,
+    memory_fraction=0.7763,
+    launch_s=3.089e-05,
+    scale_up_fraction=0.7327,
+    network_fraction=0.98,
+    collective_s=6.381e-05,
+    exposed_fraction=0.7822,
+    communicator_bytes=2e09,
+    fragmentation_fraction=0.02,
+)
+_HOPPER = Constants(
+    matmul_fraction=0.6891,
+    narrow_fraction=0.651,
+    matmul_fill_depth=130.6,
+    attention_fraction=0.4719,
+    memory_fraction=0.5087,
+    launch_s=1.747e-05,
+    scale_up_fraction=0.7898,
+    network_fraction=0.8269,
+    collective_s=3.47e-05,
+    exposed_fraction=0.3974,
+    communicator_bytes=2e09,
+    fragmentation_fraction=0.05,
+)
+_BLACKWELL = Constants(
+    matmul_fraction=0.6004,
+    narrow_fraction=0.5974,
+    matmul_fill_depth=97.98,
+    attention_fraction=0.3031,
+    memory_fraction=0.9449,
+    launch_s=1.897e-05,
+    scale_up_fraction=0.95,
+    network_fraction=0.98,
+    collective_s=3.836e-05,
+    exposed_fraction=0.7521,
+    communicator_bytes=8e08,
+    fragmentation_fraction=0.05,
+)
+
+FAMILIES: dict[str, Constants] = {
+    "volta": _VOLTA,
+    "ampere": _AMPERE,
+    "hopper": _HOPPER,
+    "blackwell": _BLACKWELL,
+    "ada": _AMPERE,
+    "cdna": _HOPPER,
+    "other": _AMPERE,
+}
+
+
+def get_constants(family: str) -> Constants:
+    """The constants of a family of accelerators; one that nobody measured is treated as `other`.
+
+    >>> 0 < get_constants("ampere").matmul_fraction <= 1
+    True
+    """
+    return FAMILIES.get(family, FAMILIES["other"])
