@@ -8,7 +8,7 @@ for as well; what has no schema (control flow, a called module) counts as having
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
 # Python functions on sizes, not on tensors; `getitem` takes one of several results.
-_PURE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
-    {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod}
-    | {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.neg, operator.pow}
-    | {torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not}
+_PURE_FUNCTIONS: tuple[Any, ...] = (
+    *(operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod),
+    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.neg, operator.pow),
+    *(torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not),
 )
 
 

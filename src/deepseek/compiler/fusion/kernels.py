@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from deepseek.compiler.effects import read_arguments
+from deepseek.compiler.effects import find_root, is_aten, read_arguments
 from deepseek.compiler.fusion.graphs import Candidate, Match, Refusal, Rewriting
 from deepseek.compiler.fusion.reading import Activation, Convolution, read_activation, read_convolution, read_linear
 
@@ -149,12 +149,17 @@ def _find_convolution_term(addition: Node, graph: Rewriting) -> tuple[Convolutio
 def _why_not_added(addition: Node, term: Node, other: Node, graph: Rewriting) -> str | None:
     if read_arguments(addition)["alpha"] != 1:
         return "one term is scaled"
-    if addition.target is aten.add_.Tensor and addition.args[0] is other:
+    if addition.target is aten.add_.Tensor and addition.args[0] is other and not _is_read_once(other):
         return f"the sum is written into {other.name}, which may be read under another name"
     value, added = graph.values[term], graph.values[other]
     if value.shape != added.shape or value.dtype != added.dtype:
         return f"{other.name} has another shape or dtype than the convolution"
     return None
+
+
+def _is_read_once(node: Node) -> bool:
+    """Whether nobody can see what is written into `node`, other than through the node that writes."""
+    return is_aten(node) and find_root(node) is node and len(node.users) == 1
 
 
 def _why_no_kernel(convolution: Convolution, graph: Rewriting) -> str | None:
