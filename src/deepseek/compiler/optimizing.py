@@ -19,6 +19,7 @@ from torch import fx
 from deepseek.compiler.effects import is_aten, is_opaque
 from deepseek.compiler.fusion import FusionReport, copy_graph, fuse_graph
 from deepseek.compiler.fusion.graphs import Kernels
+from deepseek.compiler.memory import MemoryReport, lower_peak
 from deepseek.core.errors import ConfigError
 
 
@@ -27,9 +28,10 @@ class OptimizationReport:
     """What the passes did to a graph."""
 
     fusion: FusionReport
+    memory: MemoryReport
 
     def __str__(self) -> str:
-        return str(self.fusion)
+        return f"{self.fusion}\n{self.memory}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def optimize(
     refuse_other_operators(graph_module)
     inputs = flatten_inputs(graph_module, example_inputs)
     fused = fuse_graph(copy_graph(graph_module), inputs, is_training=is_training, kernels=kernels)
-    return Optimized(fused.graph_module, OptimizationReport(fused.report))
+    memory = lower_peak(fused.graph_module, inputs, is_training=is_training)
+    return Optimized(fused.graph_module, OptimizationReport(fused.report, memory))
 
 
 def flatten_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:

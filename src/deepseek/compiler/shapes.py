@@ -1,13 +1,15 @@
-"""What each node of a captured graph produces, found without computing it.
+"""What each node of a captured graph produces and what it takes, found without computing it.
 
-Fusing needs the shapes, the memory passes the storages: which values share one, and how many bytes it has. Both come
-from running the graph on fake tensors, which know sizes, strides and sharing and hold no data. A graph whose shapes
-depend on data (`nonzero`, `.item()`) cannot be run so; it is run on copies of the example inputs instead, once.
+Fusing needs the shapes; the memory passes need the storages: which values share one, how many bytes it has, and what an
+operator takes in between for itself. All of it comes from running the graph on fake tensors, which know sizes, strides
+and sharing and hold no data. A graph whose shapes depend on data (`nonzero`, `.item()`) cannot be run so; it is run
+once on copies of the example inputs instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,56 +21,61 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.node import Argument, Target
 
-from deepseek.compiler.effects import find_root, find_written
+from deepseek.compiler.measuring import StorageTracker
 from deepseek.core.errors import ConfigError
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+# Kernels that torch cannot run on fake tensors: their results are like the value that they add to.
+_WITHOUT_SHAPES: dict[Any, Callable[[Any], Any]] = {
+    torch.ops.mkldnn._convolution_pointwise.binary: lambda args: torch.empty_like(args[1]),
+    torch.ops.mkldnn._convolution_pointwise_.binary: lambda args: args[0],
+}
 
 
-def propagate(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
-    """The value of every node for `inputs`, of which only shape, dtype, device and storage mean anything.
+@dataclass(frozen=True)
+class Observed:
+    """What was seen of each node."""
 
-    Raises `ConfigError` where the graph does not take these inputs.
+    values: dict[fx.Node, Any]
+    """Its value, of which shape, dtype, device and storage mean something, and numbers do not."""
+    scratch_bytes: dict[fx.Node, int]
+    """What it takes for itself and gives back before it ends."""
+
+
+def observe(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Observed:
+    """Run `graph_module` without computing, on one value for each placeholder.
+
+    Raises `ConfigError` for another number of values.
     """
-    check_inputs(graph_module, inputs)
+    num_expected = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+    if len(inputs) != num_expected:
+        raise ConfigError(
+            f"{len(inputs)} example inputs were given and the graph takes {num_expected}; pass one per placeholder"
+        )
     try:
         return _run_fake(graph_module, inputs)
     except _DATA_DEPENDENT:
         return _run_on_copies(graph_module, inputs)
 
 
-def check_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Raise `ConfigError` unless there is one input per placeholder."""
-    num_expected = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
-    if len(inputs) != num_expected:
-        raise ConfigError(
-            f"{len(inputs)} example inputs were given and the graph takes {num_expected}; pass one per placeholder"
-        )
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a node's value, which may be a tuple of them."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for each in value for tensor in tensors_in(each)]
-    return []
-
-
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps every value."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, tracker: StorageTracker) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
-        self.values: dict[fx.Node, Any] = {}
+        self.seen = Observed({}, {})
+        self._tracker = tracker
         self._constants: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        self.values[n] = super().run_node(n)
-        return self.values[n]
+        self._tracker.restart()
+        value = super().run_node(n)
+        self.seen.values[n] = value
+        self.seen.scratch_bytes[n] = self._tracker.peak_bytes - self._tracker.alive_bytes
+        return value
 
     def call_module(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
-        """Only the checks of input shapes that `torch.export` adds; they need no answer."""
+        """Only the checks of input shapes that `torch.export` adds; they have no value."""
         return None
 
     def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
@@ -77,45 +84,38 @@ class _Recorder(fx.Interpreter):
             self._constants[str(target)] = self.take(value) if isinstance(value, Tensor) else value
         return self._constants[str(target)]
 
-    def take(self, constant: Tensor) -> Tensor:
-        """A constant as this run may use it."""
-        raise NotImplementedError
+    def take(self, value: Tensor) -> Tensor:
+        """A constant or an input as this run may use it."""
+        return value.detach().clone()
 
 
 class _FakeRecorder(_Recorder):
-    def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(graph_module)
+    def __init__(self, graph_module: fx.GraphModule, tracker: StorageTracker, mode: FakeTensorMode) -> None:
+        super().__init__(graph_module, tracker)
         self.mode = mode
 
-    def take(self, constant: Tensor) -> Tensor:
-        return self.mode.from_tensor(constant, static_shapes=True)
+    def take(self, value: Tensor) -> Tensor:
+        return value if value.is_mkldnn else self.mode.from_tensor(value, static_shapes=True)
 
-
-class _CopyingRecorder(_Recorder):
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        written = {find_root(each) for node in graph_module.graph.nodes for each in find_written(node)}
-        self._has_writes = bool(written)
-
-    def take(self, constant: Tensor) -> Tensor:
-        return constant.detach().clone() if self._has_writes else constant.detach()
-
-
-def _run_fake(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        recorder = _FakeRecorder(graph_module, mode)
-        fakes = [_fake(mode, each) for each in inputs]
-        recorder.run(*fakes, enable_io_processing=False)
-    return recorder.values
-
-
-def _fake(mode: FakeTensorMode, value: Any) -> Any:
-    return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _WITHOUT_SHAPES:
+            return _WITHOUT_SHAPES[target](args)
+        return super().call_function(target, args, kwargs)
 
 
 @torch.no_grad()
-def _run_on_copies(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
-    recorder = _CopyingRecorder(graph_module)
-    copies = [each.detach().clone() if isinstance(each, Tensor) else each for each in inputs]
-    recorder.run(*copies, enable_io_processing=False)
-    return recorder.values
+def _run_fake(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Observed:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, StorageTracker() as tracker:
+        return _run(_FakeRecorder(graph_module, tracker, mode), inputs)
+
+
+@torch.no_grad()
+def _run_on_copies(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Observed:
+    with StorageTracker() as tracker:
+        return _run(_Recorder(graph_module, tracker), inputs)
+
+
+def _run(recorder: _Recorder, inputs: Sequence[Any]) -> Observed:
+    taken = [recorder.take(each) if isinstance(each, Tensor) else each for each in inputs]
+    recorder.run(*taken, enable_io_processing=False)
+    return recorder.seen

@@ -40,7 +40,7 @@ from deepseek.compiler.fusion.kernels import (
 )
 from deepseek.compiler.fusion.merging import match_consecutive_linears, match_identity, match_parallel_linears
 from deepseek.compiler.fusion.verifying import compare
-from deepseek.compiler.shapes import propagate
+from deepseek.compiler.shapes import observe
 from deepseek.core.errors import ConfigError
 
 IN_TRAINING = "weights are trained and statistics are those of the batch: nothing may be folded or merged"
@@ -152,7 +152,7 @@ def fuse_graph(
     if is_training:
         rejections = tuple(Rejection(rule.name, "the graph", (), IN_TRAINING) for rule in rules)
         return Fused(graph_module, FusionReport((), rejections, num_before, num_before))
-    graph = Rewriting(graph_module, propagate(graph_module, inputs), kernels=kernels)
+    graph = Rewriting(graph_module, observe(graph_module, inputs).values, kernels=kernels)
     fusions: list[Fusion] = []
     rejections_found: list[Rejection] = []
     for rule in rules:
