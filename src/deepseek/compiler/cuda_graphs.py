@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +89,14 @@ class GraphedFunction:
         buckets: Sequence[int] | None = None,
         dim: int = 0,
         max_recordings: int = 32,
+        state: Sequence[Tensor] = (),
         record: Record | None = None,
     ) -> None:
         """`buckets` are sizes of `dim`, the batch; none records each size by itself.
 
-        At most `max_recordings` are kept, those used last. A training step can be recorded as well, backward pass and
-        optimizer included, if it writes gradients and weights in place. Raises `ConfigError` where there is no CUDA.
+        At most `max_recordings` are kept, those used last. `state` is what the function writes besides its result:
+        running it to warm up leaves that as it was, so that a training step, backward pass and optimizer included, can
+        be recorded if it writes gradients and weights in place. Raises `ConfigError` where there is no CUDA.
         """
         if buckets is not None and (not buckets or sorted(set(buckets)) != list(buckets) or buckets[0] < 1):
             raise ConfigError(
@@ -107,6 +110,7 @@ class GraphedFunction:
         self._buckets = buckets
         self._dim = dim
         self._max_recordings = max_recordings
+        self._state = tuple(state)
         self._record = record or record_on_gpu
         self._recordings: OrderedDict[Key, _Recording] = OrderedDict()
 
@@ -149,7 +153,8 @@ class GraphedFunction:
             for buffer, value in zip(fixed, flat, strict=True):
                 if isinstance(value, Tensor):
                     self._fill(buffer, value)
-            outputs, replay = self._record(self._function, tree_unflatten(fixed, spec))
+            with _unchanged(self._state):
+                outputs, replay = self._record(self._function, tree_unflatten(fixed, spec))
             self._recordings[key] = _Recording(fixed, outputs, replay)
             if len(self._recordings) > self._max_recordings:
                 self._recordings.popitem(last=False)
@@ -182,12 +187,23 @@ class GraphedFunction:
         return output.narrow(self._dim, 0, size).clone()
 
 
+@contextmanager
+def _unchanged(state: Sequence[Tensor]) -> Iterator[None]:
+    kept = [each.detach().clone() for each in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, value in zip(state, kept, strict=True):
+                each.copy_(value)
+
+
 def refuse_without_cuda() -> None:
     """Raise `ConfigError` unless there is a GPU that can record."""
     if not torch.cuda.is_available():
         raise ConfigError(
-            "CUDA graphs were asked for and torch sees no CUDA device; run on an NVIDIA GPU with a CUDA build of torch, "
-            "or call the function itself"
+            "CUDA graphs were asked for and torch sees no CUDA device; run on an NVIDIA GPU with a CUDA "
+            "build of torch, or call the function itself"
         )
 
 

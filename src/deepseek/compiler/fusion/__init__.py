@@ -226,7 +226,7 @@ def _try(candidate: Candidate, graph: Rewriting) -> float | str:
         results = candidate.emit()
     try:
         comparison = compare(candidate, results, graph)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         _erase(reversed(graph.emitted), graph)
         return f"taken back: it does not run here ({str(error).splitlines()[0]})"
     if not comparison.is_right:

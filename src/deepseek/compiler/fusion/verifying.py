@@ -7,6 +7,7 @@ operators exist in float64, the new nodes run there too, so that only the roundi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,8 @@ def compare(candidate: Candidate, results: Sequence[Node], graph: Rewriting) -> 
     after = _run(emitted, sample, graph, results, is_exact=False)
     dtype = after[0].dtype
     steps = float(torch.finfo(dtype).eps) * _ALLOWED_STEPS if dtype.is_floating_point else 0.0
-    bound = max(steps, 2 * _error(before, reference), _SMALLEST_ALLOWED)
+    error_before = _error(before, reference)
+    bound = max(steps, 2 * error_before if math.isfinite(error_before) else 0.0, _SMALLEST_ALLOWED)
     return Comparison(_error(after, reference), _compare_weights(emitted, results, sample, graph, reference), bound)
 
 
