@@ -305,8 +305,10 @@ def test_a_kernel_that_does_not_run_here_is_taken_back():
         if node.target is not torch.ops.aten.relu.default:
             return None
         call = torch.ops.aten.narrow.default
+
         def emit():
             return (graph.add_call(call, node.args[0], 9, 0, 1, like=graph.values[node]),)
+
         return Candidate((node,), (node,), (node.args[0],), emit)
 
     fused = fuse(nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval(), (torch.randn(2, 3),), rules=(Rule("odd", match),))

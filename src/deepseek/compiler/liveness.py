@@ -270,17 +270,19 @@ class _Search:
     def find_best(self, max_states: int) -> Order | None:
         """The best order; `None` where more than `max_states` sets would be looked at."""
         start = self._settle(_State(0, 0, len(self.graph.steps), 0))
-        queue, seen = [start], {start.done}
+        queue, least = [start], {start.done: start.peak_bytes}
         while queue:
             state = heapq.heappop(queue)
             if state.num_left == 0:
                 return Order(self._names(state), state.peak_bytes, is_optimal=True)
+            if state.peak_bytes > least[state.done]:
+                continue
             for index in self._ready(state.done):
                 following = self._settle(self._run(state, index))
-                if following.done not in seen:
-                    seen.add(following.done)
+                if following.peak_bytes < least.get(following.done, following.peak_bytes + 1):
+                    least[following.done] = following.peak_bytes
                     heapq.heappush(queue, following)
-            if len(seen) > max_states:
+            if len(least) > max_states:
                 return None
         raise ConfigError("the steps follow each other in a circle; no order is possible")
 

@@ -11,13 +11,15 @@ Both count what is taken from their beginning on; what was there before is not c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_MARK = "deepseek.measuring "
 
 
 class StorageTracker(TorchDispatchMode):
@@ -81,17 +83,30 @@ class Peak:
 
 def measure_peak_bytes(run: Callable[[], object]) -> Peak:
     """Bytes that `run` takes from the allocator at its peak, on the CPU or on the GPU that is present."""
-    if torch.cuda.is_available():
-        return _measure_on_gpu(run)
+    return _measure_on_gpu(run) if torch.cuda.is_available() else measure_peaks_on_cpu([run])[0]
+
+
+def measure_peaks_on_cpu(runs: Sequence[Callable[[], object]]) -> list[Peak]:
+    """The same for several calls, one after the other, in one session of the profiler."""
+    kept = []
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        result = run()
+        for index, run in enumerate(runs):
+            with torch.profiler.record_function(f"{_MARK}{index}"):
+                kept.append(run())
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda each: each.start_ns())
+    changes = [(each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"]
+    spans = {each.name(): (each.start_ns(), each.end_ns()) for each in events if each.name().startswith(_MARK)}
+    del kept
+    return [_find_peak(changes, *spans[f"{_MARK}{index}"]) for index in range(len(runs))]
+
+
+def _find_peak(changes: Sequence[tuple[int, int]], begin_ns: int, end_ns: int) -> Peak:
     alive_bytes = peak_bytes = 0
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        alive_bytes += event.nbytes()
-        peak_bytes = max(peak_bytes, alive_bytes)
-    del result
+    for at_ns, change_bytes in changes:
+        if begin_ns <= at_ns <= end_ns:
+            alive_bytes += change_bytes
+            peak_bytes = max(peak_bytes, alive_bytes)
     return Peak(peak_bytes, alive_bytes)
 
 

@@ -21,14 +21,20 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from deepseek.compiler.effects import find_written, has_effects, is_aten, is_opaque, is_view
+from deepseek.compiler.fusion.graphs import read_attribute
 from deepseek.compiler.liveness import Arena, BufferGraph, Step, arrange, find_peak, plan_buffers, reorder, reuse
-from deepseek.compiler.measuring import tensors_in
+from deepseek.compiler.measuring import measure_peaks_on_cpu, tensors_in
 from deepseek.compiler.shapes import Observed, observe
 
 aten = torch.ops.aten
 _NO_STEPS = ("placeholder", "get_attr", "output")
+_KERNELS_WITH_SCRATCH = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+    *(torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise.binary),
+)
 # In training: operators whose gradient needs their result at most, and operators that do not need theirs back.
 _TRAINED_IN_PLACE = (aten.relu.default, aten.add.Tensor, aten.sigmoid.default, aten.tanh.default)
 _NOT_NEEDED_BACK = (
@@ -60,12 +66,57 @@ class MemoryReport:
         )
 
 
-def predict_peak_bytes(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> int:
+def predict_peak_bytes(graph_module: fx.GraphModule, inputs: Sequence[Any], *, with_kernels: bool = False) -> int:
     """Bytes that running `graph_module` operator by operator will take at its peak, without gradients.
 
-    `inputs` has one value per placeholder. Inputs and weights are not counted, results are.
+    `inputs` has one value per placeholder. Inputs and weights are not counted, results are. Convolutions on a CPU take
+    memory for themselves, to lay out weights and images: with `with_kernels` each kind of them runs once to see how
+    much, which needs torch's profiler. Without, nothing is computed.
     """
-    return find_peak(describe(graph_module, observe(graph_module, inputs)))
+    observed = observe(graph_module, inputs)
+    kernels = measure_kernels(graph_module, observed) if with_kernels else {}
+    return find_peak(describe(graph_module, Observed(observed.values, observed.scratch_bytes | kernels)))
+
+
+def measure_kernels(graph_module: fx.GraphModule, observed: Observed) -> dict[Node, int]:
+    """Bytes that each convolution on a CPU takes for itself; each kind is run on zeros, twice."""
+    nodes = [node for node in graph_module.graph.nodes if node.target in _KERNELS_WITH_SCRATCH]
+    kinds = {_find_kind(node, observed): node for node in nodes if observed.values[node].device.type == "cpu"}
+    runs = [_on_zeros(node, graph_module, observed) for node in kinds.values()]
+    with torch.no_grad():
+        results_bytes = [run().untyped_storage().nbytes() for run in runs]
+        peaks = measure_peaks_on_cpu(runs)
+    scratch = {
+        kind: max(0, peak.peak_bytes - result_bytes)
+        for kind, peak, result_bytes in zip(kinds, peaks, results_bytes, strict=True)
+    }
+    return {node: scratch[_find_kind(node, observed)] for node in nodes if _find_kind(node, observed) in scratch}
+
+
+def _find_kind(node: Node, observed: Observed) -> str:
+    """What the scratch memory of an operator depends on."""
+
+    def describe_argument(each: Node) -> Any:
+        value = observed.values[each]
+        return (tuple(value.shape), str(value.dtype), str(value.layout), _strides(value))
+
+    return str((node.target, map_arg(node.args, lambda each: str(describe_argument(each)))))
+
+
+def _on_zeros(node: Node, graph_module: fx.GraphModule, observed: Observed) -> Callable[[], Tensor]:
+    def make(each: Node) -> Any:
+        value = observed.values[each]
+        if value.is_mkldnn:
+            return read_attribute(graph_module, str(each.target))
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
+
+    target, arguments = node.target, map_arg(node.args, make)
+    assert callable(target)
+    return lambda: target(*arguments)
+
+
+def _strides(value: Tensor) -> tuple[int, ...]:
+    return () if value.is_mkldnn else value.stride()
 
 
 def lower_peak(graph_module: fx.GraphModule, inputs: Sequence[Any], *, is_training: bool) -> MemoryReport:
@@ -106,7 +157,7 @@ def describe(graph_module: fx.GraphModule, observed: Observed, *, is_training: b
             frozenset(name for each in node.all_input_nodes for name in buffers[each]),
             creates[node],
             frozenset(follows[node] | {each.name for each in node.all_input_nodes if each.op not in _NO_STEPS}),
-            observed.scratch_bytes.get(node, 0),
+            _find_scratch(node, observed),
             _find_overwritable(node, observed, buffers, is_training=is_training),
         )
         for node in nodes
@@ -133,6 +184,14 @@ def write_in_place_(graph_module: fx.GraphModule, reused: dict[str, str]) -> Non
             node.target, order = _in_place_forms(node)[0]
             node.args = tuple(node.args[index] for index in order)
     graph_module.recompile()
+
+
+def _find_scratch(node: Node, observed: Observed) -> int:
+    """What a node takes for itself; a linear layer adds its bias in place except when it is observed."""
+    if node.target is aten.linear.default and isinstance(node.args[0], Node):
+        x = observed.values[node.args[0]]
+        return 0 if x.is_contiguous() else int(x.nbytes)
+    return observed.scratch_bytes.get(node, 0)
 
 
 def _find_buffers(value: Any) -> dict[str, int]:
