@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import fx
 
-from deepseek.compiler.effects import is_aten, is_opaque
+from deepseek.compiler.effects import is_control_flow, is_opaque
 from deepseek.compiler.fusion import FusionReport, copy_graph, fuse_graph
 from deepseek.compiler.fusion.graphs import Kernels
 from deepseek.compiler.memory import MemoryReport, lower_peak
 from deepseek.core.errors import ConfigError
+
+_GUARDS = "_guards_fn"  # the checks of input shapes that torch.export adds
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,16 @@ def flatten_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[
 def refuse_other_operators(graph_module: fx.GraphModule) -> None:
     """Raise `ConfigError` for a graph of Python functions or modules, in which no pass would find anything."""
     for node in graph_module.graph.nodes:
-        is_function = node.op == "call_method" or (node.op == "call_function" and not is_aten(node))
-        if is_function and is_opaque(node) and _is_of_torch(node):
+        if _is_of_python(node):
             raise ConfigError(
                 f"the graph calls {node.target} and the passes read ATen operators; capture it with torch.export"
             )
 
 
-def _is_of_torch(node: fx.Node) -> bool:
-    module = getattr(node.target, "__module__", "") or ""
-    return node.op == "call_method" or module.startswith(("torch.nn", "torch._C")) or module == "torch"
+def _is_of_python(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return node.target != _GUARDS
+    if node.op == "call_function" and is_opaque(node) and not is_control_flow(node):
+        module = getattr(node.target, "__module__", "") or ""
+        return module == "torch" or module.startswith(("torch.nn", "torch._C"))
+    return node.op == "call_method"

@@ -23,10 +23,19 @@ Kernels = Literal["eager", "inductor"]
 class Rewriting:
     """A copy of a captured graph while rules work on it."""
 
-    def __init__(self, graph_module: fx.GraphModule, values: dict[Node, Any], *, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        values: dict[Node, Any],
+        *,
+        kernels: Kernels,
+        bound: dict[Node, Tensor] | None = None,
+    ) -> None:
+        """`bound` are placeholders that always get the same tensor: weights that a branch is handed."""
         self.graph_module = graph_module
         self.values = values
         self.kernels = kernels
+        self.bound = bound or {}
         self.emitted: list[Node] = []
         written = [each for node in self.graph.nodes for each in find_written(node)]
         self._written_constants = {str(node.target) for node in written if node.op == "get_attr"}
@@ -39,6 +48,8 @@ class Rewriting:
 
     def constant(self, node: Any) -> Tensor | None:
         """The tensor that `node` always stands for; `None` where it is computed, or written to."""
+        if node in self.bound:
+            return self.bound[node]
         if not isinstance(node, Node) or node.op != "get_attr" or str(node.target) in self._written_constants:
             return None
         value = read_attribute(self.graph_module, str(node.target))
