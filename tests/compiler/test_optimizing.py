@@ -131,6 +131,44 @@ def test_in_training_gradients_are_those_of_the_model():
     assert optimized.report.fusion.fusions == ()
 
 
+@pytest.mark.parametrize("budget", [1.0, 0.3])
+def test_under_a_budget_less_is_kept_and_gradients_are_the_same(budget):
+    torch.manual_seed(0)
+    layers = [each for _ in range(4) for each in (nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.GELU())]
+    model, x = nn.Sequential(*layers).train(), torch.randn(4, 3, 16, 16)
+    other = copy.deepcopy(model)
+    graph_module = torch.export.export(other, (x,)).module()
+    optimized = optimize(graph_module, (x,), is_training=True, memory_budget=budget)
+    kept, answer = measure_kept(lambda: optimized.run(x))
+    plain_kept, expected = measure_kept(lambda: model(x))
+    assert kept <= plain_kept * (1.0 if budget == 1.0 else 0.4)
+    answer.square().sum().backward()
+    expected.square().sum().backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
+    for one, two in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def measure_kept(run):
+    """Bytes that autograd saves in a forward pass, and its result."""
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(saved.values()), result
+
+
+def test_a_budget_without_a_backward_pass_is_refused():
+    graph_module = capture(nn.Linear(2, 2), torch.ones(1, 2))
+    with pytest.raises(ConfigError, match=r"memory_budget=0.5 is for training"):
+        optimize(graph_module, (torch.ones(1, 2),), is_training=False, memory_budget=0.5)
+
+
 def test_tied_weights_stay_right():
     class Tied(nn.Module):
         def __init__(self):

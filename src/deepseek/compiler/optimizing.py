@@ -10,16 +10,18 @@ it was; the one that comes out takes the same inputs and shares the tensors that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from deepseek.compiler.effects import is_control_flow, is_opaque
 from deepseek.compiler.fusion import FusionReport, copy_graph, fuse_graph
 from deepseek.compiler.fusion.graphs import Kernels
 from deepseek.compiler.memory import MemoryReport, lower_peak
+from deepseek.compiler.recomputation import eager_with_budget, inductor_with_budget
 from deepseek.core.errors import ConfigError
 
 _GUARDS = "_guards_fn"  # the checks of input shapes that torch.export adds
@@ -42,6 +44,8 @@ class Optimized:
 
     graph_module: fx.GraphModule
     report: OptimizationReport
+    run: Callable[..., Any]
+    """What to call: the graph itself, or its compiled form where a memory budget was given."""
 
 
 def optimize(
@@ -56,13 +60,24 @@ def optimize(
 
     `graph_module` holds ATen operators, as `torch.export` captures them. `example_inputs` are those of the graph, one
     per placeholder or as its `forward` takes them. With `is_training` nothing is folded. Otherwise the result is for
-    inference: its fused kernels have no gradient. Raises `ConfigError` for a graph of other operators.
+    inference: its fused kernels have no gradient. `kernels` says who runs it: `eager`, operator by operator, or
+    `inductor`, to which fusing of activations is left. `memory_budget`, for training, is the share in (0, 1] of what
+    the backward pass needs again that may be kept; the rest is computed twice by `run`. Raises `ConfigError` for a
+    graph of other operators, and for a budget where there is no backward pass.
     """
     refuse_other_operators(graph_module)
+    if memory_budget is not None and not is_training:
+        raise ConfigError(f"memory_budget={memory_budget:g} is for training, where values are kept; leave it out here")
     inputs = flatten_inputs(graph_module, example_inputs)
     fused = fuse_graph(copy_graph(graph_module), inputs, is_training=is_training, kernels=kernels)
     memory = lower_peak(fused.graph_module, inputs, is_training=is_training)
-    return Optimized(fused.graph_module, OptimizationReport(fused.report, memory))
+    run = fused.graph_module if memory_budget is None else _keep_less(fused.graph_module, memory_budget, kernels)
+    return Optimized(fused.graph_module, OptimizationReport(fused.report, memory), run)
+
+
+def _keep_less(graph_module: fx.GraphModule, memory_budget: float, kernels: Kernels) -> Callable[..., Any]:
+    backends = {"eager": eager_with_budget, "inductor": inductor_with_budget}
+    return torch.compile(graph_module, backend=backends[kernels](memory_budget))
 
 
 def flatten_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
