@@ -9,9 +9,10 @@ Rewritten code receives an `Operators` value and hands a deeper one to the branc
 conditions surround the code, so that a change of something outside of a branch is noticed, and `is_probing` keeps nested
 probes from building graphs of their own.
 
-Two faults of torch 2.13 are kept away here, each with a test: the gradient of `while_loop` is wrong when the loop makes no
-turn (its backward always makes one), so that in training each turn is itself conditional; and a random operator in a
-branch is drawn anew in backward (`cleaning` refuses or replaces it).
+Faults of torch 2.13 that give wrong gradients without a word are kept away here, each with a test: `while_loop` makes one
+turn in backward even where it made none in forward (in training each turn is itself conditional), and forgets gradients
+through variables that needed none at first (the first turn is made before the loop); `torch.cond` wants gradients of whole
+numbers (`choose`) and of one memory layout (`_steady`), and draws random numbers anew in backward (`randomness`).
 """
 
 from __future__ import annotations
@@ -80,6 +81,18 @@ class TensorRange:
         self.start = start
         self.stop = stop
         self.step = step
+
+
+class Loop:
+    """A `for` loop's parts, as the operators hand them around."""
+
+    def __init__(self, turn: Any, names: tuple[str, ...], stop: int | None, site: Site, like: Any, extras: Any) -> None:
+        self.turn = turn
+        self.names = names
+        self.stop = stop
+        self.site = site
+        self.like = like
+        self.extras = extras
 
 
 class Rewritten:
@@ -214,11 +227,11 @@ class Operators:
             return rebuild(form, [])
         real = self._deeper(False, site)
 
-        def true_branch() -> tuple[Tensor, ...]:
-            return tuple(flatten(form, then(real, *values)))
+        def true_branch() -> list[Tensor]:
+            return flatten(form, then(real, *_steady(values)))
 
-        def false_branch() -> tuple[Tensor, ...]:
-            return tuple(flatten(form, other(real, *values)))
+        def false_branch() -> list[Tensor]:
+            return flatten(form, other(real, *_steady(values)))
 
         return rebuild(form, choose(condition, true_branch, false_branch, leaves_of(form)))
 
@@ -234,18 +247,29 @@ class Operators:
     # ---- loops
 
     def while_(
-        self, test: Any, body: Any, values: Any, names: tuple[str, ...], stop: int | None, site: Site, like: Any
+        self,
+        test: Any,
+        body: Any,
+        values: Any,
+        names: tuple[str, ...],
+        stop: int | None,
+        site: Site,
+        like: Any,
+        extras: Any = (),
     ) -> Any:
-        """A `while`: `test` and `body` take the operators and the variables; `stop` is the place of the break flag."""
+        """A `while`: `test` and `body` take the operators and the variables; `stop` is the place of the break flag.
+
+        `extras` are what `body` only reads; it takes them after the variables.
+        """
         while True:
             going = _is_going(self, test, values, stop, site)
             if is_traced(going) and not site.is_native:
-                return self._graph_while(test, body, values, names, stop, site, like, going)
+                return self._graph_while(test, body, values, names, stop, site, like, extras, going)
             if is_traced(going):
                 torch._dynamo.graph_break()
             if not going:
                 return values
-            values = body(self, *values)
+            values = body(self, *values, *extras)
 
     def _graph_while(
         self,
@@ -256,11 +280,12 @@ class Operators:
         stop: int | None,
         site: Site,
         like: Any,
+        extras: Any,
         going: Tensor,
     ) -> Any:
         condition = self.as_condition(going, site)
         probe = self._deeper(True, site)
-        form = _settle(body, probe, values, names, site, (*like, *values), condition.device)
+        form = _settle(body, probe, values, extras, names, site, (*like, *values, *extras), condition.device)
         if self.is_probing:
             return rebuild(form, flatten(form, values))
         note(site.key)
@@ -278,87 +303,89 @@ class Operators:
             return real.as_condition(going, site).clone()
 
         def turn(*leaves: Tensor) -> tuple[Tensor, ...]:
-            return tuple(flatten(form, body(real, *rebuild(form, list(leaves)))))
+            values = rebuild(form, list(_steady(leaves)))
+            return tuple(flatten(form, body(real, *values, *_steady(extras))))
 
         def careful_turn(*leaves: Tensor) -> tuple[Tensor, ...]:
             return tuple(choose(going_on(*leaves), lambda: turn(*leaves), lambda: _copy(leaves), leaves_of(form)))
 
         start = tuple(flatten(form, values))
         is_trained = torch.is_grad_enabled() and any(leaf.is_floating_point() for leaf in start)
+        if is_trained and not _all_require_grad(start):
+            start = careful_turn(*start)
         return rebuild(form, list(while_loop(going_on, careful_turn if is_trained else turn, start)))
 
     def for_(
-        self, items: Any, body: Any, values: Any, names: tuple[str, ...], stop: int | None, site: Site, like: Any
+        self,
+        items: Any,
+        turn: Any,
+        values: Any,
+        names: tuple[str, ...],
+        stop: int | None,
+        site: Site,
+        like: Any,
+        extras: Any = (),
     ) -> Any:
-        """A `for`: `body` takes the operators, the item and the variables."""
+        """A `for`: `turn` takes the operators, the item, the variables, and the `extras` that it only reads."""
+        loop = Loop(turn, names, stop, site, like, extras)
         if isinstance(items, TensorRange):
-            return self._count(items.start, items.stop, items.step, body, values, names, stop, site, like)
+            return self._count(items.start, items.stop, items.step, values, loop)
         if is_traced(items) and items.dim() > 0 and items.shape[0] > UNROLLED_ROWS and not site.is_native:
-            return self._walk_rows(items, body, values, names, stop, site, like)
+            return self._walk_rows(items, values, loop)
         remaining = len(items) if isinstance(items, builtins.range) else 0
         for item in items:
             ended = False if stop is None else values[stop]
             if is_traced(ended):
-                if isinstance(items, builtins.range) and site.is_plain_counter and remaining > UNROLLED_TURNS:
-                    return self._count(item, items.stop, items.step, body, values, names, stop, site, like)
-                values = self._maybe_turn(ended, item, body, values, names, site, like)
+                if remaining > UNROLLED_TURNS and site.is_plain_counter:
+                    return self._count(item, items.stop, items.step, values, loop)
+                values = self._maybe_turn(ended, item, values, loop)
             else:
-                values = body(self, item, *values)
+                values = turn(self, item, *values, *extras)
                 ended = False if stop is None else values[stop]
                 if not is_traced(ended) and ended:
                     break
             remaining -= 1
         return values
 
-    def _maybe_turn(
-        self, ended: Tensor, item: Any, body: Any, values: Any, names: tuple[str, ...], site: Site, like: Any
-    ) -> Any:
+    def _maybe_turn(self, ended: Tensor, item: Any, values: Any, loop: Loop) -> Any:
+        count = len(values)
+
         def skip(_: Operators, *values: Any) -> Any:
-            return values
+            return values[:count]
 
         def turn(operators: Operators, *values: Any) -> Any:
-            return body(operators, item, *values)
+            return loop.turn(operators, item, *values)
 
-        return self.cond(ended, skip, turn, values, names, site, like)
+        return self.cond(ended, skip, turn, (*values, *loop.extras), loop.names, loop.site, loop.like)
 
-    def _count(
-        self,
-        start: Any,
-        end: Any,
-        step: Any,
-        body: Any,
-        values: Any,
-        names: tuple[str, ...],
-        stop: int | None,
-        site: Site,
-        like: Any,
-    ) -> Any:
+    def _count(self, start: Any, end: Any, step: Any, values: Any, loop: Loop) -> Any:
+        """A counted loop as a `while` with the counter as its first variable."""
+
         def test(_: Operators, counter: Any, *__: Any) -> Any:
             if is_number(step):
                 return counter < end if step > 0 else counter > end
             return torch.where(step > 0, counter < end, counter > end)
 
         def turn(operators: Operators, counter: Any, *values: Any) -> Any:
-            return (counter + step, *body(operators, counter, *values))
+            return (counter + step, *loop.turn(operators, counter, *values))
 
-        stop = None if stop is None else stop + 1
-        names = (f"{INTERNAL}counter", *names)
-        return self.while_(test, turn, (start, *values), names, stop, site, like)[1:]
+        stop = None if loop.stop is None else loop.stop + 1
+        names = (f"{INTERNAL}counter", *loop.names)
+        return self.while_(test, turn, (start, *values), names, stop, loop.site, loop.like, loop.extras)[1:]
 
-    def _walk_rows(
-        self, rows: Tensor, body: Any, values: Any, names: tuple[str, ...], stop: int | None, site: Site, like: Any
-    ) -> Any:
-        def turn(operators: Operators, index: Tensor, *values: Any) -> Any:
-            return body(operators, rows.index_select(0, index.reshape(1)).squeeze(0), *values)
+    def _walk_rows(self, rows: Tensor, values: Any, loop: Loop) -> Any:
+        def test(_: Operators, counter: Any, *__: Any) -> Any:
+            return counter < rows.shape[0]
+
+        def body(operators: Operators, counter: Any, *values: Any) -> Any:
+            row = values[-1].index_select(0, counter.reshape(1)).squeeze(0)
+            return (counter + 1, *loop.turn(operators, row, *values[:-1]))
 
         start = torch.zeros((), dtype=torch.int64, device=rows.device)
-        return self._count(start, rows.shape[0], 1, turn, values, names, stop, site, like)
-
-    def iterate(self, items: Any, site: Site) -> Any:
-        """What a loop that stays Python walks over."""
-        if isinstance(items, TensorRange):
-            refuse(site.key, "a range of tensors is walked in a loop that cannot become a graph", HINTS["try"])
-        return items
+        stop = None if loop.stop is None else loop.stop + 1
+        names = (f"{INTERNAL}counter", *loop.names)
+        extras = (*loop.extras, rows)
+        return self.while_(test, body, (start, *values), names, stop, loop.site, loop.like, extras)[1:]
 
     def range(self, *bounds: Any) -> Any:
         if not any(is_traced(bound) for bound in bounds):
@@ -560,13 +587,20 @@ def _merge_all(first: Any, second: Any, names: Any, site: Site, like: Any, devic
 
 
 def _settle(
-    body: Any, probe: Operators, values: Any, names: tuple[str, ...], site: Site, like: Any, device: torch.device
+    body: Any,
+    probe: Operators,
+    values: Any,
+    extras: Any,
+    names: tuple[str, ...],
+    site: Site,
+    like: Any,
+    device: torch.device,
 ) -> Form:
     """The form of a loop's variables that a turn does not change any more."""
     form = _merge_all(values, values, names, site, like, device)
     current = values
     for _ in range(2 * len(names) + 2):
-        after = _probe(body, probe, current)
+        after = _probe(body, probe, (*current, *extras))
         found = _merge_loop(current, after, names, site, like, device)
         if _is_same(form, found):
             return found
@@ -617,6 +651,33 @@ def _unpack(value: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bool:
         return value.detach() != 0
     return value.detach().view(torch.int64).to(dtype)
+
+
+def _steady(values: Any) -> list[Any]:
+    """The values with tensors whose gradients come back dense.
+
+    The branches of a backward `torch.cond` must agree in memory layout, and the gradient of a sum has strides of zero
+    where that of an unused input has not. A product with one changes no number and makes a dense gradient.
+    """
+    if not torch.is_grad_enabled():
+        return list(values)
+    return [value * 1 if isinstance(value, Tensor) and _may_require_grad(value) else value for value in values]
+
+
+def _may_require_grad(value: Tensor) -> bool:
+    """Whether gradients may flow into it; an exported graph may later be given other inputs than it was traced with."""
+    return value.is_floating_point() and (value.requires_grad or torch.compiler.is_exporting())
+
+
+def _all_require_grad(leaves: tuple[Tensor, ...]) -> bool:
+    """Whether every variable of a loop is known to carry gradients before its first turn.
+
+    The backward of `while_loop` in torch 2.13 drops the gradients that flow through a variable whose first value needs
+    none, such as a sum that starts at zero; after one turn as a condition, every variable needs them.
+    """
+    return not torch.compiler.is_exporting() and all(
+        leaf.requires_grad for leaf in leaves if leaf.is_floating_point()
+    )
 
 
 def leaves_of(form: Form) -> list[Leaf]:

@@ -263,7 +263,7 @@ class Transformer:
         flowing = frozenset(outs)
         needed = live_before(node.body, flowing) | live_before(node.orelse, flowing)
         needed |= flowing - (surely_written(node.body) & surely_written(node.orelse))
-        ins = sorted(bound & needed)
+        ins = sorted((bound & needed) | self._read_only([*node.body, *node.orelse], bound, scope, known))
         self._note_missing(ins, scope, known)
         then = self._part("then", node, node.body, ins, None if gives_result else outs, scope, place, known, bound)
         other = self._part("else", node, node.orelse, ins, None if gives_result else outs, scope, place, known, bound)
@@ -297,7 +297,8 @@ class Transformer:
         condition = Expressions(self, scope, deeper, inner).condition(node.test)
         test.body = [_at(ast.Return(condition), node.test)]
         flow = head | after | (frozenset({stop}) if stop else NONE)
-        body = self._part("turn", node, node.body, carried, carried, scope, place, inner, bound, flow)
+        extras = sorted(self._read_only(node.body, bound, scope, known))
+        body = self._part("turn", node, node.body, [*carried, *extras], carried, scope, place, inner, bound, flow)
         call = _call(
             place.operators,
             "while_",
@@ -308,6 +309,7 @@ class Transformer:
             ast.Constant(carried.index(stop) if stop else None),
             self._site(node, "while", scope),
             self._like(scope, known),
+            _tuple(extras),
         )
         return [test, body, self._bind(carried, call, node)]
 
@@ -335,7 +337,10 @@ class Transformer:
         site = self._site(node, "for", scope, is_plain_counter=_is_plain_counter(node))
         take = _at(ast.Assign(targets=[node.target], value=_load(f"{INTERNAL}item")), node.target)
         flow = head | after | (frozenset({stop}) if stop else NONE)
-        body = self._part("turn", node, [take, *node.body], carried, carried, scope, place, known, bound, flow)
+        extras = sorted(self._read_only(node.body, bound, scope, known))
+        body = self._part(
+            "turn", node, [take, *node.body], [*carried, *extras], carried, scope, place, known, bound, flow
+        )
         body.args.args.insert(1, ast.arg(arg=f"{INTERNAL}item"))
         call = _call(
             place.operators,
@@ -347,6 +352,7 @@ class Transformer:
             ast.Constant(carried.index(stop) if stop else None),
             site,
             self._like(scope, known),
+            _tuple(extras),
         )
         return [body, self._bind(carried, call, node)]
 
@@ -368,7 +374,7 @@ class Transformer:
         deeper = place.deeper(made_here | frozenset(scope_locals(statements, scope, known)))
         part = self._define(kind, node, deeper, ins, scope)
         part.body = self._declare_outside(statements, scope)
-        inside = known - (bound - frozenset(ins))
+        inside = known - (bound - frozenset(ins))  # what is written first in here has no value before
         leaving = (frozenset(outs) if outs is not None else NONE) if flow is None else flow
         part.body += self._block(statements, leaving, scope, deeper, inside)
         if outs is not None:
@@ -399,6 +405,11 @@ class Transformer:
             if names:
                 lines.append(_at(kind(names=names), statements[0]))
         return lines
+
+    def _read_only(self, nodes: Sequence[ast.AST], bound: Names, scope: Scope, known: Names) -> Names:
+        """Variables with a value that a branch reads and does not write: they come in as parameters, too."""
+        read = frozenset(name for node in nodes for name in reads(node))
+        return ((read & (scope.names | frozenset(scope.parameters)) & known) - bound) - scope.shared
 
     def _bind(self, names: Sequence[str], call: ast.expr, node: ast.stmt) -> ast.stmt:
         if not names:
@@ -493,11 +504,14 @@ class Transformer:
 class Expressions(ast.NodeTransformer):
     """Rewrites the expressions of one statement: conditions, calls, numbers taken out of tensors."""
 
-    def __init__(self, owner: Transformer, scope: Scope, place: Place, known: Names) -> None:
+    def __init__(
+        self, owner: Transformer, scope: Scope, place: Place, known: Names, hidden: Names = NONE
+    ) -> None:
         self.owner = owner
         self.scope = scope
         self.place = place
         self.known = known
+        self.hidden = hidden  # names that a lambda or a comprehension around binds
 
     # ---- conditions
 
@@ -535,7 +549,7 @@ class Expressions(ast.NodeTransformer):
         deeper = self.place.deeper(NONE)
         names = [deeper.operators, f"{INTERNAL}value"]
         body = (
-            _load(names[1]) if value is None else Expressions(self.owner, self.scope, deeper, self.known).visit(value)
+            _load(names[1]) if value is None else Expressions(self.owner, self.scope, deeper, self.known, self.hidden).visit(value)
         )
         return ast.Lambda(_arguments(names), body)
 
@@ -555,9 +569,10 @@ class Expressions(ast.NodeTransformer):
         if is_python(node.test):
             return _at(ast.IfExp(test, self.visit(node.body), self.visit(node.orelse)), node)
         deeper = self.place.deeper(NONE)
-        inner = Expressions(self.owner, self.scope, deeper, self.known)
+        inner = Expressions(self.owner, self.scope, deeper, self.known, self.hidden)
+        names = sorted(self.owner._read_only([node.body, node.orelse], self.hidden, self.scope, self.known))
         branches = [
-            ast.Lambda(_arguments([deeper.operators]), inner.visit(each)) for each in (node.body, node.orelse)
+            ast.Lambda(_arguments([deeper.operators, *names]), inner.visit(each)) for each in (node.body, node.orelse)
         ]
         site = self.owner.make_site(node, "a conditional expression", self.scope)
         call = _call(
@@ -565,7 +580,7 @@ class Expressions(ast.NodeTransformer):
             "cond",
             test,
             *branches,
-            ast.Tuple([], ast.Load()),
+            _tuple(names),
             ast.Constant(None),
             site,
             self.owner._like(self.scope, self.known),
@@ -615,7 +630,7 @@ class Expressions(ast.NodeTransformer):
                 return ast.Call(_at(found, function), arguments, keywords)
 
     def _is_builtin(self, name: str) -> bool:
-        return name not in self.scope.names | frozenset(self.scope.parameters) and self.owner.is_builtin(name)
+        return name not in self.scope.names | frozenset(self.scope.parameters) | self.hidden and self.owner.is_builtin(name)
 
     def _is_library(self, node: ast.Attribute) -> bool:
         """Whether it is `torch.relu`, `F.relu`, `math.sqrt`: an attribute of a library's module."""
@@ -654,7 +669,7 @@ class Expressions(ast.NodeTransformer):
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.expr:
         hidden = frozenset(each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg))
-        inner = Expressions(self.owner, self.scope, self.place, self.known | hidden)
+        inner = Expressions(self.owner, self.scope, self.place, self.known | hidden, self.hidden | hidden)
         node.body = inner.visit(node.body)
         return _at(_call(self.place.operators, "mark", node), node)
 
@@ -672,7 +687,7 @@ class Expressions(ast.NodeTransformer):
 
     def _comprehension(self, node: Any) -> ast.expr:
         hidden = frozenset(name for each in node.generators for name in writes(each.target))
-        inner = Expressions(self.owner, self.scope, self.place, self.known | hidden)
+        inner = Expressions(self.owner, self.scope, self.place, self.known | hidden, self.hidden | hidden)
         for each in node.generators:
             each.iter = inner.visit(each.iter)
             each.ifs = [inner._checked(test) for test in each.ifs]
