@@ -1,0 +1,84 @@
+"""All passes over one captured graph, in their order: fusion, then memory.
+
+    optimized = optimize(graph_module, example_inputs, is_training=False)
+    optimized.graph_module(*example_inputs)
+    print(optimized.report)
+
+`@ds.jit` calls this with the graph it captured, and shows the report in `explain()`. The graph that comes in stays as
+it was; the one that comes out takes the same inputs and shares the tensors that were not rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from deepseek.compiler.effects import is_aten, is_opaque
+from deepseek.compiler.fusion import FusionReport, copy_graph, fuse_graph
+from deepseek.compiler.fusion.graphs import Kernels
+from deepseek.compiler.memory import MemoryReport, lower_peak
+from deepseek.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimizationReport:
+    """What the passes did to a graph."""
+
+    fusion: FusionReport
+    memory: MemoryReport
+
+    def __str__(self) -> str:
+        return f"{self.fusion}\n{self.memory}"
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """A rewritten graph and what was done to it."""
+
+    graph_module: fx.GraphModule
+    report: OptimizationReport
+
+
+def optimize(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    is_training: bool,
+    memory_budget: float | None = None,
+    kernels: Kernels = "eager",
+) -> Optimized:
+    """Rewrite a captured graph so that it computes the same with fewer operators and less memory.
+
+    `graph_module` holds ATen operators, as `torch.export` captures them. `example_inputs` are those of the graph, one
+    per placeholder or as its `forward` takes them. With `is_training` nothing is folded. Otherwise the result is for
+    inference: its fused kernels have no gradient. Raises `ConfigError` for a graph of other operators.
+    """
+    refuse_other_operators(graph_module)
+    inputs = flatten_inputs(graph_module, example_inputs)
+    fused = fuse_graph(copy_graph(graph_module), inputs, is_training=is_training, kernels=kernels)
+    memory = lower_peak(fused.graph_module, inputs, is_training=is_training)
+    return Optimized(fused.graph_module, OptimizationReport(fused.report, memory))
+
+
+def flatten_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """One value per placeholder, from those or from the arguments of `forward`."""
+    num_expected = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+    return list(inputs) if len(inputs) == num_expected else list(graph_module.graph.process_inputs(*inputs))
+
+
+def refuse_other_operators(graph_module: fx.GraphModule) -> None:
+    """Raise `ConfigError` for a graph of Python functions or modules, in which no pass would find anything."""
+    for node in graph_module.graph.nodes:
+        is_function = node.op == "call_method" or (node.op == "call_function" and not is_aten(node))
+        if is_function and is_opaque(node) and _is_of_torch(node):
+            raise ConfigError(
+                f"the graph calls {node.target} and the passes read ATen operators; capture it with torch.export"
+            )
+
+
+def _is_of_torch(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", "") or ""
+    return node.op == "call_method" or module.startswith(("torch.nn", "torch._C")) or module == "torch"

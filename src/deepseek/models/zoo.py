@@ -1,0 +1,134 @@
+"""The vision models by name: what a user may ask `load_model` for, with random weights until others are loaded.
+
+A row of the zoo is a name, a config, the class that takes it, and the number of parameters that was published for it.
+
+    zoo.NAMES                          every name, sorted
+    zoo.build("resnet50")              the model; overrides are settings of its config: num_classes=10
+    zoo.sample_inputs("resnet50", 16)  a batch that it takes
+    zoo.describe("resnet50")           shape of an input, parameters counted and published
+
+`build` draws from torch's global generator, so that a caller who seeds it gets the same weights each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.core.config import Config
+from deepseek.core.errors import ConfigError
+from deepseek.core.registry import Registry
+from deepseek.models.decoder.model import count_parameters
+from deepseek.models.mobilenet_v3.model import MobileNetV3, MobileNetV3Config
+from deepseek.models.resnet.model import ResNet, ResNetConfig
+from deepseek.models.vit.model import ViT, ViTConfig
+
+SAMPLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the zoo."""
+
+    config: Config
+    """Settings of the published model."""
+    assemble: Callable[[Any], nn.Module]
+    """The class of the model, which takes the config."""
+    image_size: int
+    """Height and width of a picture, in pixels."""
+    published_parameters: int
+    """Parameters as its authors, or torchvision, count them."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` says of a model."""
+
+    name: str
+    architecture: str
+    """The class of the model."""
+    config: Config
+    """Its settings."""
+    input_shape: tuple[int, ...]
+    """Channels, height and width of one picture."""
+    num_parameters: int
+    """Parameters counted in our model."""
+    published_parameters: int
+    """Parameters as its authors, or torchvision, count them."""
+
+
+MODELS: Registry[Entry] = Registry("model")
+
+
+def build(name: str, **overrides: Any) -> nn.Module:
+    """The model `name` with random weights, in training mode on the CPU; `overrides` are settings of its config.
+
+    Raises `ConfigError` for an unknown name or setting, with the nearest known one.
+
+    >>> build("resnet18", width=8, num_classes=10)(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 10])
+    """
+    return MODELS[name].assemble(configure(name, **overrides))
+
+
+def configure(name: str, **overrides: Any) -> Config:
+    """The settings of the model `name`, changed by `overrides`."""
+    return MODELS[name].config.override(overrides)
+
+
+def sample_inputs(name: str, batch_size: int, **overrides: Any) -> tuple[Tensor, ...]:
+    """A batch of normal noise that the model takes: one tensor (batch_size, C, H, W), the same in every call.
+
+    >>> [tuple(each.shape) for each in sample_inputs("resnet50", 2)]
+    [(2, 3, 224, 224)]
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} makes no batch; give 1 or more")
+    generator = torch.Generator().manual_seed(SAMPLE_SEED)
+    return (torch.randn(batch_size, *_input_shape(name, configure(name, **overrides)), generator=generator),)
+
+
+def describe(name: str) -> Description:
+    """What the model `name` is; it is built without weights, so this takes milliseconds.
+
+    >>> describe("resnet50").num_parameters
+    25557032
+    """
+    entry = MODELS[name]
+    with torch.device("meta"):
+        model = build(name)
+    return Description(
+        name=name,
+        architecture=type(model).__name__,
+        config=entry.config,
+        input_shape=_input_shape(name, entry.config),
+        num_parameters=count_parameters(model),
+        published_parameters=entry.published_parameters,
+    )
+
+
+def _input_shape(name: str, config: Any) -> tuple[int, ...]:
+    image_size = getattr(config, "image_size", MODELS[name].image_size)
+    return config.in_channels, image_size, image_size
+
+
+# ---- the rows
+
+_PUBLISHED = {
+    "resnet18": Entry(ResNetConfig(block="basic", depths=(2, 2, 2, 2)), ResNet, 224, 11_689_512),
+    "resnet34": Entry(ResNetConfig(block="basic", depths=(3, 4, 6, 3)), ResNet, 224, 21_797_672),
+    "resnet50": Entry(ResNetConfig(depths=(3, 4, 6, 3)), ResNet, 224, 25_557_032),
+    "resnet101": Entry(ResNetConfig(depths=(3, 4, 23, 3)), ResNet, 224, 44_549_160),
+    "resnet152": Entry(ResNetConfig(depths=(3, 8, 36, 3)), ResNet, 224, 60_192_808),
+    "mobilenet_v3_large": Entry(MobileNetV3Config(variant="large"), MobileNetV3, 224, 5_483_032),
+    "mobilenet_v3_small": Entry(MobileNetV3Config(variant="small"), MobileNetV3, 224, 2_542_856),
+    "vit_b_16": Entry(ViTConfig(), ViT, 224, 86_567_656),
+}
+for _name, _entry in _PUBLISHED.items():
+    MODELS.add(_name, _entry)
+
+NAMES = tuple(sorted(MODELS))
