@@ -31,6 +31,8 @@ class StorageTracker(TorchDispatchMode):
     (4, 2048)
     """
 
+    supports_higher_order_operators = True  # branches and loops are watched from outside and inside
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive_bytes = 0

@@ -97,6 +97,7 @@ def merge(first: Any, second: Any, name: str, site: Site, like: Any, device: tor
         return Constant(first)
     refuse(
         site.key,
+        None,
         f"{name} is {describe(first)} on one side of a tensor condition and {describe(second)} on the other",
         "a graph can choose between tensors and numbers of one structure; return the same structure on both sides",
     )
@@ -110,6 +111,7 @@ def _merge_undefined(first: Any, second: Any, name: str, site: Site, like: Any, 
     if not name.startswith(INTERNAL) and site.kind == "if":
         refuse(
             site.key,
+            None,
             f"{name} gets a value on only one side of a tensor condition and is read afterwards",
             f"give {name} a value before the if",
         )
@@ -134,6 +136,7 @@ def _merge_tensors(first: Any, second: Any, name: str, site: Site, like: Any, de
         if not is_number(other) or tensor.dim() > 0:
             refuse(
                 site.key,
+                None,
                 f"{name} is {describe(first)} on one side of a tensor condition and {describe(second)} on the other",
                 "make both tensors of one shape, for example with torch.zeros_like or torch.full_like",
             )
@@ -141,12 +144,14 @@ def _merge_tensors(first: Any, second: Any, name: str, site: Site, like: Any, de
     if tuple(first.shape) != tuple(second.shape):
         refuse(
             site.key,
+            None,
             f"{name} is {describe(first)} on one side of a tensor condition and {describe(second)} on the other",
             "a graph has one shape per value; make the shapes equal on both sides, for example with expand or padding",
         )
     if first.device != second.device:
         refuse(
             site.key,
+            None,
             f"{name} is on {first.device} on one side of a tensor condition and on {second.device} on the other",
             "move it to one device in both",
         )
@@ -173,6 +178,7 @@ def _merge_sequences(first: Any, second: Any, name: str, site: Site, like: Any, 
     if len(first) != len(second) or type(first) is not type(second):
         refuse(
             site.key,
+            None,
             f"{name} is {describe(first)} on one side of a tensor condition and {describe(second)} on the other",
             "a graph has one structure per value; return as many items on both sides",
         )
@@ -187,6 +193,7 @@ def _merge_dicts(first: Any, second: Any, name: str, site: Site, like: Any, devi
     if len(keys) != len(second) or not all(key in second for key in keys):
         refuse(
             site.key,
+            None,
             f"{name} has the keys {keys} on one side of a tensor condition and {list(second.keys())} on the other",
             "a graph has one structure per value; give both sides the same keys",
         )

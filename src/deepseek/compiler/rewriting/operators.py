@@ -44,7 +44,7 @@ from deepseek.compiler.rewriting.merging import (
     number_dtype,
     rebuild,
 )
-from deepseek.compiler.rewriting.sites import Site, note, refuse
+from deepseek.compiler.rewriting.sites import Site, enter, note, refuse
 
 MAX_DEPTH = 24  # tensor conditions inside one another; more is a recursion that no graph can hold
 UNROLLED_TURNS = 8  # a counted loop with a tensor-valued exit is unrolled up to here and becomes a graph loop beyond
@@ -95,6 +95,13 @@ class Loop:
         self.extras = extras
 
 
+class Rewritable:
+    """A callable that stands for a Python function, such as what `jit` returns; `owner` is its first argument, if any."""
+
+    function: Any
+    owner: Any
+
+
 class Rewritten:
     """A function's rewritten twin, kept on the function itself; its first parameter is the operators."""
 
@@ -123,6 +130,7 @@ class Operators:
         if value.numel() != 1:
             refuse(
                 site.key,
+                self.depth,
                 f"the truth of {describe(value)} is ambiguous",
                 "reduce it to one element, for example with .any() or .all()",
             )
@@ -168,7 +176,7 @@ class Operators:
     def test(self, value: Any, site: Site) -> Any:
         """The condition of a statement that stays Python; a traced tensor is refused there."""
         if is_traced(value) and not site.is_native:
-            refuse(site.key, f"a tensor condition in {site.kind} cannot become a graph", HINTS.get(site.kind, HINT))
+            refuse(site.key, self.depth, f"a tensor condition in {site.kind} cannot become a graph", HINTS.get(site.kind, HINT))
         return value
 
     def assert_(self, value: Any, message: Callable[[], Any] | None, site: Site) -> None:
@@ -194,6 +202,7 @@ class Operators:
         if self.depth > 0:
             refuse(
                 site.key,
+                self.depth,
                 "a check on a tensor inside a tensor condition cannot become a graph",
                 "make the check before the condition, or combine both into one check outside",
             )
@@ -239,9 +248,11 @@ class Operators:
         if self.depth + 1 >= MAX_DEPTH:
             refuse(
                 site.key,
+                self.depth,
                 f"tensor conditions are nested {MAX_DEPTH} deep, which a recursion on a tensor condition is",
                 "write the recursion as a while loop",
             )
+        enter(site.key, self.depth + 1)
         return PROBING[self.depth + 1] if is_probing else BUILDING[self.depth + 1]
 
     # ---- loops
@@ -293,7 +304,7 @@ class Operators:
             if values[index] is UNDEFINED and not names[index].startswith(INTERNAL):
                 torch._assert_async(condition, f"{names[index]} has no value: the loop at {site.place} made no turn")
         if not has_leaves(form):
-            refuse(site.key, "the loop changes no variable and would never end", "change what its condition reads")
+            refuse(site.key, self.depth, "the loop changes no variable and would never end", "change what its condition reads")
         real = self._deeper(False, site)
 
         def going_on(*leaves: Tensor) -> Tensor:
@@ -459,6 +470,7 @@ class Operators:
         if self._is_inside(owner) and torch.compiler.is_compiling():
             refuse(
                 site.key,
+                self.depth,
                 "this changes something outside of the tensor condition that surrounds it, on one side only",
                 "assign to a local variable in the branch and make the change after it",
             )
@@ -490,6 +502,10 @@ class Operators:
             return function if twin is None else functools.partial(twin, self)
         if isinstance(function, nn.Module):
             return self._call_module(function)
+        if isinstance(function, Rewritable):
+            twin = find_twin(function.function)
+            twin = functools.partial(twin, self)
+            return twin if function.owner is None else functools.partial(twin, function.owner)
         if isinstance(function, functools.partial):
             return functools.partial(self.call(function.func), *function.args, **function.keywords)
         return function
@@ -517,7 +533,8 @@ NUMBERS: dict[str, Any] = {"int": int, "float": float, "bool": bool}
 
 def find_forward(module: nn.Module) -> Any:
     """The function that a call of `module` runs."""
-    return type(module).forward
+    forward = type(module).forward
+    return forward.function if isinstance(forward, Rewritable) else forward
 
 
 def is_library(name: str | None) -> bool:
@@ -606,7 +623,7 @@ def _settle(
             return found
         form = found
         current = rebuild(form, flatten(form, current if has_no_gap(current) else after))
-    refuse(site.key, "the types of the loop's variables change with every turn", "convert them before the loop")
+    refuse(site.key, probe.depth - 1, "the types of the loop's variables change with every turn", "convert them before the loop")
     return form
 
 

@@ -20,9 +20,9 @@ from deepseek.core.errors import PermanentError
 class ControlFlowError(PermanentError):
     """Python control flow on a tensor value that cannot become one graph."""
 
-    def __init__(self, message: str, site: Site | None = None) -> None:
+    def __init__(self, message: str, sites: tuple[Site, ...] = ()) -> None:
         super().__init__(message)
-        self.site = site
+        self.sites = sites  # where Python would have to decide instead
 
 
 class GraphBreakWarning(UserWarning):
@@ -63,6 +63,7 @@ class Trace:
 
 SITES: list[Site] = []
 _TRACES: list[Trace] = []
+_AROUND: dict[int, Site] = {}
 
 
 @contextmanager
@@ -85,10 +86,23 @@ def note(key: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def refuse(key: int, seen: str, hint: str) -> bool:
-    """Stop the trace: what stands at the site `key` cannot become graph control flow; runs while tracing."""
+def enter(key: int, depth: int) -> bool:
+    """The branches of the site `key` are looked at now, `depth` tensor conditions deep; runs while tracing."""
+    _AROUND[depth] = SITES[key]
+    return True
+
+
+@torch.compiler.assume_constant_result
+def refuse(key: int, depth: int | None, seen: str, hint: str) -> bool:
+    """Stop the trace: what stands at the site `key` cannot become graph control flow; runs while tracing.
+
+    `depth` tensor conditions stand around it; none says that the site itself is the last that was entered.
+    """
     site = SITES[key]
-    raise ControlFlowError(f"{site.place}: {seen}; {hint} (in {site.function}: `{site.text}`)", site)
+    if depth is None:
+        depth = max((each for each, entered in _AROUND.items() if entered is site), default=0)
+    message = f"{site.place}: {seen}; {hint} (in {site.function}: `{site.text}`)"
+    raise ControlFlowError(message, (*(_AROUND[each] for each in range(1, depth + 1)), site))
 
 
 def find_refusal(error: BaseException | None) -> ControlFlowError | None:
