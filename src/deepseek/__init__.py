@@ -26,6 +26,7 @@ _PUBLIC = {
     "load_model": "deepseek.models.loading",
     "save_model": "deepseek.models.loading",
     "quantize": "deepseek.compress.quantizing",
+    "jit": "deepseek.compiler.jit",
 }
 _MODULES = (
     "artifact",

@@ -1,0 +1,113 @@
+"""The corpus under `jit`: every branch right at trace time and after, forward and gradients, always one graph."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from deepseek.compiler.jit import jit
+from tests.compiler.jit_corpus import CASES
+
+IDS = [case.name for case in CASES]
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+ONE_OF_EACH = {"early_returns", "while_counts", "for_tensor_range", "EarlyExit", "Nested"}
+
+
+class Counting:
+    """A backend that counts graphs and hands them on."""
+
+    def __init__(self, backend):
+        self.backend = torch._dynamo.lookup_backend(backend)
+        self.count = 0
+
+    def __call__(self, graph_module, inputs):
+        self.count += 1
+        return self.backend(graph_module, inputs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_tracer():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*requires_grad=True tensor to a scalar.*")
+        yield
+
+
+def copy_of(arguments, *, requires_grad):
+    return [
+        each.detach().clone().requires_grad_(requires_grad and each.is_floating_point())
+        if isinstance(each, torch.Tensor)
+        else each
+        for each in arguments
+    ]
+
+
+def gradients(result, target, arguments):
+    """Of a weighted sum of all floating results, for arguments and parameters; zeros where there is none."""
+    wanted = [each for each in arguments if isinstance(each, torch.Tensor) and each.requires_grad]
+    if isinstance(target, nn.Module):
+        wanted += list(target.parameters())
+    outputs = [each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor) and each.requires_grad]
+    if not outputs:
+        return [torch.zeros_like(each) for each in wanted]
+    total = sum((each * torch.linspace(1, 2, each.numel()).reshape(each.shape).to(each)).sum() for each in outputs)
+    found = torch.autograd.grad(total, wanted, allow_unused=True)
+    return [torch.zeros_like(at) if each is None else each for each, at in zip(found, wanted, strict=True)]
+
+
+def assert_same(got, want):
+    got_leaves, got_spec = pytree.tree_flatten(got)
+    want_leaves, want_spec = pytree.tree_flatten(want)
+    assert got_spec == want_spec
+    for one, other in zip(got_leaves, want_leaves, strict=True):
+        if isinstance(other, (torch.Tensor, int, float)):
+            one, other = torch.as_tensor(one), torch.as_tensor(other)
+            assert one.shape == other.shape
+            torch.testing.assert_close(one.double(), other.double(), equal_nan=True, **EXACT)
+        else:
+            assert one == other
+
+
+def run(target, arguments, *, is_training):
+    copied = copy_of(arguments, requires_grad=is_training)
+    with torch.set_grad_enabled(is_training):
+        result = target(*copied)
+    return result, gradients(result, target, copied) if is_training else []
+
+
+def check(case, backend, *, is_training, first=0):
+    """Trace with the arguments `first`, then take every other way without another trace."""
+    plain, counting = case.make(), Counting(backend)
+    compiled = jit(case.make(), backend=counting, optimize=False)
+    order = [case.arguments[first], *case.arguments]
+    for arguments in order if "python" not in case.traits else case.arguments:
+        want, want_gradients = run(plain, arguments, is_training=is_training)
+        got, got_gradients = run(compiled, arguments, is_training=is_training)
+        assert_same(got, want)
+        assert_same(got_gradients, want_gradients)
+    if "python" not in case.traits:
+        assert counting.count == 1
+
+
+def test_the_corpus_is_large_enough():
+    assert len(CASES) >= 70
+    assert len(set(IDS)) == len(IDS)
+    assert sum(len(case.arguments) > 1 for case in CASES) >= 65
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_training_gives_the_values_and_gradients_of_plain_python_with_one_graph(case):
+    check(case, "aot_eager", is_training=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_inference_gives_the_values_of_plain_python_with_one_graph(case):
+    check(case, "eager", is_training=False, first=-1)
