@@ -77,7 +77,7 @@ def test_branches_are_fused_and_both_are_right(sign):
     model, x = Branching(), torch.rand(2, 3, 8, 8) * sign
     model.one[1].running_mean.fill_(0.3)
     model.two[1].running_var.fill_(4.0)
-    optimized = optimize(capture(model, x), (x,), is_training=False)
+    optimized = optimize(capture(model, x), (x,), is_training=False, kernels="eager")
     assert [each.rule for each in optimized.report.fusion.fusions] == [
         *("convolution + batch norm", "convolution + activation"),
         *("convolution + batch norm", "convolution + activation"),
@@ -111,7 +111,7 @@ def test_decomposed_graphs_are_taken_as_well():
     model, x = Net(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         graph_module = torch.export.export(model.eval(), (x,)).run_decompositions().module()
-        optimized = optimize(graph_module, (x,), is_training=False)
+        optimized = optimize(graph_module, (x,), is_training=False, kernels="eager")
         torch.testing.assert_close(optimized.graph_module(x), model(x), rtol=1e-4, atol=1e-5)
     assert optimized.report.fusion.num_operators_after == 4
 
@@ -204,7 +204,7 @@ def test_another_number_of_inputs_is_refused():
 def test_models_of_the_zoo_are_optimized_within_rounding(name):
     model, x = build(name), torch.randn(1, 3, 224, 224)
     graph_module = capture(model, x)
-    optimized = optimize(graph_module, (x,), is_training=False)
+    optimized = optimize(graph_module, (x,), is_training=False, kernels="eager")
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
         error = (optimized.graph_module(x) - expected).abs().max() / expected.abs().max()

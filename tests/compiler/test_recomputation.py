@@ -234,6 +234,7 @@ def test_bad_segments_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, when inductor is loaded
 def test_compiled_code_keeps_less_under_a_budget():
     torch.manual_seed(0)
     layers = [each for _ in range(6) for each in (nn.Linear(64, 64), nn.GELU())]
