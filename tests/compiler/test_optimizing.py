@@ -10,7 +10,11 @@ from deepseek.compiler.optimizing import optimize
 from deepseek.core.errors import ConfigError
 from deepseek.models.zoo import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+# torch warns about itself when it decomposes a graph and when inductor is loaded.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),
+]
 
 
 def capture(model, *inputs, **options):

@@ -21,6 +21,9 @@ from deepseek.compiler.segments import Choice, Segment, choose, find_peak, small
 from deepseek.core.errors import ConfigError
 from deepseek.models.zoo import build
 
+# torch warns about itself when inductor is loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+
 # The policy
 
 SEGMENTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=7).map(
@@ -234,7 +237,6 @@ def test_bad_segments_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, when inductor is loaded
 def test_compiled_code_keeps_less_under_a_budget():
     torch.manual_seed(0)
     layers = [each for _ in range(6) for each in (nn.Linear(64, 64), nn.GELU())]

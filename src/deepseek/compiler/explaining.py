@@ -65,9 +65,7 @@ def _show(each: Rewritten) -> str:
     return f"{place:24} {each.kind:12} {each.text}" + (f"\n    {each.reason}" if each.reason else "")
 
 
-def explain_captured(
-    function: Any, captured: Captured, trace: Trace, earlier: Trace, *, optimize: bool
-) -> Explanation:
+def explain_captured(function: Any, captured: Captured, trace: Trace, earlier: Trace, *, optimize: bool) -> Explanation:
     """The explanation of graphs that were captured, with the breaks that calls met `earlier`."""
     breaks = {site.key: _describe_site(site, reason) for site, reason in [*earlier.breaks, *trace.breaks]}
     reports, notes = [], []

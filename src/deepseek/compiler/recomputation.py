@@ -133,6 +133,7 @@ def inductor_with_budget(memory_budget: float) -> Backend:
     Without a budget inductor already recomputes what costs next to nothing; below 1.0 it also recomputes what costs
     time, cheapest per byte first.
     """
+    check_budget(memory_budget)
     from torch._inductor.compile_fx import compile_fx
 
     return _with_budget(compile_fx, memory_budget)
@@ -140,6 +141,7 @@ def inductor_with_budget(memory_budget: float) -> Backend:
 
 def eager_with_budget(memory_budget: float) -> Backend:
     """The same for code that is captured and then run operator by operator, where no code is to be generated."""
+    check_budget(memory_budget)
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -152,8 +154,6 @@ def eager_with_budget(memory_budget: float) -> Backend:
 
 
 def _with_budget(backend: Backend, memory_budget: float) -> Backend:
-    check_budget(memory_budget)
-
     def compile_graph(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
         with config.patch(activation_memory_budget=memory_budget):
             return backend(graph_module, inputs)

@@ -176,7 +176,12 @@ class Operators:
     def test(self, value: Any, site: Site) -> Any:
         """The condition of a statement that stays Python; a traced tensor is refused there."""
         if is_traced(value) and not site.is_native:
-            refuse(site.key, self.depth, f"a tensor condition in {site.kind} cannot become a graph", HINTS.get(site.kind, HINT))
+            refuse(
+                site.key,
+                self.depth,
+                f"a tensor condition in {site.kind} cannot become a graph",
+                HINTS.get(site.kind, HINT),
+            )
         return value
 
     def assert_(self, value: Any, message: Callable[[], Any] | None, site: Site) -> None:
@@ -304,7 +309,12 @@ class Operators:
             if values[index] is UNDEFINED and not names[index].startswith(INTERNAL):
                 torch._assert_async(condition, f"{names[index]} has no value: the loop at {site.place} made no turn")
         if not has_leaves(form):
-            refuse(site.key, self.depth, "the loop changes no variable and would never end", "change what its condition reads")
+            refuse(
+                site.key,
+                self.depth,
+                "the loop changes no variable and would never end",
+                "change what its condition reads",
+            )
         real = self._deeper(False, site)
 
         def going_on(*leaves: Tensor) -> Tensor:
@@ -599,7 +609,9 @@ def _probe(branch: Any, operators: Operators, values: Any) -> Any:
 def _merge_all(first: Any, second: Any, names: Any, site: Site, like: Any, device: torch.device) -> Form:
     if names is None:
         return merge(first, second, "the result", site, like, device)
-    forms = [merge(first[index], second[index], names[index], site, like, device) for index in builtins.range(len(names))]
+    forms = [
+        merge(first[index], second[index], names[index], site, like, device) for index in builtins.range(len(names))
+    ]
     return Node(tuple, None, forms)
 
 
@@ -623,7 +635,12 @@ def _settle(
             return found
         form = found
         current = rebuild(form, flatten(form, current if has_no_gap(current) else after))
-    refuse(site.key, probe.depth - 1, "the types of the loop's variables change with every turn", "convert them before the loop")
+    refuse(
+        site.key,
+        probe.depth - 1,
+        "the types of the loop's variables change with every turn",
+        "convert them before the loop",
+    )
     return form
 
 
@@ -692,9 +709,7 @@ def _all_require_grad(leaves: tuple[Tensor, ...]) -> bool:
     The backward of `while_loop` in torch 2.13 drops the gradients that flow through a variable whose first value needs
     none, such as a sum that starts at zero; after one turn as a condition, every variable needs them.
     """
-    return not torch.compiler.is_exporting() and all(
-        leaf.requires_grad for leaf in leaves if leaf.is_floating_point()
-    )
+    return not torch.compiler.is_exporting() and all(leaf.requires_grad for leaf in leaves if leaf.is_floating_point())
 
 
 def leaves_of(form: Form) -> list[Leaf]:

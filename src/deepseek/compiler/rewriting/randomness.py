@@ -150,7 +150,9 @@ def _is_control_flow(node: fx.Node) -> bool:
 
 
 def _branches(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    found = [getattr(module, str(each.target)) for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"]
+    found = [
+        getattr(module, str(each.target)) for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"
+    ]
     return [each for each in found if isinstance(each, fx.GraphModule)]
 
 

@@ -434,9 +434,7 @@ class Transformer:
         effects = [line for target in targets for line in self._target_effects(target, node, scope, place)]
         return [*effects, rewrite.visit(node)]
 
-    def _set(
-        self, node: ast.stmt, parts: list[ast.expr], scope: Scope, place: Place, rewrite: Expressions
-    ) -> ast.stmt:
+    def _set(self, node: ast.stmt, parts: list[ast.expr], scope: Scope, place: Place, rewrite: Expressions) -> ast.stmt:
         """`x[index] = value` for a tensor that is seen nowhere else."""
         assert isinstance(parts[0], ast.Name)
         name = parts[0].id
@@ -504,9 +502,7 @@ class Transformer:
 class Expressions(ast.NodeTransformer):
     """Rewrites the expressions of one statement: conditions, calls, numbers taken out of tensors."""
 
-    def __init__(
-        self, owner: Transformer, scope: Scope, place: Place, known: Names, hidden: Names = NONE
-    ) -> None:
+    def __init__(self, owner: Transformer, scope: Scope, place: Place, known: Names, hidden: Names = NONE) -> None:
         self.owner = owner
         self.scope = scope
         self.place = place
@@ -549,7 +545,9 @@ class Expressions(ast.NodeTransformer):
         deeper = self.place.deeper(NONE)
         names = [deeper.operators, f"{INTERNAL}value"]
         body = (
-            _load(names[1]) if value is None else Expressions(self.owner, self.scope, deeper, self.known, self.hidden).visit(value)
+            _load(names[1])
+            if value is None
+            else Expressions(self.owner, self.scope, deeper, self.known, self.hidden).visit(value)
         )
         return ast.Lambda(_arguments(names), body)
 
@@ -623,14 +621,18 @@ class Expressions(ast.NodeTransformer):
             case ast.Attribute() if self._is_library(function):
                 return ast.Call(function, arguments, keywords)
             case ast.Attribute(value=value, attr=name):
-                found = _call(operators, "method", self.visit(value), ast.Constant(_mangle(name, self.owner.class_name)))
+                found = _call(
+                    operators, "method", self.visit(value), ast.Constant(_mangle(name, self.owner.class_name))
+                )
                 return ast.Call(_at(found, function), arguments, keywords)
             case _:
                 found = _call(operators, "call", self.visit(function))
                 return ast.Call(_at(found, function), arguments, keywords)
 
     def _is_builtin(self, name: str) -> bool:
-        return name not in self.scope.names | frozenset(self.scope.parameters) | self.hidden and self.owner.is_builtin(name)
+        return name not in self.scope.names | frozenset(self.scope.parameters) | self.hidden and self.owner.is_builtin(
+            name
+        )
 
     def _is_library(self, node: ast.Attribute) -> bool:
         """Whether it is `torch.relu`, `F.relu`, `math.sqrt`: an attribute of a library's module."""
@@ -890,5 +892,3 @@ def _arguments(names: Sequence[str]) -> ast.arguments:
 
 def _thunk(body: ast.expr) -> ast.Lambda:
     return ast.Lambda(_arguments([]), body)
-
-
