@@ -5,9 +5,9 @@ compiled by `ds.jit` (blocks of one shape are compiled once), in FP32 with a mem
 bf16 by autocast without and with one. For inference the fused kernels of `compiler.fusion`, in FP32 and bf16, and
 `ds.jit` of the whole model. Layers of an encoder and a decoder follow in the same way, with smaller gains to expect.
 
-Rows are items (images, sequences) per second. Rows of memory are MB: weights, gradients and optimizer state, and the peak
-that torch's allocator hands out above what was there before the step; compiling counts for neither. On all sides freed
-memory stays with the process (`core.allocator`), so that page faults do not favour whoever frees less.
+Rows are items (images, sequences) per second. Rows of memory are MB: weights, gradients and optimizer state, and the
+peak that torch's allocator hands out above what was there before the step; compiling counts for neither. On all sides
+freed memory stays with the process (`core.allocator`), so that page faults do not favour whoever frees less.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.zoo import build, settle_
 
 BUDGET = 0.5
+MAX_SHAPES = 64  # blocks of different shapes that share their code
 SPEED_GOAL, MEMORY_GOAL = 1.37, 0.58
 EAGER = "eager fp32"
 
@@ -59,6 +60,7 @@ def main() -> None:
     """Measure all ways of all works and report."""
     arguments = parse_arguments(__doc__ or "")
     keep_freed_memory()
+    torch._dynamo.config.recompile_limit = MAX_SHAPES
     rows: list[Row] = []
     bars: list[Bar] = []
     for work in list_works(is_quick=arguments.quick):
@@ -98,7 +100,7 @@ def compile_blocks(budget: float) -> Callable[[nn.Module, Tensor], Callable[...,
         arrange(model)
         for path in find_segments(model):
             parent, _, name = path.rpartition(".")
-            block = jit(model.get_submodule(path), backend=inductor_with_budget(budget))
+            block = jit(model.get_submodule(path), dynamic=False, backend=inductor_with_budget(budget))
             setattr(model.get_submodule(parent), name, block)
         return model
 
@@ -107,7 +109,7 @@ def compile_blocks(budget: float) -> Callable[[nn.Module, Tensor], Callable[...,
 
 def compile_whole(model: nn.Module, inputs: Tensor) -> Callable[..., Tensor]:
     """The model as one graph."""
-    return jit(arrange(model))
+    return jit(arrange(model), dynamic=False)
 
 
 def fuse_kernels(model: nn.Module, inputs: Tensor) -> Callable[..., Tensor]:
