@@ -61,9 +61,10 @@ def optimize(
     `graph_module` holds ATen operators, as `torch.export` captures them. `example_inputs` are those of the graph, one
     per placeholder or as its `forward` takes them. With `is_training` nothing is folded. Otherwise the result is for
     inference: its fused kernels have no gradient. `kernels` says who runs it: a code generator like `inductor`, to
-    which activations are left, or `eager`, operator by operator, for which they join the kernels of oneDNN. `memory_budget`, for training, is the share in (0, 1] of what
-    the backward pass needs again that may be kept; the rest is computed twice by `run`. Raises `ConfigError` for a
-    graph of other operators, and for a budget where there is no backward pass.
+    which activations are left, or `eager`, operator by operator, for which they join the kernels of oneDNN.
+    `memory_budget`, for training, is the share in (0, 1] of what the backward pass needs again that may be kept; the
+    rest is computed twice by `run`. Raises `ConfigError` for a graph of other operators, and for a budget where there
+    is no backward pass.
     """
     refuse_other_operators(graph_module)
     if memory_budget is not None and not is_training:
