@@ -235,6 +235,7 @@ class Operators:
         if not has_leaves(form):
             return rebuild(form, [])
         real = self._deeper(False, site)
+        values = [_unalias(value) for value in values]
 
         def true_branch() -> list[Tensor]:
             return flatten(form, then(real, *_steady(values)))
@@ -324,7 +325,9 @@ class Operators:
         is_trained = torch.is_grad_enabled() and any(leaf.is_floating_point() for leaf in start)
         if is_trained and not _all_require_grad(start):
             start = careful_turn(*start)
-        return rebuild(form, list(while_loop(going_on, careful_turn if is_trained else turn, start)))
+        found = while_loop(going_on, careful_turn if is_trained else turn, start)
+        # In training these are the last rows of all turns' values; a copy has no offset into them.
+        return rebuild(form, [leaf.clone() for leaf in found] if is_trained else list(found))
 
     def for_(
         self,
@@ -398,6 +401,12 @@ class Operators:
         extras = (*loop.extras, rows)
         return self.while_(test, body, (start, *values), names, stop, loop.site, loop.like, extras)[1:]
 
+    def iterate(self, items: Any, site: Site) -> Any:
+        """What a loop that stays Python walks over."""
+        if isinstance(items, TensorRange):
+            refuse(site.key, self.depth, "a range of tensors is walked in a loop that cannot become a graph", HINT)
+        return items
+
     def range(self, *bounds: Any) -> Any:
         if not any(is_traced(bound) for bound in bounds):
             return builtins.range(*bounds)
@@ -408,10 +417,10 @@ class Operators:
     # ---- values that Python would take out of a tensor
 
     def to_number(self, kind: str, value: Any) -> Any:
-        """`int(value)`, `float(value)` or `bool(value)`; of a traced tensor, a tensor without dimensions."""
+        """`int(value)`, `float(value)` or `bool(value)`; of a traced tensor, a tensor without dimensions or gradient."""
         if not is_traced(value):
             return NUMBERS[kind](value)
-        value = value.reshape(())
+        value = value.detach().reshape(())
         if kind == "bool":
             return value if value.dtype == torch.bool else value != 0
         if kind == "int":
@@ -419,7 +428,7 @@ class Operators:
         return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
     def item(self, value: Any) -> Any:
-        return value.reshape(()) if is_traced(value) else value.item()
+        return value.detach().reshape(()) if is_traced(value) else value.item()
 
     def get(self, value: Any, index: Any) -> Any:
         """`value[index]`, where the index may be a traced number."""
@@ -445,6 +454,13 @@ class Operators:
         if is_inside:
             value = value.clone()
         value[index] = new
+        return value
+
+    def append(self, value: Any, new: Any, owner: Operators | None) -> Any:
+        """`value.append(new)` for a list that one variable alone holds; gives what it holds afterwards."""
+        if self._is_inside(owner) and isinstance(value, list):
+            return [*value, new]
+        value.append(new)
         return value
 
     def augment(self, name: str, value: Any, other: Any, owner: Operators | None, is_fresh: bool, site: Site) -> Any:
@@ -492,6 +508,18 @@ class Operators:
         found = getattr(value, name)
         return found if isinstance(value, Tensor) else self.call(found)
 
+    def parent(self, cls: Any, value: Any, name: str) -> Any:
+        """`super().name` in a method of `cls`."""
+        is_above = False
+        for each in type(value).__mro__:
+            if is_above and name in each.__dict__:
+                function = each.__dict__[name]
+                if isinstance(function, types.FunctionType):
+                    return functools.partial(self.call(function), value)
+                return getattr(super(cls, value), name)
+            is_above = is_above or each is cls
+        return getattr(super(cls, value), name)
+
     def call(self, function: Any) -> Any:
         """What to call instead of `function`: its rewritten twin if it is the user's own code, else itself."""
         if isinstance(function, types.MethodType):
@@ -511,9 +539,9 @@ class Operators:
         return function
 
     def _call_module(self, module: nn.Module) -> Any:
-        if is_library(type(module).__module__):
+        if all(is_library(type(each).__module__) for each in module.modules()):
             return module
-        twin = find_twin(find_forward(module))
+        twin = find_twin(find_forward(module), is_asked=True)  # a library's container may hold the user's modules
         if twin is None:
             return module
         forward = functools.partial(twin, self, module)
@@ -546,9 +574,9 @@ def is_library(name: str | None) -> bool:
     )
 
 
-def find_twin(function: Any) -> Any:
-    """The rewritten twin of `function`, which is made the first time; none for a library's function."""
-    if is_library(function.__module__):
+def find_twin(function: Any, *, is_asked: bool = False) -> Any:
+    """The rewritten twin of `function`, made the first time; none for a library's function, unless it is asked for."""
+    if not is_asked and is_library(function.__module__):
         return None
     if hasattr(function, "__ds__"):
         known = function.__ds__
@@ -618,6 +646,7 @@ def _settle(
     current = values
     for _ in range(2 * len(names) + 2):
         after = _probe(body, probe, (*current, *extras))
+        after = [_distinct(after[index], form.children[index]) for index in builtins.range(len(names))]
         found = _merge_loop(current, after, names, site, like, device)
         if _is_same(form, found):
             return found
@@ -625,6 +654,11 @@ def _settle(
         current = rebuild(form, flatten(form, current if has_no_gap(current) else after))
     refuse(site.key, probe.depth - 1, "the types of the loop's variables change with every turn", "convert them before the loop")
     return form
+
+
+def _distinct(value: Any, form: Form) -> Any:
+    """A value that is another object where the loop is known to change its variable."""
+    return rebuild(form, flatten(form, value)) if has_leaves(form) and value is not UNDEFINED else value
 
 
 def _merge_loop(before: Any, after: Any, names: tuple[str, ...], site: Site, like: Any, device: torch.device) -> Form:
@@ -643,7 +677,7 @@ def choose(condition: Tensor, then: Any, other: Any, leaves: list[Leaf]) -> list
     In training, whole numbers leave the branches as the same bits under a floating type: the backward of `torch.cond`
     in torch 2.13 miscounts gradients where an output has none.
     """
-    if not torch.is_grad_enabled() or all(leaf.dtype.is_floating_point for leaf in leaves):
+    if not torch.is_grad_enabled():
         return list(torch.cond(condition, lambda: tuple(then()), lambda: tuple(other()), ()))
     packed = torch.cond(
         condition,
@@ -651,7 +685,7 @@ def choose(condition: Tensor, then: Any, other: Any, leaves: list[Leaf]) -> list
         lambda: tuple(_pack(value) for value in other()),
         (),
     )
-    return [_unpack(packed[index], leaves[index].dtype) for index in builtins.range(len(leaves))]
+    return [_unpack(packed[index], leaves[index].dtype, len(leaves)) for index in builtins.range(len(leaves))]
 
 
 def _pack(value: Tensor) -> Tensor:
@@ -662,9 +696,10 @@ def _pack(value: Tensor) -> Tensor:
     return value.to(torch.int64).view(torch.float64).clone()
 
 
-def _unpack(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _unpack(value: Tensor, dtype: torch.dtype, num_leaves: int) -> Tensor:
+    """A branch's result again; with several, each by a product, so that no two gradients that come back are one tensor."""
     if dtype.is_floating_point or dtype.is_complex:
-        return value
+        return value * 1 if num_leaves > 1 else value
     if dtype == torch.bool:
         return value.detach() != 0
     return value.detach().view(torch.int64).to(dtype)
@@ -679,6 +714,12 @@ def _steady(values: Any) -> list[Any]:
     if not torch.is_grad_enabled():
         return list(values)
     return [value * 1 if isinstance(value, Tensor) and _may_require_grad(value) else value for value in values]
+
+
+def _unalias(value: Any) -> Any:
+    """A value that shares memory with no other: `torch.cond` takes no two views of one tensor in training."""
+    is_view = isinstance(value, Tensor) and torch.is_grad_enabled() and value._base is not None
+    return value.clone() if is_view else value
 
 
 def _may_require_grad(value: Tensor) -> bool:

@@ -38,6 +38,7 @@ from deepseek.compiler.rewriting.sites import Site
 
 UNDEFINED_NAME = f"{INTERNAL}undefined"
 SET = f"{INTERNAL}set"
+APPEND = f"{INTERNAL}append"
 SITES_NAME = f"{INTERNAL}sites"
 MUTATORS = frozenset(
     "append extend insert pop remove clear sort reverse update setdefault popitem add discard appendleft popleft".split()
@@ -428,11 +429,19 @@ class Transformer:
     def _assign(
         self, node: ast.Assign | ast.AnnAssign, scope: Scope, place: Place, rewrite: Expressions
     ) -> list[ast.stmt]:
+        if getattr(getattr(node.value, "func", None), "id", "") == APPEND:
+            return [self._append(node, node.value.args, place, rewrite)]  # type: ignore[union-attr]
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == SET:
             return [self._set(node, node.value.args, scope, place, rewrite)]
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         effects = [line for target in targets for line in self._target_effects(target, node, scope, place)]
         return [*effects, rewrite.visit(node)]
+
+    def _append(self, node: ast.stmt, parts: list[ast.expr], place: Place, rewrite: Expressions) -> ast.stmt:
+        assert isinstance(parts[0], ast.Name)
+        name = parts[0].id
+        call = _call(place.operators, "append", rewrite.visit(parts[0]), rewrite.visit(parts[1]), place.owner(name))
+        return _at(ast.Assign(targets=[_store(name)], value=call), node)
 
     def _set(
         self, node: ast.stmt, parts: list[ast.expr], scope: Scope, place: Place, rewrite: Expressions
@@ -609,6 +618,9 @@ class Expressions(ast.NodeTransformer):
     def _call_of(self, node: ast.Call, arguments: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:
         function, operators = node.func, self.place.operators
         match function:
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super"), args=[]), attr=name):
+                parent = [_load("__class__"), _load(self.scope.parameters[0]), ast.Constant(name)]
+                return ast.Call(_at(_call(operators, "parent", *parent), function), arguments, keywords)
             case ast.Name(id="super") if not arguments:
                 arguments = [_load("__class__"), _load(self.scope.parameters[0])]
                 return ast.Call(function, arguments, keywords)
@@ -731,6 +743,14 @@ class _NameWrites(ast.NodeTransformer):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return node
 
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        match node.value:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[value], keywords=[]):
+                if name in self.fresh and not isinstance(value, ast.Starred):
+                    call = ast.Call(_load(APPEND), [_load(name), value], [])
+                    return _at(ast.Assign(targets=[_store(name)], value=call), node)
+        return node
+
     visit_Lambda = visit_AsyncFunctionDef = visit_ClassDef = visit_FunctionDef  # type: ignore[assignment]
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
@@ -766,7 +786,7 @@ def find_fresh(statements: list[ast.stmt], parameters: Names) -> Names:
     made: set[str] = set()
     other: set[str] = set(parameters)
     for node in walk_scope(statements):
-        if isinstance(node, ast.Assign) and getattr(getattr(node.value, "func", None), "id", "") == SET:
+        if isinstance(node, ast.Assign) and getattr(getattr(node.value, "func", None), "id", "") in (SET, APPEND):
             continue
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             (made if _is_making(node.value) else other).add(node.targets[0].id)
@@ -776,7 +796,18 @@ def find_fresh(statements: list[ast.stmt], parameters: Names) -> Names:
             other |= frozenset(name for target in node.targets for name in _plain_names(target))
         elif isinstance(node, (ast.For, ast.AnnAssign)):
             other |= writes(node.target)
-    return frozenset(made - other - _aliased(statements))
+    return frozenset(made - other - _aliased(statements, made - _lists(statements)))
+
+
+def _lists(statements: list[ast.stmt]) -> Names:
+    """Variables that are given a list somewhere."""
+    return frozenset(
+        name
+        for node in walk_scope(statements)
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.List, ast.ListComp))
+        for target in node.targets
+        for name in writes(target)
+    )
 
 
 def _plain_names(target: ast.expr) -> Names:
@@ -787,18 +818,20 @@ def _is_making(value: ast.expr) -> bool:
     match value:
         case ast.Call(func=ast.Attribute(attr=name)):
             return name in MAKERS
-        case ast.BinOp() | ast.Constant() | ast.Compare() | ast.UnaryOp():
+        case ast.BinOp() | ast.Constant() | ast.Compare() | ast.UnaryOp() | ast.List() | ast.ListComp():
             return True
         case _:
             return False
 
 
-def _aliased(statements: list[ast.stmt]) -> Names:
+def _aliased(statements: list[ast.stmt], tensors: set[str]) -> Names:
     """Names that stand alone (or indexed, which may be a view) where their value gets a second holder."""
     found: set[str] = set()
     returned = {id(each) for node in walk_scope(statements) if isinstance(node, ast.Return) for each in ast.walk(node)}
     for node in (each for each in walk_scope(statements) if id(each) not in returned):
         values: list[ast.expr] = []
+        if isinstance(node, ast.Assign) and all(_is_part_of(target, tensors) for target in node.targets):
+            continue  # what is written into a tensor is copied
         if isinstance(node, (ast.Assign, ast.NamedExpr)) and node.value is not None:
             values = [node.value]
         elif isinstance(node, (ast.List, ast.Tuple, ast.Dict, ast.Set)):
@@ -808,6 +841,10 @@ def _aliased(statements: list[ast.stmt]) -> Names:
             if isinstance(value, (ast.Name, ast.Subscript)) and not isinstance(getattr(value, "ctx", None), ast.Store):
                 found.add(_root(value))
     return frozenset(found)
+
+
+def _is_part_of(target: ast.expr, tensors: set[str]) -> bool:
+    return isinstance(target, ast.Subscript) and _root(target) in tensors
 
 
 def scope_locals(statements: list[ast.stmt], scope: Scope, known: Names) -> Names:
