@@ -58,8 +58,7 @@ def copy_of(arguments, *, requires_grad):
 def gradients(result, target, arguments):
     """Of a weighted sum of all floating results, for arguments and parameters; zeros where there is none."""
     wanted = [each for each in arguments if isinstance(each, torch.Tensor) and each.requires_grad]
-    if isinstance(target, nn.Module):
-        wanted += list(target.parameters())
+    wanted += list(target.parameters() if isinstance(target, nn.Module) else target if isinstance(target, list) else ())
     outputs = [each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor) and each.requires_grad]
     if not outputs:
         return [torch.zeros_like(each) for each in wanted]
@@ -116,3 +115,30 @@ def test_training_gives_the_values_and_gradients_of_plain_python_with_one_graph(
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_inference_gives_the_values_of_plain_python_with_one_graph(case):
     check(case, "eager", is_training=False, first=-1)
+
+
+class Wrapped(nn.Module):
+    """A function as a module, since that is what `torch.export` takes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments):
+        return self.function(*arguments)
+
+
+@pytest.mark.parametrize("case", [each for each in CASES if "python" not in each.traits], ids=lambda case: case.name)
+def test_an_exported_program_has_all_branches_and_their_gradients(case):
+    plain, target = case.make(), jit(case.make(), backend="eager")
+    module = target if isinstance(target, nn.Module) else Wrapped(target)
+    example = tuple(copy_of(case.arguments[0], requires_grad=True))
+    exported = torch.export.export(module, example).module()
+    for arguments in case.arguments:
+        want, want_gradients = run(plain, arguments, is_training=True)
+        copied = copy_of(arguments, requires_grad=True)
+        got = exported(*copied)
+        assert_same(got, want)
+        named = dict(exported.named_parameters())
+        parameters = [named[name] for name, _ in module.named_parameters()]
+        assert_same(gradients(got, parameters, copied), want_gradients)

@@ -176,6 +176,8 @@ class Jitted(Rewritable):
         self.trace = Trace()
         self.reports: list[Any] = []
         self._compiled: Any = None
+        self.__signature__ = inspect.signature(function)
+        self.__code__ = function.__code__  # what torch.export and debuggers ask for
         functools.update_wrapper(self, function, updated=())
 
     # ---- as a method
@@ -191,6 +193,8 @@ class Jitted(Rewritable):
             self._compiled = self._compile()
         bound = object.__new__(type(self))
         bound.__dict__.update(self.__dict__, owner=owner)
+        if owner is not None:
+            bound.__signature__ = inspect.signature(types.MethodType(self.function, owner))
         return bound
 
     def __copy__(self) -> Self:

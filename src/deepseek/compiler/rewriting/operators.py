@@ -21,7 +21,9 @@ import builtins
 import functools
 import operator
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -325,7 +327,7 @@ class Operators:
         is_trained = torch.is_grad_enabled() and any(leaf.is_floating_point() for leaf in start)
         if is_trained and not _all_require_grad(start):
             start = careful_turn(*start)
-        found = while_loop(going_on, careful_turn if is_trained else turn, start)
+        found = _while_loop(going_on, careful_turn if is_trained else turn, start)
         # In training these are the last rows of all turns' values; a copy has no offset into them.
         return rebuild(form, [leaf.clone() for leaf in found] if is_trained else list(found))
 
@@ -678,14 +680,35 @@ def choose(condition: Tensor, then: Any, other: Any, leaves: list[Leaf]) -> list
     in torch 2.13 miscounts gradients where an output has none.
     """
     if not torch.is_grad_enabled():
-        return list(torch.cond(condition, lambda: tuple(then()), lambda: tuple(other()), ()))
-    packed = torch.cond(
+        return list(_cond(condition, lambda: tuple(then()), lambda: tuple(other())))
+    packed = _cond(
         condition,
         lambda: tuple(_pack(value) for value in then()),
         lambda: tuple(_pack(value) for value in other()),
-        (),
     )
     return [_unpack(packed[index], leaves[index].dtype, len(leaves)) for index in builtins.range(len(leaves))]
+
+
+def _cond(condition: Tensor, then: Any, other: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return torch.cond(condition, then, other, ())
+    with _quiet():
+        return torch.cond(condition, then, other, ())
+
+
+def _while_loop(going_on: Any, turn: Any, start: tuple[Tensor, ...]) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return while_loop(going_on, turn, start)
+    with _quiet():
+        return while_loop(going_on, turn, start)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that torch gives about itself when `torch.export` meets control flow on what has gradients."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 def _pack(value: Tensor) -> Tensor:
