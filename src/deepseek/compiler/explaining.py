@@ -82,7 +82,7 @@ def explain_captured(
         function=describe(function),
         num_graphs=len(captured.graphs),
         num_operators=sum(count_operators(graph) for graph, _, _ in captured.graphs),
-        rewritten=tuple(_describe_site(site) for site in sorted(trace.rewritten, key=lambda each: each.line)),
+        rewritten=tuple(_describe_site(site) for site in sorted(trace.rewritten, key=lambda each: (each.file, each.line))),
         breaks=tuple(breaks.values()),
         fusions=fusions,
         peak_bytes_before=max((before for before, _ in peaks), default=None),

@@ -48,7 +48,9 @@ from deepseek.compiler.rewriting.merging import (
 )
 from deepseek.compiler.rewriting.sites import Site, enter, note, refuse
 
-MAX_DEPTH = 24  # tensor conditions inside one another; more is a recursion that no graph can hold
+DEPTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+OUTSIDE = DEPTHS[0]
+MAX_DEPTH = len(DEPTHS) - 1  # tensor conditions inside one another
 UNROLLED_TURNS = 8  # a counted loop with a tensor-valued exit is unrolled up to here and becomes a graph loop beyond
 UNROLLED_ROWS = 16  # a loop over a tensor's rows is unrolled up to here
 COMPARISONS = {
@@ -118,12 +120,17 @@ def is_traced(value: Any) -> bool:
 
 
 class Operators:
-    """The operators at one depth of tensor conditions, for real or only to look."""
+    """The operators at one depth of tensor conditions, for real or only to look.
 
-    def __init__(self, is_probing: bool, depth: int) -> None:
+    Depths are letters: the tracer may take a number that it meets with two values for a variable one.
+    """
+
+    def __init__(self, is_probing: bool, depth: str) -> None:
         self.is_probing = is_probing
         self.depth = depth
         self.undefined = UNDEFINED
+        self.probing: Operators | None = None  # one condition deeper, only to look
+        self.building: Operators | None = None
 
     # ---- conditions
 
@@ -201,7 +208,7 @@ class Operators:
             )
 
     def _require(self, condition: Tensor, message: str, site: Site) -> None:
-        if self.depth > 0:
+        if self.depth > OUTSIDE:
             refuse(
                 site.key,
                 self.depth,
@@ -248,15 +255,17 @@ class Operators:
         return rebuild(form, choose(condition, true_branch, false_branch, leaves_of(form)))
 
     def _deeper(self, is_probing: bool, site: Site) -> Operators:
-        if self.depth + 1 >= MAX_DEPTH:
+        found = self.probing if is_probing else self.building
+        if found is None:
             refuse(
                 site.key,
                 self.depth,
-                f"tensor conditions are nested {MAX_DEPTH} deep, which a recursion on a tensor condition is",
-                "write the recursion as a while loop",
+                f"tensor conditions are nested {MAX_DEPTH} deep",
+                "split the function, or look the answer up in a table",
             )
-        enter(site.key, self.depth + 1)
-        return PROBING[self.depth + 1] if is_probing else BUILDING[self.depth + 1]
+            return self
+        enter(site.key, found.depth)
+        return found
 
     # ---- loops
 
@@ -429,6 +438,15 @@ class Operators:
             return value.to(torch.int64)
         return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
+    def real(self, value: Any, like: Any) -> Any:
+        """A number of plain Python's that goes into a calculation with floats; a tensor in a graph is made one of floats.
+
+        A whole number in a graph times 0.1 would be float32 for torch, where Python has all digits.
+        """
+        if is_traced(value) and not value.is_floating_point():
+            return value.to(choose_float(like))
+        return value
+
     def item(self, value: Any) -> Any:
         return value.detach().reshape(()) if is_traced(value) else value.item()
 
@@ -481,7 +499,7 @@ class Operators:
 
     def _is_inside(self, owner: Operators | None) -> bool:
         """Whether a tensor condition stands between here and where a variable was made."""
-        return self.depth > (0 if owner is None else owner.depth)
+        return self.depth > (OUTSIDE if owner is None else owner.depth)
 
     def effect(self, owner: Operators | None, site: Site) -> None:
         """Stands before a statement that changes something; refused where that lies outside of a tensor condition."""
@@ -654,7 +672,7 @@ def _settle(
             return found
         form = found
         current = rebuild(form, flatten(form, current if has_no_gap(current) else after))
-    refuse(site.key, probe.depth - 1, "the types of the loop's variables change with every turn", "convert them before the loop")
+    refuse(site.key, None, "the types of the loop's variables change with every turn", "convert them before the loop")
     return form
 
 
@@ -832,6 +850,16 @@ def _as_indices(value: Tensor, index: tuple[Any, ...]) -> list[Tensor | None]:
     return indices
 
 
-BUILDING = [Operators(False, depth) for depth in range(MAX_DEPTH)]
-PROBING = [Operators(True, depth) for depth in range(MAX_DEPTH)]
-__all__ = ["BUILDING", "PROBING", "Operators", "Rewritten", "choose_float", "find_twin", "number_dtype"]
+def _make_operators() -> Operators:
+    """The outermost operators, with the deeper ones behind them."""
+    probing, building = None, None
+    for depth in reversed(DEPTHS):
+        pair = [Operators(True, depth), Operators(False, depth)]
+        for each in pair:
+            each.probing, each.building = probing, building
+        probing, building = pair
+    assert building is not None
+    return building
+
+
+BUILDING = _make_operators()

@@ -217,7 +217,7 @@ def _replace(module: fx.GraphModule, node: fx.Node, seed: fx.Node, salt: int) ->
     if target not in SEEDED:
         lines = (node.meta.get("stack_trace") or "").strip().splitlines()
         raise ControlFlowError(
-            f"{node.target} draws random numbers inside a tensor condition, and its backward would draw others; draw them"
+            f"{getattr(target, '__name__', target)} draws random numbers inside a tensor condition, and its backward would draw others; draw them"
             f" before the condition{': ' + lines[-2].strip() if len(lines) > 1 else ''}"
         )
     with module.graph.inserting_before(node):

@@ -60,6 +60,7 @@ class Scope:
     outside: dict[str, type[ast.Global] | type[ast.Nonlocal]]  # assigned here, living elsewhere
     shared: Names  # local variables that functions defined here read
     fresh: Names  # variables that hold nothing but tensors made here
+    numbers: Names  # variables that are numbers in plain Python, and tensors at most in a graph
     resolve: Callable[[str], Any]
     missing: set[str] = field(default_factory=set)  # variables that may be read before they are written
     num_parts: int = 0
@@ -122,7 +123,8 @@ class Transformer:
         names = writes(body) - frozenset(outside) - moved
         outside |= dict.fromkeys(moved & writes(body), ast.Nonlocal)
         fresh = find_fresh(body, frozenset(parameters))
-        return Scope(tree.name, self.file, parameters, names, outside, captured(body), fresh, self.resolve)
+        numbers = find_numbers(body, frozenset(parameters) | frozenset(outside))
+        return Scope(tree.name, self.file, parameters, names, outside, captured(body), fresh, numbers, self.resolve)
 
     def _undefined(self, name: str, place: Place, at: ast.AST) -> ast.stmt:
         value = _attribute(place.operators, "undefined")
@@ -462,11 +464,12 @@ class Transformer:
         name = node.target.id
         if name in scope.outside or operation not in BINARY:
             return [*self._target_effects(node.target, node, scope, place), rewrite.visit(node)]
+        is_real = name in scope.numbers and is_real_number(ast.BinOp(_load(name), node.op, node.value), scope.numbers)
         call = _call(
             place.operators,
             "augment",
             ast.Constant(operation),
-            rewrite.visit(_load(name)),
+            rewrite.real(_load(name)) if is_real else rewrite.visit(_load(name)),
             rewrite.visit(node.value),
             place.owner(name),
             ast.Constant(name in scope.fresh),
@@ -521,6 +524,7 @@ class Expressions(ast.NodeTransformer):
         self.place = place
         self.known = known
         self.hidden = hidden  # names that a lambda or a comprehension around binds
+        self.is_real = False  # inside arithmetic on numbers that gives a float
 
     # ---- conditions
 
@@ -608,6 +612,23 @@ class Expressions(ast.NodeTransformer):
         call = _call(self.place.operators, "compare", ast.Constant(tuple(names)), self.visit(node.left), rights, site)
         return _at(call, node)
 
+    # ---- numbers
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        """Arithmetic on numbers that gives a float is done in the program's floating type, also on counters of loops."""
+        if self.is_real or not is_real_number(node, self.scope.numbers):
+            return self._generic(node)
+        self.is_real = True
+        try:
+            return self._generic(node)
+        finally:
+            self.is_real = False
+
+    def real(self, node: ast.expr) -> ast.expr:
+        """A number that a graph may hold as a whole number, as a float."""
+        like = self.owner._like(self.scope, self.known)
+        return _at(_call(self.place.operators, "real", node, like), node)
+
     # ---- calls, indices, names
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
@@ -673,9 +694,11 @@ class Expressions(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if node.id == UNDEFINED_NAME:
             return _at(_attribute(self.place.operators, "undefined"), node)
-        if not isinstance(node.ctx, ast.Load) or node.id not in self.scope.missing or node.id in self.known:
+        if not isinstance(node.ctx, ast.Load) or node.id in self.hidden or node.id.startswith(INTERNAL):
             return node
-        if node.id.startswith(INTERNAL):
+        if self.is_real and node.id in self.scope.numbers and node.id in self.known:
+            return self.real(node)
+        if node.id not in self.scope.missing or node.id in self.known:
             return node
         return _at(_call(self.place.operators, "check", node, ast.Constant(node.id)), node)
 
@@ -718,6 +741,54 @@ class Expressions(ast.NodeTransformer):
 
 
 # ---- what a function's text tells
+
+
+def find_numbers(statements: list[ast.stmt], outside: Names) -> Names:
+    """Variables that plain Python binds to numbers only: counters, and what is calculated from them."""
+    bindings: dict[str, list[ast.expr | None]] = {}
+    for node in walk_scope(statements):
+        if isinstance(node, ast.For) and isinstance(node.target, ast.Name):
+            is_range = isinstance(node.iter, ast.Call) and getattr(node.iter.func, "id", "") == "range"
+            bindings.setdefault(node.target.id, []).append(ast.Constant(0) if is_range else None)
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            bindings.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            bindings.setdefault(node.target.id, []).append(node.value)
+        elif isinstance(node, (ast.Assign, ast.For, ast.AnnAssign, ast.With, ast.NamedExpr, ast.comprehension)):
+            parts = ast.Tuple([each for each in ast.iter_child_nodes(node) if isinstance(each, ast.expr)], ast.Load())
+            bindings |= {name: [None] for name in writes(parts)}
+    found = frozenset(bindings) - outside
+    while True:
+        again = frozenset(
+            name for name in found if all(each is not None and _is_number(each, found) for each in bindings[name])
+        )
+        if again == found:
+            return found
+        found = again
+
+
+def _is_number(node: ast.expr, numbers: Names) -> bool:
+    match node:
+        case ast.Constant(value=value):
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+        case ast.Name(id=name):
+            return name in numbers
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+            return _is_number(operand, numbers)
+        case ast.BinOp(left=left, right=right):
+            return _is_number(left, numbers) and _is_number(right, numbers)
+        case _:
+            return False
+
+
+def is_real_number(node: ast.expr, numbers: Names) -> bool:
+    """Whether an expression is arithmetic on numbers that gives a float."""
+    if not _is_number(node, numbers):
+        return False
+    return any(
+        isinstance(each, ast.Div) or (isinstance(each, ast.Constant) and isinstance(each.value, float))
+        for each in ast.walk(node)
+    )
 
 
 def parameters_of(tree: ast.FunctionDef) -> tuple[str, ...]:
