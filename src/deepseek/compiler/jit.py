@@ -22,9 +22,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar, overload
 
 import torch
@@ -40,6 +42,7 @@ from deepseek.core.errors import ConfigError
 
 Target = TypeVar("Target")
 Backend = str | Callable[..., Any]
+MAX_FRAMES = 10_000
 MAX_BREAKS = 64  # places that one function may be broken at before something else must be wrong
 
 
@@ -176,6 +179,8 @@ class Jitted(Rewritable):
         self.trace = Trace()
         self.reports: list[Any] = []
         self._compiled: Any = None
+        self.__signature__ = inspect.signature(function)
+        self.__code__ = function.__code__  # what torch.export and debuggers ask for
         functools.update_wrapper(self, function, updated=())
 
     # ---- as a method
@@ -191,6 +196,8 @@ class Jitted(Rewritable):
             self._compiled = self._compile()
         bound = object.__new__(type(self))
         bound.__dict__.update(self.__dict__, owner=owner)
+        if owner is not None:
+            bound.__signature__ = inspect.signature(types.MethodType(self.function, owner))
         return bound
 
     def __copy__(self) -> Self:
@@ -214,7 +221,7 @@ class Jitted(Rewritable):
             self._compiled = self._compile()
         for _ in range(MAX_BREAKS):
             try:
-                with recording(self.trace):
+                with recording(self.trace), deep_stack():
                     return self._compiled(*args, **kwargs)
             except ControlFlowError as error:
                 self._break_at(error)
@@ -252,7 +259,7 @@ class Jitted(Rewritable):
             args = (self.owner, *args)
         captured = Captured()
         trace = Trace()
-        with recording(trace):
+        with recording(trace), deep_stack():
             self._capture(captured, trace, args, kwargs)
         return explain_captured(self.function, captured, trace, self.trace, optimize=self.settings.optimize)
 
@@ -268,6 +275,17 @@ class Jitted(Rewritable):
                 self._break_at(_explain_failure(error, self.function))
             else:
                 return
+
+
+@contextmanager
+def deep_stack() -> Iterator[None]:
+    """Room for the tracer: each tensor condition inside another takes it some eighty Python frames."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, MAX_FRAMES))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def _restore(module: str, name: str, settings: Settings, owner: Any) -> Any:

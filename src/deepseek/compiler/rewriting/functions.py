@@ -96,7 +96,7 @@ def rewrite(function: types.FunctionType) -> Callable[..., Any]:
 
     @functools.wraps(function, updated=())
     def rewritten(*args: Any, **kwargs: Any) -> Any:
-        return twin(BUILDING[0], *args, **kwargs)
+        return twin(BUILDING, *args, **kwargs)
 
     return rewritten
 

@@ -43,7 +43,7 @@ class Leaf:
 
 
 class Constant:
-    """The same Python value in both branches."""
+    """The same value in both branches: a Python value, or a tensor from outside that neither touches."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -85,6 +85,8 @@ def merge(first: Any, second: Any, name: str, site: Site, like: Any, device: tor
     """The form that both values can take; refuses with the variable's `name` where there is none."""
     if first is UNDEFINED or second is UNDEFINED:
         return _merge_undefined(first, second, name, site, like, device)
+    if isinstance(first, Tensor) and first is second:
+        return Constant(first)  # neither side touches it
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return _merge_tensors(first, second, name, site, like, device)
     if is_number(first) and is_number(second):
@@ -121,7 +123,9 @@ def _merge_undefined(first: Any, second: Any, name: str, site: Site, like: Any, 
 def fill(known: Any, name: str, site: Site, like: Any, device: torch.device) -> Form:
     """The form of a value whose other side is empty: every number in it becomes a tensor."""
     if is_number(known):
-        known = torch.full((), known, dtype=number_dtype(known, choose_float(like)), device=device)
+        return Leaf(number_dtype(known, choose_float(like)), (), device, True)
+    if isinstance(known, Tensor):
+        return Leaf(known.dtype, known.shape, known.device, False)
     if isinstance(known, (tuple, list)):
         return Node(type(known), None, [fill(child, name, site, like, device) for child in known])
     if isinstance(known, dict):

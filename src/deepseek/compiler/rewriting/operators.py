@@ -21,7 +21,9 @@ import builtins
 import functools
 import operator
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +48,9 @@ from deepseek.compiler.rewriting.merging import (
 )
 from deepseek.compiler.rewriting.sites import Site, enter, note, refuse
 
-MAX_DEPTH = 24  # tensor conditions inside one another; more is a recursion that no graph can hold
+DEPTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+OUTSIDE = DEPTHS[0]
+MAX_DEPTH = len(DEPTHS) - 1  # tensor conditions inside one another
 UNROLLED_TURNS = 8  # a counted loop with a tensor-valued exit is unrolled up to here and becomes a graph loop beyond
 UNROLLED_ROWS = 16  # a loop over a tensor's rows is unrolled up to here
 COMPARISONS = {
@@ -116,12 +120,17 @@ def is_traced(value: Any) -> bool:
 
 
 class Operators:
-    """The operators at one depth of tensor conditions, for real or only to look."""
+    """The operators at one depth of tensor conditions, for real or only to look.
 
-    def __init__(self, is_probing: bool, depth: int) -> None:
+    Depths are letters: the tracer may take a number that it meets with two values for a variable one.
+    """
+
+    def __init__(self, is_probing: bool, depth: str) -> None:
         self.is_probing = is_probing
         self.depth = depth
         self.undefined = UNDEFINED
+        self.probing: Operators | None = None  # one condition deeper, only to look
+        self.building: Operators | None = None
 
     # ---- conditions
 
@@ -176,12 +185,7 @@ class Operators:
     def test(self, value: Any, site: Site) -> Any:
         """The condition of a statement that stays Python; a traced tensor is refused there."""
         if is_traced(value) and not site.is_native:
-            refuse(
-                site.key,
-                self.depth,
-                f"a tensor condition in {site.kind} cannot become a graph",
-                HINTS.get(site.kind, HINT),
-            )
+            refuse(site.key, self.depth, f"a tensor condition in {site.kind} cannot become a graph", HINTS.get(site.kind, HINT))
         return value
 
     def assert_(self, value: Any, message: Callable[[], Any] | None, site: Site) -> None:
@@ -204,7 +208,7 @@ class Operators:
             )
 
     def _require(self, condition: Tensor, message: str, site: Site) -> None:
-        if self.depth > 0:
+        if self.depth > OUTSIDE:
             refuse(
                 site.key,
                 self.depth,
@@ -240,6 +244,7 @@ class Operators:
         if not has_leaves(form):
             return rebuild(form, [])
         real = self._deeper(False, site)
+        values = [_unalias(value) for value in values]
 
         def true_branch() -> list[Tensor]:
             return flatten(form, then(real, *_steady(values)))
@@ -250,15 +255,17 @@ class Operators:
         return rebuild(form, choose(condition, true_branch, false_branch, leaves_of(form)))
 
     def _deeper(self, is_probing: bool, site: Site) -> Operators:
-        if self.depth + 1 >= MAX_DEPTH:
+        found = self.probing if is_probing else self.building
+        if found is None:
             refuse(
                 site.key,
                 self.depth,
-                f"tensor conditions are nested {MAX_DEPTH} deep, which a recursion on a tensor condition is",
-                "write the recursion as a while loop",
+                f"tensor conditions are nested {MAX_DEPTH} deep",
+                "split the function, or look the answer up in a table",
             )
-        enter(site.key, self.depth + 1)
-        return PROBING[self.depth + 1] if is_probing else BUILDING[self.depth + 1]
+            return self
+        enter(site.key, found.depth)
+        return found
 
     # ---- loops
 
@@ -309,12 +316,7 @@ class Operators:
             if values[index] is UNDEFINED and not names[index].startswith(INTERNAL):
                 torch._assert_async(condition, f"{names[index]} has no value: the loop at {site.place} made no turn")
         if not has_leaves(form):
-            refuse(
-                site.key,
-                self.depth,
-                "the loop changes no variable and would never end",
-                "change what its condition reads",
-            )
+            refuse(site.key, self.depth, "the loop changes no variable and would never end", "change what its condition reads")
         real = self._deeper(False, site)
 
         def going_on(*leaves: Tensor) -> Tensor:
@@ -334,7 +336,9 @@ class Operators:
         is_trained = torch.is_grad_enabled() and any(leaf.is_floating_point() for leaf in start)
         if is_trained and not _all_require_grad(start):
             start = careful_turn(*start)
-        return rebuild(form, list(while_loop(going_on, careful_turn if is_trained else turn, start)))
+        found = _while_loop(going_on, careful_turn if is_trained else turn, start)
+        # In training these are the last rows of all turns' values; a copy has no offset into them.
+        return rebuild(form, [leaf.clone() for leaf in found] if is_trained else list(found))
 
     def for_(
         self,
@@ -408,6 +412,12 @@ class Operators:
         extras = (*loop.extras, rows)
         return self.while_(test, body, (start, *values), names, stop, loop.site, loop.like, extras)[1:]
 
+    def iterate(self, items: Any, site: Site) -> Any:
+        """What a loop that stays Python walks over."""
+        if isinstance(items, TensorRange):
+            refuse(site.key, self.depth, "a range of tensors is walked in a loop that cannot become a graph", HINT)
+        return items
+
     def range(self, *bounds: Any) -> Any:
         if not any(is_traced(bound) for bound in bounds):
             return builtins.range(*bounds)
@@ -418,18 +428,27 @@ class Operators:
     # ---- values that Python would take out of a tensor
 
     def to_number(self, kind: str, value: Any) -> Any:
-        """`int(value)`, `float(value)` or `bool(value)`; of a traced tensor, a tensor without dimensions."""
+        """`int(value)`, `float(value)` or `bool(value)`; of a traced tensor, a tensor without dimensions or gradient."""
         if not is_traced(value):
             return NUMBERS[kind](value)
-        value = value.reshape(())
+        value = value.detach().reshape(())
         if kind == "bool":
             return value if value.dtype == torch.bool else value != 0
         if kind == "int":
             return value.to(torch.int64)
         return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
+    def real(self, value: Any, like: Any) -> Any:
+        """A number of plain Python's that goes into a calculation with floats; a tensor in a graph is made one of floats.
+
+        A whole number in a graph times 0.1 would be float32 for torch, where Python has all digits.
+        """
+        if is_traced(value) and not value.is_floating_point():
+            return value.to(choose_float(like))
+        return value
+
     def item(self, value: Any) -> Any:
-        return value.reshape(()) if is_traced(value) else value.item()
+        return value.detach().reshape(()) if is_traced(value) else value.item()
 
     def get(self, value: Any, index: Any) -> Any:
         """`value[index]`, where the index may be a traced number."""
@@ -457,6 +476,13 @@ class Operators:
         value[index] = new
         return value
 
+    def append(self, value: Any, new: Any, owner: Operators | None) -> Any:
+        """`value.append(new)` for a list that one variable alone holds; gives what it holds afterwards."""
+        if self._is_inside(owner) and isinstance(value, list):
+            return [*value, new]
+        value.append(new)
+        return value
+
     def augment(self, name: str, value: Any, other: Any, owner: Operators | None, is_fresh: bool, site: Site) -> Any:
         """`value += other`: in place as in Python, and a new tensor where that would reach out of a branch."""
         plain, in_place = BINARY[name]
@@ -473,7 +499,7 @@ class Operators:
 
     def _is_inside(self, owner: Operators | None) -> bool:
         """Whether a tensor condition stands between here and where a variable was made."""
-        return self.depth > (0 if owner is None else owner.depth)
+        return self.depth > (OUTSIDE if owner is None else owner.depth)
 
     def effect(self, owner: Operators | None, site: Site) -> None:
         """Stands before a statement that changes something; refused where that lies outside of a tensor condition."""
@@ -502,6 +528,18 @@ class Operators:
         found = getattr(value, name)
         return found if isinstance(value, Tensor) else self.call(found)
 
+    def parent(self, cls: Any, value: Any, name: str) -> Any:
+        """`super().name` in a method of `cls`."""
+        is_above = False
+        for each in type(value).__mro__:
+            if is_above and name in each.__dict__:
+                function = each.__dict__[name]
+                if isinstance(function, types.FunctionType):
+                    return functools.partial(self.call(function), value)
+                return getattr(super(cls, value), name)
+            is_above = is_above or each is cls
+        return getattr(super(cls, value), name)
+
     def call(self, function: Any) -> Any:
         """What to call instead of `function`: its rewritten twin if it is the user's own code, else itself."""
         if isinstance(function, types.MethodType):
@@ -521,9 +559,9 @@ class Operators:
         return function
 
     def _call_module(self, module: nn.Module) -> Any:
-        if is_library(type(module).__module__):
+        if all(is_library(type(each).__module__) for each in module.modules()):
             return module
-        twin = find_twin(find_forward(module))
+        twin = find_twin(find_forward(module), is_asked=True)  # a library's container may hold the user's modules
         if twin is None:
             return module
         forward = functools.partial(twin, self, module)
@@ -556,9 +594,9 @@ def is_library(name: str | None) -> bool:
     )
 
 
-def find_twin(function: Any) -> Any:
-    """The rewritten twin of `function`, which is made the first time; none for a library's function."""
-    if is_library(function.__module__):
+def find_twin(function: Any, *, is_asked: bool = False) -> Any:
+    """The rewritten twin of `function`, made the first time; none for a library's function, unless it is asked for."""
+    if not is_asked and is_library(function.__module__):
         return None
     if hasattr(function, "__ds__"):
         known = function.__ds__
@@ -609,9 +647,7 @@ def _probe(branch: Any, operators: Operators, values: Any) -> Any:
 def _merge_all(first: Any, second: Any, names: Any, site: Site, like: Any, device: torch.device) -> Form:
     if names is None:
         return merge(first, second, "the result", site, like, device)
-    forms = [
-        merge(first[index], second[index], names[index], site, like, device) for index in builtins.range(len(names))
-    ]
+    forms = [merge(first[index], second[index], names[index], site, like, device) for index in builtins.range(len(names))]
     return Node(tuple, None, forms)
 
 
@@ -630,18 +666,19 @@ def _settle(
     current = values
     for _ in range(2 * len(names) + 2):
         after = _probe(body, probe, (*current, *extras))
+        after = [_distinct(after[index], form.children[index]) for index in builtins.range(len(names))]
         found = _merge_loop(current, after, names, site, like, device)
         if _is_same(form, found):
             return found
         form = found
         current = rebuild(form, flatten(form, current if has_no_gap(current) else after))
-    refuse(
-        site.key,
-        probe.depth - 1,
-        "the types of the loop's variables change with every turn",
-        "convert them before the loop",
-    )
+    refuse(site.key, None, "the types of the loop's variables change with every turn", "convert them before the loop")
     return form
+
+
+def _distinct(value: Any, form: Form) -> Any:
+    """A value that is another object where the loop is known to change its variable."""
+    return rebuild(form, flatten(form, value)) if has_leaves(form) and value is not UNDEFINED else value
 
 
 def _merge_loop(before: Any, after: Any, names: tuple[str, ...], site: Site, like: Any, device: torch.device) -> Form:
@@ -660,15 +697,36 @@ def choose(condition: Tensor, then: Any, other: Any, leaves: list[Leaf]) -> list
     In training, whole numbers leave the branches as the same bits under a floating type: the backward of `torch.cond`
     in torch 2.13 miscounts gradients where an output has none.
     """
-    if not torch.is_grad_enabled() or all(leaf.dtype.is_floating_point for leaf in leaves):
-        return list(torch.cond(condition, lambda: tuple(then()), lambda: tuple(other()), ()))
-    packed = torch.cond(
+    if not torch.is_grad_enabled():
+        return list(_cond(condition, lambda: tuple(then()), lambda: tuple(other())))
+    packed = _cond(
         condition,
         lambda: tuple(_pack(value) for value in then()),
         lambda: tuple(_pack(value) for value in other()),
-        (),
     )
-    return [_unpack(packed[index], leaves[index].dtype) for index in builtins.range(len(leaves))]
+    return [_unpack(packed[index], leaves[index].dtype, len(leaves)) for index in builtins.range(len(leaves))]
+
+
+def _cond(condition: Tensor, then: Any, other: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return torch.cond(condition, then, other, ())
+    with _quiet():
+        return torch.cond(condition, then, other, ())
+
+
+def _while_loop(going_on: Any, turn: Any, start: tuple[Tensor, ...]) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return while_loop(going_on, turn, start)
+    with _quiet():
+        return while_loop(going_on, turn, start)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that torch gives about itself when `torch.export` meets control flow on what has gradients."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 def _pack(value: Tensor) -> Tensor:
@@ -679,9 +737,10 @@ def _pack(value: Tensor) -> Tensor:
     return value.to(torch.int64).view(torch.float64).clone()
 
 
-def _unpack(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _unpack(value: Tensor, dtype: torch.dtype, num_leaves: int) -> Tensor:
+    """A branch's result again; with several, each by a product, so that no two gradients that come back are one tensor."""
     if dtype.is_floating_point or dtype.is_complex:
-        return value
+        return value * 1 if num_leaves > 1 else value
     if dtype == torch.bool:
         return value.detach() != 0
     return value.detach().view(torch.int64).to(dtype)
@@ -698,6 +757,12 @@ def _steady(values: Any) -> list[Any]:
     return [value * 1 if isinstance(value, Tensor) and _may_require_grad(value) else value for value in values]
 
 
+def _unalias(value: Any) -> Any:
+    """A value that shares memory with no other: `torch.cond` takes no two views of one tensor in training."""
+    is_view = isinstance(value, Tensor) and torch.is_grad_enabled() and value._base is not None
+    return value.clone() if is_view else value
+
+
 def _may_require_grad(value: Tensor) -> bool:
     """Whether gradients may flow into it; an exported graph may later be given other inputs than it was traced with."""
     return value.is_floating_point() and (value.requires_grad or torch.compiler.is_exporting())
@@ -709,7 +774,9 @@ def _all_require_grad(leaves: tuple[Tensor, ...]) -> bool:
     The backward of `while_loop` in torch 2.13 drops the gradients that flow through a variable whose first value needs
     none, such as a sum that starts at zero; after one turn as a condition, every variable needs them.
     """
-    return not torch.compiler.is_exporting() and all(leaf.requires_grad for leaf in leaves if leaf.is_floating_point())
+    return not torch.compiler.is_exporting() and all(
+        leaf.requires_grad for leaf in leaves if leaf.is_floating_point()
+    )
 
 
 def leaves_of(form: Form) -> list[Leaf]:
@@ -783,6 +850,16 @@ def _as_indices(value: Tensor, index: tuple[Any, ...]) -> list[Tensor | None]:
     return indices
 
 
-BUILDING = [Operators(False, depth) for depth in range(MAX_DEPTH)]
-PROBING = [Operators(True, depth) for depth in range(MAX_DEPTH)]
-__all__ = ["BUILDING", "PROBING", "Operators", "Rewritten", "choose_float", "find_twin", "number_dtype"]
+def _make_operators() -> Operators:
+    """The outermost operators, with the deeper ones behind them."""
+    probing, building = None, None
+    for depth in reversed(DEPTHS):
+        pair = [Operators(True, depth), Operators(False, depth)]
+        for each in pair:
+            each.probing, each.building = probing, building
+        probing, building = pair
+    assert building is not None
+    return building
+
+
+BUILDING = _make_operators()

@@ -16,6 +16,7 @@ from typing import Any
 from deepseek.core.errors import ConfigError
 
 FACTORY = "_ds_factory"
+FUNCTION = "_ds_function"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def compile_function(
     `extra` are values that the new code finds under names of its own.
     """
     free = original.__code__.co_freevars
-    code = _find_code(_compile_module(tree, (*free, *extra), source), tree.name)
+    name, tree.name = tree.name, FUNCTION  # under its own name a recursive function would find the factory's
+    code = _find_code(_compile_module(tree, (*free, *extra), source), FUNCTION)
+    code = code.replace(co_name=name, co_qualname=original.__qualname__)
     cells = dict(zip(free, original.__closure__ or (), strict=True))
     cells |= {name: types.CellType(value) for name, value in extra.items()}
     closure = tuple(cells[name] for name in code.co_freevars)

@@ -150,9 +150,7 @@ def _is_control_flow(node: fx.Node) -> bool:
 
 
 def _branches(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    found = [
-        getattr(module, str(each.target)) for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"
-    ]
+    found = [getattr(module, str(each.target)) for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"]
     return [each for each in found if isinstance(each, fx.GraphModule)]
 
 
@@ -219,7 +217,7 @@ def _replace(module: fx.GraphModule, node: fx.Node, seed: fx.Node, salt: int) ->
     if target not in SEEDED:
         lines = (node.meta.get("stack_trace") or "").strip().splitlines()
         raise ControlFlowError(
-            f"{node.target} draws random numbers inside a tensor condition, and its backward would draw others; draw them"
+            f"{getattr(target, '__name__', target)} draws random numbers inside a tensor condition, and its backward would draw others; draw them"
             f" before the condition{': ' + lines[-2].strip() if len(lines) > 1 else ''}"
         )
     with module.graph.inserting_before(node):

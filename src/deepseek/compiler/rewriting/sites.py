@@ -39,14 +39,13 @@ class Site:
     function: str = ""
     is_native: bool = False  # set once it is known not to be rewritable and fullgraph=False allows a break
     is_plain_counter: bool = False
-    key: int = field(default_factory=lambda: len(SITES))
+    key: str = ""  # texts, since the tracer may take a number that it meets twice for a variable one
+    place: str = ""
 
     def __post_init__(self) -> None:
-        SITES.append(self)
-
-    @property
-    def place(self) -> str:
-        return f"{self.file}:{self.line}"
+        self.key = str(len(SITES))
+        self.place = f"{self.file}:{self.line}"
+        SITES[self.key] = self
 
     @property
     def text(self) -> str:
@@ -61,9 +60,10 @@ class Trace:
     breaks: list[tuple[Site, str]] = field(default_factory=list)
 
 
-SITES: list[Site] = []
+SITES: dict[str, Site] = {}
+MAX_NESTED = 4  # times that a condition may stand inside itself before it is a recursion
 _TRACES: list[Trace] = []
-_AROUND: dict[int, Site] = {}
+_AROUND: dict[str, Site] = {}  # depth -> what was entered there last
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def recording(trace: Trace) -> Iterator[Trace]:
 
 
 @torch.compiler.assume_constant_result
-def note(key: int) -> bool:
+def note(key: str) -> bool:
     """Write down that the site `key` became graph control flow; runs while tracing."""
     for trace in _TRACES:
         if SITES[key] not in trace.rewritten:
@@ -86,23 +86,36 @@ def note(key: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def enter(key: int, depth: int) -> bool:
-    """The branches of the site `key` are looked at now, `depth` tensor conditions deep; runs while tracing."""
-    _AROUND[depth] = SITES[key]
+def enter(key: str, depth: str) -> bool:
+    """The branches of the site `key` are looked at now, below the tensor condition `depth`; runs while tracing."""
+    site = SITES[key]
+    _AROUND[depth] = site
+    if sum(each is site for each in _around(depth)) > MAX_NESTED:
+        refuse(
+            key,
+            depth,
+            "a function calls itself inside its own tensor condition, and no graph knows how often",
+            "write the recursion as a while loop",
+        )
     return True
 
 
+def _around(depth: str) -> list[Site]:
+    """The sites that were entered down to a depth, the outermost first."""
+    return [_AROUND[each] for each in sorted(_AROUND) if each <= depth]
+
+
 @torch.compiler.assume_constant_result
-def refuse(key: int, depth: int | None, seen: str, hint: str) -> bool:
+def refuse(key: str, depth: str | None, seen: str, hint: str) -> bool:
     """Stop the trace: what stands at the site `key` cannot become graph control flow; runs while tracing.
 
-    `depth` tensor conditions stand around it; none says that the site itself is the last that was entered.
+    `depth` is that of the tensor conditions around it; none says that the site itself is the last that was entered.
     """
     site = SITES[key]
     if depth is None:
-        depth = max((each for each, entered in _AROUND.items() if entered is site), default=0)
+        depth = max((each for each, entered in _AROUND.items() if entered is site), default="")
     message = f"{site.place}: {seen}; {hint} (in {site.function}: `{site.text}`)"
-    raise ControlFlowError(message, (*(_AROUND[each] for each in range(1, depth + 1)), site))
+    raise ControlFlowError(message, (*_around(depth), site))
 
 
 def find_refusal(error: BaseException | None) -> ControlFlowError | None:

@@ -38,6 +38,7 @@ from deepseek.compiler.rewriting.sites import Site
 
 UNDEFINED_NAME = f"{INTERNAL}undefined"
 SET = f"{INTERNAL}set"
+APPEND = f"{INTERNAL}append"
 SITES_NAME = f"{INTERNAL}sites"
 MUTATORS = frozenset(
     "append extend insert pop remove clear sort reverse update setdefault popitem add discard appendleft popleft".split()
@@ -59,6 +60,7 @@ class Scope:
     outside: dict[str, type[ast.Global] | type[ast.Nonlocal]]  # assigned here, living elsewhere
     shared: Names  # local variables that functions defined here read
     fresh: Names  # variables that hold nothing but tensors made here
+    numbers: Names  # variables that are numbers in plain Python, and tensors at most in a graph
     resolve: Callable[[str], Any]
     missing: set[str] = field(default_factory=set)  # variables that may be read before they are written
     num_parts: int = 0
@@ -121,7 +123,8 @@ class Transformer:
         names = writes(body) - frozenset(outside) - moved
         outside |= dict.fromkeys(moved & writes(body), ast.Nonlocal)
         fresh = find_fresh(body, frozenset(parameters))
-        return Scope(tree.name, self.file, parameters, names, outside, captured(body), fresh, self.resolve)
+        numbers = find_numbers(body, frozenset(parameters) | frozenset(outside))
+        return Scope(tree.name, self.file, parameters, names, outside, captured(body), fresh, numbers, self.resolve)
 
     def _undefined(self, name: str, place: Place, at: ast.AST) -> ast.stmt:
         value = _attribute(place.operators, "undefined")
@@ -428,13 +431,23 @@ class Transformer:
     def _assign(
         self, node: ast.Assign | ast.AnnAssign, scope: Scope, place: Place, rewrite: Expressions
     ) -> list[ast.stmt]:
+        if getattr(getattr(node.value, "func", None), "id", "") == APPEND:
+            return [self._append(node, node.value.args, place, rewrite)]  # type: ignore[union-attr]
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == SET:
             return [self._set(node, node.value.args, scope, place, rewrite)]
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         effects = [line for target in targets for line in self._target_effects(target, node, scope, place)]
         return [*effects, rewrite.visit(node)]
 
-    def _set(self, node: ast.stmt, parts: list[ast.expr], scope: Scope, place: Place, rewrite: Expressions) -> ast.stmt:
+    def _append(self, node: ast.stmt, parts: list[ast.expr], place: Place, rewrite: Expressions) -> ast.stmt:
+        assert isinstance(parts[0], ast.Name)
+        name = parts[0].id
+        call = _call(place.operators, "append", rewrite.visit(parts[0]), rewrite.visit(parts[1]), place.owner(name))
+        return _at(ast.Assign(targets=[_store(name)], value=call), node)
+
+    def _set(
+        self, node: ast.stmt, parts: list[ast.expr], scope: Scope, place: Place, rewrite: Expressions
+    ) -> ast.stmt:
         """`x[index] = value` for a tensor that is seen nowhere else."""
         assert isinstance(parts[0], ast.Name)
         name = parts[0].id
@@ -451,11 +464,12 @@ class Transformer:
         name = node.target.id
         if name in scope.outside or operation not in BINARY:
             return [*self._target_effects(node.target, node, scope, place), rewrite.visit(node)]
+        is_real = name in scope.numbers and is_real_number(ast.BinOp(_load(name), node.op, node.value), scope.numbers)
         call = _call(
             place.operators,
             "augment",
             ast.Constant(operation),
-            rewrite.visit(_load(name)),
+            rewrite.real(_load(name)) if is_real else rewrite.visit(_load(name)),
             rewrite.visit(node.value),
             place.owner(name),
             ast.Constant(name in scope.fresh),
@@ -502,12 +516,15 @@ class Transformer:
 class Expressions(ast.NodeTransformer):
     """Rewrites the expressions of one statement: conditions, calls, numbers taken out of tensors."""
 
-    def __init__(self, owner: Transformer, scope: Scope, place: Place, known: Names, hidden: Names = NONE) -> None:
+    def __init__(
+        self, owner: Transformer, scope: Scope, place: Place, known: Names, hidden: Names = NONE
+    ) -> None:
         self.owner = owner
         self.scope = scope
         self.place = place
         self.known = known
         self.hidden = hidden  # names that a lambda or a comprehension around binds
+        self.is_real = False  # inside arithmetic on numbers that gives a float
 
     # ---- conditions
 
@@ -545,9 +562,7 @@ class Expressions(ast.NodeTransformer):
         deeper = self.place.deeper(NONE)
         names = [deeper.operators, f"{INTERNAL}value"]
         body = (
-            _load(names[1])
-            if value is None
-            else Expressions(self.owner, self.scope, deeper, self.known, self.hidden).visit(value)
+            _load(names[1]) if value is None else Expressions(self.owner, self.scope, deeper, self.known, self.hidden).visit(value)
         )
         return ast.Lambda(_arguments(names), body)
 
@@ -597,6 +612,23 @@ class Expressions(ast.NodeTransformer):
         call = _call(self.place.operators, "compare", ast.Constant(tuple(names)), self.visit(node.left), rights, site)
         return _at(call, node)
 
+    # ---- numbers
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        """Arithmetic on numbers that gives a float is done in the program's floating type, also on counters of loops."""
+        if self.is_real or not is_real_number(node, self.scope.numbers):
+            return self._generic(node)
+        self.is_real = True
+        try:
+            return self._generic(node)
+        finally:
+            self.is_real = False
+
+    def real(self, node: ast.expr) -> ast.expr:
+        """A number that a graph may hold as a whole number, as a float."""
+        like = self.owner._like(self.scope, self.known)
+        return _at(_call(self.place.operators, "real", node, like), node)
+
     # ---- calls, indices, names
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
@@ -607,6 +639,9 @@ class Expressions(ast.NodeTransformer):
     def _call_of(self, node: ast.Call, arguments: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:
         function, operators = node.func, self.place.operators
         match function:
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super"), args=[]), attr=name):
+                parent = [_load("__class__"), _load(self.scope.parameters[0]), ast.Constant(name)]
+                return ast.Call(_at(_call(operators, "parent", *parent), function), arguments, keywords)
             case ast.Name(id="super") if not arguments:
                 arguments = [_load("__class__"), _load(self.scope.parameters[0])]
                 return ast.Call(function, arguments, keywords)
@@ -621,18 +656,14 @@ class Expressions(ast.NodeTransformer):
             case ast.Attribute() if self._is_library(function):
                 return ast.Call(function, arguments, keywords)
             case ast.Attribute(value=value, attr=name):
-                found = _call(
-                    operators, "method", self.visit(value), ast.Constant(_mangle(name, self.owner.class_name))
-                )
+                found = _call(operators, "method", self.visit(value), ast.Constant(_mangle(name, self.owner.class_name)))
                 return ast.Call(_at(found, function), arguments, keywords)
             case _:
                 found = _call(operators, "call", self.visit(function))
                 return ast.Call(_at(found, function), arguments, keywords)
 
     def _is_builtin(self, name: str) -> bool:
-        return name not in self.scope.names | frozenset(self.scope.parameters) | self.hidden and self.owner.is_builtin(
-            name
-        )
+        return name not in self.scope.names | frozenset(self.scope.parameters) | self.hidden and self.owner.is_builtin(name)
 
     def _is_library(self, node: ast.Attribute) -> bool:
         """Whether it is `torch.relu`, `F.relu`, `math.sqrt`: an attribute of a library's module."""
@@ -663,9 +694,11 @@ class Expressions(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if node.id == UNDEFINED_NAME:
             return _at(_attribute(self.place.operators, "undefined"), node)
-        if not isinstance(node.ctx, ast.Load) or node.id not in self.scope.missing or node.id in self.known:
+        if not isinstance(node.ctx, ast.Load) or node.id in self.hidden or node.id.startswith(INTERNAL):
             return node
-        if node.id.startswith(INTERNAL):
+        if self.is_real and node.id in self.scope.numbers and node.id in self.known:
+            return self.real(node)
+        if node.id not in self.scope.missing or node.id in self.known:
             return node
         return _at(_call(self.place.operators, "check", node, ast.Constant(node.id)), node)
 
@@ -710,6 +743,54 @@ class Expressions(ast.NodeTransformer):
 # ---- what a function's text tells
 
 
+def find_numbers(statements: list[ast.stmt], outside: Names) -> Names:
+    """Variables that plain Python binds to numbers only: counters, and what is calculated from them."""
+    bindings: dict[str, list[ast.expr | None]] = {}
+    for node in walk_scope(statements):
+        if isinstance(node, ast.For) and isinstance(node.target, ast.Name):
+            is_range = isinstance(node.iter, ast.Call) and getattr(node.iter.func, "id", "") == "range"
+            bindings.setdefault(node.target.id, []).append(ast.Constant(0) if is_range else None)
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            bindings.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            bindings.setdefault(node.target.id, []).append(node.value)
+        elif isinstance(node, (ast.Assign, ast.For, ast.AnnAssign, ast.With, ast.NamedExpr, ast.comprehension)):
+            parts = ast.Tuple([each for each in ast.iter_child_nodes(node) if isinstance(each, ast.expr)], ast.Load())
+            bindings |= {name: [None] for name in writes(parts)}
+    found = frozenset(bindings) - outside
+    while True:
+        again = frozenset(
+            name for name in found if all(each is not None and _is_number(each, found) for each in bindings[name])
+        )
+        if again == found:
+            return found
+        found = again
+
+
+def _is_number(node: ast.expr, numbers: Names) -> bool:
+    match node:
+        case ast.Constant(value=value):
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+        case ast.Name(id=name):
+            return name in numbers
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+            return _is_number(operand, numbers)
+        case ast.BinOp(left=left, right=right):
+            return _is_number(left, numbers) and _is_number(right, numbers)
+        case _:
+            return False
+
+
+def is_real_number(node: ast.expr, numbers: Names) -> bool:
+    """Whether an expression is arithmetic on numbers that gives a float."""
+    if not _is_number(node, numbers):
+        return False
+    return any(
+        isinstance(each, ast.Div) or (isinstance(each, ast.Constant) and isinstance(each.value, float))
+        for each in ast.walk(node)
+    )
+
+
 def parameters_of(tree: ast.FunctionDef) -> tuple[str, ...]:
     """The names of a function's parameters, the starred ones last."""
     arguments = tree.args
@@ -731,6 +812,14 @@ class _NameWrites(ast.NodeTransformer):
         self.fresh = fresh
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        match node.value:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[value], keywords=[]):
+                if name in self.fresh and not isinstance(value, ast.Starred):
+                    call = ast.Call(_load(APPEND), [_load(name), value], [])
+                    return _at(ast.Assign(targets=[_store(name)], value=call), node)
         return node
 
     visit_Lambda = visit_AsyncFunctionDef = visit_ClassDef = visit_FunctionDef  # type: ignore[assignment]
@@ -768,7 +857,7 @@ def find_fresh(statements: list[ast.stmt], parameters: Names) -> Names:
     made: set[str] = set()
     other: set[str] = set(parameters)
     for node in walk_scope(statements):
-        if isinstance(node, ast.Assign) and getattr(getattr(node.value, "func", None), "id", "") == SET:
+        if isinstance(node, ast.Assign) and getattr(getattr(node.value, "func", None), "id", "") in (SET, APPEND):
             continue
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             (made if _is_making(node.value) else other).add(node.targets[0].id)
@@ -778,7 +867,18 @@ def find_fresh(statements: list[ast.stmt], parameters: Names) -> Names:
             other |= frozenset(name for target in node.targets for name in _plain_names(target))
         elif isinstance(node, (ast.For, ast.AnnAssign)):
             other |= writes(node.target)
-    return frozenset(made - other - _aliased(statements))
+    return frozenset(made - other - _aliased(statements, made - _lists(statements)))
+
+
+def _lists(statements: list[ast.stmt]) -> Names:
+    """Variables that are given a list somewhere."""
+    return frozenset(
+        name
+        for node in walk_scope(statements)
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.List, ast.ListComp))
+        for target in node.targets
+        for name in writes(target)
+    )
 
 
 def _plain_names(target: ast.expr) -> Names:
@@ -789,18 +889,20 @@ def _is_making(value: ast.expr) -> bool:
     match value:
         case ast.Call(func=ast.Attribute(attr=name)):
             return name in MAKERS
-        case ast.BinOp() | ast.Constant() | ast.Compare() | ast.UnaryOp():
+        case ast.BinOp() | ast.Constant() | ast.Compare() | ast.UnaryOp() | ast.List() | ast.ListComp():
             return True
         case _:
             return False
 
 
-def _aliased(statements: list[ast.stmt]) -> Names:
+def _aliased(statements: list[ast.stmt], tensors: set[str]) -> Names:
     """Names that stand alone (or indexed, which may be a view) where their value gets a second holder."""
     found: set[str] = set()
     returned = {id(each) for node in walk_scope(statements) if isinstance(node, ast.Return) for each in ast.walk(node)}
     for node in (each for each in walk_scope(statements) if id(each) not in returned):
         values: list[ast.expr] = []
+        if isinstance(node, ast.Assign) and all(_is_part_of(target, tensors) for target in node.targets):
+            continue  # what is written into a tensor is copied
         if isinstance(node, (ast.Assign, ast.NamedExpr)) and node.value is not None:
             values = [node.value]
         elif isinstance(node, (ast.List, ast.Tuple, ast.Dict, ast.Set)):
@@ -810,6 +912,10 @@ def _aliased(statements: list[ast.stmt]) -> Names:
             if isinstance(value, (ast.Name, ast.Subscript)) and not isinstance(getattr(value, "ctx", None), ast.Store):
                 found.add(_root(value))
     return frozenset(found)
+
+
+def _is_part_of(target: ast.expr, tensors: set[str]) -> bool:
+    return isinstance(target, ast.Subscript) and _root(target) in tensors
 
 
 def scope_locals(statements: list[ast.stmt], scope: Scope, known: Names) -> Names:
@@ -892,3 +998,5 @@ def _arguments(names: Sequence[str]) -> ast.arguments:
 
 def _thunk(body: ast.expr) -> ast.Lambda:
     return ast.Lambda(_arguments([]), body)
+
+
