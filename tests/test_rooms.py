@@ -50,6 +50,8 @@ PURE = (
     "core/names.py",
     "compiler/choosing.py",
     "mixed_precision/deciding.py",
+    *("serve/scheduling.py", "serve/sequences.py", "optim/learning_rates.py", "core/units.py", "core/names.py"),
+    *("compiler/liveness.py", "compiler/placement.py", "compiler/segments.py"),
 )
 
 

@@ -29,6 +29,7 @@ _PUBLIC = {
     "BackendSelector": "deepseek.compiler.choosing",
     "fast_sigmoid": "deepseek.nn.functional",
     "PrecisionManager": "deepseek.mixed_precision.manager",
+    "jit": "deepseek.compiler.jit",
 }
 _MODULES = (
     "artifact",
