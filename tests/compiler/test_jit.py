@@ -243,7 +243,12 @@ REFUSED = [
     (in_place_on_an_argument, "x += 1", "changes something outside", (torch.ones(3),)),
     (in_place_method, "x.add_(1)", "changes something outside", (torch.ones(3),)),
     (assigns_a_global, "GLOBAL = 1", "changes something outside", (torch.ones(3),)),
-    (other_shape, "if x.sum()", r"y is a tensor of shape \[2\] and torch.float32 on one side .* \[3\]", (torch.ones(3),)),
+    (
+        other_shape,
+        "if x.sum()",
+        r"y is a tensor of shape \[2\] and torch.float32 on one side .* \[3\]",
+        (torch.ones(3),),
+    ),
     (number_for_a_vector, "if x.sum()", r"torch.zeros_like", (torch.ones(3),)),
     (one_side_only, "if x.sum()", "give y a value before the if", (torch.ones(3),)),
     (other_structure, "if x.sum()", "the result is a tuple of 2", (torch.ones(3),)),
@@ -259,7 +264,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("function", "text", "words", "arguments"), REFUSED, ids=lambda each: getattr(each, "__name__", ""))
+@pytest.mark.parametrize(
+    ("function", "text", "words", "arguments"), REFUSED, ids=lambda each: getattr(each, "__name__", "")
+)
 def test_what_no_graph_can_hold_is_an_error_with_file_line_and_hint(function, text, words, arguments):
     compiled = ds.jit(function, backend="eager")
     with pytest.raises(ControlFlowError, match=words) as caught:
@@ -278,10 +285,14 @@ def test_a_module_that_counts_in_a_branch_is_refused_or_broken():
     assert compiled.count == 2
 
 
-BROKEN = [each for each in REFUSED if each[0] not in (one_side_only, ambiguous, in_place_on_an_argument, in_place_method)]
+BROKEN = [
+    each for each in REFUSED if each[0] not in (one_side_only, ambiguous, in_place_on_an_argument, in_place_method)
+]
 
 
-@pytest.mark.parametrize(("function", "text", "words", "arguments"), BROKEN, ids=lambda each: getattr(each, "__name__", ""))
+@pytest.mark.parametrize(
+    ("function", "text", "words", "arguments"), BROKEN, ids=lambda each: getattr(each, "__name__", "")
+)
 def test_with_graph_breaks_allowed_the_result_is_that_of_python(function, text, words, arguments):
     compiled = ds.jit(function, backend="eager", fullgraph=False)
     with pytest.warns(GraphBreakWarning, match="one graph becomes two"):
@@ -289,11 +300,16 @@ def test_with_graph_breaks_allowed_the_result_is_that_of_python(function, text, 
     torch.testing.assert_close(got, function(*copy.deepcopy(arguments)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = compiled(*[-each if isinstance(each, torch.Tensor) else each for each in arguments]) if function not in (
-            grows_a_list,
-            changing_shape,
-            recursion,
-        ) else None
+        again = (
+            compiled(*[-each if isinstance(each, torch.Tensor) else each for each in arguments])
+            if function
+            not in (
+                grows_a_list,
+                changing_shape,
+                recursion,
+            )
+            else None
+        )
     if again is not None:
         want = function(*[-each if isinstance(each, torch.Tensor) else each for each in arguments])
         torch.testing.assert_close(again, want)

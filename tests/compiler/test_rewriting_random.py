@@ -68,7 +68,11 @@ def while_loop(draw, depth, jumps):
     counter = f"k{next(numbers)}"
     body = draw(block(depth - 1, [*jumps, "break", "continue"]))
     start = draw(st.sampled_from(["0", "torch.zeros(())"]))
-    lines = [f"{counter} = {start}", f"while {counter} < 3 and {draw(tensor_conditions)}:", f"    {counter} = {counter} + 1"]
+    lines = [
+        f"{counter} = {start}",
+        f"while {counter} < 3 and {draw(tensor_conditions)}:",
+        f"    {counter} = {counter} + 1",
+    ]
     return lines + indent(body)
 
 

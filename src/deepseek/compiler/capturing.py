@@ -1,13 +1,15 @@
 """Between the tracer and the backend: a captured graph is cleaned, optimized where that is safe, and compiled.
 
-`compile_graph` is the backend that `jit` hands to `torch.compile`. Training graphs go to the backend as they are (cleaned
-and with repeatable random numbers). For inference the graph is captured once more at the level of ATen operators when its
-first real inputs arrive, with parameters inside, and passes through `optimizing.optimize`; parameters that change
-afterwards (loading weights, an optimizer's step) are noticed by their version counters, and the passes run again.
+`compile_graph` is the backend that `jit` hands to `torch.compile`. Training graphs go to the backend as they are
+(cleaned and with repeatable random numbers). For inference the graph is captured once more at the level of ATen
+operators when its first real inputs arrive, with parameters inside, and passes through `optimizing.optimize`;
+parameters that change afterwards (loading weights, an optimizer's step) are noticed by their version counters, and
+the passes run again.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,13 +55,15 @@ def _has_symbols(inputs: Sequence[Any]) -> bool:
 
 def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Any) -> Callable[..., Any]:
     """The graph compiled by the backend that the user named."""
-    if callable(settings.backend):
-        return settings.backend(graph_module, list(inputs))  # type: ignore[no-any-return]
-    if settings.backend == "inductor":
+    compiler: Any = settings.backend
+    if compiler == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph_module, list(inputs), config_patches=settings.options)  # type: ignore[no-any-return]
-    return torch._dynamo.lookup_backend(settings.backend)(graph_module, list(inputs))  # type: ignore[no-any-return]
+        compiler = functools.partial(compile_fx, config_patches=settings.options)
+    elif isinstance(compiler, str):
+        compiler = torch._dynamo.lookup_backend(compiler)
+    compiled: Callable[..., Any] = compiler(graph_module, list(inputs))
+    return compiled
 
 
 def find_static(graph_module: fx.GraphModule) -> list[int]:

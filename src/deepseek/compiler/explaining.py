@@ -65,9 +65,7 @@ def _show(each: Rewritten) -> str:
     return f"{place:24} {each.kind:12} {each.text}" + (f"\n    {each.reason}" if each.reason else "")
 
 
-def explain_captured(
-    function: Any, captured: Captured, trace: Trace, earlier: Trace, *, optimize: bool
-) -> Explanation:
+def explain_captured(function: Any, captured: Captured, trace: Trace, earlier: Trace, *, optimize: bool) -> Explanation:
     """The explanation of graphs that were captured, with the breaks that calls met `earlier`."""
     breaks = {site.key: _describe_site(site, reason) for site, reason in [*earlier.breaks, *trace.breaks]}
     reports, notes = [], []
@@ -82,7 +80,9 @@ def explain_captured(
         function=describe(function),
         num_graphs=len(captured.graphs),
         num_operators=sum(count_operators(graph) for graph, _, _ in captured.graphs),
-        rewritten=tuple(_describe_site(site) for site in sorted(trace.rewritten, key=lambda each: (each.file, each.line))),
+        rewritten=tuple(
+            _describe_site(site) for site in sorted(trace.rewritten, key=lambda each: (each.file, each.line))
+        ),
         breaks=tuple(breaks.values()),
         fusions=fusions,
         peak_bytes_before=max((before for before, _ in peaks), default=None),

@@ -6,15 +6,15 @@
             return torch.relu(x)
         return x * 0.1
 
-The function (a method, a module, a class of modules) is rewritten (`rewriting`): conditions, loops and exits that depend
-on a tensor become `torch.cond` and `while_loop`, those that are Python stay Python, and what it calls is rewritten as it
-is reached. `torch.compile` traces and guards the result, always as one graph; the captured graph is freed of what was
-only looked at, its random operators are made repeatable, and in inference it passes through `optimizing` (fusion, memory)
-before the backend compiles it. What cannot be rewritten is an error with file, line and a hint, or, with
-`fullgraph=False`, a warning and a graph break at that place. `explain()` tells all of it.
+The function (a method, a module, a class of modules) is rewritten (`rewriting`): conditions, loops and exits that
+depend on a tensor become `torch.cond` and `while_loop`, those that are Python stay Python, and what it calls is
+rewritten as it is reached. `torch.compile` traces and guards the result, always as one graph; the captured graph is
+freed of what was only looked at, its random operators are made repeatable, and in inference it passes through
+`optimizing` (fusion, memory) before the backend compiles it. What cannot be rewritten is an error with file, line and
+a hint, or, with `fullgraph=False`, a warning and a graph break at that place. `explain()` tells all of it.
 
-Measured on torch 2.13: the same functions under plain `torch.compile` break the graph at each such place, and `draft_export`
-keeps the branch that it saw.
+Measured on torch 2.13: the same functions under plain `torch.compile` break the graph at each such place, and
+`draft_export` keeps the branch that it saw.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from torch import fx, nn
 
 from deepseek.compiler.capturing import Captured, capture_inputs, compile_graph
 from deepseek.compiler.explaining import Explanation, explain_captured
+from deepseek.compiler.rewriting.calling import Rewritable
 from deepseek.compiler.rewriting.functions import rewrite
-from deepseek.compiler.rewriting.operators import Rewritable
 from deepseek.compiler.rewriting.parsing import describe
 from deepseek.compiler.rewriting.sites import ControlFlowError, GraphBreakWarning, Trace, find_refusal, recording
 from deepseek.core.errors import ConfigError
@@ -76,11 +76,11 @@ def jit(
 ) -> Any:
     """Compile a function, a method, a module or a class of modules to one graph, control flow on tensors included.
 
-    `fullgraph=False` turns what cannot be rewritten from an error into a warning and a graph break. `backend`, `dynamic`
-    and `options` are those of `torch.compile`. With `optimize`, graphs for inference are fused and freed of memory first.
-    A module comes back as one of the same class that shares its parameters, buffers and children; a class is changed in
-    place. Raises `ConfigError` for what has no Python source (a lambda, a built-in, a generator, a coroutine), and when
-    it is called `ControlFlowError`, with file, line and a hint, for what no graph can hold.
+    `fullgraph=False` turns what cannot be rewritten from an error into a warning and a graph break. `backend`,
+    `dynamic` and `options` are those of `torch.compile`. With `optimize`, graphs for inference are fused and freed of
+    memory first. A module comes back as one of the same class that shares its parameters, buffers and children; a
+    class is changed in place. Raises `ConfigError` for what has no Python source (a lambda, a built-in, a generator,
+    a coroutine), and when it is called `ControlFlowError`, with file, line and a hint, for what no graph can hold.
 
     >>> import torch
     >>> @jit(backend="eager")
@@ -225,7 +225,7 @@ class Jitted(Rewritable):
                     return self._compiled(*args, **kwargs)
             except ControlFlowError as error:
                 self._break_at(error)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised again, in our words where they help
                 self._break_at(_explain_failure(error, self.function))
         raise ControlFlowError(f"{describe(self.function)} breaks at more than {MAX_BREAKS} places; split it")
 
@@ -271,7 +271,7 @@ class Jitted(Rewritable):
                 capture_inputs(self.rewritten, captured, args, kwargs, self.settings)
             except ControlFlowError as error:
                 self._break_at(error)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised again, in our words where they help
                 self._break_at(_explain_failure(error, self.function))
             else:
                 return

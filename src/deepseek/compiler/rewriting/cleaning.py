@@ -1,8 +1,8 @@
 """Taking the probes out of a captured graph: what was run only to look does not run in the graph.
 
-Dynamo writes into each node which Python lines it came from. Nodes that came from `operators._probe` or `_settle` answer no
-question any more once the trace is over, and nothing that stays reads them. They are erased here before a backend sees
-the graph, random operators included, which ordinary dead code elimination must keep.
+Dynamo writes into each node which Python lines it came from. Nodes that came from `probing.run_probe` or `settle`
+answer no question any more once the trace is over, and nothing that stays reads them. They are erased here before a
+backend sees the graph, random operators included, which ordinary dead code elimination must keep.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from deepseek.compiler.rewriting import operators
+from deepseek.compiler.rewriting import probing
 
-PROBES = ("in _probe\n", "in _settle\n")
+PROBES = ("in run_probe\n", "in settle\n")
 
 
 def erase_probes_(graph_module: fx.GraphModule) -> int:
@@ -36,7 +36,7 @@ def is_probe(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return False
     trace = node.meta.get("stack_trace") or ""
-    return operators.__file__ in trace and any(name in trace for name in PROBES)
+    return probing.__file__ in trace and any(name in trace for name in PROBES)
 
 
 def graphs_of(graph_module: fx.GraphModule) -> Iterator[fx.GraphModule]:

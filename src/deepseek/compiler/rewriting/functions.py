@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepseek.compiler.rewriting.operators import BUILDING, Rewritten
+from deepseek.compiler.rewriting.calling import Rewritten
+from deepseek.compiler.rewriting.operators import BUILDING
 from deepseek.compiler.rewriting.parsing import compile_function, describe, read
 from deepseek.compiler.rewriting.sites import Site
-from deepseek.compiler.rewriting.transforming import SITES_NAME, Transformer, is_special
+from deepseek.compiler.rewriting.studying import is_special
+from deepseek.compiler.rewriting.transforming import SITES_NAME, Transformer
 from deepseek.core.errors import ConfigError
 
 STANDARD_LIBRARY = tuple(

@@ -1,9 +1,9 @@
 """Which variables a piece of a function reads, writes, needs, and surely has: the classic analyses on structured code.
 
-`reads` and `writes` look at trees; `live_before` says which variables a list of statements may read before it writes them,
-given what is read afterwards; `surely_written` which it writes on every way through. A nested function's free variables
-count as read where it is defined. What is not understood (`try`, `match`) is answered on the safe side: more is live.
-Source: Aho, Lam, Sethi, Ullman, Compilers (2006), section 9.2.
+`reads` and `writes` look at trees; `live_before` says which variables a list of statements may read before it writes
+them, given what is read afterwards; `surely_written` which it writes on every way through. A nested function's free
+variables count as read where it is defined. What is not understood (`try`, `match`) is answered on the safe side:
+more is live. Source: Aho, Lam, Sethi, Ullman, Compilers (2006), section 9.2.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
                                                       rest                if c: stop = True
                                                                           else: rest
 
-What follows an `if` that may leave the block moves into the branches that do not leave (both, where both may go on). A
-`return` inside a loop sets a flag and a value and ends the loop; after the loop the flag is looked at. A statement whose
-condition is a Python value for certain (`x is None`, `isinstance(...)`, `self.training`'s like are not: they are decided
-at run time) keeps its jumps, and so does everything inside `try`, `match` and nested functions.
-Every `if` that stays in tail position with returns inside gets the mark `gives_result`.
+What follows an `if` that may leave the block moves into the branches that do not leave (both, where both may go on).
+A `return` inside a loop sets a flag and a value and ends the loop; after the loop the flag is looked at. A statement
+whose condition is a Python value for certain (`x is None`, `isinstance(...)`, `self.training`'s like are not: they
+are decided at run time) keeps its jumps, and so does everything inside `try`, `match` and nested functions. Every
+`if` that stays in tail position with returns inside gets the mark `gives_result`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from deepseek.compiler.rewriting.liveness import SCOPES, never_ends
 from deepseek.compiler.rewriting.merging import INTERNAL
@@ -55,7 +56,7 @@ def lower(statements: list[ast.stmt], where: str) -> list[ast.stmt]:
     return _lower_block(statements, None, Lowering(where=where))
 
 
-def is_python(test: ast.expr) -> bool:
+def is_python(test: ast.expr) -> bool:  # noqa: PLR0911 - a table
     """Whether a condition is a Python value for certain, whatever its variables hold."""
     match test:
         case ast.Constant():
@@ -163,7 +164,7 @@ def _has_hidden_exit(statements: list[ast.stmt]) -> bool:
         if isinstance(statement, (ast.Try, ast.Match, ast.With)) and has_jump([statement]):
             return True
         is_loop = isinstance(statement, (ast.While, ast.For))
-        if is_loop and _has_hidden_exit(statement.body) and has_return(statement.body):
+        if is_loop and any(_has_hidden_exit(each) and has_return(each) for each in blocks_of(statement)):
             return True
         if isinstance(statement, ast.If) and (_has_hidden_exit(statement.body) or _has_hidden_exit(statement.orelse)):
             return True
@@ -173,7 +174,9 @@ def _has_hidden_exit(statements: list[ast.stmt]) -> bool:
 # ---- blocks
 
 
-def _lower_block(statements: list[ast.stmt], loop: Loop | None, state: Lowering) -> list[ast.stmt]:
+def _lower_block(  # noqa: PLR0911 - a table
+    statements: list[ast.stmt], loop: Loop | None, state: Lowering
+) -> list[ast.stmt]:
     lowered: list[ast.stmt] = []
     for index, statement in enumerate(statements):
         rest = statements[index + 1 :]
@@ -260,7 +263,7 @@ def _lower_jump(statement: ast.If, rest: list[ast.stmt], loop: Loop | None, stat
     if loop is None:
         _finish(statement.body)
         _finish(statement.orelse)
-        statement.gives_result = True  # type: ignore[attr-defined]
+        mark(statement, gives_result=True)
     return [statement]
 
 
@@ -276,7 +279,7 @@ def _lower_loop(
     statement: ast.While | ast.For, rest: list[ast.stmt], loop: Loop | None, state: Lowering
 ) -> list[ast.stmt]:
     if stays_native(statement):
-        statement.stays_native = True  # type: ignore[attr-defined]
+        mark(statement, stays_native=True)
         statement.body = _lower_native(statement.body, state)
         statement.orelse = _lower_native(statement.orelse, state)
         return [statement, *_lower_block(rest, loop, state)]
@@ -285,7 +288,7 @@ def _lower_loop(
     leaves = _has_break(statement.body)
     breaks = leaves or returns
     statement.body = _lower_block(statement.body, Loop(stop), state) or [_pass(statement)]
-    statement.stop = stop if breaks else None  # type: ignore[attr-defined]
+    mark(statement, stop=stop if breaks else None)
     before: list[ast.stmt] = [_assign(stop, ast.Constant(False), statement)] if breaks else []
     if returns and loop is None:
         before.append(_assign(RETURNED, ast.Constant(False), statement))
@@ -309,12 +312,12 @@ def _lower_native(statements: list[ast.stmt], state: Lowering) -> list[ast.stmt]
     for statement in statements:
         is_open = has_jump([statement]) and not isinstance(statement, (ast.While, ast.For))
         if is_open or isinstance(statement, (ast.Try, ast.Match)):
-            statement.stays_native = True  # type: ignore[attr-defined]
+            mark(statement, stays_native=True)
             for block in blocks_of(statement):
                 block[:] = _lower_native(block, state)
             lowered.append(statement)
         elif isinstance(statement, (ast.While, ast.For)) and has_return(statement.body):
-            statement.stays_native = True  # type: ignore[attr-defined]
+            mark(statement, stays_native=True)
             statement.body = _lower_native(statement.body, state)
             lowered.append(statement)
         else:
@@ -374,6 +377,11 @@ def _has_break(statements: list[ast.stmt]) -> bool:
 
 
 # ---- small trees
+
+
+def mark(statement: ast.stmt, **facts: Any) -> None:
+    """Note facts on a statement for `transforming`: `stays_native`, `gives_result`, `stop`."""
+    vars(statement).update(facts)
 
 
 def _name(name: str) -> ast.Name:

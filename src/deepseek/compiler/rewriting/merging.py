@@ -1,11 +1,11 @@
 """What two branches (or two turns of a loop) agree on: one description that both sides' values can take.
 
-A graph has one type per value, Python has one per branch. `merge` compares the values of two branches leaf by leaf and
-describes what both become; `flatten` brings a branch's values into that form as a list of fresh tensors, and `rebuild`
-makes Python values of it again. Leaves that are equal Python values stay Python. Numbers that differ become tensors of no
-dimension: bool, int64, or the widest floating type among the tensors at hand, since a float32 copy of a Python float
-would lose what a float64 program kept. Types are promoted as torch promotes them. Shapes must be equal: broadcasting one
-branch to the other's shape would change what a later `sum` says.
+A graph has one type per value, Python has one per branch. `merge` compares the values of two branches leaf by leaf
+and describes what both become; `flatten` brings a branch's values into that form as a list of fresh tensors, and
+`rebuild` makes Python values of it again. Leaves that are equal Python values stay Python. Numbers that differ become
+tensors of no dimension: bool, int64, or the widest floating type among the tensors at hand, since a float32 copy of a
+Python float would lose what a float64 program kept. Types are promoted as torch promotes them. Shapes must be equal:
+broadcasting one branch to the other's shape would change what a later `sum` says.
 
 Everything here is traced by Dynamo, hence the plain style: tuples, loops and isinstance.
 """
@@ -61,6 +61,11 @@ class Node:
 Form = Leaf | Constant | Node
 
 
+def is_traced(value: Any) -> bool:
+    """Whether `value` is a tensor whose number is not known yet, because a graph is being made."""
+    return isinstance(value, Tensor) and torch.compiler.is_compiling()
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a Python number that a tensor can stand for."""
     return isinstance(value, (bool, int, float))
@@ -81,7 +86,7 @@ def number_dtype(value: Any, floating: torch.dtype) -> torch.dtype:
     return torch.int64 if isinstance(value, int) else floating
 
 
-def merge(first: Any, second: Any, name: str, site: Site, like: Any, device: torch.device) -> Form:
+def merge(first: Any, second: Any, name: str, site: Site, like: Any, device: torch.device) -> Form:  # noqa: PLR0911 - a table
     """The form that both values can take; refuses with the variable's `name` where there is none."""
     if first is UNDEFINED or second is UNDEFINED:
         return _merge_undefined(first, second, name, site, like, device)
@@ -243,7 +248,8 @@ def _fresh(form: Leaf, value: Any) -> Tensor:
         return torch.full((), value, dtype=form.dtype, device=form.device)
     if value.dtype != form.dtype:
         value = value.to(form.dtype)
-    return value.clone(memory_format=torch.contiguous_format) if form.is_contiguous else value.clone()
+    fresh: Tensor = value.clone(memory_format=torch.contiguous_format) if form.is_contiguous else value.clone()
+    return fresh
 
 
 def rebuild(form: Form, leaves: list[Tensor]) -> Any:
@@ -260,3 +266,18 @@ def rebuild(form: Form, leaves: list[Tensor]) -> Any:
     if hasattr(form.kind, "_fields"):
         return form.kind(*children)
     return tuple(children)
+
+
+def has_leaves(form: Form) -> bool:
+    """Whether any tensor is in it."""
+    if isinstance(form, Node):
+        return any(has_leaves(child) for child in form.children)
+    return isinstance(form, Leaf)
+
+
+def leaves_of(form: Form) -> list[Leaf]:
+    """The tensors of a form, in order."""
+    if isinstance(form, Leaf):
+        return [form]
+    children: list[Form] = form.children if isinstance(form, Node) else []
+    return [leaf for child in children for leaf in leaves_of(child)]

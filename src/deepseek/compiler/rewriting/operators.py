@@ -1,18 +1,13 @@
 """What rewritten code calls: each operator decides, when it is reached, whether it is Python or a part of the graph.
 
-A condition that is a Python value stays Python: the taken branch runs, the other is not even looked at. A condition that
-is a tensor outside of any trace is Python, too (`bool` of it). Only a tensor condition inside a trace becomes
+A condition that is a Python value stays Python: the taken branch runs, the other is not even looked at. A condition
+that is a tensor outside of any trace is Python, too (`bool` of it). Only a tensor condition inside a trace becomes
 `torch.cond` or `while_loop`. To know what both branches give, each is first run once only to look ("probing"); those
 operators are dead and `cleaning.erase_probes` takes them out of the graph, so that a graph computes each branch once.
 
 Rewritten code receives an `Operators` value and hands a deeper one to the branches: `depth` says how many tensor
-conditions surround the code, so that a change of something outside of a branch is noticed, and `is_probing` keeps nested
-probes from building graphs of their own.
-
-Faults of torch 2.13 that give wrong gradients without a word are kept away here, each with a test: `while_loop` makes one
-turn in backward even where it made none in forward (in training each turn is itself conditional), and forgets gradients
-through variables that needed none at first (the first turn is made before the loop); `torch.cond` wants gradients of whole
-numbers (`choose`) and of one memory layout (`_steady`), and draws random numbers anew in backward (`randomness`).
+conditions surround the code, so that a change of something outside of a branch is noticed, and `is_probing` keeps
+nested probes from building graphs of their own.
 """
 
 from __future__ import annotations
@@ -21,33 +16,38 @@ import builtins
 import functools
 import operator
 import types
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops import while_loop
 
+from deepseek.compiler.rewriting.calling import Rewritable, call_with_hooks, find_forward, find_twin, is_library
+from deepseek.compiler.rewriting.gradients import all_require_grad, choose, copy_all, loop, steady, unalias
+from deepseek.compiler.rewriting.indexing import as_indices, is_index, is_plain_index
 from deepseek.compiler.rewriting.merging import (
     INTERNAL,
     UNDEFINED,
-    Constant,
     Form,
-    Leaf,
-    Node,
     choose_float,
     describe,
-    fill,
     flatten,
+    has_leaves,
     is_number,
-    merge,
-    number_dtype,
+    is_traced,
+    leaves_of,
     rebuild,
 )
+from deepseek.compiler.rewriting.probing import merge_all, run_probe, settle
 from deepseek.compiler.rewriting.sites import Site, enter, note, refuse
 
+HINT = "move the condition out of it, or compute both sides and choose with torch.where"
+HINTS = {
+    "a comprehension": "write it as a loop, or choose with torch.where",
+    "try": "move the condition out of the try block",
+    "a condition with :=": "assign to the variable in a statement of its own before the condition",
+}
+NUMBERS: dict[str, Any] = {"int": int, "float": float, "bool": bool}
 DEPTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OUTSIDE = DEPTHS[0]
 MAX_DEPTH = len(DEPTHS) - 1  # tensor conditions inside one another
@@ -61,7 +61,7 @@ COMPARISONS = {
     "Eq": operator.eq,
     "NotEq": operator.ne,
 }
-BINARY = {
+BINARY: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]] = {
     "Add": (operator.add, operator.iadd),
     "Sub": (operator.sub, operator.isub),
     "Mult": (operator.mul, operator.imul),
@@ -97,26 +97,6 @@ class Loop:
         self.site = site
         self.like = like
         self.extras = extras
-
-
-class Rewritable:
-    """A callable that stands for a Python function, such as what `jit` returns; `owner` is its first argument, if any."""
-
-    function: Any
-    owner: Any
-
-
-class Rewritten:
-    """A function's rewritten twin, kept on the function itself; its first parameter is the operators."""
-
-    def __init__(self, original: Any, function: Any) -> None:
-        self.original = original
-        self.function = function
-
-
-def is_traced(value: Any) -> bool:
-    """Whether `value` is a tensor whose number is not known yet, because a graph is being made."""
-    return isinstance(value, Tensor) and torch.compiler.is_compiling()
 
 
 class Operators:
@@ -185,7 +165,12 @@ class Operators:
     def test(self, value: Any, site: Site) -> Any:
         """The condition of a statement that stays Python; a traced tensor is refused there."""
         if is_traced(value) and not site.is_native:
-            refuse(site.key, self.depth, f"a tensor condition in {site.kind} cannot become a graph", HINTS.get(site.kind, HINT))
+            refuse(
+                site.key,
+                self.depth,
+                f"a tensor condition in {site.kind} cannot become a graph",
+                HINTS.get(site.kind, HINT),
+            )
         return value
 
     def assert_(self, value: Any, message: Callable[[], Any] | None, site: Site) -> None:
@@ -229,8 +214,8 @@ class Operators:
             return then(self, *values) if value else other(self, *values)
         condition = self.as_condition(value, site)
         probe = self._deeper(True, site)
-        first, second = _probe(then, probe, values), _probe(other, probe, values)
-        form = _merge_all(first, second, names, site, (*like, *values), condition.device)
+        first, second = run_probe(then, probe, values), run_probe(other, probe, values)
+        form = merge_all(first, second, names, site, (*like, *values), condition.device)
         if self.is_probing:
             return rebuild(form, flatten(form, first))
         note(site.key)
@@ -244,13 +229,13 @@ class Operators:
         if not has_leaves(form):
             return rebuild(form, [])
         real = self._deeper(False, site)
-        values = [_unalias(value) for value in values]
+        values = [unalias(value) for value in values]
 
         def true_branch() -> list[Tensor]:
-            return flatten(form, then(real, *_steady(values)))
+            return flatten(form, then(real, *steady(values)))
 
         def false_branch() -> list[Tensor]:
-            return flatten(form, other(real, *_steady(values)))
+            return flatten(form, other(real, *steady(values)))
 
         return rebuild(form, choose(condition, true_branch, false_branch, leaves_of(form)))
 
@@ -285,7 +270,7 @@ class Operators:
         `extras` are what `body` only reads; it takes them after the variables.
         """
         while True:
-            going = _is_going(self, test, values, stop, site)
+            going = is_going(self, test, values, stop, site)
             if is_traced(going) and not site.is_native:
                 return self._graph_while(test, body, values, names, stop, site, like, extras, going)
             if is_traced(going):
@@ -308,7 +293,7 @@ class Operators:
     ) -> Any:
         condition = self.as_condition(going, site)
         probe = self._deeper(True, site)
-        form = _settle(body, probe, values, extras, names, site, (*like, *values, *extras), condition.device)
+        form = settle(body, probe, values, extras, names, site, (*like, *values, *extras), condition.device)
         if self.is_probing:
             return rebuild(form, flatten(form, values))
         note(site.key)
@@ -316,27 +301,32 @@ class Operators:
             if values[index] is UNDEFINED and not names[index].startswith(INTERNAL):
                 torch._assert_async(condition, f"{names[index]} has no value: the loop at {site.place} made no turn")
         if not has_leaves(form):
-            refuse(site.key, self.depth, "the loop changes no variable and would never end", "change what its condition reads")
+            refuse(
+                site.key,
+                self.depth,
+                "the loop changes no variable and would never end",
+                "change what its condition reads",
+            )
         real = self._deeper(False, site)
 
         def going_on(*leaves: Tensor) -> Tensor:
-            going = _is_going(real, test, rebuild(form, list(leaves)), stop, site)
+            going = is_going(real, test, rebuild(form, list(leaves)), stop, site)
             if not is_traced(going):
                 return torch.full((), bool(going), device=condition.device)
             return real.as_condition(going, site).clone()
 
         def turn(*leaves: Tensor) -> tuple[Tensor, ...]:
-            values = rebuild(form, list(_steady(leaves)))
-            return tuple(flatten(form, body(real, *values, *_steady(extras))))
+            values = rebuild(form, list(steady(leaves)))
+            return tuple(flatten(form, body(real, *values, *steady(extras))))
 
         def careful_turn(*leaves: Tensor) -> tuple[Tensor, ...]:
-            return tuple(choose(going_on(*leaves), lambda: turn(*leaves), lambda: _copy(leaves), leaves_of(form)))
+            return tuple(choose(going_on(*leaves), lambda: turn(*leaves), lambda: copy_all(leaves), leaves_of(form)))
 
         start = tuple(flatten(form, values))
         is_trained = torch.is_grad_enabled() and any(leaf.is_floating_point() for leaf in start)
-        if is_trained and not _all_require_grad(start):
+        if is_trained and not all_require_grad(start):
             start = careful_turn(*start)
-        found = _while_loop(going_on, careful_turn if is_trained else turn, start)
+        found = loop(going_on, careful_turn if is_trained else turn, start)
         # In training these are the last rows of all turns' values; a copy has no offset into them.
         return rebuild(form, [leaf.clone() for leaf in found] if is_trained else list(found))
 
@@ -372,7 +362,7 @@ class Operators:
             remaining -= 1
         return values
 
-    def _maybe_turn(self, ended: Tensor, item: Any, values: Any, loop: Loop) -> Any:
+    def _maybe_turn(self, ended: Any, item: Any, values: Any, loop: Loop) -> Any:
         count = len(values)
 
         def skip(_: Operators, *values: Any) -> Any:
@@ -428,7 +418,7 @@ class Operators:
     # ---- values that Python would take out of a tensor
 
     def to_number(self, kind: str, value: Any) -> Any:
-        """`int(value)`, `float(value)` or `bool(value)`; of a traced tensor, a tensor without dimensions or gradient."""
+        """`int(value)`, `float(value)` or `bool(value)`; of a traced tensor, one without dimensions or gradient."""
         if not is_traced(value):
             return NUMBERS[kind](value)
         value = value.detach().reshape(())
@@ -439,7 +429,7 @@ class Operators:
         return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
     def real(self, value: Any, like: Any) -> Any:
-        """A number of plain Python's that goes into a calculation with floats; a tensor in a graph is made one of floats.
+        """A number of plain Python's in a calculation with floats; a tensor in a graph is made one of floats.
 
         A whole number in a graph times 0.1 would be float32 for torch, where Python has all digits.
         """
@@ -454,8 +444,8 @@ class Operators:
         """`value[index]`, where the index may be a traced number."""
         if isinstance(value, Tensor) and is_traced(index) and is_index(index):
             return torch.ops.aten.index.Tensor(value, [index])
-        if isinstance(value, Tensor) and isinstance(index, tuple) and _is_plain_index(index):
-            return torch.ops.aten.index.Tensor(value, _as_indices(value, index))
+        if isinstance(value, Tensor) and isinstance(index, tuple) and is_plain_index(index):
+            return torch.ops.aten.index.Tensor(value, as_indices(value, index))
         return value[index]
 
     def set(self, value: Any, index: Any, new: Any, owner: Operators | None, site: Site) -> Any:
@@ -465,11 +455,11 @@ class Operators:
             value[index] = new
             return value
         is_inside = self._is_inside(owner)
-        has_traced = (is_traced(index) and is_index(index)) or (isinstance(index, tuple) and _is_plain_index(index))
+        has_traced = (is_traced(index) and is_index(index)) or (isinstance(index, tuple) and is_plain_index(index))
         if has_traced:
             if not isinstance(new, Tensor):
                 new = torch.full((), new, dtype=value.dtype, device=value.device)
-            indices = _as_indices(value, index if isinstance(index, tuple) else (index,))
+            indices = as_indices(value, index if isinstance(index, tuple) else (index,))
             return torch.index_put(value, indices, new.to(value.dtype))
         if is_inside:
             value = value.clone()
@@ -530,15 +520,15 @@ class Operators:
 
     def parent(self, cls: Any, value: Any, name: str) -> Any:
         """`super().name` in a method of `cls`."""
+        above: Any = super(cls, value)  # type: ignore[misc, unused-ignore]
         is_above = False
         for each in type(value).__mro__:
-            if is_above and name in each.__dict__:
-                function = each.__dict__[name]
-                if isinstance(function, types.FunctionType):
-                    return functools.partial(self.call(function), value)
-                return getattr(super(cls, value), name)
+            function = each.__dict__[name] if is_above and name in each.__dict__ else None
+            if function is not None:
+                is_function = isinstance(function, types.FunctionType)
+                return functools.partial(self.call(function), value) if is_function else getattr(above, name)
             is_above = is_above or each is cls
-        return getattr(super(cls, value), name)
+        return getattr(above, name)
 
     def call(self, function: Any) -> Any:
         """What to call instead of `function`: its rewritten twin if it is the user's own code, else itself."""
@@ -566,288 +556,14 @@ class Operators:
             return module
         forward = functools.partial(twin, self, module)
         if module._forward_hooks or module._forward_pre_hooks:
-            return functools.partial(_call_with_hooks, module, forward)
+            return functools.partial(call_with_hooks, module, forward)
         return forward
 
 
-HINT = "move the condition out of it, or compute both sides and choose with torch.where"
-HINTS = {
-    "a comprehension": "write it as a loop, or choose with torch.where",
-    "try": "move the condition out of the try block",
-    "a condition with :=": "assign to the variable in a statement of its own before the condition",
-}
-NUMBERS: dict[str, Any] = {"int": int, "float": float, "bool": bool}
-
-
-def find_forward(module: nn.Module) -> Any:
-    """The function that a call of `module` runs."""
-    forward = type(module).forward
-    return forward.function if isinstance(forward, Rewritable) else forward
-
-
-def is_library(name: str | None) -> bool:
-    """Whether a module of this name is a library's and stays as it is: torch's own code needs no rewriting."""
-    if name is None:
-        return True
-    return name.partition(".")[0] in {"torch", "numpy", "torchvision", "math", "builtins", "functools"} or (
-        name.startswith("deepseek.compiler")
-    )
-
-
-def find_twin(function: Any, *, is_asked: bool = False) -> Any:
-    """The rewritten twin of `function`, made the first time; none for a library's function, unless it is asked for."""
-    if not is_asked and is_library(function.__module__):
-        return None
-    if hasattr(function, "__ds__"):
-        known = function.__ds__
-        if known is True:
-            return None
-        if known.original is function:
-            return known.function
-    if not request(function):
-        return None
-    return function.__ds__.function
-
-
-@torch.compiler.assume_constant_result
-def request(function: Any) -> bool:
-    """Make the twin of `function` and keep it on the function; runs as ordinary Python while tracing."""
-    from deepseek.compiler.rewriting.functions import make_twin
-
-    return make_twin(function)
-
-
-def _call_with_hooks(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    with_kwargs = module._forward_pre_hooks_with_kwargs
-    for key, hook in module._forward_pre_hooks.items():
-        if key in with_kwargs:
-            changed = hook(module, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
-        else:
-            changed = hook(module, args)
-            if changed is not None:
-                args = changed if isinstance(changed, tuple) else (changed,)
-    result = forward(*args, **kwargs)
-    for key, hook in module._forward_hooks.items():
-        extra = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
-        changed = hook(module, args, *extra, result)
-        result = result if changed is None else changed
-    return result
-
-
-# ---- forms
-
-
-def _probe(branch: Any, operators: Operators, values: Any) -> Any:
-    """What a branch gives, found out by running it; `cleaning` knows this function by its name."""
-    return branch(operators, *values)
-
-
-def _merge_all(first: Any, second: Any, names: Any, site: Site, like: Any, device: torch.device) -> Form:
-    if names is None:
-        return merge(first, second, "the result", site, like, device)
-    forms = [merge(first[index], second[index], names[index], site, like, device) for index in builtins.range(len(names))]
-    return Node(tuple, None, forms)
-
-
-def _settle(
-    body: Any,
-    probe: Operators,
-    values: Any,
-    extras: Any,
-    names: tuple[str, ...],
-    site: Site,
-    like: Any,
-    device: torch.device,
-) -> Form:
-    """The form of a loop's variables that a turn does not change any more."""
-    form = _merge_all(values, values, names, site, like, device)
-    current = values
-    for _ in range(2 * len(names) + 2):
-        after = _probe(body, probe, (*current, *extras))
-        after = [_distinct(after[index], form.children[index]) for index in builtins.range(len(names))]
-        found = _merge_loop(current, after, names, site, like, device)
-        if _is_same(form, found):
-            return found
-        form = found
-        current = rebuild(form, flatten(form, current if has_no_gap(current) else after))
-    refuse(site.key, None, "the types of the loop's variables change with every turn", "convert them before the loop")
-    return form
-
-
-def _distinct(value: Any, form: Form) -> Any:
-    """A value that is another object where the loop is known to change its variable."""
-    return rebuild(form, flatten(form, value)) if has_leaves(form) and value is not UNDEFINED else value
-
-
-def _merge_loop(before: Any, after: Any, names: tuple[str, ...], site: Site, like: Any, device: torch.device) -> Form:
-    forms = []
-    for index in builtins.range(len(names)):
-        if before[index] is UNDEFINED and after[index] is not UNDEFINED:
-            forms.append(fill(after[index], names[index], site, like, device))
-        else:
-            forms.append(merge(before[index], after[index], names[index], site, like, device))
-    return Node(tuple, None, forms)
-
-
-def choose(condition: Tensor, then: Any, other: Any, leaves: list[Leaf]) -> list[Tensor]:
-    """`torch.cond` on branches that give lists of tensors.
-
-    In training, whole numbers leave the branches as the same bits under a floating type: the backward of `torch.cond`
-    in torch 2.13 miscounts gradients where an output has none.
-    """
-    if not torch.is_grad_enabled():
-        return list(_cond(condition, lambda: tuple(then()), lambda: tuple(other())))
-    packed = _cond(
-        condition,
-        lambda: tuple(_pack(value) for value in then()),
-        lambda: tuple(_pack(value) for value in other()),
-    )
-    return [_unpack(packed[index], leaves[index].dtype, len(leaves)) for index in builtins.range(len(leaves))]
-
-
-def _cond(condition: Tensor, then: Any, other: Any) -> Any:
-    if torch.compiler.is_dynamo_compiling():
-        return torch.cond(condition, then, other, ())
-    with _quiet():
-        return torch.cond(condition, then, other, ())
-
-
-def _while_loop(going_on: Any, turn: Any, start: tuple[Tensor, ...]) -> Any:
-    if torch.compiler.is_dynamo_compiling():
-        return while_loop(going_on, turn, start)
-    with _quiet():
-        return while_loop(going_on, turn, start)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that torch gives about itself when `torch.export` meets control flow on what has gradients."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        yield
-
-
-def _pack(value: Tensor) -> Tensor:
-    if value.dtype.is_floating_point or value.dtype.is_complex:
-        return value
-    if value.dtype == torch.bool:
-        return value.to(torch.float32)
-    return value.to(torch.int64).view(torch.float64).clone()
-
-
-def _unpack(value: Tensor, dtype: torch.dtype, num_leaves: int) -> Tensor:
-    """A branch's result again; with several, each by a product, so that no two gradients that come back are one tensor."""
-    if dtype.is_floating_point or dtype.is_complex:
-        return value * 1 if num_leaves > 1 else value
-    if dtype == torch.bool:
-        return value.detach() != 0
-    return value.detach().view(torch.int64).to(dtype)
-
-
-def _steady(values: Any) -> list[Any]:
-    """The values with tensors whose gradients come back dense.
-
-    The branches of a backward `torch.cond` must agree in memory layout, and the gradient of a sum has strides of zero
-    where that of an unused input has not. A product with one changes no number and makes a dense gradient.
-    """
-    if not torch.is_grad_enabled():
-        return list(values)
-    return [value * 1 if isinstance(value, Tensor) and _may_require_grad(value) else value for value in values]
-
-
-def _unalias(value: Any) -> Any:
-    """A value that shares memory with no other: `torch.cond` takes no two views of one tensor in training."""
-    is_view = isinstance(value, Tensor) and torch.is_grad_enabled() and value._base is not None
-    return value.clone() if is_view else value
-
-
-def _may_require_grad(value: Tensor) -> bool:
-    """Whether gradients may flow into it; an exported graph may later be given other inputs than it was traced with."""
-    return value.is_floating_point() and (value.requires_grad or torch.compiler.is_exporting())
-
-
-def _all_require_grad(leaves: tuple[Tensor, ...]) -> bool:
-    """Whether every variable of a loop is known to carry gradients before its first turn.
-
-    The backward of `while_loop` in torch 2.13 drops the gradients that flow through a variable whose first value needs
-    none, such as a sum that starts at zero; after one turn as a condition, every variable needs them.
-    """
-    return not torch.compiler.is_exporting() and all(
-        leaf.requires_grad for leaf in leaves if leaf.is_floating_point()
-    )
-
-
-def leaves_of(form: Form) -> list[Leaf]:
-    """The tensors of a form, in order."""
-    if isinstance(form, Leaf):
-        return [form]
-    return [leaf for child in form.children for leaf in leaves_of(child)] if isinstance(form, Node) else []
-
-
-def has_no_gap(values: Any) -> bool:
-    """Whether every variable has a value."""
-    return not any(value is UNDEFINED for value in values)
-
-
-def has_leaves(form: Form) -> bool:
-    """Whether any tensor is in it."""
-    if isinstance(form, Node):
-        return any(has_leaves(child) for child in form.children)
-    return isinstance(form, Leaf)
-
-
-def _is_same(first: Form, second: Form) -> bool:
-    if isinstance(first, Leaf) and isinstance(second, Leaf):
-        return first.dtype == second.dtype
-    if isinstance(first, Node) and isinstance(second, Node):
-        if len(first.children) != len(second.children):
-            return False
-        return all(_is_same(first.children[index], second.children[index]) for index in range(len(first.children)))
-    return isinstance(first, Constant) and isinstance(second, Constant)
-
-
-def _is_going(operators: Operators, test: Any, values: Any, stop: int | None, site: Site) -> Any:
+def is_going(operators: Operators, test: Any, values: Any, stop: int | None, site: Site) -> Any:
     if stop is None:
         return test(operators, *values)
     return operators.and_(operators.not_(values[stop], site), lambda: test(operators, *values), site)
-
-
-def _copy(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(leaf.clone() for leaf in leaves)
-
-
-# ---- indices
-
-
-def is_index(value: Tensor) -> bool:
-    """Whether it is one whole number."""
-    return value.dim() == 0 and not value.is_floating_point() and value.dtype != torch.bool
-
-
-def _is_plain_index(index: tuple[Any, ...]) -> bool:
-    """Whether it consists of whole numbers and full slices, and one of the numbers is a traced tensor."""
-    if not any(is_traced(each) for each in index):
-        return False
-    for each in index:
-        is_whole = isinstance(each, slice) and each.start is None and each.stop is None and each.step is None
-        is_one = (is_traced(each) and is_index(each)) or (isinstance(each, int) and not isinstance(each, bool))
-        if not is_whole and not is_one:
-            return False
-    return True
-
-
-def _as_indices(value: Tensor, index: tuple[Any, ...]) -> list[Tensor | None]:
-    indices: list[Tensor | None] = []
-    for each in index:
-        if isinstance(each, slice):
-            indices.append(None)
-        elif isinstance(each, Tensor):
-            indices.append(each)
-        else:
-            indices.append(torch.full((), each, dtype=torch.int64, device=value.device))
-    return indices
 
 
 def _make_operators() -> Operators:

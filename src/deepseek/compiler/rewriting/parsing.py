@@ -1,8 +1,9 @@
-"""From a function object to its syntax tree, with the lines and columns of the user's file, and from a tree back to code.
+"""From a function object to its syntax tree, with lines and columns of the user's file, and from a tree back to code.
 
-The source is found through the code object and not through `__wrapped__`, so that a decorated function is the wrapper that
-runs. A method is compiled inside a class of the same name, so that private names are mangled as they were; the free
-variables are parameters of an enclosing function, so that the new code has the cells of the old one, alive and shared.
+The source is found through the code object and not through `__wrapped__`, so that a decorated function is the wrapper
+that runs. A method is compiled inside a class of the same name, so that private names are mangled as they were; the
+free variables are parameters of an enclosing function, so that the new code has the cells of the old one, alive and
+shared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
+from deepseek.compiler.rewriting.trees import arguments_of, class_of, function_of
 from deepseek.core.errors import ConfigError
 
 FACTORY = "_ds_factory"
@@ -93,13 +95,8 @@ def compile_function(
 def _compile_module(tree: ast.FunctionDef, free: tuple[str, ...], source: Source) -> types.CodeType:
     body: list[ast.stmt] = [tree]
     if source.class_name is not None:
-        body = [
-            ast.ClassDef(name=source.class_name, bases=[], keywords=[], body=body, decorator_list=[], type_params=[])
-        ]
-    parameters = ast.arguments(
-        posonlyargs=[], args=[ast.arg(arg=name) for name in free], kwonlyargs=[], kw_defaults=[], defaults=[]
-    )
-    factory = ast.FunctionDef(name=FACTORY, args=parameters, body=body, decorator_list=[], type_params=[])
+        body = [class_of(source.class_name, body)]
+    factory = function_of(FACTORY, arguments_of(free), body)
     module = ast.Module(body=[ast.copy_location(factory, tree)], type_ignores=[])
     return compile(ast.fix_missing_locations(module), source.file, "exec")
 

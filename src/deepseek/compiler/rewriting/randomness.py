@@ -1,11 +1,11 @@
 """Random numbers in branches that backward can draw again: a seed comes in, and the same seed gives the same numbers.
 
-The backward of `torch.cond` and `while_loop` runs a branch a second time. A dropout inside draws another mask there, and
-the gradients belong to a function that never ran (measured on torch 2.13: silent). In training, random operators inside
-branches are therefore replaced by ones that compute their numbers from a seed: it is drawn outside by torch's generator
-(so `torch.manual_seed` rules), handed in, and advanced with every turn of a loop. The numbers are a 32-bit integer hash
-(two rounds of multiply and shift, the constants found by C. Wellons' hash-prospector, bias 0.108) of the position and the
-seed; products stay under 2^63. Another stream than plain Python's, the same distribution.
+The backward of `torch.cond` and `while_loop` runs a branch a second time. A dropout inside draws another mask there,
+and the gradients belong to a function that never ran (measured on torch 2.13: silent). In training, random operators
+inside branches are therefore replaced by ones that compute their numbers from a seed: it is drawn outside by torch's
+generator (so `torch.manual_seed` rules), handed in, and advanced with every turn of a loop. The numbers are a 32-bit
+integer hash (two rounds of multiply and shift, the constants found by C. Wellons' hash-prospector, bias 0.108) of the
+position and the seed; products stay under 2^63. Another stream than plain Python's, the same distribution.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def is_random(node: fx.Node) -> bool:
         return False
     if node.target is functional.scaled_dot_product_attention:
         dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-        return dropout != 0.0
+        return bool(dropout != 0.0)
     return (node.target in SEEDED and not _is_off(node)) or node.target in OTHER_FUNCTIONS
 
 
@@ -150,7 +150,9 @@ def _is_control_flow(node: fx.Node) -> bool:
 
 
 def _branches(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    found = [getattr(module, str(each.target)) for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"]
+    found = [
+        getattr(module, str(each.target)) for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"
+    ]
     return [each for each in found if isinstance(each, fx.GraphModule)]
 
 
@@ -217,7 +219,8 @@ def _replace(module: fx.GraphModule, node: fx.Node, seed: fx.Node, salt: int) ->
     if target not in SEEDED:
         lines = (node.meta.get("stack_trace") or "").strip().splitlines()
         raise ControlFlowError(
-            f"{getattr(target, '__name__', target)} draws random numbers inside a tensor condition, and its backward would draw others; draw them"
+            f"{getattr(target, '__name__', target)} draws random numbers inside a tensor condition, and its backward"
+            " would draw others; draw them"
             f" before the condition{': ' + lines[-2].strip() if len(lines) > 1 else ''}"
         )
     with module.graph.inserting_before(node):

@@ -8,9 +8,10 @@ as `ControlFlowError` with the file, the line, the line itself and a hint.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +28,15 @@ class ControlFlowError(PermanentError):
 
 class GraphBreakWarning(UserWarning):
     """A place where one graph became two, because it could not be rewritten and `fullgraph=False` allows it."""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def runs_while_tracing(function: Function) -> Function:
+    """Mark a function on constants that the tracer runs as it is instead of tracing it."""
+    marked: Function = torch.compiler.assume_constant_result(function)
+    return marked
 
 
 @dataclass(eq=False)
@@ -76,7 +86,7 @@ def recording(trace: Trace) -> Iterator[Trace]:
         _TRACES.remove(trace)
 
 
-@torch.compiler.assume_constant_result
+@runs_while_tracing
 def note(key: str) -> bool:
     """Write down that the site `key` became graph control flow; runs while tracing."""
     for trace in _TRACES:
@@ -85,7 +95,7 @@ def note(key: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@runs_while_tracing
 def enter(key: str, depth: str) -> bool:
     """The branches of the site `key` are looked at now, below the tensor condition `depth`; runs while tracing."""
     site = SITES[key]
@@ -105,7 +115,7 @@ def _around(depth: str) -> list[Site]:
     return [_AROUND[each] for each in sorted(_AROUND) if each <= depth]
 
 
-@torch.compiler.assume_constant_result
+@runs_while_tracing
 def refuse(key: str, depth: str | None, seen: str, hint: str) -> bool:
     """Stop the trace: what stands at the site `key` cannot become graph control flow; runs while tracing.
 
