@@ -34,7 +34,7 @@ _MAX_CUTS = 48
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds for a batch of `rows` rows of `length` each: `overhead + token * rows * length + pair * rows * length**2`."""
+    """Seconds for `rows` rows of `length` each: `overhead + token * rows * length + pair * rows * length**2`."""
 
     overhead: float
     token: float
@@ -44,7 +44,7 @@ class Cost:
         return self.overhead + rows * length * (self.token + self.pair * length)
 
 
-# Until something is measured: tokens cost one unit, pairs what they do in a layer 500 wide, a call as much as 64 tokens.
+# Until something is measured: tokens cost one unit, pairs as in a layer 500 wide, a call as much as 64 tokens.
 ASSUMED_COST = Cost(overhead=64.0, token=1.0, pair=1 / 1000)
 
 
@@ -145,7 +145,7 @@ def is_worth_replanning(
 
 
 def group_rows(lengths: Sequence[int], cost: Callable[[int, int], float]) -> list[tuple[int, int]]:
-    """Cut the ascending `lengths` into runs `[start, stop)`, each run together at its longest length, at the least cost.
+    """Cut the ascending `lengths` into runs `[start, stop)`, each run at its longest length, at the least cost.
 
     `cost(rows, length)` must not fall with either. Cutting happens between different lengths only.
 
