@@ -30,6 +30,8 @@ REPLAN_MARGIN = 0.1
 REPLAN_PATIENCE = 256
 # Cuts are looked for at this many lengths of one batch at most, which keeps grouping under a millisecond.
 _MAX_CUTS = 48
+# Times that outliers are dropped and the rest is fitted again.
+_NUM_TRIMS = 2
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,19 @@ def group_rows(lengths: Sequence[int], cost: Callable[[int, int], float]) -> lis
 def fit_cost(samples: Sequence[tuple[int, int, float]]) -> Cost | None:
     """Least squares of `Cost` over `(rows, length, seconds)`, with no coefficient below zero.
 
-    Errors are relative to the time measured, so that long batches do not drown short ones. `None` where the samples
-    show fewer than three different sizes, or nothing that grows with size.
+    Errors are relative to the time measured, so that long batches do not drown short ones, and times of more than
+    twice what the rest says are left out: something else ran. `None` where the samples show fewer than three different
+    sizes, or nothing that grows with size.
     """
+    fit = _fit(samples)
+    for _ in range(_NUM_TRIMS):
+        if fit is not None:
+            kept = [each for each in samples if each[2] <= 2 * fit(each[0], each[1])]
+            fit = _fit(kept) or fit
+    return fit
+
+
+def _fit(samples: Sequence[tuple[int, int, float]]) -> Cost | None:
     if len({(rows, length) for rows, length, _ in samples}) < 3:
         return None
     terms = [((1 / s, rows * length / s, rows * length**2 / s), 1.0) for rows, length, s in samples if s > 0]

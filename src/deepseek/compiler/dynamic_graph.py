@@ -96,6 +96,8 @@ _TRY_AFTER = 64
 # Groups that each side of a trial runs, the first of which compiles; and how much faster a boundary must be.
 _TRIAL_GROUPS = 9
 _TRIAL_GAIN = 1.1
+# What compiling for a trial may cost, of the time spent running so far.
+_TRIAL_SHARE = 0.05
 # Times that the cost of a group is fitted to.
 _FIT_AFTER, _MAX_SAMPLES = 64, 512
 # Shapes of calls that are kept to tell lengths from other dims, and calls that may be unclear about it.
@@ -193,12 +195,13 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a batch that runs by itself."""
+    """A piece of a batch that runs by itself, `length` long where its longest row is `longest`."""
 
     leaves: list[Any]
     rows: int
     length: int
     way: Way
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,7 @@ class DynamicGraph:
         self._num_loaded, self._num_kept = 0, 0
         self._known: set[Any] = set()
         self._history: list[Shapes] = []
+        self._varying: list[tuple[int, ...]] = []
         self._counts = _Counts()
         self._samples: list[tuple[int, int, float]] = []
         self._cost = options.cost
@@ -379,6 +383,7 @@ class DynamicGraph:
             self._history.clear()
         if shapes not in self._history and len(self._history) < _MAX_HISTORY:
             self._history.append(shapes)
+            self._varying = find_varying(self._history)
         return _Call(bound, names, leaves, spec, shapes)
 
     def _run(self, call: _Call) -> Any:
@@ -411,9 +416,10 @@ class DynamicGraph:
         rows = torch.tensor(order, device=mask.device)
         parts = []
         for start, stop in group_rows([lengths[row] for row in order], self._group_cost):
-            length, way = self._length_and_way(lengths[order[stop - 1]])
+            longest = lengths[order[stop - 1]]
+            length, way = self._length_and_way(longest)
             leaves = take_rows(call.leaves, roles, rows[start:stop], length, values)
-            parts.append(_Part(leaves, stop - start, length, way))
+            parts.append(_Part(leaves, stop - start, length, way, longest))
         outputs, specs = zip(*(self._run_part(call, part) for part in parts), strict=True)
         self._check(call, parts, outputs, _Batch(mask.shape[1], rows, mask))
         assert self._roles is not None
@@ -434,7 +440,7 @@ class DynamicGraph:
         if not any(region.has_varied for region in self._regions):
             self._plain(call.bound.args, call.bound.kwargs, is_learning=True)
         target, way = self._length_and_way(length)
-        part = _Part(take_rows(call.leaves, roles, None, target, self._pad_values(call)), 1, target, way)
+        part = _Part(take_rows(call.leaves, roles, None, target, self._pad_values(call)), 1, target, way, length)
         outputs, spec = self._run_part(call, part)
         self._check(call, [part], [outputs], _Batch(length, None, None))
         assert self._roles is not None
@@ -443,13 +449,12 @@ class DynamicGraph:
     def _run_part(self, call: _Call, part: _Part) -> _Outputs:
         """One piece; while times are wanted, how long it took is noted."""
         args, kwargs = call.rebuild(part.leaves)
-        shapes = shapes_of(part.leaves)
         self._counts.run += part.rows * part.length
-        is_known = (part.way, shapes, self._mode()) in self._known
-        is_timed = is_known and (self._trial is not None or len(self._samples) < _MAX_SAMPLES)
+        is_timed = self._trial is not None or len(self._samples) < _MAX_SAMPLES
+        num_compiled = len(self._ledger.compilations)
         began_s = _now_s(part.leaves) if is_timed else 0.0
-        answer = self._compiled(args, kwargs, shapes, part.way)
-        if is_timed:
+        answer = self._compiled(args, kwargs, shapes_of(part.leaves), part.way)
+        if is_timed and len(self._ledger.compilations) == num_compiled:
             self._note(part, _now_s(part.leaves) - began_s)
         return pytree.tree_flatten(answer)
 
@@ -457,7 +462,7 @@ class DynamicGraph:
         """The function with its regions compiled; a call of a new kind may compile, and marks what varies."""
         assert self._whole is not None
         self._counts.pieces += 1
-        kind = (way, shapes, self._mode())
+        kind = (way, self._mode(), _kind_of(shapes, self._varying))
         if kind in self._known:
             with self._situation.set(way, is_learning=False), self._bounded():
                 return self._whole(*args, **kwargs)
@@ -515,7 +520,7 @@ class DynamicGraph:
         given = self._given_dims(call)
         if given:
             return [InputRole(False, given.get(index, ())) for index in range(len(call.leaves))]
-        varying = find_varying(self._history)
+        varying = self._varying
         ranks = [len(shape or ()) for shape in call.shapes]
         return [
             InputRole(False, tuple(dim for dim in dims if dim > 0 or rank == 1))
@@ -639,8 +644,8 @@ class DynamicGraph:
         """Keep a time for the cost and for the trial."""
         if len(self._samples) < _MAX_SAMPLES and part.way == SYMBOLIC:
             self._samples.append((part.rows, part.length, seconds))
-        if self._trial is not None and self._trial.lowest < part.length <= self._trial.boundary:
-            self._trial.seconds[part.way].append(seconds / part.rows / part.length)
+        if self._trial is not None and self._trial.lowest < part.longest <= self._trial.boundary:
+            self._trial.seconds[part.way].append(seconds / part.rows / part.longest)
             if self._trial.is_over:
                 self._end_trial(self._trial)
 
@@ -663,7 +668,8 @@ class DynamicGraph:
         if strategy == "symbolic" or self._options.boundaries or self._trial is not None:
             return
         if strategy == "auto" and not self._boundaries:
-            if not self._has_tried and calls >= _TRY_AFTER and self._cost is not None and self._ledger.num_left > 1:
+            can_try = calls >= _TRY_AFTER and self._cost is not None and self._ledger.num_left > 1
+            if can_try and not self._has_tried and self._compile_cost < _TRIAL_SHARE * self._spent_s:
                 self._start_trial()
         elif calls >= _PLAN_AFTER and (not self._boundaries or calls - self._planned_at >= REPLAN_PATIENCE):
             self._replan()
@@ -697,9 +703,8 @@ class DynamicGraph:
     def _end_trial(self, trial: _Trial) -> None:
         """Adopt the boundaries if the one that was tried is faster, padding included, and the rest will pay."""
         self._trial, gain = None, trial.gain
-        spent_s = statistics.fmean(seconds for *_, seconds in self._samples) * self._counts.pieces
         price_s = self._compile_cost * (len(trial.boundaries) - 1)
-        won_s = spent_s * (1 - 1 / gain)
+        won_s = self._spent_s * (1 - 1 / gain)
         tried = f"boundary {trial.boundary} ran at {gain:.2f} times the speed of symbols"
         if gain < _TRIAL_GAIN:
             self._reason = tried
@@ -712,6 +717,13 @@ class DynamicGraph:
     def _length_cost(self, length: int) -> float:
         cost = self._cost or ASSUMED_COST
         return cost(1, length) - cost.overhead
+
+    @property
+    def _spent_s(self) -> float:
+        """Seconds that all calls so far have run, about."""
+        return (
+            statistics.fmean(seconds for *_, seconds in self._samples) * self._counts.pieces if self._samples else 0.0
+        )
 
     @property
     def _compile_cost(self) -> float:
@@ -835,6 +847,14 @@ def _check_names(function: Callable[..., Any], options: Options) -> None:
             raise ConfigError(explain_unknown("argument", name, parameters))
 
 
+def _kind_of(shapes: Shapes, varying: Sequence[tuple[int, ...]]) -> Any:
+    """Shapes as compiled code tells them apart: of a dim that varies, only whether it is 0, 1 or more."""
+    return tuple(
+        shape and tuple(min(size, 2) if dim in dims else size for dim, size in enumerate(shape))
+        for shape, dims in zip(shapes, varying, strict=True)
+    )
+
+
 def _checked_dim(dim: int, rank: int, name: str) -> int:
     if not -rank <= dim < rank:
         raise ConfigError(f"dims names dim {dim} of {name!r}, which has {rank} dims")
@@ -884,10 +904,11 @@ def _code_text(code: types.CodeType) -> str:
 
 
 def _now_s(leaves: Sequence[Any]) -> float:
-    """The time, after all work on the device of `leaves` is done."""
+    """The time, after all work on the device of `leaves` is done; on a CPU that of this thread, whoever else runs."""
     if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.thread_time()
 
 
 def _first_line(error: Exception) -> str:

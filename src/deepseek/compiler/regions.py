@@ -127,6 +127,7 @@ class Region:
         self.function, self.target, self.backend = function, target, backend
         self.ledger, self.situation, self.bounds = ledger, situation, bounds
         self.history: list[tuple[tuple[int, ...] | None, ...]] = []
+        self.varying: list[tuple[int, ...]] = []
         self._is_strict = True
         self._compiled: dict[Way, Callable[..., Any]] = {}
 
@@ -138,23 +139,23 @@ class Region:
             return self.function(*args, **kwargs)
         if self.situation.is_learning:
             self.learn(args, kwargs)
-            return self._run_marked(way, args, kwargs)
-        return self._compiled_for(way)(*args, **kwargs)
+        return self._run_marked(way, args, kwargs)
 
     def learn(self, args: Any, kwargs: Any) -> None:
         """Take note of the shapes of a call."""
-        shapes = shapes_of(pytree.tree_leaves((args, kwargs)))
+        shapes = shapes_of(_leaves(args, kwargs))
         if self.history and len(shapes) != len(self.history[0]):
             self.history.clear()
         if shapes not in self.history and len(self.history) < _MAX_HISTORY:
             self.history.append(shapes)
+            self.varying = find_varying(self.history)
 
     @property
     def has_varied(self) -> bool:
-        return any(find_varying(self.history))
+        return any(self.varying)
 
     def _run_marked(self, way: Way, args: Any, kwargs: Any) -> Any:
-        """A call that may compile: its varying dims are marked; marks that the function contradicts are softened."""
+        """A call whose varying dims are marked, should it compile; marks that the function contradicts are softened."""
         from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
         self._mark(way, args, kwargs)
@@ -174,10 +175,10 @@ class Region:
         return self._compiled_for(way)(*args, **kwargs)
 
     def _mark(self, way: Way, args: Any, kwargs: Any) -> None:
-        leaves = pytree.tree_leaves((args, kwargs))
-        if not self.history or len(leaves) != len(self.history[0]):
+        leaves = _leaves(args, kwargs)
+        if len(leaves) != len(self.varying):
             return
-        for leaf, dims in zip(leaves, find_varying(self.history), strict=True):
+        for leaf, dims in zip(leaves, self.varying, strict=True):
             for dim in dims:
                 if leaf.shape[dim] > 1 and leaf.shape[dim] != way:
                     self._mark_dim(leaf, dim)
@@ -253,6 +254,13 @@ def share(group: Sequence[nn.Module], region: Region) -> None:
     """Let every block of a group run through one region."""
     for block in group:
         block.forward = SharedForward(region, block)
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """All tensors of a call, and what else it was given; without a walk where nothing is nested."""
+    if kwargs or any(isinstance(each, list | tuple | dict) for each in args):
+        return pytree.tree_leaves((args, kwargs))
+    return args
 
 
 def _is_container(module: nn.Module) -> bool:
