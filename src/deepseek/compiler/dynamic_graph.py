@@ -98,6 +98,8 @@ _TRIAL_GROUPS = 9
 _TRIAL_GAIN = 1.1
 # What compiling for a trial may cost, of the time spent running so far.
 _TRIAL_SHARE = 0.05
+# What a compilation is taken to cost in a process that has found all of its code on disk.
+_COMPILE_S = 10.0
 # Times that the cost of a group is fitted to.
 _FIT_AFTER, _MAX_SAMPLES = 64, 512
 # Shapes of calls that are kept to tell lengths from other dims, and calls that may be unclear about it.
@@ -728,8 +730,8 @@ class DynamicGraph:
     @property
     def _compile_cost(self) -> float:
         """Seconds of one compilation, as they were; nothing while the cost of running is not in seconds."""
-        seconds = [each.seconds for each in self._ledger.compilations if not each.was_cached]
-        return statistics.fmean(seconds) if seconds and self._cost is not None else 0.0
+        seconds = [each.seconds for each in self._ledger.compilations if not each.was_cached] or [_COMPILE_S]
+        return 0.0 if self._cost is None else statistics.fmean(seconds)
 
     def _warn_of_bound(self) -> None:
         """Once, when the bound on compilations is reached: which guard would have needed another one."""

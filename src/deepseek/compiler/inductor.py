@@ -10,6 +10,7 @@ torch does.
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,8 +27,19 @@ class SlowCompilerWarning(UserWarning):
 
 @functools.cache
 def start_probing() -> threading.Thread:
-    """Find out about vector instructions in the background; called once per process, before the first compilation."""
-    thread = threading.Thread(target=_probe, name="deepseek-probe-compiler", daemon=True)
+    """Find out about vector instructions in the background; called once per process, before the first compilation.
+
+    Modules are imported before the thread starts, since two threads that import one library at once meet it half done.
+    """
+    importlib.import_module("torch._inductor.compile_fx")
+    from torch._inductor import config
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    def probe() -> None:
+        with config.patch(_TRUSTING):
+            valid_vec_isa_list()
+
+    thread = threading.Thread(target=probe, name="deepseek-probe-compiler", daemon=True)
     thread.start()
     return thread
 
@@ -49,11 +61,3 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callabl
         valid_vec_isa_list.cache_clear()
         compiled = compile_fx(graph, inputs)
     return compiled  # type: ignore[no-any-return]
-
-
-def _probe() -> None:
-    from torch._inductor import config
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-
-    with config.patch(_TRUSTING):
-        valid_vec_isa_list()

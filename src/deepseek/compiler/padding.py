@@ -189,11 +189,12 @@ def join_rows(
     inverse[order] = torch.arange(len(order), device=order.device)
     joined = []
     for parts, dims in zip(zip(*pieces, strict=True), roles, strict=True):
-        if isinstance(parts[0], Tensor):
-            whole = torch.cat([pad_length(part, dims, length) for part in parts])
-            joined.append(whole.index_select(0, inverse))
-        else:
+        if not isinstance(parts[0], Tensor):
             joined.append(parts[0])
+        elif torch.is_grad_enabled() and parts[0].requires_grad:
+            joined.append(torch.cat([pad_length(part, dims, length) for part in parts]).index_select(0, inverse))
+        else:
+            joined.append(_fill(parts, order, dims, length))
     return joined
 
 
@@ -218,6 +219,21 @@ def compare(
             raise PaddingRefusedError(f"output {index} has shape {tuple(one.shape)} instead of {tuple(other.shape)}")
         counts = None if mask is None or 1 not in roles[index] else mask != 0
         _check_close(one, other, counts, tolerance, index)
+
+
+def _fill(parts: Sequence[Tensor], order: Tensor, dims: Sequence[int], length: int) -> Tensor:
+    """What `join_rows` does where no gradient is wanted: each part is copied once, to its place."""
+    shape = [length if dim in dims else size for dim, size in enumerate(parts[0].shape)]
+    whole, start = parts[0].new_zeros([len(order), *shape[1:]]), 0
+    for part in parts:
+        place = whole
+        for dim in dims:
+            place = place.narrow(dim, 0, min(part.shape[dim], length))
+        place[order[start : start + len(part)]] = (
+            pad_length(part, dims, min(part.shape[dims[0]], length)) if dims else part
+        )
+        start += len(part)
+    return whole
 
 
 def _check_close(one: Tensor, other: Tensor, counts: Tensor | None, tolerance: float | None, index: int) -> None:
