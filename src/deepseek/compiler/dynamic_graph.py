@@ -794,6 +794,7 @@ def dynamic_graph(target: Any = None, /, **options: Any) -> Any:
 
 
 def _decorate(target: Any, options: Options) -> Any:
+    _find_backend(options.backend)
     if isinstance(target, nn.Module):
         return _decorate_module(target, options)
     if isinstance(target, type):
@@ -882,7 +883,10 @@ def _compiling(options: Options) -> Iterator[None]:
     with (
         patch_shapes(use_duck_shape=False),
         torch._dynamo.config.patch(recompile_limit=limit),
+        warnings.catch_warnings(),
     ):
+        # torch looks at this attribute of every input, and hides its own warning unless warnings are errors.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         yield
 
 

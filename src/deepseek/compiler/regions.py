@@ -211,7 +211,7 @@ class SharedForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the block is a plain block: what copies the model shares its regions anew."""
-        return types.MethodType, (type(self.block).forward, self.block)
+        return _bind, (type(self.block).forward, self.block)
 
 
 def find_repeated(model: nn.Module) -> list[list[nn.Module]]:
@@ -254,6 +254,10 @@ def share(group: Sequence[nn.Module], region: Region) -> None:
     """Let every block of a group run through one region."""
     for block in group:
         block.forward = SharedForward(region, block)
+
+
+def _bind(function: Callable[..., Any], block: nn.Module) -> types.MethodType:
+    return types.MethodType(function, block)
 
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
