@@ -4,10 +4,10 @@
     python -m benchmarks.planner --quick         every tenth row, constants as shipped
     python -m benchmarks.planner --plot out.png  also the scatter plot (needs matplotlib)
 
-Every row with full inputs is predicted with constants that were fitted without its source (`planner_fit.py`), so that no
-reported error is of a row that was fitted on; a family that only one source published on has no such constants, and its
-rows are marked. Beside each error stand the best single number of TFLOP/s for that source (which is fitted on it) and
-what peers published about themselves. Choosing is judged in groups of plans for one model, cluster and batch.
+Every row with full inputs is predicted with constants that were fitted without its source (`planner_fit.py`), so that
+no reported error is of a row that was fitted on; a family that only one source published on has no such constants,
+and its rows are marked. Beside each error stand the best single number of TFLOP/s for that source (which is fitted on
+it) and what peers published about themselves. Choosing is judged in groups of plans for one model, cluster and batch.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _summarise(source: str, values: list[tuple[float, float, float]]) -> Choice:
 
 
 def judge_memory(runs: Sequence[MeasuredRun]) -> dict[str, float]:
-    """Errors where memory was reported, out-of-memory rows that were foreseen, and runs that would have been refused."""
+    """Errors where memory was reported, out-of-memory rows foreseen, and runs that would have been refused."""
     columns = stack_runs(each.run for each in runs)
     needed = np.sum(np.broadcast_arrays(*measure_memory(columns).values()), axis=0)
     is_over = needed > columns.device_memory_bytes

@@ -1,8 +1,8 @@
 """The machines a plan runs on: accelerators, the links between them, and how many sit together.
 
-Three link classes matter: inside a device's memory (bandwidth only), inside the scale-up domain (NVLink, xGMI; a node, or
-a rack where the switch spans one), and between domains (one network card's share per device). Each class is a latency
-`alpha_s` and a bandwidth, the two numbers of the alpha-beta model (Hockney 1994).
+Three link classes matter: inside a device's memory (bandwidth only), inside the scale-up domain (NVLink, xGMI; a
+node, or a rack where the switch spans one), and between domains (one network card's share per device). Each class is
+a latency `alpha_s` and a bandwidth, the two numbers of the alpha-beta model (Hockney 1994).
 
 Datasheet numbers of named accelerators are in `hardware.csv` with their sources; a measured machine is described with
 `Accelerator(...)` and `LinkClass(...)` directly. What fraction of a datasheet number is reached is not said here but in
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -82,6 +82,9 @@ class Node:
 class Cluster:
     """Boxes of accelerators and the links between them; boxes may differ in device and in number of devices.
 
+    `network` is one device's share between scale-up domains. `links` and `domain_size` describe the domains where they
+    are not what the accelerators' datasheets say.
+
     >>> Cluster.of("H100-SXM-80GB", nodes=4).num_devices
     32
     >>> Cluster.of("H100-SXM-80GB", nodes=2).join(Cluster.of("A100-SXM-80GB", nodes=1)).is_uniform
@@ -90,19 +93,13 @@ class Cluster:
 
     nodes: tuple[Node, ...]
     network: LinkClass
-    scale_up: LinkClass = field(default=None)  # type: ignore[assignment]
-    scale_up_size: int = 0
+    links: LinkClass | None = None
+    domain_size: int = 0
 
     def __post_init__(self) -> None:
-        """Take links that were not given from the slowest accelerator."""
+        """A cluster without devices runs nothing."""
         if not self.nodes or any(node.gpus < 1 for node in self.nodes):
             raise ConfigError("a cluster needs at least one node with at least one device")
-        slowest = min(self.nodes, key=lambda node: node.accelerator.scale_up.bandwidth_bytes_per_s).accelerator
-        if self.scale_up is None:
-            object.__setattr__(self, "scale_up", slowest.scale_up)
-        if not self.scale_up_size:
-            size = slowest.scale_up_size if slowest.scale_up_size > 8 else min(node.gpus for node in self.nodes)
-            object.__setattr__(self, "scale_up_size", min(size, self.num_devices))
 
     @classmethod
     def of(
@@ -129,6 +126,20 @@ class Cluster:
         return Cluster((*self.nodes, *other.nodes), network)
 
     @property
+    def scale_up(self) -> LinkClass:
+        """The links inside a scale-up domain: those given, or those of the slowest accelerator."""
+        return self.links or min(
+            (node.accelerator.scale_up for node in self.nodes), key=lambda link: link.bandwidth_bytes_per_s
+        )
+
+    @property
+    def scale_up_size(self) -> int:
+        """Devices of one scale-up domain: as given, or a box, or the rack that one switch spans."""
+        spanned = min(node.accelerator.scale_up_size for node in self.nodes)
+        size = self.domain_size or (spanned if spanned > 8 else self.gpus_per_node)
+        return min(size, self.num_devices)
+
+    @property
     def num_devices(self) -> int:
         """Devices in all boxes."""
         return sum(node.gpus for node in self.nodes)
@@ -153,8 +164,8 @@ def _describe(node: Node) -> tuple[str, int]:
     return (node.accelerator.name, node.gpus)
 
 
-# One step of a collective: 64 bytes take 3.3 us over NVLink and 2.8 to 5.6 us over the network (arXiv:2505.09343), and the
-# receiving kernel polls about as long again where a network card is between.
+# One step of a collective: 64 bytes take 3.3 us over NVLink and 2.8 to 5.6 us over the network (arXiv:2505.09343),
+# and the receiving kernel polls about as long again where a network card is between.
 _LATENCY_S = {"scale_up": 4e-6, "network": 8e-6}
 _PRECISION_COLUMNS = {
     "fp32": "fp32_tflops",

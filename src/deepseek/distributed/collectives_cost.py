@@ -1,8 +1,8 @@
 """Seconds that a collective takes: latency times messages plus bytes over bandwidth, by link class and algorithm.
 
-A group of `size` ranks sits on `spread` scale-up domains, `size / spread` ranks in each. Inside a domain a rank sends at
-the scale-up bandwidth; between domains all ranks of the group in one domain share their network cards, one each, so a
-ring leaves a domain at `size / spread` times one card's bandwidth (NCCL's rings, one per rail).
+A group of `size` ranks sits on `spread` scale-up domains, `size / spread` ranks in each. Inside a domain a rank sends
+at the scale-up bandwidth; between domains all ranks of the group in one domain share their network cards, one each,
+so a ring leaves a domain at `size / spread` times one card's bandwidth (NCCL's rings, one per rail).
 
     ring all-reduce          2 (n-1) alpha + 2 (n-1)/n S / B
     tree all-reduce          2 log2(n) alpha + 2 S / B
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek.distributed.columns import Array, Columns
+from deepseek.distributed.columns import Array, Columns, Flags
 
 _PAIRS, _MESH = 1.0, 2.0  # places in columns._TOPOLOGIES
 # Disjoint rings through 2 to 8 devices of the hybrid cube mesh, of the six links that each device has.
@@ -112,9 +112,7 @@ def hierarchical_all_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Arr
     across = 2 * (group.spread - 1) / group.spread * num_bytes / group.inside / network
     hops = np.ceil(np.log2(group.spread))
     steps = np.where(c.has_switch_reduction > 0, np.minimum(group.inside - 1, 1.0), group.inside - 1)
-    latency = steps * c.scale_up_alpha_s + hops * (
-        c.network_alpha_s + _fill_s(c, num_bytes / group.inside, network)
-    )
+    latency = steps * c.scale_up_alpha_s + hops * (c.network_alpha_s + _fill_s(c, num_bytes / group.inside, network))
     return _only_where(c, num_bytes, group, 2 * latency + np.maximum(within, across))
 
 
@@ -140,7 +138,7 @@ def all_to_all_s(c: Columns, num_bytes: Array, group: Group, remote_bytes: Array
     return _only_where(c, num_bytes, group, steps + np.maximum(inside, across))
 
 
-def send_s(c: Columns, num_bytes: Array, is_remote: Array) -> Array:
+def send_s(c: Columns, num_bytes: Array, is_remote: Flags) -> Array:
     """One message to a neighbour, inside a domain or across the network."""
     inside = c.scale_up_alpha_s + num_bytes / _scale_up_bandwidth(c, np.full_like(num_bytes, 8.0))
     across = c.network_alpha_s + num_bytes / _network_bandwidth(c)

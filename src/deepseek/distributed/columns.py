@@ -1,8 +1,8 @@
 """Many predictions at once: every size of model, cluster and plan as an array with one entry per case.
 
-The formulas of `cost`, `collectives_cost`, `memory` and `predict` are written once, on these columns: a single prediction
-is a table of one row, the search a table of 10**5 rows over one model, the fit a table of all published runs. Arrays
-broadcast, so a column that is the same for all cases has length 1.
+The formulas of `cost`, `collectives_cost`, `memory` and `predict` are written once, on these columns: a single
+prediction is a table of one row, the search a table of 10**5 rows over one model, the fit a table of all published
+runs. Arrays broadcast, so a column that is the same for all cases has length 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek.core.errors import ConfigError
+from deepseek.core.names import explain_unknown
 from deepseek.distributed.cluster import Cluster
 from deepseek.distributed.constants import NAMES, Constants, get_constants
 from deepseek.distributed.model_shape import ModelShape, OperatorList
@@ -19,6 +21,7 @@ from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan
 from deepseek.distributed.software import ATTENTIONS
 
 Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 MODEL_COLUMNS = (
     "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocabulary", "sequence", "experts", "top_k",
@@ -31,8 +34,10 @@ PLAN_COLUMNS = (
     "shard_group", "frozen_weights",
 )  # fmt: skip
 SOFTWARE_COLUMNS = (
-    "is_compiled", "overlaps_gradients", "overlaps_tensors", "splits_messages", "fuses_accumulation", "fuses_elementwise",
-    "has_fp32_gradients", "stops_recomputing", "regathers_inputs", "logit_bytes", "offloads_optimizer", "gathers_layers", "balances_stages",
+    "is_compiled", "overlaps_gradients", "overlaps_tensors", "overlaps_experts", "overlaps_input_gradients",
+    "splits_messages", "fuses_accumulation", "fuses_elementwise", "has_fp32_gradients", "stops_recomputing",
+    "regathers_inputs", "logit_bytes", "offloads_optimizer", "gathers_layers", "counts_tokens",
+    "balances_stages",
 )  # fmt: skip
 # Bytes of one element of a matrix operand as it is read by the matrix units.
 OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}
@@ -130,6 +135,25 @@ def describe_operators(model: OperatorList, cluster: Cluster, plan: Plan, global
         "num_parameters": float(model.num_parameters),
         "global_batch": float(global_batch),
     }
+
+
+def spread_plans(
+    model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int, varied: Mapping[str, Array]
+) -> Columns:
+    """A table over one model and cluster: `plan` everywhere, but for the `varied` columns (one entry per candidate).
+
+    Columns that do not vary have length 1, so a million candidates cost what their differences cost.
+
+    >>> from deepseek.distributed.cluster import Cluster
+    >>> from deepseek.distributed.model_shape import get_model_shape
+    >>> sizes = {"tp": np.array([1.0, 2.0, 4.0]), "dp": np.array([8.0, 4.0, 2.0])}
+    >>> spread_plans(get_model_shape("Llama3-8B"), Cluster.of("H100-SXM-80GB"), Plan(), 64, sizes).tp
+    array([1., 2., 4.])
+    """
+    unknown = set(varied) - set(PLAN_COLUMNS) - {"recomputation", "schedule"}
+    if unknown:
+        raise ConfigError(explain_unknown("plan column", min(unknown), (*PLAN_COLUMNS, "recomputation", "schedule")))
+    return stack_cases([describe_case(model, cluster, plan, global_batch)]).with_columns(**varied)
 
 
 def stack_cases(cases: Sequence[Mapping[str, float]]) -> Columns:

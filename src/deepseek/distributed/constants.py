@@ -1,9 +1,9 @@
 """The twelve numbers that no datasheet prints: what share of a peak is reached, and what the first byte costs.
 
-Each has a physical meaning and a unit, and one value per family of accelerators; every run on that family is predicted
-with it, whoever measured it. `benchmarks/planner_fit.py` finds them on published runs, leaving out one source at a time,
-and `benchmarks/planner.py` reports the errors on the sources that were left out. Families without published runs take
-the value of the nearest family (`ada` and `other` from `ampere`, `cdna` from `hopper`).
+Each has a physical meaning and a unit, and one value per family of accelerators; every run on that family is
+predicted with it, whoever measured it. `benchmarks/planner_fit.py` finds them on published runs, leaving out one
+source at a time, and `benchmarks/planner.py` reports the errors on the sources that were left out. Families without
+published runs take the value of the nearest family (`ada` and `other` from `ampere`, `cdna` from `hopper`).
 """
 
 from __future__ import annotations
@@ -46,59 +46,59 @@ class Constants:
 NAMES: tuple[str, ...] = tuple(Constants.__dataclass_fields__)
 
 _VOLTA = Constants(
-    matmul_fraction=0.822,
-    narrow_fraction=0.7,
-    matmul_fill_depth=136.2,
-    attention_fraction=0.6,
-    memory_fraction=0.95,
+    matmul_fraction=0.8261,
+    narrow_fraction=0.65,
+    matmul_fill_depth=96.75,
+    attention_fraction=0.5,
+    memory_fraction=0.887,
     launch_s=3e-05,
-    scale_up_fraction=0.8835,
-    network_fraction=0.65,
-    collective_s=2.659e-05,
-    exposed_fraction=0.3,
-    communicator_bytes=8e+08,
+    scale_up_fraction=0.8838,
+    network_fraction=0.8,
+    collective_s=2.929e-05,
+    exposed_fraction=0.4,
+    communicator_bytes=8e08,
     fragmentation_fraction=0.05,
 )
 _AMPERE = Constants(
-    matmul_fraction=0.7868,
-    narrow_fraction=0.7,
-    matmul_fill_depth=77.99,
-    attention_fraction=0.7146,
-    memory_fraction=0.801,
+    matmul_fraction=0.7804,
+    narrow_fraction=0.65,
+    matmul_fill_depth=59.86,
+    attention_fraction=0.72,
+    memory_fraction=0.7983,
     launch_s=3.011e-05,
-    scale_up_fraction=0.733,
+    scale_up_fraction=0.7329,
     network_fraction=0.98,
-    collective_s=6.393e-05,
-    exposed_fraction=0.8703,
-    communicator_bytes=2e+09,
+    collective_s=6.375e-05,
+    exposed_fraction=0.7736,
+    communicator_bytes=2e09,
     fragmentation_fraction=0.02,
 )
 _HOPPER = Constants(
-    matmul_fraction=0.7101,
-    narrow_fraction=0.6681,
-    matmul_fill_depth=212.3,
-    attention_fraction=0.4604,
-    memory_fraction=0.5046,
-    launch_s=1.977e-05,
-    scale_up_fraction=0.7889,
-    network_fraction=0.8135,
-    collective_s=3.318e-05,
-    exposed_fraction=0.3752,
-    communicator_bytes=1.2e+09,
+    matmul_fraction=0.6975,
+    narrow_fraction=0.6542,
+    matmul_fill_depth=128.2,
+    attention_fraction=0.4665,
+    memory_fraction=0.5195,
+    launch_s=1.762e-05,
+    scale_up_fraction=0.7899,
+    network_fraction=0.8264,
+    collective_s=3.473e-05,
+    exposed_fraction=0.3849,
+    communicator_bytes=2e09,
     fragmentation_fraction=0.05,
 )
 _BLACKWELL = Constants(
-    matmul_fraction=0.6982,
-    narrow_fraction=0.5736,
-    matmul_fill_depth=152.8,
-    attention_fraction=0.3031,
-    memory_fraction=0.5572,
-    launch_s=1.835e-05,
-    scale_up_fraction=0.5981,
+    matmul_fraction=0.6,
+    narrow_fraction=0.5752,
+    matmul_fill_depth=99.48,
+    attention_fraction=0.3105,
+    memory_fraction=0.8114,
+    launch_s=1.908e-05,
+    scale_up_fraction=0.95,
     network_fraction=0.98,
-    collective_s=2.038e-05,
-    exposed_fraction=0.5248,
-    communicator_bytes=8e+08,
+    collective_s=4.079e-05,
+    exposed_fraction=0.8121,
+    communicator_bytes=8e08,
     fragmentation_fraction=0.05,
 )
 

@@ -21,7 +21,9 @@ from deepseek.distributed.columns import Array, Columns
 # Rows and columns of an output tile, and its speed relative to the largest (smaller tiles reload operands more often).
 _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 _BACKWARD_ATTENTION = 2.5  # five products instead of two (Dao et al. 2022)
-_UNFUSED_SCORE_BYTES = 13.0  # bytes per score: product out, mask and softmax in and out, dropout in, out, mask, product in
+_UNFUSED_SCORE_BYTES = (
+    13.0  # bytes per score: product out, mask and softmax in and out, dropout in, out, mask, product in
+)
 _UNFUSED_SCORE_BYTES_BACKWARD = 15.0
 _UNFUSED, _FLASH, _FLASH_3 = 0.0, 1.0, 3.0  # places in software.ATTENTIONS
 _FLASH_1_SPEED = 0.55  # FlashAttention 1 relative to 2 (Dao 2023, arXiv:2307.08691, figures 4 to 7)
@@ -29,6 +31,7 @@ _FLASH_3_SPEED = 1.75  # FlashAttention 3 relative to 2 on Hopper (Shah et al. 2
 _KERNELS_FORWARD = 32.0  # of an unfused decoder layer; backward issues twice as many
 KERNEL_S = 4e-6  # device time of a kernel that does nothing
 _PLAIN_ELEMENTWISE = 1.6  # bytes of one kernel per operator, relative to fused ones
+_KERNELS_CAPACITY = 80.0  # the same where every expert has a fixed number of places
 _KERNELS_EXPERTS = 200.0  # routing, permuting and counting tokens
 _KERNELS_EXCHANGE = 4.0  # host work of one collective, in kernels
 _HOST_LINK = 2e10  # bytes/s between a device and the host's memory, where the optimizer may live
@@ -74,7 +77,9 @@ def count_tokens(c: Columns) -> Array:
     return c.micro_batch_size * c.sequence / c.cp
 
 
-def multiply_s(c: Columns, m: Array, n: Array, k: Array, count: Array | float = 1.0, *, is_narrow: bool = True) -> Array:
+def multiply_s(
+    c: Columns, m: Array, n: Array, k: Array, count: Array | float = 1.0, *, is_narrow: bool = True
+) -> Array:
     """`count` products of an (m, k) by a (k, n) matrix; `is_narrow` lets the plan's 8 or 4 bit operands be used."""
     element = c.operand_bytes if is_narrow else np.maximum(c.operand_bytes, 2.0)
     peak = np.where(element < 2, c.peak_flops * c.narrow_fraction, c.peak_flops_16 * c.matmul_fraction)
@@ -209,7 +214,7 @@ def time_expert_layer(c: Columns) -> LayerTime:
         layer.memory_backward_s + permuted,
         layer.weight_gradient_s,
         layer.last_matmul_s,
-        layer.kernels + _KERNELS_EXPERTS,
+        layer.kernels + np.where(c.counts_tokens > 0, _KERNELS_EXPERTS, _KERNELS_CAPACITY),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from deepseek.distributed import cost
-from deepseek.distributed.columns import Array, Columns
+from deepseek.distributed.columns import Array, Columns, Flags
 
 MEMORY_ITEMS = (
     "weights", "gradients", "optimizer", "activations", "logits", "communication_buffers", "context", "fragmentation",
@@ -55,7 +55,7 @@ def _measure_rows(c: Columns, tokens: Array, cut: Array, operand: Array) -> Arra
     return tokens * c.hidden * (4.0 / cut + 2 * operand / gathered + dropout)
 
 
-def _measure_attention(c: Columns, tokens: Array, operand: Array, is_fused: Array) -> Array:
+def _measure_attention(c: Columns, tokens: Array, operand: Array, is_fused: Flags) -> Array:
     query, value = cost.count_score_dims(c)
     keys = np.where(c.is_latent > 0, c.heads, c.kv_heads) * (query + value)
     rotated = np.where(is_fused, 0.0, 2.0 * c.heads * query * (c.attention > 0))
@@ -64,7 +64,7 @@ def _measure_attention(c: Columns, tokens: Array, operand: Array, is_fused: Arra
     return vectors + np.where((c.attention > 0) | (c.recomputation == _SELECTIVE), 0.0, scores)
 
 
-def _measure_mlp(c: Columns, tokens: Array, operand: Array, is_fused: Array) -> Array:
+def _measure_mlp(c: Columns, tokens: Array, operand: Array, is_fused: Flags) -> Array:
     moe = c.moe_layers / c.layers
     routed = c.top_k * c.etp / c.tp * c.expert_ffn + c.shared_experts * c.expert_ffn / c.tp
     width = (1 - moe) * c.ffn / c.tp + moe * routed
@@ -114,4 +114,4 @@ def _count_adam_bytes(c: Columns) -> Array:
 def _measure_buffers(c: Columns, tokens: Array, parameters: Array) -> Array:
     gathered = np.where(c.zero_stage == 3, 2.0 * (1.0 + c.gathers_layers) * parameters / np.ceil(c.layers / c.pp), 0.0)
     exchanged = 2.0 * tokens * c.hidden * (np.where(c.tp > 1, 2.0, 0.0) + np.where(c.pp > 1, 2.0, 0.0))
-    return gathered + exchanged
+    return np.asarray(gathered + exchanged)

@@ -1,8 +1,9 @@
 """What the planner has to know of a model: the sizes that decide bytes, operations and messages, and nothing else.
 
-`ModelShape` describes decoders (grouped or latent attention, gated or plain MLP, dense or with experts). `OperatorList`
-describes any other network by the cost of each traced operator, convolutional nets for instance. Both are frozen values;
-they come from `model_shapes.csv` by name, from a configuration in the Hugging Face layout, or from a trace.
+`ModelShape` describes decoders (grouped or latent attention, gated or plain MLP, dense or with experts).
+`OperatorList` describes any other network by the cost of each traced operator, convolutional nets for instance. Both
+are frozen values; they come from `model_shapes.csv` by name, from a configuration in the Hugging Face layout, or from
+a trace.
 
 Parameter counts are exact for the standard layouts and reproduce the published totals within 3 % (tested).
 """
@@ -25,8 +26,8 @@ class ModelShape:
     """Sizes of a decoder; `sequence` is in tokens, every other size in elements.
 
     `ffn` is the width of a dense MLP, `expert_ffn` that of one expert (0: `ffn`). `first_dense_layers` layers have no
-    experts, and of the others every `moe_every`-th has. Latent attention (DeepSeek-V2) is on when `kv_lora_rank` is not 0.
-    `mtp_layers` are extra prediction layers that exist in training only.
+    experts, and of the others every `moe_every`-th has. Latent attention (DeepSeek-V2) is on when `kv_lora_rank` is
+    not 0. `mtp_layers` are extra prediction layers that exist in training only.
 
     >>> round(ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256,
     ...                  sequence=8192).num_parameters / 1e9, 2)
@@ -70,7 +71,9 @@ class ModelShape:
         if self.heads % self.kv_heads:
             raise ConfigError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}; choose a divisor")
         if self.experts and not 1 <= self.top_k <= self.experts:
-            raise ConfigError(f"top_k={self.top_k} is not between 1 and experts={self.experts}; set it to the active experts")
+            raise ConfigError(
+                f"top_k={self.top_k} is not between 1 and experts={self.experts}; set it to the active experts"
+            )
 
     @property
     def is_latent(self) -> bool:
@@ -247,7 +250,7 @@ def load_model_shapes() -> dict[str, ModelShape]:
 
 
 def _read_row(row: Mapping[str, str]) -> ModelShape:
-    flags = {"gated", "tied_embeddings"}
+    flags = {"gated", "tied_embeddings", "learned_positions"}
     skipped = {"name", "parameters_billion", "source"}
     values = {key: int(text) for key, text in row.items() if text and key not in skipped}
     return ModelShape(**{**values, **{key: bool(values.get(key)) for key in flags}}, name=row["name"])  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
 """One way of laying a training run over devices, as a value.
 
-A `Plan` says how many devices share what (tensor, pipeline, data, expert and context parallelism), what is kept and what
-is recomputed, and in which order micro-batches pass the stages. The planner returns plans, `predict` prices them, a
-trainer applies one. Nothing here knows a device: `validate` holds a plan against a model, a cluster and a batch, and says
-in one sentence what does not fit and which numbers would.
+A `Plan` says how many devices share what (tensor, pipeline, data, expert and context parallelism), what is kept and
+what is recomputed, and in which order micro-batches pass the stages. The planner returns plans, `predict` prices
+them, a trainer applies one. Nothing here knows a device: `validate` holds a plan against a model, a cluster and a
+batch, and says in one sentence what does not fit and which numbers would.
 
 Ranks are numbered as in Megatron-LM: tensor neighbours are closest, then context, then data, then pipeline
 (Narayanan et al. 2021, arXiv:2104.04473), so tensor parallelism stays inside a node as long as it fits there.
@@ -34,10 +34,11 @@ _COUNTS = ("tp", "pp", "dp", "ep", "cp", "etp", "micro_batch_size", "virtual_sta
 class Plan:
     """How one training step is spread over `tp * pp * dp * cp` devices.
 
-    `dp` counts the replicas of the attention weights; experts are spread over `ep * etp` of the `tp * cp * dp` ranks of
-    a stage. `shard_group` is how many data-parallel ranks share the weights under ZeRO 3 (0: all of them; a node's worth
-    is what PyTorch calls HSDP). `frozen_weights` trains small adapters only (LoRA): no
-    gradients, no optimizer state and no data-parallel exchange for the weights. `software` holds the traits of the program that runs the plan.
+    `dp` counts the replicas of the attention weights; experts are spread over `ep * etp` of the `tp * cp * dp` ranks
+    of a stage. `shard_group` is how many data-parallel ranks share the weights under ZeRO 3 (0: all of them; a node's
+    worth is what PyTorch calls HSDP). `frozen_weights` trains small adapters only (LoRA): no gradients, no optimizer
+    state and no data-parallel exchange for the weights. `software` holds the traits of the program that runs the
+    plan.
 
     >>> Plan(tp=8, pp=4, dp=2, micro_batch_size=2).num_devices
     64
@@ -97,21 +98,27 @@ class Plan:
 def _check_schedule(plan: Plan) -> None:
     if plan.virtual_stages > 1 and plan.schedule != "interleaved":
         raise ConfigError(
-            f"virtual_stages={plan.virtual_stages} needs schedule='interleaved', not {plan.schedule!r}; set one or the other"
+            f"virtual_stages={plan.virtual_stages} needs schedule='interleaved', not {plan.schedule!r}; "
+            "set one or the other"
         )
     if plan.schedule == "interleaved" and plan.pp == 1:
         raise ConfigError("schedule='interleaved' needs pp of at least 2; use '1f1b' for a single stage")
 
 
 def validate(plan: Plan, model: ModelShape | OperatorList, cluster: Cluster, global_batch: int) -> None:
-    """Raise a `ConfigError` of one sentence unless `plan` can run `model` on `cluster` with `global_batch` sequences."""
+    """Raise a `ConfigError` of one sentence unless `plan` can run `model` on `cluster` with that batch of sequences."""
     reason = explain_misfit(plan, model, cluster, global_batch)
     if reason is not None:
         raise ConfigError(reason)
 
 
 def explain_misfit(
-    plan: Plan, model: ModelShape | OperatorList, cluster: Cluster, global_batch: int, *, is_padding_layers: bool = False
+    plan: Plan,
+    model: ModelShape | OperatorList,
+    cluster: Cluster,
+    global_batch: int,
+    *,
+    is_padding_layers: bool = False,
 ) -> str | None:
     """Why `plan` cannot run, or `None`; `is_padding_layers` allows stages of unequal depth.
 
@@ -121,7 +128,9 @@ def explain_misfit(
     'tp=3 does not divide heads=32; choose one of 1, 2, 4, 8, 16, 32'
     """
     if not isinstance(global_batch, int) or global_batch < 1:
-        return f"global_batch={global_batch!r} is not a positive number of sequences; give at least dp * micro_batch_size"
+        return (
+            f"global_batch={global_batch!r} is not a positive number of sequences; give at least dp * micro_batch_size"
+        )
     if plan.num_devices != cluster.num_devices:
         return (
             f"tp*pp*dp*cp = {plan.tp}*{plan.pp}*{plan.dp}*{plan.cp} = {plan.num_devices} does not fill the cluster's "
@@ -143,20 +152,24 @@ def _explain_schedule(plan: Plan, global_batch: int) -> str | None:
             "change the batch or use '1f1b'"
         )
     if plan.pp > 1 and plan.zero_stage >= 2:
-        return f"zero_stage={plan.zero_stage} re-gathers or re-scatters per micro-batch and excludes pp={plan.pp}; use 1"
+        return (
+            f"zero_stage={plan.zero_stage} re-gathers or re-scatters per micro-batch and excludes pp={plan.pp}; use 1"
+        )
     return None
 
 
 def _explain_shape(plan: Plan, model: ModelShape | OperatorList, is_padding_layers: bool) -> str | None:
     if isinstance(model, OperatorList):
         busy = [name for name in ("tp", "pp", "cp", "ep") if getattr(plan, name) > 1]
-        return f"{busy[0]}={getattr(plan, busy[0])} does not apply to a traced operator list; use dp only" if busy else None
+        return (
+            f"{busy[0]}={getattr(plan, busy[0])} does not apply to a traced operator list; use dp only"
+            if busy
+            else None
+        )
     if model.heads % plan.tp:
         return _explain_division("tp", plan.tp, "heads", model.heads)
     if model.sequence % (plan.cp * (plan.tp if plan.sequence_parallel else 1)):
-        return (
-            f"sequence={model.sequence} cannot be cut into cp*tp = {plan.cp}*{plan.tp} equal parts; choose powers of two"
-        )
+        return f"sequence={model.sequence} cannot be cut into cp*tp = {plan.cp}*{plan.tp} parts; choose powers of two"
     slots = plan.pp * plan.virtual_stages
     if slots > model.layers:
         return f"pp*virtual_stages = {slots} is more than layers={model.layers}; use at most {model.layers}"

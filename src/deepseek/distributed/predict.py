@@ -1,7 +1,7 @@
 """Seconds and bytes of one training step under a plan, before anything runs.
 
-`predict` prices one plan; `predict_columns` prices a whole table of them with the same formulas, fast enough for a search
-(`columns.py` says how). A step is
+`predict` prices one plan; `predict_columns` prices a whole table of them with the same formulas, fast enough for a
+search (`columns.py` says how). A step is
 
     m micro-batches on the busiest stage  +  the pipeline's fill and drain  +  what data parallelism could not hide
     +  the optimizer
@@ -32,6 +32,7 @@ _SELECTIVE, _FULL = 1.0, 2.0  # places in plan.RECOMPUTATIONS
 _ZERO_BUBBLE = 3.0  # place in plan.SCHEDULES
 _SELECTED_MATMULS = 0.25  # of the products, where elementwise results and every other product are recomputed
 _TENSORS_PER_LAYER = 12.0  # weights and biases of a decoder layer with biases
+_COUNTING_WAIT = 0.6  # of a layer's launches cannot be issued before the host knows the experts' token counts
 _COMPILED_LAUNCH = 0.3  # host time of a recorded or compiled kernel, relative to one issued from Python
 TIME_ITEMS = (
     "matmul", "attention", "memory_bound", "recomputation", "launch_wait", "tensor_parallel", "context_parallel",
@@ -41,7 +42,7 @@ TIME_ITEMS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """One step: seconds and worst-rank bytes, whole and by item; `timeline` holds the pipeline's events if asked for."""
+    """One step: seconds and worst-rank bytes, whole and by item; `timeline` holds the pipeline's events on demand."""
 
     step_time_s: float
     time_items_s: dict[str, float]
@@ -56,9 +57,9 @@ class _Layer:
     """One average layer of a stage for one micro-batch: seconds by item, and by pass."""
 
     items: dict[str, Array]
+    forward_s: Array
     backward_s: Array
     weight_gradient_s: Array
-    forward_share: Array
 
     @property
     def both_s(self) -> Array:
@@ -111,7 +112,8 @@ def _time_expert_parallel(c: Columns) -> Array:
     domains = group.spread
     reached = domains * (1.0 - (1.0 - 1.0 / domains) ** np.maximum(c.top_k, 1.0)) * (1.0 - 1.0 / domains)
     remote = np.where(domains > 1, 2.0 * tokens * c.hidden * reached, 0.0)
-    return 2 * collectives.all_to_all_s(c, num_bytes, group, remote) * c.moe_layers / c.layers
+    exposed = np.where(c.overlaps_experts > 0, c.exposed_fraction, 1.0)
+    return 2 * collectives.all_to_all_s(c, num_bytes, group, remote) * exposed * c.moe_layers / c.layers
 
 
 def _count_gradient_bytes(c: Columns) -> Array:
@@ -136,8 +138,8 @@ def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
     return np.where(is_sharded, gather, 0.0), np.where(is_sharded, scatter, 0.0)
 
 
-def _time_data_parallel(c: Columns) -> Array:
-    """Gradients (and weights under ZeRO 1 and 2) once per step, before overlap."""
+def _time_data_parallel(c: Columns) -> tuple[Array, Array]:
+    """Reducing gradients, and gathering weights under ZeRO 1 and 2, once per step, before overlap."""
     shared, experts = cost.count_rank_parameters(c)
     gradient = _count_gradient_bytes(c)
     group = collectives.place_group(c, c.dp * c.cp, c.tp)
@@ -146,15 +148,15 @@ def _time_data_parallel(c: Columns) -> Array:
     reduce = collectives.all_reduce_s(c, gradient * shared, group)
     reduce = reduce + collectives.all_reduce_s(c, gradient * experts, expert_group)
     pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER * np.ceil(c.layers / c.pp))
-    split = _scatter_and_gather_s(c, gradient, shared / pieces, group) * pieces
-    split = split + _scatter_and_gather_s(c, gradient, experts, expert_group)
-    seconds = np.where(c.zero_stage == 0, reduce, np.where(c.zero_stage < 3, split, _time_shard_copies(c, shared)))
-    return np.where(c.frozen_weights > 0, 0.0, seconds)
-
-
-def _scatter_and_gather_s(c: Columns, gradient: Array, parameters: Array, group: collectives.Group) -> Array:
-    scatter = collectives.scatter_reduce_s(c, gradient * parameters, group)
-    return scatter + collectives.scatter_reduce_s(c, 2.0 * parameters, group)
+    scatter, gather = (
+        pieces * collectives.scatter_reduce_s(c, element * shared / pieces, group)
+        + collectives.scatter_reduce_s(c, element * experts, expert_group)
+        for element in (gradient, np.full_like(gradient, 2.0))
+    )
+    back = np.where(c.zero_stage == 0, reduce, np.where(c.zero_stage < 3, scatter, _time_shard_copies(c, shared)))
+    ahead = np.where((c.zero_stage == 1) | (c.zero_stage == 2), gather, 0.0)
+    is_trained = c.frozen_weights == 0
+    return back * is_trained, ahead * is_trained
 
 
 def _time_shard_copies(c: Columns, shared: Array) -> Array:
@@ -183,25 +185,28 @@ def _time_stage_layer(c: Columns) -> _Layer:
     cp_forward = _exposed(c, cp, layer.attention_s)
     cp_backward = _exposed(c, 2 * cp, layer.attention_backward_s) + is_full * cp_forward
     forward = layer.forward_s + tp + cp_forward + ep
-    backward = layer.backward_s + accumulate + again + (1 + is_full) * (tp + ep) + cp_backward
+    beside = _exposed(c, tp, layer.weight_gradient_s)
+    tp_backward = is_full * tp + np.where(c.overlaps_input_gradients > 0, beside, tp)
+    backward = layer.backward_s + accumulate + again + tp_backward + (1 + is_full) * ep + cp_backward
     shard_forward, shard_backward = _wait_for_shards(c, forward, backward, is_full)
     host = np.where(c.is_compiled > 0, _COMPILED_LAUNCH, 1.0) * layer.kernels * c.launch_s
-    wait_forward = np.maximum(host - forward - shard_forward, 0.0)
-    wait_backward = np.maximum((1 + is_full) * host - backward - shard_backward, 0.0)
+    behind = np.where((c.counts_tokens > 0) & (c.is_compiled == 0), _COUNTING_WAIT * c.moe_layers / c.layers, 0.0)
+    wait_forward = np.maximum(host - forward - shard_forward, behind * host)
+    wait_backward = np.maximum((1 + is_full) * host - backward - shard_backward, is_full * behind * host)
     items = {
         "matmul": layer.matmul_s + layer.matmul_backward_s,
         "attention": layer.attention_s + layer.attention_backward_s,
         "memory_bound": layer.memory_s + layer.memory_backward_s + accumulate,
         "recomputation": again,
         "launch_wait": wait_forward + wait_backward,
-        "tensor_parallel": (2 + is_full) * tp,
+        "tensor_parallel": tp + tp_backward,
         "context_parallel": cp_forward + cp_backward,
         "expert_parallel": (2 + is_full) * ep,
         "sharded_weights": shard_forward + shard_backward,
     }
     all_forward = forward + shard_forward + wait_forward
-    share = all_forward / (all_forward + backward + shard_backward + wait_backward)
-    return _Layer(items, backward, layer.weight_gradient_s, share)
+    all_backward = backward + shard_backward + wait_backward
+    return _Layer(items, all_forward, all_backward, layer.weight_gradient_s)
 
 
 def _wait_for_shards(c: Columns, forward: Array, backward: Array, is_full: Array) -> tuple[Array, Array]:
@@ -217,8 +222,8 @@ def _wait_for_shards(c: Columns, forward: Array, backward: Array, is_full: Array
 def _deal_stages(c: Columns, layer_s: Array) -> _Stages:
     """Layers and head of the busiest stage.
 
-    Where the depth does not divide, the first and last stages have fewer layers. The head is on the last stage, which is
-    the busiest if the head costs more than the layers it lacks; programs that balance stages deal it like layers.
+    Where the depth does not divide, the first and last stages have fewer layers. The head is on the last stage, which
+    is the busiest if the head costs more than the layers it lacks; programs that balance stages deal it like layers.
     """
     head = sum(cost.time_head(c)) + sum(cost.time_embedding(c)) * (c.pp == 1)
     slots = np.ceil(c.layers / (c.pp * c.virtual_stages)) * c.virtual_stages
@@ -260,9 +265,10 @@ def predict_times(c: Columns) -> dict[str, Array]:
     items["head"] = micro_batches * stages.head_s
     items["pipeline_messages"] = micro_batches * stages.message_s
     items["pipeline_bubble"] = _time_bubble(c, layer, stages, micro_batches)
-    data = _time_data_parallel(c)
-    beside = stages.layers * layer.backward_s
-    items["data_parallel"] = np.where(c.overlaps_gradients > 0, _exposed(c, data, beside), data)
+    back, ahead = _time_data_parallel(c)
+    hidden = _exposed(c, back, stages.layers * layer.backward_s)
+    hidden = hidden + _exposed(c, ahead, stages.layers * layer.forward_s)
+    items["data_parallel"] = np.where(c.overlaps_gradients > 0, hidden, back + ahead)
     items["optimizer"] = cost.time_optimizer(c)
     return items
 
@@ -347,7 +353,7 @@ def _measure_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
 
 
 def draw_timeline(model: ModelShape | OperatorList, cluster: Cluster, plan: Plan, global_batch: int) -> Timeline | None:
-    """The pipeline's events of one step, or `None` without a pipeline; stages are as uneven as layers and head make them.
+    """The pipeline's events of one step, or `None` without one; stages are as uneven as layers and head make them.
 
     >>> from deepseek.distributed.model_shape import get_model_shape
     >>> plan = Plan(tp=4, pp=2, micro_batch_size=1)
@@ -365,7 +371,8 @@ def draw_timeline(model: ModelShape | OperatorList, cluster: Cluster, plan: Plan
 def list_stage_work(c: Columns) -> list[StageWork]:
     """Work of one chunk of each stage for one micro-batch, of a table with one row."""
     layer = _time_stage_layer(c)
-    both, share = float(layer.both_s[0]), float(layer.forward_share[0])
+    both = float(layer.both_s[0])
+    share = float(layer.forward_s[0]) / both
     stages, chunks = int(c.pp[0]), int(c.virtual_stages[0])
     dealt = _deal_stages(c, layer.both_s)
     message, head = float(dealt.message_s[0]), float(dealt.all_head_s[0])

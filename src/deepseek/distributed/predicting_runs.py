@@ -1,20 +1,22 @@
-"""Predicting a table of runs that somebody else measured: rows of one CSV schema in, the same rows with predictions out.
+"""Predicting a table of runs that somebody else measured: rows of one CSV schema in, the same rows with answers out.
 
-Only inputs are read (model, cluster, plan, batch, precision); the measured columns never are, and a test blanks them to
-prove it. What a row does not say is assumed by rules that depend on the software the row names and on its age, never on
-who published it, and every assumption is written into `note`. A row that cannot be predicted keeps empty predictions and
-says why.
+Only inputs are read (model, cluster, plan, batch, precision); the measured columns never are, and a test blanks them
+to prove it. What a row does not say is assumed by rules that depend on the software the row names and on its age,
+never on who published it, and every assumption is written into `note`. A row that cannot be predicted keeps empty
+predictions and says why.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepseek.core.errors import ConfigError
+from deepseek.core.storage import explained_storage, write_file
 from deepseek.distributed.cluster import Accelerator, Cluster, get_accelerator
 from deepseek.distributed.columns import Columns, describe_case, stack_cases
 from deepseek.distributed.model_shape import ModelShape, load_model_shapes
@@ -26,7 +28,7 @@ MEASURED_COLUMNS = (
     "iter_time_s", "tokens_per_s_per_accel", "tflops_per_accel", "mfu_pct", "hfu_pct", "mem_gb", "oom",
 )  # fmt: skip
 PREDICTED_COLUMNS = ("predicted_iter_time_s", "predicted_mem_gb", "predicted_oom", "note")
-_READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "fsdp")
+_READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "fsdp", "accel", "model")
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,41 @@ class _Reader:
 
 
 _ALIASES = {
-    "b200": "B200-SXM", "b300": "B300-SXM", "tpuv4": "TPU-v4", "tpuv5p": "TPU-v5p", "tpuv6e": "TPU-v6e",
-    "v100": "V100-SXM-16GB", "a100": "A100-SXM-80GB", "h100": "H100-SXM-80GB", "h200": "H200-SXM", "h800": "H800-SXM-80GB",
-}  # fmt: skip
+    "b200": "B200-SXM",
+    "b300": "B300-SXM",
+    "tpuv4": "TPU-v4",
+    "tpuv5p": "TPU-v5p",
+    "tpuv6e": "TPU-v6e",
+    "v100": "V100-SXM-16GB",
+    "a100": "A100-SXM-80GB",
+    "h100": "H100-SXM-80GB",
+    "h200": "H200-SXM",
+    "h800": "H800-SXM-80GB",
+}
+# What a row calls a model -> its name in model_shapes.csv; the first pattern that is found wins.
 _MODEL_ALIASES = (
-    (r"deepseek[-_ ]?v3", "DeepSeek-V3"), (r"deepseek[-_ ]?v2[-_ ]?lite", "DeepSeek-V2-Lite"),
-    (r"deepseek[-_ ]?v2", "DeepSeek-V2"), (r"kimi[-_ ]?k2", "Kimi-K2"), (r"mixtral[-_ ]?8x22b", "Mixtral-8x22B"),
-    (r"mixtral[-_ ]?8x7b", "Mixtral-8x7B"), (r"qwen3[-_ ]?235b", "Qwen3-235B-A22B"), (r"qwen3[-_ ]?30b", "Qwen3-30B-A3B"),
-    (r"qwen2[-_ ]?57b", "Qwen2-57B-A14B"), (r"gpt[-_ ]?oss[-_ ]?120b", "GPT-OSS-120B"), (r"llama4", "Llama4-Maverick"),
-    (r"grok[-_ ]?1", "Grok-1"), (r"llama[-_ ]?3(\.1)?[-_ ]?405b", "Llama3.1-405B"), (r"llama[-_ ]?3(\.1)?[-_ ]?70b", "Llama3-70B"),
-    (r"llama[-_ ]?3(\.1)?[-_ ]?8b", "Llama3-8B"), (r"llama[-_ ]?2[-_ ]?70b", "Llama2-70B"), (r"llama[-_ ]?2[-_ ]?13b", "Llama2-13B"),
-    (r"llama[-_ ]?2[-_ ]?7b", "Llama2-7B"), (r"nemotron[-_ ]?4?[-_ ]?15b", "Nemotron4-15B"),
-    (r"nemotron[-_ ]?4?[-_ ]?340b", "Nemotron4-340B"), (r"gpt[-_ ]?3?[-_ ]?175b", "GPT3-175B"),
-)  # fmt: skip
+    (r"deepseek[-_ ]?v3", "DeepSeek-V3"),
+    (r"deepseek[-_ ]?v2[-_ ]?lite", "DeepSeek-V2-Lite"),
+    (r"deepseek[-_ ]?v2", "DeepSeek-V2"),
+    (r"kimi[-_ ]?k2", "Kimi-K2"),
+    (r"mixtral[-_ ]?8x22b", "Mixtral-8x22B"),
+    (r"mixtral[-_ ]?8x7b", "Mixtral-8x7B"),
+    (r"qwen3[-_ ]?235b", "Qwen3-235B-A22B"),
+    (r"qwen3[-_ ]?30b", "Qwen3-30B-A3B"),
+    (r"qwen2[-_ ]?57b", "Qwen2-57B-A14B"),
+    (r"gpt[-_ ]?oss[-_ ]?120b", "GPT-OSS-120B"),
+    (r"llama4", "Llama4-Maverick"),
+    (r"grok[-_ ]?1", "Grok-1"),
+    (r"llama[-_ ]?3(\.1)?[-_ ]?405b", "Llama3.1-405B"),
+    (r"llama[-_ ]?3(\.1)?[-_ ]?70b", "Llama3-70B"),
+    (r"llama[-_ ]?3(\.1)?[-_ ]?8b", "Llama3-8B"),
+    (r"llama[-_ ]?2[-_ ]?70b", "Llama2-70B"),
+    (r"llama[-_ ]?2[-_ ]?13b", "Llama2-13B"),
+    (r"llama[-_ ]?2[-_ ]?7b", "Llama2-7B"),
+    (r"nemotron[-_ ]?4?[-_ ]?15b", "Nemotron4-15B"),
+    (r"nemotron[-_ ]?4?[-_ ]?340b", "Nemotron4-340B"),
+    (r"gpt[-_ ]?3?[-_ ]?175b", "GPT3-175B"),
+)
 
 
 def _read_model(reader: _Reader) -> ModelShape:
@@ -105,7 +129,11 @@ def _read_model(reader: _Reader) -> ModelShape:
     if arch == "moe" and base is None:
         raise ConfigError(f"a row holds no expert sizes and model {name!r} is not a known one")
     if base is not None and base.experts:
-        shape = replace(base, layers=reader.count("layers", base.layers), mtp_layers=base.mtp_layers if "w/o mtp" not in name.lower() else 0)
+        shape = replace(
+            base,
+            layers=reader.count("layers", base.layers),
+            mtp_layers=base.mtp_layers if "w/o mtp" not in name.lower() else 0,
+        )
         return shape.with_sequence(reader.count("seq_len"))
     hidden = reader.count("hidden", base.hidden if base else None)
     heads = reader.count("heads", base.heads if base else None)
@@ -126,6 +154,17 @@ def _read_model(reader: _Reader) -> ModelShape:
     )
 
 
+def _shrink_to_stated_size(reader: _Reader, model: ModelShape) -> ModelShape:
+    """Fewer layers where the row's parameter count says that the rest of a larger model was copied along."""
+    stated = float(reader.row.get("params_b") or 0) * 1e9
+    if not 0 < stated < model.num_parameters / 2:
+        return model
+    per_layer = (model.num_parameters - model.embedding_parameters) / model.layers
+    layers = max(round((stated - model.embedding_parameters) / per_layer), 1)
+    reader.assume(f"{layers} layers, as {stated / 1e9:g} billion parameters say, not {model.layers}")
+    return replace(model, layers=layers)
+
+
 def _pad_vocabulary(vocabulary: int, tp: int) -> int:
     """Frameworks pad a vocabulary that tensor ranks cannot share so that each holds a multiple of 128 words."""
     unit = 128 * tp if vocabulary % (8 * tp) and tp > 1 else 1
@@ -141,8 +180,8 @@ def _read_cluster(reader: _Reader) -> Cluster:
     return Cluster.of(device, nodes=-(-num // per_node), gpus_per_node=per_node, network_gbit_per_s=network)
 
 
-# The host's processor moves every packet of Omni-Path. BigScience's all-reduce benchmark got 5.1 and 6.8 GB/s out of a node
-# with four cards of 12.5 GB/s (10 and 14 %); several groups at once get more out of them.
+# The host's processor moves every packet of Omni-Path. BigScience's all-reduce benchmark got 5.1 and 6.8 GB/s out of
+# a node with four cards of 12.5 GB/s (10 and 14 %); several groups at once get more out of them.
 _OMNI_PATH_SHARE = 0.2
 
 
@@ -158,17 +197,20 @@ def _read_network(reader: _Reader, per_node: int) -> float | None:
 
 
 _PRECISIONS: tuple[tuple[str, Precision], ...] = (
-    ("nvfp4", "fp4"), ("mxfp8", "mxfp8"), ("fp8-mx", "mxfp8"), ("fp8", "fp8"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"),
+    ("nvfp4", "fp4"), ("mxfp8", "mxfp8"), ("fp8-mx", "mxfp8"), ("fp8", "fp8"), ("bf16", "bf16"), ("fp16", "fp16"),
+    ("fp32", "fp32"),
 )  # fmt: skip
+
+
 def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
     row = reader.row
     tp, pp, cp = (reader.count(name, 1) for name in ("tp", "pp", "cp"))
     dp = cluster.num_devices // (tp * pp * cp)
     if dp < 1 or dp * tp * pp * cp != cluster.num_devices:
         raise ConfigError(f"tp*pp*cp = {tp * pp * cp} does not divide the {cluster.num_devices} devices of the row")
-    stages = reader.count("vp", 1) if pp > 1 else 1
     name, software = find_software(reader.software)
     reader.assume(f"traits of {name}")
+    stages = _read_virtual_stages(reader, name, model, pp)
     is_old = software.attention == "unfused"
     sequence_parallel = row.get("seq_parallel") == "1" if row.get("seq_parallel") else tp > 1 and not is_old
     return Plan(
@@ -180,7 +222,7 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
         etp=reader.count("etp", 1) if model.experts else 1,
         zero_stage=_read_zero(reader, is_old),
         recomputation=_read_recomputation(reader),
-        micro_batch_size=_read_micro_batch(reader, dp),
+        micro_batch_size=reader.count("mbs", 1),
         schedule=_read_schedule(row.get("schedule", ""), stages, pp),
         virtual_stages=stages,
         sequence_parallel=sequence_parallel,
@@ -190,10 +232,14 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
     )
 
 
-def _read_micro_batch(reader: _Reader, dp: int) -> int:
-    if not reader.row.get("mbs"):
-        reader.assume("micro-batch of 1")
-    return reader.count("mbs", 1)
+def _read_virtual_stages(reader: _Reader, program: str, model: ModelShape, pp: int) -> int:
+    """NeMo's recipes interleave as finely as the depth allows; others say so where they interleave."""
+    if pp == 1:
+        return 1
+    if reader.row.get("vp") or program != "NeMo" or model.layers % pp:
+        return reader.count("vp", 1)
+    reader.assume(f"{model.layers // pp} virtual stages")
+    return model.layers // pp
 
 
 def _read_zero(reader: _Reader, is_old: bool) -> int:
@@ -239,10 +285,23 @@ def read_run(row: Mapping[str, str]) -> Run:
     model = _read_model(reader)
     cluster = _read_cluster(reader)
     plan = _read_plan(reader, model, cluster)
-    run = Run(model, cluster, plan, reader.count("gbs"))
+    run = Run(_shrink_to_stated_size(reader, model), cluster, plan, reader.count("gbs"))
+    if not reader.row.get("mbs"):
+        run = _assume_micro_batch(reader, run)
     if not reader.row.get("act_ckpt"):
         run = _assume_recomputation(reader, run)
     return replace(run, assumptions=tuple(reader.assumed))
+
+
+def _assume_micro_batch(reader: _Reader, run: Run) -> Run:
+    """Without a pipeline the largest of 4, 2 and 1 that fits, since larger products are faster; 1 with a pipeline."""
+    share = run.global_batch // run.plan.dp
+    sizes = [size for size in (4, 2, 1) if run.plan.pp == 1 and share % size == 0] or [1]
+    tried = [replace(run, plan=replace(run.plan, micro_batch_size=size)) for size in sizes]
+    is_over = predict_columns(stack_runs(tried))[2]
+    chosen = next((each for each, over in zip(tried, is_over, strict=True) if not over), tried[-1])
+    reader.assume(f"micro-batch of {chosen.plan.micro_batch_size}")
+    return chosen
 
 
 def _assume_recomputation(reader: _Reader, run: Run) -> Run:
@@ -281,13 +340,18 @@ def stack_runs(runs: Iterable[Run]) -> Columns:
 
 
 def predict_file(source: Path, target: Path) -> int:
-    """Predict every row of the CSV file `source` into `target`; returns how many rows were predicted."""
-    with source.open(encoding="utf-8", newline="") as stream:
+    """Predict every row of the CSV file `source` into `target`, whole or not at all; returns how many were predicted.
+
+    Raises `ConfigError` for a file without rows and `StorageError` for what the disk refuses.
+    """
+    with explained_storage(source), source.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
+    if not rows:
+        raise ConfigError(f"{source} holds no runs; expected a CSV file with a header and one run a line")
     answers = predict_runs(rows)
-    names = list(dict.fromkeys([*(rows[0] if rows else ()), *PREDICTED_COLUMNS]))
-    with target.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, names)
-        writer.writeheader()
-        writer.writerows(answers)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(dict.fromkeys([*rows[0], *PREDICTED_COLUMNS])), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(answers)
+    write_file(target, table.getvalue().encode("utf-8"))
     return sum(bool(each["predicted_iter_time_s"]) for each in answers)

@@ -88,7 +88,9 @@ class StageWork:
     weight_s: float = 0.0
 
 
-def order_work(schedule: str, num_stages: int, stage: int, num_micro_batches: int, virtual_stages: int = 1) -> list[Work]:
+def order_work(
+    schedule: str, num_stages: int, stage: int, num_micro_batches: int, virtual_stages: int = 1
+) -> list[Work]:
     """What `stage` does, in order.
 
     >>> [work.kind[0] for work in order_work("1f1b", 2, 0, 3)]

@@ -2,9 +2,8 @@
 
 A plan of the same numbers costs differently where scores are written to memory, where gradients wait for the whole
 backward pass, or where Python issues every kernel. These are facts about programs and their age, so they are a value of
-their own: `Software` goes into a `Plan`, and `find_software` looks up what a named program of a given date does. Published
-runs name their program and date; the traits come from the programs' papers and release notes, none from a measurement
-that is predicted with them.
+their own: `Software` goes into a `Plan`, and `find_software` looks up what a named program of a given date does.
+Published runs name their program and date. The traits are yes or no, and come from the programs' papers and code.
 """
 
 from __future__ import annotations
@@ -24,27 +23,32 @@ ATTENTIONS: tuple[str, ...] = get_args(Attention)
 class Software:
     """Traits of a training program.
 
-    `attention`               the kernel: scores in memory, or FlashAttention 1 (2022), 2 (2023), 3 or cuDNN (2024)
-    `is_compiled`             recorded or compiled kernels instead of one Python call each
-    `overlaps_gradients`      data-parallel reduction runs beside the backward pass
-    `overlaps_tensors`        tensor-parallel exchange runs beside the products
-    `splits_messages`         a stage sends each tensor rank's part only (scatter-gather, arXiv:2104.04473, 4.1)
-    `fuses_accumulation`      weight gradients are added into the buffer by the product itself
-    `fuses_elementwise`       norms, biases, activations and residuals in few kernels; else one kernel each
-    `has_fp32_gradients`      gradients are kept and reduced in 4 bytes
-    `stops_recomputing`       recomputation ends at the last tensor that backward needs, so a layer's last product is spared
-    `regathers_inputs`        sequence-parallel inputs are kept in parts and gathered again for the backward pass
-    `logit_bytes`             memory of one logit from head to gradient: 10 in plain 32 bit steps, 6 with one copy, 4 in a
-                              fused kernel, 0 in chunks
-    `offloads_optimizer`      Adam's state and step live in the host's memory
-    `gathers_layers`          sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
-    `balances_stages`         the output head counts as work when layers are dealt to stages
+    `attention`                 scores in memory, or FlashAttention 1 (2022), 2 (2023), 3 or cuDNN (2024)
+    `is_compiled`               recorded or compiled kernels instead of one Python call each
+    `overlaps_gradients`        data-parallel reduction runs beside the backward pass
+    `overlaps_tensors`          tensor-parallel exchange runs beside the products
+    `overlaps_input_gradients`  only that of the backward pass does, beside the weight gradients
+    `overlaps_experts`          tokens travel to and from experts beside another micro-batch's products
+    `splits_messages`           a stage sends each tensor rank's part only (scatter-gather, arXiv:2104.04473, 4.1)
+    `fuses_accumulation`        weight gradients are added into the buffer by the product itself
+    `fuses_elementwise`         norms, biases, activations and residuals in few kernels; else one kernel each
+    `has_fp32_gradients`        gradients are kept and reduced in 4 bytes
+    `stops_recomputing`         recomputation ends at the last tensor that backward needs: no last product of a layer
+    `regathers_inputs`          sequence-parallel inputs are kept in parts and gathered again for the backward pass
+    `logit_bytes`               memory of one logit from head to gradient: 10 in plain 32 bit steps, 6 with one copy,
+                                4 in a fused kernel, 0 in chunks
+    `offloads_optimizer`        Adam's state and step live in the host's memory
+    `gathers_layers`            sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
+    `counts_tokens`             the host waits for the experts' token counts (dropless); else capacities are fixed
+    `balances_stages`           the output head counts as work when layers are dealt to stages
     """
 
     attention: Attention = "flash2"
     is_compiled: bool = False
     overlaps_gradients: bool = True
     overlaps_tensors: bool = False
+    overlaps_input_gradients: bool = False
+    overlaps_experts: bool = False
     splits_messages: bool = True
     fuses_accumulation: bool = True
     fuses_elementwise: bool = True
@@ -54,6 +58,7 @@ class Software:
     logit_bytes: float = 6.0
     offloads_optimizer: bool = False
     gathers_layers: bool = True
+    counts_tokens: bool = True
     balances_stages: bool = False
 
     def __post_init__(self) -> None:
@@ -68,9 +73,9 @@ _NVIDIA = Software(attention="flash3", overlaps_tensors=True, has_fp32_gradients
 _XLA = Software(attention="flash3", is_compiled=True, stops_recomputing=True)
 SOFTWARE: dict[str, Software] = {
     "Megatron-LM 2021": _UNFUSED,
-    "Megatron-LM 2022": replace(_UNFUSED, fuses_accumulation=True),
+    "Megatron-LM 2022": replace(_UNFUSED, fuses_accumulation=True, overlaps_input_gradients=True),
     "DeepSpeed 2021": _DEEPSPEED,
-    "Megatron-LM": Software(),
+    "Megatron-LM": Software(overlaps_input_gradients=True),
     "NeMo": _NVIDIA,
     "XLA": _XLA,
     "torchtitan": Software(
@@ -84,7 +89,6 @@ SOFTWARE: dict[str, Software] = {
         overlaps_gradients=False,
         fuses_accumulation=False,
         fuses_elementwise=False,
-        regathers_inputs=False,
         logit_bytes=10.0,
         gathers_layers=False,
         balances_stages=True,
@@ -112,7 +116,9 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"zero-3.*|deepspeed", "DeepSpeed"),
     (r"megatron", "Megatron-LM"),
 )
-_GRAPHS_SINCE = (26, 6)  # NeMo's container with graphs of layers with experts, from its published times: a step, not a drift
+# Container since which NeMo's layers with experts run as recorded graphs on Blackwell. Read from a step in the times
+# it publishes for equal inputs, hence the one trait here that its source's rows told.
+_GRAPHS_SINCE = (26, 6)
 _FUSED_ACCUMULATION = 2202  # year and month since which Megatron-LM adds weight gradients inside the product
 _FLASH_PAPER = 2206  # year and month after which published runs can have fused attention (arXiv:2205.14135)
 
@@ -135,6 +141,8 @@ def find_software(text: str) -> tuple[str, Software]:
     found = SOFTWARE[name]
     traits: dict[str, Any] = {
         "is_compiled": found.is_compiled or _is_compiled(words),
+        "overlaps_experts": found.overlaps_experts or "dualpipe" in words,
+        "counts_tokens": found.counts_tokens and "tokendrop" not in words,
         "logit_bytes": 0.0 if "liger" in words else found.logit_bytes,
         "offloads_optimizer": found.offloads_optimizer or bool(re.search(r"cpu-?\s?offload", words)),
     }
@@ -144,7 +152,8 @@ def find_software(text: str) -> tuple[str, Software]:
 def _is_compiled(words: str) -> bool:
     """Whether `torch.compile` is named, or a release that records whole iterations as graphs."""
     release = re.search(r"container (\d+)\.(\d+)", words)
-    is_recorded = release is not None and (int(release[1]), int(release[2])) >= _GRAPHS_SINCE
+    is_recent = release is not None and (int(release[1]), int(release[2])) >= _GRAPHS_SINCE
+    is_recorded = is_recent and bool(re.search(r"\bg?b[23]00\b", words))
     return is_recorded or bool(re.search(r"\+compile|; compile| compile\b", words))
 
 

@@ -1,0 +1,149 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek.core.errors import ConfigError
+from deepseek.distributed.cluster import Cluster, get_accelerator
+from deepseek.distributed.columns import describe_case, spread_plans, stack_cases
+from deepseek.distributed.model_shape import ModelShape, OperatorCost, OperatorList, get_model_shape
+from deepseek.distributed.plan import Plan
+from deepseek.distributed.predict import TIME_ITEMS, predict, predict_columns, predict_times
+
+SMALL = ModelShape(layers=8, hidden=1024, heads=16, ffn=4096, vocabulary=32000, sequence=1024)
+SIZES = st.sampled_from([1, 2, 4])
+PLANS = st.builds(
+    lambda tp, pp, dp, mbs, recompute, zero: Plan(
+        tp=tp, pp=pp, dp=dp, micro_batch_size=mbs, recomputation=recompute, zero_stage=zero if pp == 1 else min(zero, 1)
+    ),
+    SIZES, SIZES, SIZES, SIZES, st.sampled_from(["none", "selective", "full"]), st.integers(0, 3),
+)  # fmt: skip
+
+
+def cluster_for(plan, device="A100-SXM-80GB"):
+    per_node = min(plan.num_devices, 8)
+    return Cluster.of(device, nodes=plan.num_devices // per_node, gpus_per_node=per_node)
+
+
+def scale_bandwidths(cluster, factor, kind):
+    link = getattr(cluster, kind)
+    faster = replace(link, bandwidth_bytes_per_s=factor * link.bandwidth_bytes_per_s)
+    return replace(cluster, **{"network" if kind == "network" else "links": faster})
+
+
+@given(PLANS, st.sampled_from(["network", "scale_up"]))
+@settings(deadline=None, max_examples=60)
+def test_doubling_a_bandwidth_never_slows_a_step(plan, kind):
+    cluster = cluster_for(plan)
+    faster = scale_bandwidths(cluster, 2.0, kind)
+    batch = 4 * plan.dp * plan.micro_batch_size
+    before = predict(SMALL, cluster, plan, batch).step_time_s
+    assert predict(SMALL, faster, plan, batch).step_time_s <= before * (1 + 1e-12)
+
+
+@given(PLANS)
+@settings(deadline=None, max_examples=40)
+def test_more_memory_changes_no_time_and_never_makes_a_plan_too_large(plan):
+    device = get_accelerator("A100-SXM-40GB")
+    larger = replace(device, memory_bytes=2 * device.memory_bytes)
+    per_node = min(plan.num_devices, 8)
+    nodes, batch = plan.num_devices // per_node, 4 * plan.dp * plan.micro_batch_size
+    one, two = (
+        predict(SMALL, Cluster.of(each, nodes=nodes, gpus_per_node=per_node), plan, batch) for each in (device, larger)
+    )
+    assert one.step_time_s == two.step_time_s
+    assert one.is_out_of_memory or not two.is_out_of_memory
+
+
+@given(PLANS)
+@settings(deadline=None, max_examples=40)
+def test_items_are_not_negative_and_add_up(plan):
+    answer = predict(SMALL, cluster_for(plan), plan, 4 * plan.dp * plan.micro_batch_size)
+    assert set(answer.time_items_s) == set(TIME_ITEMS)
+    assert min(answer.time_items_s.values()) >= 0
+    assert min(answer.memory_items_bytes.values()) >= 0
+    assert answer.step_time_s == pytest.approx(sum(answer.time_items_s.values()))
+    assert answer.memory_bytes == pytest.approx(sum(answer.memory_items_bytes.values()))
+
+
+@given(st.lists(PLANS, min_size=1, max_size=6))
+@settings(deadline=None, max_examples=20)
+def test_a_table_of_plans_gets_the_answers_of_single_plans(plans):
+    batch = 64
+    table = stack_cases([describe_case(SMALL, cluster_for(plan), plan, batch) for plan in plans])
+    seconds, needed, _ = predict_columns(table)
+    for index, plan in enumerate(plans):
+        answer = predict(SMALL, cluster_for(plan), plan, batch)
+        assert seconds[index] == pytest.approx(answer.step_time_s, rel=1e-12)
+        assert needed[index] == pytest.approx(answer.memory_bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(pp=4, tp=2),
+        Plan(pp=4, tp=2, schedule="gpipe"),
+        Plan(pp=4, tp=2, schedule="interleaved", virtual_stages=4),
+        Plan(pp=2, tp=4, recomputation="full"),
+    ],
+)
+def test_the_closed_form_equals_the_simulated_pipeline(plan):
+    shape = replace(get_model_shape("Llama3-8B"), vocabulary=128)  # a head that weighs nothing: even stages
+    answer = predict(shape, Cluster.of("H100-SXM-80GB"), plan, 16, has_timeline=True)
+    once = answer.time_items_s["data_parallel"] + answer.time_items_s["optimizer"]
+    assert answer.timeline.step_time_s == pytest.approx(answer.step_time_s - once, rel=2e-3)
+
+
+def test_the_closed_form_follows_a_heavy_head_on_the_last_stage():
+    answer = predict(get_model_shape("Llama3-8B"), Cluster.of("H100-SXM-80GB"), Plan(pp=8), 32, has_timeline=True)
+    once = answer.time_items_s["data_parallel"] + answer.time_items_s["optimizer"]
+    assert answer.timeline.step_time_s == pytest.approx(answer.step_time_s - once, rel=1e-9)
+    assert answer.time_items_s["head"] > 0
+
+
+def test_without_a_pipeline_there_is_no_timeline():
+    assert predict(SMALL, Cluster.of("A100-SXM-80GB"), Plan(dp=8), 8, has_timeline=True).timeline is None
+
+
+def test_an_operator_list_is_bound_by_operations_or_bytes():
+    device = get_accelerator("A100-SXM-80GB")
+    busy = OperatorList("busy", (OperatorCost("conv", 1e12, 1e6, 1000),))
+    moving = OperatorList("moving", (OperatorCost("copy", 1e6, 1e10, 1000, is_matmul=False),))
+    cluster = Cluster.of(device, gpus_per_node=1)
+    assert predict(busy, cluster, Plan(), 1).step_time_s >= 3e12 / device.get_peak_flops("bf16")
+    assert predict(moving, cluster, Plan(), 1).step_time_s >= 3e10 / device.memory_bandwidth_bytes_per_s
+    kept = OperatorList("kept", (OperatorCost("conv", 1e9, 1e6, 1000, kept_bytes=1e9),))
+    assert predict(kept, cluster, Plan(micro_batch_size=100), 100).is_out_of_memory
+
+
+def test_the_slowest_device_sets_the_pace():
+    mixed = Cluster.of("H100-SXM-80GB").join(Cluster.of("A100-SXM-40GB"))
+    slow = Cluster.of("A100-SXM-40GB", nodes=2)
+    plan = Plan(dp=16)
+    assert predict(SMALL, mixed, plan, 32).step_time_s > 0.8 * predict(SMALL, slow, plan, 32).step_time_s
+
+
+def test_a_plan_that_cannot_run_is_refused_before_it_is_priced():
+    with pytest.raises(ConfigError, match="does not fill the cluster"):
+        predict(SMALL, Cluster.of("A100-SXM-80GB"), Plan(), 8)
+
+
+def test_a_table_spread_over_one_model_gets_the_answers_of_single_plans():
+    cluster = Cluster.of("A100-SXM-80GB")
+    sizes = [(1, 1, 8), (2, 1, 4), (2, 2, 2), (4, 2, 1), (1, 8, 1)]
+    varied = {name: np.array([float(size[place]) for size in sizes]) for place, name in enumerate(("tp", "pp", "dp"))}
+    seconds, needed, _ = predict_columns(spread_plans(SMALL, cluster, Plan(micro_batch_size=2), 64, varied))
+    for index, (tp, pp, dp) in enumerate(sizes):
+        answer = predict(SMALL, cluster, Plan(tp=tp, pp=pp, dp=dp, micro_batch_size=2), 64)
+        assert (seconds[index], needed[index]) == pytest.approx((answer.step_time_s, answer.memory_bytes), rel=1e-12)
+    with pytest.raises(ConfigError, match="did you mean 'micro_batch_size'"):
+        spread_plans(SMALL, cluster, Plan(), 64, {"micro_batches_size": np.ones(1)})
+
+
+def test_a_hundred_thousand_plans_are_one_table():
+    plans = [Plan(tp=tp, pp=pp, dp=8 // (tp * pp), micro_batch_size=1) for tp, pp in ((1, 1), (2, 1), (2, 2), (4, 2))]
+    one = stack_cases([describe_case(SMALL, Cluster.of("A100-SXM-80GB"), plan, 64) for plan in plans])
+    many = one.take(np.arange(100_000) % 4)
+    assert sum(predict_times(many).values()).shape == (100_000,)
