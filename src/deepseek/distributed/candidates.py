@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.distributed.cluster import Cluster
-from deepseek.distributed.columns import Columns, describe_case
+from deepseek.distributed.columns import Columns, spread_plans
 from deepseek.distributed.model_shape import ModelShape
 from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan, Precision
 from deepseek.distributed.software import SOFTWARE, Software
@@ -257,9 +257,9 @@ def _cross(family: Family, is_kept: NDArray[np.bool_]) -> Table:
 
 def make_columns(table: Table, model: ModelShape, cluster: Cluster, global_batch: int, space: Space) -> Columns:
     """The columns that `predict_columns` reads, one row per candidate."""
-    case = describe_case(model, cluster, Plan(precision=space.precision, software=space.software), global_batch)
-    columns = {name: np.array([value]) for name, value in case.items()}
-    return Columns(columns | {name: table[:, place].astype(np.float64) for place, name in enumerate(KNOBS)})
+    base = Plan(precision=space.precision, software=space.software)
+    varied = {name: table[:, place].astype(np.float64) for place, name in enumerate(KNOBS)}
+    return spread_plans(model, cluster, base, global_batch, varied)
 
 
 def make_plan(row: NDArray[np.int32], space: Space) -> Plan:

@@ -112,6 +112,8 @@ def cluster_to_dict(cluster: Cluster) -> dict[str, Any]:
         "accelerators": [asdict(each) for each in kinds.values()],
         "nodes": [{"accelerator": node.accelerator.name, "gpus": node.gpus} for node in cluster.nodes],
         "network": asdict(cluster.network),
+        "links": asdict(cluster.links) if cluster.links else None,
+        "domain_size": cluster.domain_size,
     }
 
 
@@ -128,13 +130,14 @@ def cluster_from_dict(values: Mapping[str, Any]) -> Cluster:
         kinds = {each["name"]: _read_accelerator(each) for each in values["accelerators"]}
         nodes = tuple(Node(kinds[each["accelerator"]], each["gpus"]) for each in values["nodes"])
         network = LinkClass(**values["network"])
+        links = LinkClass(**values["links"]) if values.get("links") else None
     except KeyError as error:
         raise ConfigError(
             f"the cluster file lacks {error.args[0]!r}; links need alpha_s and bandwidth_bytes_per_s, nodes an accelerator"
         ) from error
     except TypeError as error:
         raise ConfigError(f"the cluster file has a part of the wrong form ({error}); compare it with a measured one") from error
-    return Cluster(nodes, network)
+    return Cluster(nodes, network, links, values.get("domain_size", 0))
 
 
 def _read_accelerator(values: Mapping[str, Any]) -> Accelerator:

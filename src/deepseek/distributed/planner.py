@@ -389,7 +389,7 @@ def _explain_no_layout(layouts: Counter[str], model: ModelShape, cluster: Cluste
 def _plan_operators(
     model: OperatorList, cluster: Cluster, global_batch: int, limits: Limits, space: Space
 ) -> PlanningResult:
-    """Traced networks have data parallelism, ZeRO and the micro-batch to choose from: few enough to price singly."""
+    """Traced networks have data parallelism, ZeRO 0 to 2 and the micro-batch to choose from, few enough to price singly."""
     budget, rejected, found = memory_budget(cluster, limits), Counter[str](), []
     layouts = Counter[str]()
     devices = cluster.num_devices
@@ -398,7 +398,7 @@ def _plan_operators(
             f"global_batch={global_batch} cannot be shared by {devices} devices; choose a multiple of {devices}"
         )
     for size in list_divisors(global_batch // devices):
-        for stage in space.zero_stages if devices > 1 else (0,):
+        for stage in (stage for stage in space.zero_stages if stage == 0 or (stage < 3 and devices > 1)):
             if not space.allows("micro_batch_sizes", size):
                 continue
             each = Plan(dp=devices, zero_stage=stage, micro_batch_size=size, precision=space.precision, software=space.software)
@@ -410,7 +410,7 @@ def _plan_operators(
         least = min(each.memory_bytes for each in found) if found else 0.0
         raise ConfigError(
             f"{model.name} needs {least / 1e9:.3g} GB on each device and {budget / 1e9:.3g} GB may be used; "
-            "take more devices with ZeRO 3, or devices with more memory"
+            "take devices with more memory, or a smaller sample"
         )
     rows = np.zeros((len(fitting), len(KNOBS)), np.int32)
     rows[:, 0] = range(len(fitting))
