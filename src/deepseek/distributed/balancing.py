@@ -79,9 +79,13 @@ def deal_batches(seconds_each: Sequence[float], total: int) -> list[int]:
     # What the ideal gives, rounded down, is never more than an optimum gives; the rest goes where it ends earliest.
     dealt = [max(int(total * rate / sum(rates) - 1e-9), 1) for rate in rates]
     while sum(dealt) > total:
-        last = max((each for each in range(len(dealt)) if dealt[each] > 1), key=lambda each: dealt[each] * seconds_each[each])
+        last = max(
+            (each for each in range(len(dealt)) if dealt[each] > 1), key=lambda each: dealt[each] * seconds_each[each]
+        )
         dealt[last] -= 1
-    ends = [((count + 1) * seconds, index) for index, (count, seconds) in enumerate(zip(dealt, seconds_each, strict=True))]
+    ends = [
+        ((count + 1) * seconds, index) for index, (count, seconds) in enumerate(zip(dealt, seconds_each, strict=True))
+    ]
     heapq.heapify(ends)
     for _ in range(total - sum(dealt)):
         _, index = ends[0]

@@ -61,13 +61,19 @@ class Space:
         for name in ("tp", "pp", "dp", "cp", "ep", "micro_batch_sizes", "virtual_stages"):
             for value in getattr(self, name):
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise ConfigError(f"{name} may be {value!r}, which is not a positive whole number; use 1 to switch it off")
+                    raise ConfigError(
+                        f"{name} may be {value!r}, which is not a positive whole number; use 1 to switch it off"
+                    )
         for name, known in (("recomputations", RECOMPUTATIONS), ("schedules", SCHEDULES)):
             for word in getattr(self, name):
                 if word not in known:
                     raise ConfigError(explain_unknown(name[:-1], str(word), known))
-        if not set(self.zero_stages) <= {0, 1, 2, 3} or not all((self.zero_stages, self.recomputations, self.schedules)):
-            raise ConfigError(f"zero_stages={self.zero_stages!r} or another list is empty or not of 0 to 3; give choices")
+        if not set(self.zero_stages) <= {0, 1, 2, 3} or not all(
+            (self.zero_stages, self.recomputations, self.schedules)
+        ):
+            raise ConfigError(
+                f"zero_stages={self.zero_stages!r} or another list is empty or not of 0 to 3; give choices"
+            )
 
     def allows(self, name: str, value: int) -> bool:
         """Whether `value` may be chosen for the knob `name`."""
@@ -176,7 +182,9 @@ def _list_schedules(
     if not space.allows("virtual_stages", 1):
         rows = []
     if _INTERLEAVED in asked and model.layers % pp == 0:
-        chunks = [each for each in list_divisors(model.layers // pp) if each > 1 and space.allows("virtual_stages", each)]
+        chunks = [
+            each for each in list_divisors(model.layers // pp) if each > 1 and space.allows("virtual_stages", each)
+        ]
         if micro_batches % pp == 0:
             rows += [(_INTERLEAVED, each) for each in chunks]
         else:

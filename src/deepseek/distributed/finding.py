@@ -73,7 +73,9 @@ def find_cluster(
         return load_cluster(Path(name))
     parts = [_read_part(part, nodes) for part in name.split("+")]
     clusters = [
-        Cluster.of(find_accelerator(kind), nodes=count, gpus_per_node=gpus_per_node, network_gbit_per_s=network_gbit_per_s)
+        Cluster.of(
+            find_accelerator(kind), nodes=count, gpus_per_node=gpus_per_node, network_gbit_per_s=network_gbit_per_s
+        )
         for kind, count in parts
     ]
     joined = clusters[0]
@@ -136,7 +138,9 @@ def cluster_from_dict(values: Mapping[str, Any]) -> Cluster:
             f"the cluster file lacks {error.args[0]!r}; links need alpha_s and bandwidth_bytes_per_s, nodes an accelerator"
         ) from error
     except TypeError as error:
-        raise ConfigError(f"the cluster file has a part of the wrong form ({error}); compare it with a measured one") from error
+        raise ConfigError(
+            f"the cluster file has a part of the wrong form ({error}); compare it with a measured one"
+        ) from error
     return Cluster(nodes, network, links, values.get("domain_size", 0))
 
 
@@ -171,7 +175,9 @@ def find_model_in(path: Path, *, sequence: int | None = None) -> ModelShape:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} holds neither manifest.json nor config.json; give a model folder or a name") from error
+        raise ConfigError(
+            f"{path} holds neither manifest.json nor config.json; give a model folder or a name"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not JSON ({error}); give a model's configuration") from error
     shape = read_config(values, sequence=sequence)

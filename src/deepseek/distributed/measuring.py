@@ -80,10 +80,14 @@ def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | No
         device=torch.cuda.get_device_name() if has_gpu else describe_machine()["processor"],
         matmul_flops=rates,
         memory_bandwidth_bytes_per_s=bandwidth,
-        memory_bytes=float(torch.cuda.get_device_properties(0).total_memory if has_gpu else describe_machine()["memory_bytes"]),
+        memory_bytes=float(
+            torch.cuda.get_device_properties(0).total_memory if has_gpu else describe_machine()["memory_bytes"]
+        ),
         link=link,
         num_devices=torch.cuda.device_count() if has_gpu else 1,
-        num_processors=torch.cuda.get_device_properties(0).multi_processor_count if has_gpu else torch.get_num_threads(),
+        num_processors=torch.cuda.get_device_properties(0).multi_processor_count
+        if has_gpu
+        else torch.get_num_threads(),
     )
 
 
@@ -197,7 +201,9 @@ def fit_link(times: list[tuple[int, float]]) -> LinkClass:
         weight * (size - mean_size) * (seconds - mean_s) for weight, (size, seconds) in zip(weights, times, strict=True)
     )
     if spread <= 0 or shared <= 0:
-        raise PermanentError(f"messages of {times} do not take longer when they are longer; measure on a quieter machine")
+        raise PermanentError(
+            f"messages of {times} do not take longer when they are longer; measure on a quieter machine"
+        )
     beta = shared / spread
     return LinkClass(max(mean_s - beta * mean_size, 0.0), 1.0 / beta)
 

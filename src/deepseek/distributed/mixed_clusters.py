@@ -85,9 +85,7 @@ class _Dealt:
     placement: Placement
 
 
-def plan_mixed(
-    model: ModelShape, cluster: Cluster, global_batch: int, limits: Limits, space: Space
-) -> PlanningResult:
+def plan_mixed(model: ModelShape, cluster: Cluster, global_batch: int, limits: Limits, space: Space) -> PlanningResult:
     """The same result as `planner.plan`, for a cluster of several kinds of devices, with a `placement`."""
     families, layouts, rejected = list_families(model, cluster, global_batch, space)
     if not families:
@@ -135,9 +133,7 @@ def _price_kind(
 ) -> _Kind:
     alike = replace(cluster, nodes=tuple(Node(kind, node.gpus) for node in cluster.nodes))
     columns = make_columns(rows, model, alike, global_batch, space)
-    columns = columns.with_columns(
-        **{name: np.array([value]) for name, value in _describe_links(cluster).items()}
-    )
+    columns = columns.with_columns(**{name: np.array([value]) for name, value in _describe_links(cluster).items()})
     times = predict_times(columns)
     one, two = (sum_items(measure_memory(_with_depth(columns, depth))) for depth in (1, 2))
     return _Kind(
@@ -177,7 +173,14 @@ def _bound_seconds(rows: Table, kinds: Sequence[_Kind], cluster: Cluster) -> Arr
     for size, has_stages in {(int(size), bool(flag)) for size, flag in zip(blocks, rows[:, _PP] > 1, strict=True)}:
         chosen = (blocks == size) & ((rows[:, _PP] > 1) == has_stages)
         slowest = [
-            np.max([kinds[names.index(name)].seconds[chosen] - (0.0 if has_stages else kinds[names.index(name)].fixed_s[chosen]) for name in block], axis=0)
+            np.max(
+                [
+                    kinds[names.index(name)].seconds[chosen]
+                    - (0.0 if has_stages else kinds[names.index(name)].fixed_s[chosen])
+                    for name in block
+                ],
+                axis=0,
+            )
             for block in cut_blocks(cluster, size)
         ]
         ideal = len(slowest) / np.sum(1.0 / np.array(slowest), axis=0)
@@ -251,7 +254,9 @@ def _deal_stages(
         for stage, (block, depth) in enumerate(zip(blocks, depths, strict=True))
     )
     parts = [depth * int(row[_PP]) / model.layers for depth in depths]
-    return _Dealt(place, seconds, num_bytes, _price_joules(shares, parts, kinds, place, seconds), Placement(shares, True))
+    return _Dealt(
+        place, seconds, num_bytes, _price_joules(shares, parts, kinds, place, seconds), Placement(shares, True)
+    )
 
 
 def _deal_replicas(
@@ -274,13 +279,17 @@ def _deal_replicas(
     total = even * len(blocks)
     counts = [even] * len(blocks) if _meets_in_micro_batches(row) else deal_batches(each, total)
     seconds = max(count * one for count, one in zip(counts, each, strict=True)) + fixed
-    num_bytes = max(float(kinds[name].num_bytes[place] + (model.layers - 1) * kinds[name].layer_bytes[place]) for name in names)
+    num_bytes = max(
+        float(kinds[name].num_bytes[place] + (model.layers - 1) * kinds[name].layer_bytes[place]) for name in names
+    )
     shares = tuple(
         Share(index * size, size, name, model.layers, count)
         for index, (name, count) in enumerate(zip(names, counts, strict=True))
     )
     parts = [count / even for count in counts]
-    return _Dealt(place, seconds, num_bytes, _price_joules(shares, parts, kinds, place, seconds), Placement(shares, False))
+    return _Dealt(
+        place, seconds, num_bytes, _price_joules(shares, parts, kinds, place, seconds), Placement(shares, False)
+    )
 
 
 def _count_layers(kind: _Kind, place: int, limits: Limits) -> int:

@@ -69,7 +69,9 @@ class Limits:
         for name in ("max_step_time_s", "max_energy_j"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value!r} leaves no room for any step; give a number above 0, or leave it out")
+                raise ConfigError(
+                    f"{name}={value!r} leaves no room for any step; give a number above 0, or leave it out"
+                )
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ def check_request(cluster: Cluster, global_batch: int, limits: Limits) -> None:
         )
     unknown = sorted({each.name for each in cluster.accelerators if not each.power_w})
     if limits.max_energy_j is not None and unknown:
-        raise ConfigError(f"max_energy_j needs power figures, and {unknown[0]} has none; set its power_w or drop the limit")
+        raise ConfigError(
+            f"max_energy_j needs power figures, and {unknown[0]} has none; set its power_w or drop the limit"
+        )
 
 
 def memory_budget(cluster: Cluster, limits: Limits) -> float:
@@ -401,7 +405,9 @@ def _plan_operators(
         for stage in (stage for stage in space.zero_stages if stage == 0 or (stage < 3 and devices > 1)):
             if not space.allows("micro_batch_sizes", size):
                 continue
-            each = Plan(dp=devices, zero_stage=stage, micro_batch_size=size, precision=space.precision, software=space.software)
+            each = Plan(
+                dp=devices, zero_stage=stage, micro_batch_size=size, precision=space.precision, software=space.software
+            )
             assert explain_misfit(each, model, cluster, global_batch) is None
             found.append(_price_operators(model, cluster, each, global_batch))
     fitting = [each for each in found if each.memory_bytes <= budget]

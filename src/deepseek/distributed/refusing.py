@@ -77,9 +77,7 @@ def find_remedy(model: ModelShape, cluster: Cluster, global_batch: int, limits: 
     return on_nodes
 
 
-def _find_nodes(
-    model: ModelShape, cluster: Cluster, global_batch: int, limits: Limits, space: Space
-) -> Cluster | None:
+def _find_nodes(model: ModelShape, cluster: Cluster, global_batch: int, limits: Limits, space: Space) -> Cluster | None:
     wide = replace(space, tp=(), pp=(), dp=(), cp=(), ep=())
     for count in _list_counts(len(cluster.nodes)):
         larger = replace(cluster, nodes=(cluster.nodes[0],) * count)

@@ -124,7 +124,9 @@ def _scale(
         if best is not None:
             points.append((count, cluster, model, best))
     if not points:
-        raise ConfigError(f"the model fits on none of {nodes} nodes of {accelerator}; give more nodes or larger devices")
+        raise ConfigError(
+            f"the model fits on none of {nodes} nodes of {accelerator}; give more nodes or larger devices"
+        )
     return points
 
 
@@ -207,7 +209,9 @@ def _draw_data_parallel(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurv
     cluster = Cluster.of(accelerator, nodes=max(nodes))
     rows = [row for name in _DATA_PARALLEL_MODELS if (row := _compare_data_parallel(name, accelerator, nodes))]
     if not rows:
-        raise ConfigError(f"none of {_DATA_PARALLEL_MODELS} fits on {max(nodes)} nodes of {accelerator}; give more nodes")
+        raise ConfigError(
+            f"none of {_DATA_PARALLEL_MODELS} fits on {max(nodes)} nodes of {accelerator}; give more nodes"
+        )
     most = max(rows, key=lambda row: float(row[-1]))
     return ScalingCurve(
         "data-parallel-only",
@@ -264,7 +268,9 @@ def _draw_bert(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
         predicted = predict(BERT_LARGE, cluster, each, size * cluster.num_devices)
         alone = predicted.step_time_s - predicted.time_items_s["data_parallel"]
         before, after = alone + flat, min(predicted.step_time_s, alone + two_level)
-        rows.append((size, round(1e3 * alone, 1), round(1e3 * before, 1), round(1e3 * after, 1), round(before / after, 2)))
+        rows.append(
+            (size, round(1e3 * alone, 1), round(1e3 * before, 1), round(1e3 * after, 1), round(before / after, 2))
+        )
     nearest = min(rows, key=lambda row: abs(float(row[-1]) - 412 / 257))
     return ScalingCurve(
         "bert-large",

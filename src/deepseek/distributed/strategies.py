@@ -89,7 +89,9 @@ def read_strategy(strategy: Mapping[str, Any]) -> AutoParallel | HybridParallel:
     if "model_parallel" in strategy:
         sizes = strategy["model_parallel"]
         if not isinstance(sizes, Mapping):
-            raise ConfigError(f"model_parallel={sizes!r} is not a table; write tensor_parallel_size and pipeline_parallel_size")
+            raise ConfigError(
+                f"model_parallel={sizes!r} is not a table; write tensor_parallel_size and pipeline_parallel_size"
+            )
         _check_keys({key for key in strategy if key != "device_map"}, ("model_parallel",))
         return HybridParallel(**_read_sizes(sizes, _SIZE_KEYS))
     kind = strategy.get("type")
@@ -171,7 +173,9 @@ def read_device_map(device_map: Mapping[str, Any] | None) -> tuple[int, ...]:
 def keep_devices(cluster: Cluster, devices: tuple[int, ...]) -> Cluster:
     """The part of a cluster that holds `devices`, counted through its nodes."""
     if devices[-1] >= cluster.num_devices:
-        raise ConfigError(f"device_map names device {devices[-1]} and the cluster has {cluster.num_devices}; count from 0")
+        raise ConfigError(
+            f"device_map names device {devices[-1]} and the cluster has {cluster.num_devices}; count from 0"
+        )
     nodes, first = [], 0
     for node in cluster.nodes:
         count = sum(first <= device < first + node.gpus for device in devices)

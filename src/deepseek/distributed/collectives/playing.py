@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def run_steps_(tensor_N: torch.Tensor, steps: Iterable[Step], group: torch.distributed.ProcessGroup | None = None) -> int:
+def run_steps_(
+    tensor_N: torch.Tensor, steps: Iterable[Step], group: torch.distributed.ProcessGroup | None = None
+) -> int:
     """Exchange the flat, contiguous `tensor_N` with all ranks of `group` in place; returns the bytes that this rank sent."""
     import torch.distributed as dist
 
