@@ -254,9 +254,9 @@ def _narrow(request: Request, space: Any) -> Any:
     """The space of a request: its precision, and for a recipe what this trainer does."""
     from dataclasses import replace
 
+    from deepseek.core.names import explain_unknown
     from deepseek.distributed.candidates import Space
     from deepseek.distributed.plan import PRECISIONS
-    from deepseek.core.names import explain_unknown
 
     if request.precision not in PRECISIONS:
         raise ConfigError(explain_unknown("precision", request.precision, PRECISIONS))

@@ -1,4 +1,4 @@
-"""Plans on a screen and as pictures: what `deepseek plan` found, as tables, and the pipeline's timeline as PNG or HTML."""
+"""Plans on a screen and as pictures: what `deepseek plan` found, as tables, and the pipeline's timeline."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ def draw_svg(timeline: Timeline, title: str) -> str:
     scale = (_WIDTH - _LEFT - 10) / timeline.step_time_s
     height = _TOP + timeline.num_stages * (_ROW + _GAP) + 30
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         f'<text x="10" y="20" font-size="15">{_escape(title)}</text>',
         *_draw_legend(timeline),
@@ -195,7 +196,8 @@ def draw_svg(timeline: Timeline, title: str) -> str:
         )
         if width > 16:
             parts.append(
-                f'<text x="{x + width / 2:.2f}" y="{y + 16}" fill="white" text-anchor="middle">{event.work.micro_batch}</text>'
+                f'<text x="{x + width / 2:.2f}" y="{y + 16}" fill="white" text-anchor="middle">'
+                f"{event.work.micro_batch}</text>"
             )
     return "\n".join([*parts, "</svg>\n"])
 

@@ -1,9 +1,9 @@
-"""Unequal devices: more layers for the stages that are fast and roomy, more micro-batches for the replicas that are fast.
+"""Unequal devices: more layers for fast and roomy stages, more micro-batches for fast replicas.
 
 `deal_layers` cuts a sequence of layers into contiguous stages so that the slowest stage is as fast as possible and no
-stage holds more layers than its memory allows (dynamic programming, exact). `deal_batches` gives whole micro-batches to
-replicas so that the last one is done as early as possible (exact). Both are plain functions on numbers; `planner` calls
-them for clusters of mixed devices, and a `Placement` is what comes out.
+stage holds more layers than its memory allows (dynamic programming, exact). `deal_batches` gives whole micro-batches
+to replicas so that the last one is done as early as possible (exact). Both are plain functions on numbers; `planner`
+calls them for clusters of mixed devices, and a `Placement` is what comes out.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def deal_layers(
     best = np.where(np.arange(total + 1) == 0, 0.0, np.inf)
     choices = []
     for seconds, capacity in zip(seconds_per_cost, capacities, strict=True):
-        stage = np.where((lengths >= 1) & (lengths <= capacity), spans * seconds, np.inf)
-        slowest = np.maximum(best[:, None], stage)
+        spent = np.where((lengths >= 1) & (lengths <= capacity), spans * seconds, np.inf)
+        slowest = np.maximum(best[:, None], spent)
         choices.append(np.argmin(slowest, axis=0))
         best = np.min(slowest, axis=0)
     if not np.isfinite(best[total]):

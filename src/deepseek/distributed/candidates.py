@@ -1,12 +1,13 @@
 """The space that the planner searches, as integer tables: one row per plan, one column per knob.
 
 A *layout* is how devices are dealt: tensor x pipeline x context x data = all devices. Each layout is crossed with how
-the state is sharded (ZeRO stage, experts) and with how work passes through it (micro-batch, schedule, chunks per stage,
-recomputation). `list_families` applies the rules of divisibility and counts what each rejects; `expand` makes the rows.
+the state is sharded (ZeRO stage, experts) and with how work passes through it (micro-batch, schedule, chunks per
+stage, recomputation). `list_families` applies the rules of divisibility and counts what each rejects; `expand` makes
+the rows.
 
-Two knobs are derived and not searched: sequence parallelism is on wherever tensor parallelism is and the sequence can be
-cut, and ZeRO 3 shards over all data ranks or over those of one scale-up domain. Stages may differ by a layer where the
-depth does not divide; interleaved stages may not.
+Two knobs are derived and not searched: sequence parallelism is on wherever tensor parallelism is and the sequence can
+be cut, and ZeRO 3 shards over all data ranks or over those of one scale-up domain. Stages may differ by a layer where
+the depth does not divide; interleaved stages may not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from deepseek.core.names import explain_unknown
 from deepseek.distributed.cluster import Cluster
 from deepseek.distributed.columns import Columns, spread_plans
 from deepseek.distributed.model_shape import ModelShape
-from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan, Precision
+from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan, Precision, Schedule
 from deepseek.distributed.software import SOFTWARE, Software
 
 Table = NDArray[np.int32]
@@ -161,7 +163,7 @@ def _list_passing(
 ) -> list[tuple[int, int, int, int]]:
     """(micro-batch, schedule, chunks, recomputation) for replicas that see `batch` sequences in a step."""
     rows = []
-    recomputations = [RECOMPUTATIONS.index(word) for word in space.recomputations]  # type: ignore[arg-type]
+    recomputations = [RECOMPUTATIONS.index(word) for word in space.recomputations]
     for size in list_divisors(batch):
         if space.allows("micro_batch_sizes", size):
             schedules = _list_schedules(model, pp, batch // size, space, rejected)
@@ -274,12 +276,19 @@ def make_plan(row: NDArray[np.int32], space: Space) -> Plan:
     """The plan that a row stands for."""
     values = dict(zip(KNOBS, map(int, row), strict=True))
     return Plan(
-        **{name: values[name] for name in ("tp", "pp", "cp", "dp", "ep", "etp", "zero_stage", "shard_group")},  # type: ignore[arg-type]
+        tp=values["tp"],
+        pp=values["pp"],
+        dp=values["dp"],
+        ep=values["ep"],
+        cp=values["cp"],
+        etp=values["etp"],
+        zero_stage=values["zero_stage"],
+        recomputation=RECOMPUTATIONS[values["recomputation"]],
         micro_batch_size=values["micro_batch_size"],
+        schedule=get_args(Schedule)[values["schedule"]],
         virtual_stages=values["virtual_stages"],
         sequence_parallel=bool(values["sequence_parallel"]),
-        recomputation=RECOMPUTATIONS[values["recomputation"]],
-        schedule=SCHEDULES[values["schedule"]],  # type: ignore[arg-type]
         precision=space.precision,
+        shard_group=values["shard_group"],
         software=space.software,
     )

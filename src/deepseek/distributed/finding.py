@@ -1,9 +1,9 @@
 """From what people write to values: clusters and models by name, by file, or as plain dictionaries.
 
-`find_cluster` takes an accelerator of `hardware.csv`, the name of a box that is sold with it (`dgx-a100`), the label that
-Kubernetes gives to its nodes (`nvidia-tesla-a100`), or a JSON file written by `save_cluster`, for instance after
-measuring. `find_model` takes a shape of `model_shapes.csv`, a folder or file with a configuration, or the manifest of an
-artifact. Both name the nearest known name when one is not known.
+`find_cluster` takes an accelerator of `hardware.csv`, the name of a box that is sold with it (`dgx-a100`), the label
+that Kubernetes gives to its nodes (`nvidia-tesla-a100`), or a JSON file written by `save_cluster`, for instance after
+measuring. `find_model` takes a shape of `model_shapes.csv`, a folder or file with a configuration, or the manifest of
+an artifact. Both name the nearest known name when one is not known.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def cluster_from_dict(values: Mapping[str, Any]) -> Cluster:
         links = LinkClass(**values["links"]) if values.get("links") else None
     except KeyError as error:
         raise ConfigError(
-            f"the cluster file lacks {error.args[0]!r}; links need alpha_s and bandwidth_bytes_per_s, nodes an accelerator"
+            f"the cluster file lacks {error.args[0]!r}; links need alpha_s and bandwidth_bytes_per_s, "
+            "nodes an accelerator"
         ) from error
     except TypeError as error:
         raise ConfigError(

@@ -1,13 +1,15 @@
 """The search on a cluster of unequal devices: which plan, and how much of it each stage or replica gets.
 
-Every candidate is priced once per kind of accelerator, as if all devices were of that kind. What a kind would take bounds
-a mixture from below (all layers or micro-batches dealt in ideal fractions), so candidates are taken in the order of that
-bound and dealt exactly (`balancing`) until no bound is below the eleventh best found: the answer is exact.
+Every candidate is priced once per kind of accelerator, as if all devices were of that kind. What a kind would take
+bounds a mixture from below (all layers or micro-batches dealt in ideal fractions), so candidates are taken in the
+order of that bound and dealt exactly (`balancing`) until no bound is below the eleventh best found: the answer is
+exact.
 
-With a pipeline, stages are blocks of neighbouring devices and get layers by speed and memory; a stage that holds several
-kinds goes at the pace of its slowest. Without one, replicas get micro-batches by speed, unless they meet in every
-micro-batch (ZeRO 2 and 3, experts): then all take the same number at the pace of the slowest. Priced so: a stage's whole
-step, its wait for the pipeline included, grows with its layers, which is exact where stages end up equally busy.
+With a pipeline, stages are blocks of neighbouring devices and get layers by speed and memory; a stage that holds
+several kinds goes at the pace of its slowest. Without one, replicas get micro-batches by speed, unless they meet in
+every micro-batch (ZeRO 2 and 3, experts): then all take the same number at the pace of the slowest. Priced so: a
+stage's whole step, its wait for the pipeline included, grows with its layers, which is exact where stages end up
+equally busy.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ from deepseek.distributed.columns import Array, Columns
 from deepseek.distributed.memory import measure_memory
 from deepseek.distributed.model_shape import ModelShape
 from deepseek.distributed.planner import (
+    BUSY_ITEMS,
     NUM_RUNNERS_UP,
     WAITING_POWER,
-    BUSY_ITEMS,
     Limits,
     PlanningResult,
     Prices,
@@ -122,7 +124,8 @@ def plan_mixed(model: ModelShape, cluster: Cluster, global_batch: int, limits: L
         rejected_candidates=dict(+rejected),
         assumptions=(
             *list_assumptions(cluster, space),
-            "unequal devices: items are those of even shares on the slowest kind; the front is over the plans that were dealt",
+            "unequal devices: items are those of even shares on the slowest kind; the front is over "
+            "the plans that were dealt",
         ),
         placement=placements[tuple(chosen.rows[0])],
     )

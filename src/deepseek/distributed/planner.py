@@ -2,9 +2,9 @@
 
 `plan` prices every candidate of `candidates.py` with the same formulas as `predict` (columns of 50,000 rows, some
 microseconds each on one core), so its answer is exact over the space it was given: no sampling, no annealing. Three
-rules keep it small and lose nothing: what does not divide is never made; a family whose weights, gradients and optimizer
-state alone exceed the device is dropped whole, since everything else only adds; and GPipe is dropped beside 1F1B.
-Candidates that do not fit are not timed.
+rules keep it small and lose nothing: what does not divide is never made; a family whose weights, gradients and
+optimizer state alone exceed the device is dropped whole, since everything else only adds; and GPipe is dropped beside
+1F1B. Candidates that do not fit are not timed.
 
 Out come the fastest plan, the front over (time, memory, energy), ten runners-up with what makes each worse, and
 how many candidates each rule rejected. Energy rests on one assumption, which the result repeats: a device draws its
@@ -266,10 +266,16 @@ def apply_limits(prices: Prices, limits: Limits, rejected: Counter[str]) -> Pric
 def _explain_limits(prices: Prices, limits: Limits, is_slow: NDArray[np.bool_], is_hungry: NDArray[np.bool_]) -> str:
     if is_slow.all():
         fastest = float(prices.seconds.min())
-        return f"no plan that fits takes at most {limits.max_step_time_s:g} s a step; the fastest takes {fastest:.4g} s, allow that"
+        return (
+            f"no plan that fits takes at most {limits.max_step_time_s:g} s a step; the fastest "
+            f"takes {fastest:.4g} s, allow that"
+        )
     if is_hungry.all():
         least = float(prices.joules.min())
-        return f"no plan that fits takes at most {limits.max_energy_j:g} J a step; the thriftiest takes {least:.4g} J, allow that"
+        return (
+            f"no plan that fits takes at most {limits.max_energy_j:g} J a step; the thriftiest "
+            f"takes {least:.4g} J, allow that"
+        )
     quickest = float(prices.seconds[~is_hungry].min())
     return (
         f"max_step_time_s={limits.max_step_time_s:g} and max_energy_j={limits.max_energy_j:g} can each be met, but not "
@@ -385,7 +391,8 @@ def _explain_no_layout(layouts: Counter[str], model: ModelShape, cluster: Cluste
     rules = ", ".join(f"{rule} ({count})" for rule, count in layouts.most_common(3))
     divisors = [each for each in list_divisors(cluster.num_devices) if global_batch % each == 0]
     return (
-        f"no way of dealing {cluster.num_devices} devices suits {model.name or 'the model'} and global_batch={global_batch}: {rules}; "
+        f"no way of dealing {cluster.num_devices} devices suits {model.name or 'the model'} and "
+        f"global_batch={global_batch}: {rules}; "
         f"choose a batch or a number of devices with common divisors (now {', '.join(map(str, divisors))})"
     )
 
@@ -393,7 +400,7 @@ def _explain_no_layout(layouts: Counter[str], model: ModelShape, cluster: Cluste
 def _plan_operators(
     model: OperatorList, cluster: Cluster, global_batch: int, limits: Limits, space: Space
 ) -> PlanningResult:
-    """Traced networks have data parallelism, ZeRO 0 to 2 and the micro-batch to choose from, few enough to price singly."""
+    """Traced networks have ZeRO 0 to 2 and the micro-batch to choose from, few enough to price singly."""
     budget, rejected, found = memory_budget(cluster, limits), Counter[str](), []
     layouts = Counter[str]()
     devices = cluster.num_devices

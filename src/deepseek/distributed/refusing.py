@@ -1,7 +1,8 @@
 """When nothing fits: what is missing, and the nearest thing that would make it fit, found by search.
 
-First the knobs that cost no machine are tried (wider choices, no headroom, the optimizer in the host's memory, a shorter
-sequence), then more nodes, from few to many. Only memory is priced, so an answer takes about as long as one search.
+First the knobs that cost no machine are tried (wider choices, no headroom, the optimizer in the host's memory, a
+shorter sequence), then more nodes, from few to many. Only memory is priced, so an answer takes about as long as one
+search.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def explain_memory(model: ModelShape, cluster: Cluster, global_batch: int, limit
     budget = memory_budget(cluster, limits)
     needed, plan = find_least_memory(model, cluster, global_batch, space)
     return (
-        f"{model.name or 'the model'} does not fit on {_describe(cluster)}: the smallest plan (tp={plan.tp}, pp={plan.pp}, "
+        f"{model.name or 'the model'} does not fit on {_describe(cluster)}: the smallest plan "
+        f"(tp={plan.tp}, pp={plan.pp}, "
         f"dp={plan.dp}, cp={plan.cp}, ZeRO {plan.zero_stage}, {plan.recomputation} recomputation) needs "
         f"{format_bytes(needed)} on a device and {format_bytes(budget)} may be used; "
         + (find_remedy(model, cluster, global_batch, limits, space) or "no number of nodes up to "

@@ -1,7 +1,7 @@
 """Scaling curves: what the planner and the communication model say about four often quoted figures.
 
-Each curve is a table with the assumptions under it and the figure that it is held against; nothing is tuned to reach the
-figure, and where the model says otherwise the finding says so.
+Each curve is a table with the assumptions under it and the figure that it is held against; nothing is tuned to reach
+the figure, and where the model says otherwise the finding says so.
 
     weak-scaling             92 % at 128 nodes (1,024 devices), one model, batch grows with the devices
     weak-scaling-1750b       84 % at 1,024 devices for 1.75T parameters, model and batch grow
@@ -142,7 +142,10 @@ def describe_plan_shortly(plan: Plan) -> str:
     optional = "".join(f" {name}{value}" for name, value in (("cp", plan.cp), ("ep", plan.ep)) if value > 1)
     schedule = plan.schedule + (f"x{plan.virtual_stages}" if plan.virtual_stages > 1 else "")
     again = f" {plan.recomputation}" if plan.recomputation != "none" else ""
-    return f"tp{plan.tp} pp{plan.pp} dp{plan.dp}{optional} zero{plan.zero_stage} mbs{plan.micro_batch_size} {schedule}{again}"
+    return (
+        f"tp{plan.tp} pp{plan.pp} dp{plan.dp}{optional} zero{plan.zero_stage} "
+        f"mbs{plan.micro_batch_size} {schedule}{again}"
+    )
 
 
 def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, Candidate]]) -> list[tuple[float | str, ...]]:
@@ -176,7 +179,8 @@ def _draw_weak(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
         f"predicted: {rows[-1][-1]:.1%} at {rows[-1][0]} nodes, relative to {rows[0][0]} nodes",
         _assume(
             Cluster.of(accelerator),
-            f"model {model.name}, the best plan at every size, {_SEQUENCES_PER_DEVICE} sequences of {model.sequence} tokens a device",
+            f"model {model.name}, the best plan at every size, {_SEQUENCES_PER_DEVICE} sequences of "
+            f"{model.sequence} tokens a device",
             "efficiency: model FLOP/s per device relative to the smallest cluster that holds the model",
         ),
     )
@@ -195,7 +199,8 @@ def _draw_weak_1750b(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
         "weak scaling efficiency 84 % at 1,024 devices for 1.75T parameters",
         _WEAK_HEADER,
         tuple(rows),
-        f"predicted: {rows[-1][-1]:.1%} at {rows[-1][0]} nodes, relative to {rows[0][0]} nodes with as many layers a node",
+        f"predicted: {rows[-1][-1]:.1%} at {rows[-1][0]} nodes, relative to {rows[0][0]} nodes with "
+        "as many layers a node",
         _assume(
             Cluster.of(accelerator),
             f"{GPT_1750B.layers} layers of width {GPT_1750B.hidden} at {full} nodes, proportionally fewer layers below",
@@ -218,7 +223,8 @@ def _draw_data_parallel(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurv
         "3D plans reach 18 points more efficiency than data parallelism alone",
         ("model", "3D plan", "data-parallel plan", "efficiency, 3D", "efficiency, data parallel", "points"),
         tuple(rows),
-        f"predicted at {len(cluster.nodes)} nodes: {rows[0][-1]} points for {rows[0][0]}, up to {most[-1]} for {most[0]}; "
+        f"predicted at {len(cluster.nodes)} nodes: {rows[0][-1]} points for {rows[0][0]}, up to "
+        f"{most[-1]} for {most[0]}; "
         "the larger the model, the more weights data parallelism alone has to gather",
         _assume(
             cluster,
@@ -277,7 +283,8 @@ def _draw_bert(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
         "an iteration of BERT-large takes 257 instead of 412 s (1.6 x)",
         ("sequences a device", "without exchange, ms", "flat ring, ms", "hierarchical and overlapped, ms", "ratio"),
         tuple(rows),
-        f"predicted: {nearest[-1]} x with {nearest[0]} sequences a device on {len(cluster.nodes)} nodes; a ratio is what can be "
+        f"predicted: {nearest[-1]} x with {nearest[0]} sequences a device on {len(cluster.nodes)} "
+        "nodes; a ratio is what can be "
         "compared, since how many steps an iteration of 257 s has is not said",
         _assume(
             cluster,
@@ -299,11 +306,13 @@ def _draw_all_reduce(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
         "hierarchical all-reduce takes 1.7 instead of 8.2 ms at 128 nodes (4.8 x)",
         ("bytes", "flat ring, ms", "hierarchical, ms", "ratio"),
         tuple(rows),
-        f"predicted: {nearest[1]:.3g} -> {nearest[2]:.3g} ms ({nearest[3]} x) for {nearest[0]} bytes on {len(cluster.nodes)} nodes; "
+        f"predicted: {nearest[1]:.3g} -> {nearest[2]:.3g} ms ({nearest[3]} x) for {nearest[0]} bytes "
+        f"on {len(cluster.nodes)} nodes; "
         "the size behind the figure is not said",
         _assume(
             cluster,
-            f"all {cluster.num_devices} devices reduce one buffer; latencies {cluster.scale_up.alpha_s * 1e6:g} us inside and "
+            f"all {cluster.num_devices} devices reduce one buffer; latencies "
+            f"{cluster.scale_up.alpha_s * 1e6:g} us inside and "
             f"{cluster.network.alpha_s * 1e6:g} us between nodes",
         ),
     )

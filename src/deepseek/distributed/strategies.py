@@ -4,8 +4,9 @@
     {"type": "HybridParallel", "tensorParallel": 4, "pipelineParallel": 4}   what is said stays, the rest is searched
     {"model_parallel": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, "device_map": {"gpu0": [0, 1]}}
 
-The first two are `spec.strategy` of InferenceJob and TrainingJob, the third is the configuration of generation 3.x, whose
-device map says which devices the plan covers. All three come out as a `Plan` that fits the model and the cluster.
+The first two are `spec.strategy` of InferenceJob and TrainingJob, the third is the configuration of generation 3.x,
+whose device map says which devices the plan covers. All three come out as a `Plan` that fits the model and the
+cluster.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 down every kernel that torch would launch: its operations (torch's own formulas), the bytes it reads and writes, its
 weights, and what autograd keeps for the backward pass. That describes any network, convolutional ones for instance.
 
-`read_module` reads a decoder's configuration instead, which says how it may be cut, and holds the number of weights that
-follows from it against those that are there.
+`read_module` reads a decoder's configuration instead, which says how it may be cut, and holds the number of weights
+that follows from it against those that are there.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class _Ledger:
         return tensor
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[misc]
+class _Recorder(TorchDispatchMode):
     def __init__(self, ledger: _Ledger) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ledger = ledger
         self._counted: set[int] = set()
 
@@ -120,7 +120,8 @@ def trace_operators(
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{type(module).__name__} cannot be traced without values ({reason}); give inputs of its shapes, or describe it "
+            f"{type(module).__name__} cannot be traced without values ({reason}); give inputs of its "
+            "shapes, or describe it "
             "as a ModelShape"
         ) from error
     operators = tuple(
@@ -161,7 +162,8 @@ def read_module(module: nn.Module, *, sequence: int | None = None) -> ModelShape
     held = sum(each.numel() for each in module.parameters())
     if abs(shape.num_parameters / held - 1) > _TOLERANCE:
         raise ConfigError(
-            f"{type(module).__name__} holds {held} weights and its configuration reads as {shape.num_parameters}; it is no "
+            f"{type(module).__name__} holds {held} weights and its configuration reads as "
+            f"{shape.num_parameters}; it is no "
             "plain decoder, so trace it with trace_operators, or describe it as a ModelShape"
         )
     return shape

@@ -1,8 +1,8 @@
 """All-reduce in two levels: rings inside each domain, and rings across domains for the part that each rank then owns.
 
-Reduce-scatter inside (scale-up links), all-reduce of one part across (network), all-gather inside. Between domains every
-rank sends only 2 (d-1)/d of its part, so the network carries as many times less as a domain has ranks, and a message
-waits for d-1 hops of the network, not for all n-1 of a flat ring.
+Reduce-scatter inside (scale-up links), all-reduce of one part across (network), all-gather inside. Between domains
+every rank sends only 2 (d-1)/d of its part, so the network carries as many times less as a domain has ranks, and a
+message waits for d-1 hops of the network, not for all n-1 of a flat ring.
 """
 
 from __future__ import annotations

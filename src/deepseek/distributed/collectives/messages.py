@@ -6,6 +6,7 @@ that any number of ranks works on any buffer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from deepseek.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Message:
-    """Elements `start` to `stop` of the sender's buffer go to `target_start` in the receiver's, which adds or takes them."""
+    """Elements `start` to `stop` of the sender go to `target_start` of the receiver, which adds or takes them."""
 
     source: int
     target: int
@@ -40,7 +41,7 @@ def cut(num_elements: int, parts: int) -> list[tuple[int, int]]:
     """
     size, longer = divmod(num_elements, parts)
     starts = [part * size + min(part, longer) for part in range(parts + 1)]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return list(itertools.pairwise(starts))
 
 
 def check_counts(world_size: int, num_elements: int, domain_size: int = 1) -> None:

@@ -1,9 +1,9 @@
 """Moving numbers by a schedule: between processes with torch.distributed, or between arrays in one process.
 
-`run_steps_` posts the sends and receives of one step together, so that rings and swaps cannot wait for each other, and
-counts the bytes that its rank sends. `play_steps_` does the same on arrays and is what the property tests use. `time_steps`
-says how long a schedule takes on links of two classes: every step lasts as long as its slowest message, ranks that leave
-a domain each have a network card of their own.
+`run_steps_` posts the sends and receives of one step together, so that rings and swaps cannot wait for each other,
+and counts the bytes that its rank sends. `play_steps_` does the same on arrays and is what the property tests use.
+`time_steps` says how long a schedule takes on links of two classes: every step lasts as long as its slowest message,
+ranks that leave a domain each have a network card of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def run_steps_(
     tensor_N: torch.Tensor, steps: Iterable[Step], group: torch.distributed.ProcessGroup | None = None
 ) -> int:
-    """Exchange the flat, contiguous `tensor_N` with all ranks of `group` in place; returns the bytes that this rank sent."""
+    """Exchange the flat `tensor_N` with all ranks of `group` in place; returns the bytes that this rank sent."""
     import torch.distributed as dist
 
     rank, sent_bytes = dist.get_rank(group), 0

@@ -1,4 +1,4 @@
-"""All-gather around a ring: rank i starts with part i, and after n-1 steps all ranks hold all parts (Thakur et al. 2005)."""
+"""All-gather around a ring: rank i starts with part i, after n-1 steps all hold all parts (Thakur et al. 2005)."""
 
 from __future__ import annotations
 
