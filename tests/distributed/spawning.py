@@ -25,7 +25,7 @@ def run_ranks(function, world_size, *arguments):
         for process in ranks:
             process.start()
         try:
-            found = dict(_read(answers) for _ in ranks)
+            found = dict(_read(answers, ranks) for _ in ranks)
         finally:
             for process in ranks:
                 process.join(5)
@@ -34,13 +34,16 @@ def run_ranks(function, world_size, *arguments):
     return [found[rank] for rank in range(world_size)]
 
 
-def _read(answers):
-    try:
-        rank, value, error = answers.get(timeout=_TIMEOUT_S)
-    except queue.Empty:
-        raise AssertionError(f"a rank gave no answer within {_TIMEOUT_S} s") from None
-    assert error is None, f"rank {rank} failed:\n{error}"
-    return rank, value
+def _read(answers, ranks):
+    for _ in range(_TIMEOUT_S):
+        try:
+            rank, value, error = answers.get(timeout=1)
+        except queue.Empty:
+            assert not any(process.exitcode for process in ranks), "a rank ended without an answer"
+            continue
+        assert error is None, f"rank {rank} failed:\n{error}"
+        return rank, value
+    raise AssertionError(f"a rank gave no answer within {_TIMEOUT_S} s")
 
 
 def _enter(function, rank, world_size, store, answers, arguments):
