@@ -146,6 +146,8 @@ def cluster_from_dict(values: Mapping[str, Any]) -> Cluster:
 
 
 def _read_accelerator(values: Mapping[str, Any]) -> Accelerator:
+    if not {"bf16", "fp16"} & values["peak_flops"].keys():
+        raise ConfigError(f"{values['name']} has no peak_flops for bf16 or fp16; measure it, or write what it reaches")
     links = {name: LinkClass(**values[name]) for name in ("scale_up", "network")}
     return Accelerator(**{**values, **links})
 

@@ -49,6 +49,7 @@ class _Ledger:
     kernels: list[_Traced] = field(default_factory=list)
     kept: set[int] = field(default_factory=set)
     alive: list[Tensor] = field(default_factory=list)
+    early_bytes: float = 0.0
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Note a tensor that autograd saves, once per storage; weights and buffers are there anyway."""
@@ -58,6 +59,8 @@ class _Ledger:
             self.alive.append(tensor)
             if self.kernels:
                 self.kernels[-1].kept_bytes += tensor.untyped_storage().nbytes()
+            else:  # the first kernel keeps its input before it has run
+                self.early_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
 
@@ -86,7 +89,8 @@ class _Recorder(TorchDispatchMode):
         flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
         moved = sum(each.numel() * each.element_size() for each in itertools.chain(tensors, outputs))
         weights = sum(self._ledger.weights[place] for place in fresh)
-        self._ledger.kernels.append(_Traced(packet.__name__, float(flops), float(moved), weights))
+        kept, self._ledger.early_bytes = self._ledger.early_bytes, 0.0
+        self._ledger.kernels.append(_Traced(packet.__name__, float(flops), float(moved), weights, kept))
 
 
 def _place(tensor: Tensor) -> int:
