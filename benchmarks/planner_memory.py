@@ -1,8 +1,8 @@
 """Memory by item is what torch holds: median error at most 5 %, never more than 3 % too low.
 
-Sides: small decoders with recomputation on and off, several widths, depths, vocabularies and micro-batches, each run for
-real on this processor while every storage that torch makes is counted. A driver's context, communication buffers and the
-allocator's gaps are no tensors, so they are left out on both sides. Rates are predicted over measured bytes.
+Sides: small decoders with recomputation on and off, several widths, depths, vocabularies and micro-batches, each run
+for real on this processor while every storage that torch makes is counted. A driver's context, communication buffers
+and the allocator's gaps are no tensors, so they are left out on both sides. Rates are predicted over measured bytes.
 """
 
 from __future__ import annotations

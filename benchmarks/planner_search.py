@@ -1,7 +1,7 @@
 """The exact search: a million candidates in under 10 s on one core.
 
-Sides: models from 8 billion to 1.75 trillion parameters on 64 to 16,384 devices. Each is searched whole; the rate counts
-every candidate that the space holds after divisibility.
+Sides: models from 8 billion to 1.75 trillion parameters on 64 to 16,384 devices. Each is searched whole; the rate
+counts every candidate that the space holds after divisibility.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def accumulate_in(gradient):
 
 
 def measure_sharded_step(shape: ModelShape, micro_batch: int, mesh):
-    """(peak bytes, bytes of weights, gradients and optimizer) of one rank under FSDP2, 32 bit shards and bf16 compute."""
+    """(peak bytes, bytes after a step) of one rank under FSDP2, with 32 bit shards and bf16 products."""
     torch.manual_seed(0)
     model = PlainDecoder(shape)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -19,7 +19,9 @@ def run_ranks(function, world_size, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         ranks = [
-            context.Process(target=_enter, args=(function, rank, world_size, str(store), answers, arguments), daemon=True)
+            context.Process(
+                target=_enter, args=(function, rank, world_size, str(store), answers, arguments), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:

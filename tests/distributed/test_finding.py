@@ -79,7 +79,11 @@ def test_files_that_are_no_clusters_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("dgx-h10", "did you mean 'dgx-h100'"), ("h100:two", "does not say how many nodes"), ("X-9000", "unknown accelerator")],
+    [
+        ("dgx-h10", "did you mean 'dgx-h100'"),
+        ("h100:two", "does not say how many nodes"),
+        ("X-9000", "unknown accelerator"),
+    ],
 )
 def test_an_unknown_cluster_names_the_nearest(name, sentence):
     with pytest.raises(ConfigError, match=sentence):
@@ -110,4 +114,10 @@ def test_our_own_configuration_is_read():
             "ffn_size": 96, "max_length": 32, "feedforward": "gelu", "position": "learned", "tie_embeddings": True,
             "moe": None}  # fmt: skip
     shape = read_config(ours)
-    assert (shape.kv_heads, shape.ffn, shape.gated, shape.learned_positions, shape.tied_embeddings) == (2, 96, False, True, True)
+    assert (shape.kv_heads, shape.ffn, shape.gated, shape.learned_positions, shape.tied_embeddings) == (
+        2,
+        96,
+        False,
+        True,
+        True,
+    )

@@ -39,7 +39,9 @@ def test_prediction_starts_from_the_rates_that_were_measured():
     device = make_cluster(MEASURED).accelerators[0]
     assert device.peak_flops["fp32"] * shares.matmul_fraction == pytest.approx(2e11)
     assert device.memory_bandwidth_bytes_per_s * shares.memory_fraction == pytest.approx(2e10)
-    columns = stack_cases([describe_case(get_model_shape("Llama3-8B"), make_cluster(MEASURED), Plan(precision="fp32"), 1)])
+    columns = stack_cases(
+        [describe_case(get_model_shape("Llama3-8B"), make_cluster(MEASURED), Plan(precision="fp32"), 1)]
+    )
     size = columns.hidden * 0 + 16384
     seconds = float(multiply_s(columns, size, size, size)[0])
     assert 2 * 16384**3 / seconds == pytest.approx(2e11, rel=0.05)

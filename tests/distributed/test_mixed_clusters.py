@@ -97,7 +97,10 @@ def test_fast_replicas_get_more_micro_batches_unless_they_meet_in_each():
     space = Space(pp=(1,), tp=(8,), cp=(1,), zero_stages=(1,))
     fast, slow = plan(LLAMA, MIXED, global_batch=64, space=space).placement.shares
     assert fast.micro_batches > slow.micro_batches
-    assert fast.micro_batches + slow.micro_batches == 64 // plan(LLAMA, MIXED, global_batch=64, space=space).best.plan.micro_batch_size
+    assert (
+        fast.micro_batches + slow.micro_batches
+        == 64 // plan(LLAMA, MIXED, global_batch=64, space=space).best.plan.micro_batch_size
+    )
     fast, slow = plan(LLAMA, MIXED, global_batch=64, space=replace(space, zero_stages=(3,))).placement.shares
     assert fast.micro_batches == slow.micro_batches
 

@@ -13,8 +13,9 @@ from tests.distributed.plain_decoder import measure_step
 from tests.distributed.rank_work import measure_shapes
 from tests.distributed.spawning import run_ranks
 
-# What `plain_decoder` does: torch's operators one by one, logits in bf16 and twice in 32 bit.
-PLAIN = Software(fuses_accumulation=False, fuses_elementwise=False, regathers_inputs=False, logit_bytes=10.0)
+# What `plain_decoder` does: torch's operators one by one. At the peak, early in the backward pass, a logit has
+# the logarithm of its probability and the gradients of that and of itself, 4 bytes each.
+PLAIN = Software(fuses_accumulation=False, fuses_elementwise=False, regathers_inputs=False, logit_bytes=12.0)
 STATE = ("weights", "gradients", "optimizer")
 HELD = (*STATE, "activations", "logits")  # a driver's context, its buffers and gaps are not torch's tensors
 SMALL = ModelShape(layers=4, hidden=256, heads=4, ffn=768, vocabulary=1024, sequence=256)
@@ -22,7 +23,11 @@ CASES = {
     "plain": (SMALL, 2, False),
     "grouped": (replace(SMALL, kv_heads=2), 2, False),
     "grouped, recomputing": (replace(SMALL, kv_heads=2), 2, True),
-    "wide vocabulary": (replace(SMALL, layers=2, hidden=512, heads=8, head_dim=64, vocabulary=4096, sequence=128), 4, False),
+    "wide vocabulary": (
+        replace(SMALL, layers=2, hidden=512, heads=8, head_dim=64, vocabulary=4096, sequence=128),
+        4,
+        False,
+    ),
     "deep": (replace(SMALL, layers=8, kv_heads=1, ffn=1024, vocabulary=512), 4, False),
     "deep, recomputing": (replace(SMALL, layers=8, kv_heads=1, ffn=1024, vocabulary=512, sequence=512), 4, True),
 }
@@ -39,9 +44,7 @@ def ratios():
     found = {}
     for name, (shape, micro_batch, is_recomputing) in CASES.items():
         peak, state = measure_step(shape, micro_batch, is_recomputing=is_recomputing)
-        plan = Plan(
-            micro_batch_size=micro_batch, recomputation="full" if is_recomputing else "none", software=PLAIN
-        )
+        plan = Plan(micro_batch_size=micro_batch, recomputation="full" if is_recomputing else "none", software=PLAIN)
         items = predict_items(shape, plan, 2 * micro_batch)
         found[name] = (sum(items[each] for each in HELD) / peak, sum(items[each] for each in STATE) / state)
     return found

@@ -50,9 +50,7 @@ def test_two_levels_are_faster_most_for_small_messages(curves):
 def test_the_priced_ring_takes_as_long_as_its_messages_played():
     cluster = Cluster.of("A100-SXM-80GB")
     shares = get_constants("ampere")
-    link = LinkClass(
-        cluster.scale_up.alpha_s, cluster.scale_up.bandwidth_bytes_per_s * shares.scale_up_fraction
-    )
+    link = LinkClass(cluster.scale_up.alpha_s, cluster.scale_up.bandwidth_bytes_per_s * shares.scale_up_fraction)
     elements = 1 << 25
     flat, _ = price_all_reduces(cluster, 4 * elements)
     steps = COLLECTIVES["ring_all_reduce"](8, elements, 1)
@@ -67,8 +65,8 @@ def test_sizes_are_those_that_the_names_say():
 def test_model_operations_are_those_of_the_published_formula():
     shape = get_model_shape("GPT3-175B")  # Narayanan et al. 2021, equation 3, without recomputation
     layers, hidden, sequence, vocabulary = shape.layers, shape.hidden, shape.sequence, shape.vocabulary
-    published = 72 * 4 * sequence * layers * hidden**2 * (
-        1 + sequence / (6 * hidden) + vocabulary / (12 * layers * hidden)
+    published = (
+        72 * 4 * sequence * layers * hidden**2 * (1 + sequence / (6 * hidden) + vocabulary / (12 * layers * hidden))
     )
     assert count_model_flops(shape, 4) == pytest.approx(published, rel=1e-3)
 

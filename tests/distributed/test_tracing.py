@@ -48,7 +48,9 @@ def resnet():
 
 def test_a_convolutional_net_has_its_published_size(resnet):
     assert resnet.num_parameters == 25_557_032
-    assert resnet.flops / 2 == pytest.approx(4.09e9, rel=0.005)  # multiply-adds of He et al. 2015 with stride in the 3x3
+    assert resnet.flops / 2 == pytest.approx(
+        4.09e9, rel=0.005
+    )  # multiply-adds of He et al. 2015 with stride in the 3x3
     assert sum(each.is_matmul for each in resnet.operators) == 53 + 1
 
 
