@@ -1,6 +1,7 @@
 """The command `deepseek`: one verb per file, each loaded when it is called.
 
     deepseek quickstart                 the main job, end to end
+    deepseek plan MODEL --cluster ...   ->  a parallel plan, its time and memory
     deepseek train RECIPE ...           ->  an artifact
     deepseek quantize MODEL OUT         ->  a smaller artifact
     deepseek generate MODEL PROMPT      ->  text
@@ -36,6 +37,7 @@ DONE, FAILED, WRONG_USAGE = 0, 1, 2
 # Verb -> what it does, in one line; the verb's function and file have its name, with _ for -.
 VERBS = {
     "quickstart": "Train, quantize and serve a small language model on this machine, in minutes.",
+    "plan": "Find the fastest parallel plan for a model on a cluster, with its time and memory.",
     "train": "Train a model from a recipe or a config file.",
     "quantize": "Make an int8 version of a model, and say what it costs.",
     "generate": "Continue a text with a model.",

@@ -13,7 +13,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -53,7 +53,7 @@ def print_event(event: Event, *, as_json: bool) -> None:
         sys.stdout.flush()
 
 
-def show_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def show_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A small table on standard output; numbers to the right."""
     table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=any(header))
     for index, name in enumerate(header):

@@ -1,0 +1,43 @@
+"""The exact search: a million candidates in under 10 s on one core.
+
+Sides: models from 8 billion to 1.75 trillion parameters on 64 to 16,384 devices. Each is searched whole; the rate
+counts every candidate that the space holds after divisibility.
+"""
+
+from __future__ import annotations
+
+import time
+
+from benchmarks.measuring import Bar, Side, measure, parse_arguments, report
+from deepseek.distributed.cluster import Cluster
+from deepseek.distributed.model_shape import ModelShape, get_model_shape
+from deepseek.distributed.planner import plan
+from deepseek.distributed.scaling import GPT_1750B
+
+CASES = {
+    "Llama3-8B on 64": (get_model_shape("Llama3-8B"), 8, 512),
+    "GPT-1.75T on 1,024": (GPT_1750B, 128, 2048),
+    "Llama3.1-405B on 16,384": (get_model_shape("Llama3.1-405B"), 2048, 16384),
+    "DeepSeek-V3 on 16,384": (get_model_shape("DeepSeek-V3"), 2048, 16384),
+}
+
+
+def main() -> None:
+    """Search all cases and report."""
+    arguments = parse_arguments(__doc__ or "")
+    sides = [Side(name, lambda case=case: rate(*case)) for name, case in CASES.items()]  # type: ignore[misc]
+    rows = measure(sides, num_rounds=1 if arguments.quick else 5)
+    largest = next(row.median for row in rows if row.name == "DeepSeek-V3 on 16,384")
+    report("planner_search", "candidates/s", rows, [Bar("largest case", largest, 1e5)], arguments)
+
+
+def rate(model: ModelShape, nodes: int, global_batch: int) -> float:
+    """Candidates per second of one search."""
+    cluster = Cluster.of("H100-SXM-80GB", nodes=nodes)
+    began_s = time.perf_counter()
+    found = plan(model, cluster, global_batch=global_batch)
+    return found.num_candidates / (time.perf_counter() - began_s)
+
+
+if __name__ == "__main__":
+    main()
