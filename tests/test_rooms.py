@@ -50,8 +50,9 @@ PURE = (
     "core/names.py",
     "compiler/choosing.py",
     "mixed_precision/deciding.py",
-    *("serve/scheduling.py", "serve/sequences.py", "optim/learning_rates.py", "core/units.py", "core/names.py"),
-    *("compiler/liveness.py", "compiler/placement.py", "compiler/segments.py"),
+    "compiler/liveness.py",
+    "compiler/placement.py",
+    "compiler/segments.py",
 )
 
 
