@@ -174,12 +174,13 @@ def _read_request(
 
 
 def _choose_precision(recipe: TrainConfig, *, has_machine: bool) -> str:
+    asked = "auto" if recipe.precision == "dynamic" else recipe.precision  # most of its layers end in 16 bits
     if not has_machine:
-        return "bf16" if recipe.precision == "auto" else recipe.precision
+        return "bf16" if asked == "auto" else asked
     from deepseek.mixed_precision.policies import choose_precision
     from deepseek.train.loop import open_device
 
-    return choose_precision(recipe.precision, open_device(recipe.device))
+    return choose_precision(asked, open_device(recipe.device))
 
 
 def _find_machine() -> Cluster:
