@@ -6,8 +6,10 @@
 
 Every row with full inputs is predicted with constants that were fitted without its source (`planner_fit.py`), so that
 no reported error is of a row that was fitted on; a family that only one source published on has no such constants,
-and its rows are marked. Beside each error stand the best single number of TFLOP/s for that source (which is fitted on
-it) and what peers published about themselves. Choosing is judged in groups of plans for one model, cluster and batch.
+and its rows are marked. (The model's fixed numbers, which no fit touches, were set with all these runs in view;
+`constants.py` says which. Only runs that nobody here has seen test those.) Beside each error stand the best single
+number of TFLOP/s for that source (which is fitted on it) and what peers published about themselves. Choosing is
+judged in groups of plans for one model, cluster and batch.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from deepseek.distributed.cluster import Cluster, get_accelerator
 from deepseek.distributed.columns import describe_case, spread_plans, stack_cases
 from deepseek.distributed.model_shape import ModelShape, OperatorCost, OperatorList, get_model_shape
 from deepseek.distributed.plan import Plan
-from deepseek.distributed.predict import TIME_ITEMS, predict, predict_columns, predict_times
+from deepseek.distributed.predict import TIME_ITEMS, _exposed, predict, predict_columns, predict_times
 
 SMALL = ModelShape(layers=8, hidden=1024, heads=16, ffn=4096, vocabulary=32000, sequence=1024)
 SIZES = st.sampled_from([1, 2, 4])
@@ -147,3 +147,10 @@ def test_a_hundred_thousand_plans_are_one_table():
     one = stack_cases([describe_case(SMALL, Cluster.of("A100-SXM-80GB"), plan, 64) for plan in plans])
     many = one.take(np.arange(100_000) % 4)
     assert sum(predict_times(many).values()).shape == (100_000,)
+
+
+def test_hidden_communication_costs_its_exposed_share_and_the_rest_is_waited_for():
+    c = stack_cases([describe_case(SMALL, Cluster.of("A100-SXM-80GB"), Plan(dp=8), 8)])
+    share = float(c.exposed_fraction[0])
+    assert _exposed(c, np.array([2.0]), np.array([10.0]))[0] == pytest.approx(share * 2.0)
+    assert _exposed(c, np.array([10.0]), np.array([2.0]))[0] == pytest.approx(8.0 + share * 2.0)

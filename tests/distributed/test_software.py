@@ -30,8 +30,8 @@ def test_runs_before_fused_attention_write_their_scores():
 
 
 def test_what_a_description_adds_changes_the_traits():
-    assert find_software("torchtitan FSDP+compile+Float8")[1].is_compiled
-    assert not find_software("torchtitan FSDP eager")[1].is_compiled
+    assert find_software("torchtitan 2024 FSDP+compile+Float8")[1].is_compiled
+    assert not find_software("torchtitan 2024 FSDP eager")[1].is_compiled
     added = find_software("DeepSpeed ZeRO-3 + CPU-offloaded AdamW + Liger, 2025")[1]
     assert (added.offloads_optimizer, added.logit_bytes) == (True, 0.0)
 

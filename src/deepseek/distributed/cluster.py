@@ -25,8 +25,8 @@ from deepseek.core.names import explain_unknown
 class LinkClass:
     """A kind of link: `alpha_s` seconds before the first byte, then `bandwidth_bytes_per_s` in each direction.
 
-    >>> LinkClass(alpha_s=5e-6, bandwidth_bytes_per_s=25e9).send_s(50_000)
-    7e-06
+    >>> LinkClass(alpha_s=5e-6, bandwidth_bytes_per_s=25e9).send_s(25_000)
+    6e-06
     """
 
     alpha_s: float
@@ -50,7 +50,8 @@ class Accelerator:
     """Datasheet of one device: dense peaks in FLOP/s by precision, memory in bytes, links in bytes/s per direction.
 
     `topology` says how the scale-up links reach the neighbours: all through a `switch`, in `pairs` (every two devices
-    have a link of their own), or as the eight-device hybrid cube `mesh` of DGX-1.
+    have a link of their own), or as the eight-device hybrid cube `mesh` of DGX-1. `achievable_fraction` is the best
+    share of its 16 bit peak that anybody measured on the device itself, any matrix size.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Accelerator:
     scale_up_size: int = 8
     topology: str = "switch"
     processors: int = 108
+    achievable_fraction: float | None = None
     power_w: float = 0.0
 
     def get_peak_flops(self, precision: str) -> float:
@@ -197,8 +199,14 @@ def _read_row(row: Mapping[str, str]) -> Accelerator:
         scale_up_size=int(row["scale_up_size"]),
         topology=row["topology"],
         processors=int(row["processors"]),
+        achievable_fraction=_read_achievable(row),
         power_w=float(row["power_w"] or 0),
     )
+
+
+def _read_achievable(row: Mapping[str, str]) -> float | None:
+    measured, peak = row["measured_bf16_tflops"], row["bf16_tflops"]
+    return float(measured) / float(peak) if measured and peak else None
 
 
 def _usable_bytes(memory_gb: float) -> float:

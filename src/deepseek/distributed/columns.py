@@ -42,6 +42,9 @@ SOFTWARE_COLUMNS = (
 # Bytes of one element of a matrix operand as it is read by the matrix units.
 OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}
 
+# Achievable share of the 16 bit peak on the devices that a family's constants were fitted on: another device of the
+# family whose own share is known differs by the ratio.
+_USUAL_ACHIEVABLE = {"ampere": 0.869, "hopper": 0.803, "blackwell": 0.775, "cdna": 0.803, "other": 0.869, "ada": 0.869}
 _TOPOLOGIES = ("switch", "pairs", "mesh")
 _SWITCH_REDUCTION = frozenset({"hopper", "blackwell"})  # NVSwitch 3 and later add up inside the switch
 _ASYNCHRONOUS_MATMUL = frozenset({"hopper", "blackwell"})  # what FlashAttention 3 builds on
@@ -88,13 +91,15 @@ def describe_plan(plan: Plan) -> dict[str, float]:
 def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
     """Speeds of the slowest device and of the links of a cluster, by column."""
     slowest = min((node.accelerator for node in cluster.nodes), key=lambda each: each.get_peak_flops(precision))
+    usual = _USUAL_ACHIEVABLE.get(slowest.family, 1.0)
+    share = 1.0 if slowest.achievable_fraction is None else slowest.achievable_fraction / usual
     return {
         "gpus_per_node": float(cluster.gpus_per_node),
         "num_devices": float(cluster.num_devices),
         "num_nodes": float(len(cluster.nodes)),
         "scale_up_size": float(cluster.scale_up_size),
-        "peak_flops": slowest.get_peak_flops(precision),
-        "peak_flops_16": slowest.get_peak_flops("bf16"),
+        "peak_flops": share * slowest.get_peak_flops(precision),
+        "peak_flops_16": share * slowest.get_peak_flops("bf16"),
         "processors": float(slowest.processors),
         "topology": float(_TOPOLOGIES.index(slowest.topology) if cluster.gpus_per_node <= 8 else 0),
         "has_switch_reduction": float(slowest.family in _SWITCH_REDUCTION),

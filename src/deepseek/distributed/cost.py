@@ -21,19 +21,19 @@ from deepseek.distributed.columns import Array, Columns
 # Rows and columns of an output tile, and its speed relative to the largest (smaller tiles reload operands more often).
 _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
 _BACKWARD_ATTENTION = 2.5  # five products instead of two (Dao et al. 2022)
-_UNFUSED_SCORE_BYTES = (
-    13.0  # bytes per score: product out, mask and softmax in and out, dropout in, out, mask, product in
-)
-_UNFUSED_SCORE_BYTES_BACKWARD = 15.0
+# Bytes per score: product out, softmax in and out, dropout in, out and mask, product in; and the same on the way back.
+_UNFUSED_SCORE_BYTES, _UNFUSED_SCORE_BYTES_BACKWARD = 13.0, 15.0
 _UNFUSED, _FLASH, _FLASH_3 = 0.0, 1.0, 3.0  # places in software.ATTENTIONS
 _FLASH_1_SPEED = 0.55  # FlashAttention 1 relative to 2 (Dao 2023, arXiv:2307.08691, figures 4 to 7)
 _FLASH_3_SPEED = 1.75  # FlashAttention 3 relative to 2 on Hopper (Shah et al. 2024, arXiv:2407.08608)
-_KERNELS_FORWARD = 32.0  # of an unfused decoder layer; backward issues twice as many
+# Kernels that a decoder layer issues going forward; backward issues about as many from C++ at the same cost a layer.
+_KERNELS_FORWARD = 33.0
 KERNEL_S = 4e-6  # device time of a kernel that does nothing
 _PLAIN_ELEMENTWISE = 1.6  # bytes of one kernel per operator, relative to fused ones
+_LAST_WAVE = 0.4  # of an unfilled last wave's time that is lost: libraries cut the contracted dimension to fill it
 _KERNELS_CAPACITY = 80.0  # the same where every expert has a fixed number of places
 _KERNELS_EXPERTS = 200.0  # routing, permuting and counting tokens
-_KERNELS_EXCHANGE = 4.0  # host work of one collective, in kernels
+_KERNELS_EXCHANGE = 3.0  # host work of one collective, in kernels
 _HOST_LINK = 2e10  # bytes/s between a device and the host's memory, where the optimizer may live
 _MISALIGNED = 2.3  # cuBLAS on A100: a head of 50257 words against 50304, heads of 108 elements (squared: two operands)
 _ALIGNMENT = 8.0  # elements of 16 bit that one vector load takes
@@ -88,7 +88,8 @@ def multiply_s(
     best: Array | None = None
     for rows, columns, speed in _TILES:
         tiles = np.ceil(m / rows) * np.ceil(n / columns) * count
-        waves = np.ceil(tiles / c.processors - 1e-9)
+        full = tiles / c.processors
+        waves = np.where(full > 1, full + _LAST_WAVE * (np.ceil(full - 1e-9) - full), 1.0)
         seconds = waves * (2.0 * rows * columns / speed) * (k + c.matmul_fill_depth) / per_processor
         best = seconds if best is None else np.minimum(best, seconds)
     assert best is not None

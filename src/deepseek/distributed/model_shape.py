@@ -220,7 +220,7 @@ def model_shape_from_config(config: Mapping[str, Any], *, sequence: int | None =
 
     >>> model_shape_from_config({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257,
     ...                          "n_positions": 1024}).num_parameters
-    124355328
+    124337664
     """
     found = {field: _find(config, keys) for field, keys in _CONFIG_KEYS.items()}
     if sequence is not None:

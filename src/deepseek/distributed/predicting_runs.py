@@ -250,6 +250,9 @@ def _read_zero(reader: _Reader, is_old: bool) -> int:
         return 3
     if text in ("0", "1", "2", "3"):
         return int(text)
+    if not any(reader.row.get(name) for name in ("tp", "pp")) and reader.count("n_accel") > 1 and not is_old:
+        reader.assume("weights sharded over all devices")
+        return 3
     reader.assume("ZeRO 0" if is_old else "ZeRO 1")
     return 0 if is_old else 1
 

@@ -85,6 +85,14 @@ SOFTWARE: dict[str, Software] = {
         regathers_inputs=False,
         logit_bytes=10.0,
     ),
+    "torchtitan 2025": Software(
+        is_compiled=True,
+        fuses_accumulation=False,
+        fuses_elementwise=False,
+        stops_recomputing=True,
+        regathers_inputs=False,
+        logit_bytes=4.0,
+    ),
     "nanotron": Software(
         overlaps_gradients=False,
         fuses_accumulation=False,
@@ -119,6 +127,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
 # Container since which NeMo's layers with experts run as recorded graphs on Blackwell. Read from a step in the times
 # it publishes for equal inputs, hence the one trait here that its source's rows told.
 _GRAPHS_SINCE = (26, 6)
+_COMPILED_LOSS = 2501  # year and month since which torchtitan compiles the loss with the model
 _FUSED_ACCUMULATION = 2202  # year and month since which Megatron-LM adds weight gradients inside the product
 _FLASH_PAPER = 2206  # year and month after which published runs can have fused attention (arXiv:2205.14135)
 
@@ -138,6 +147,8 @@ def find_software(text: str) -> tuple[str, Software]:
         name = "DeepSpeed 2021" if date < _FLASH_PAPER else "modern"
     elif name in ("Megatron-LM", "modern") and date < _FLASH_PAPER:
         name = "Megatron-LM 2021" if date < _FUSED_ACCUMULATION else "Megatron-LM 2022"
+    elif name == "torchtitan" and date >= _COMPILED_LOSS:
+        name = "torchtitan 2025"
     found = SOFTWARE[name]
     traits: dict[str, Any] = {
         "is_compiled": found.is_compiled or _is_compiled(words),
@@ -161,4 +172,5 @@ def _find_date(words: str) -> int:
     """Year and month of the newest paper or year that is named, as in arXiv numbers; 9999 without any."""
     papers = [int(each) for each in re.findall(r"(?<!\d)(\d{4})\.\d{5}", words)]
     years = [int(each) for each in re.findall(r"(?<!\d)(20[12]\d)(?!\d)", words)]
-    return max([*papers, *(each % 100 * 100 + 1 for each in years)], default=9999)
+    months = [int(each) for each in re.findall(r"(?<!\d)20([12]\d(?:0[1-9]|1[0-2]))(?!\d)", words)]
+    return max([*papers, *months, *(each % 100 * 100 + 1 for each in years)], default=9999)
