@@ -23,6 +23,8 @@ _PUBLIC = {
     "profile": "deepseek.compat.generations",
     "MoERouter": "deepseek.nn.moe",
     "prepare": "deepseek.train.preparing",
+    "plan": "deepseek.distributed.planner",
+    "Plan": "deepseek.distributed.plan",
     "load_model": "deepseek.models.loading",
     "save_model": "deepseek.models.loading",
     "quantize": "deepseek.compress.quantizing",

@@ -1,5 +1,6 @@
 import csv
 import json
+from xml.etree import ElementTree
 
 import pytest
 
@@ -49,6 +50,8 @@ def test_the_timeline_is_drawn(call, tmp_path, ending, start):
     content = path.read_bytes()
     assert content.startswith(start)
     if ending != "png":
+        if ending == "svg":
+            assert ElementTree.fromstring(content).tag.endswith("svg")
         assert content.count(b">stage ") == 4
         assert content.count(b"<title>forward of micro-batch") >= 4 * 4
         assert b"http" not in content.replace(b"http://www.w3.org/2000/svg", b"")  # nothing is fetched

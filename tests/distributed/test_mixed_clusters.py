@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
+from deepseek.distributed import mixed_clusters
 from deepseek.distributed.balancing import cut_blocks, deal_batches, deal_layers
 from deepseek.distributed.candidates import Space
 from deepseek.distributed.cluster import Cluster, Node
@@ -103,6 +104,19 @@ def test_fast_replicas_get_more_micro_batches_unless_they_meet_in_each():
     )
     fast, slow = plan(LLAMA, MIXED, global_batch=64, space=replace(space, zero_stages=(3,))).placement.shares
     assert fast.micro_batches == slow.micro_batches
+
+
+@pytest.mark.parametrize("batch", [16, 48])
+@pytest.mark.parametrize("slow", [A100, "A100-SXM-40GB"])
+def test_stopping_early_loses_nothing(monkeypatch, batch, slow):
+    cluster = Cluster.of(H100, gpus_per_node=4).join(Cluster.of(slow, gpus_per_node=4))
+    quick = plan(LLAMA, cluster, global_batch=batch)
+    monkeypatch.setattr(mixed_clusters, "NUM_RUNNERS_UP", 10**9)
+    thorough = plan(LLAMA, cluster, global_batch=batch)
+    assert thorough.num_fitting > 2 * quick.num_fitting
+    shown = [quick.best, *(each.candidate for each in quick.runners_up)]
+    best = [thorough.best, *(each.candidate for each in thorough.runners_up)][: len(shown)]
+    assert [each.step_time_s for each in shown] == [each.step_time_s for each in best]
 
 
 def test_interleaved_stages_get_as_many_layers_in_each_chunk():

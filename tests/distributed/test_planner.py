@@ -1,5 +1,7 @@
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -94,11 +96,26 @@ def test_the_search_under_tight_memory_finds_what_brute_force_finds():
     priced = brute_force(SMALL, cluster, 4)
     sizes = sorted(each.memory_bytes for each in priced.values())
     budget = sizes[len(sizes) // 10]
-    fitting = [each.step_time_s for each in priced.values() if each.memory_bytes <= budget]
+    fitting = [
+        each.step_time_s for plan_, each in priced.items() if each.memory_bytes <= budget and plan_.schedule != "gpipe"
+    ]
     headroom = 1 - (budget + 1) / cluster.accelerators[0].memory_bytes
     found = plan(SMALL, cluster, global_batch=4, limits=Limits(memory_headroom=headroom))
     assert found.best.step_time_s == pytest.approx(min(fitting))
+    assert found.num_fitting == len(fitting)
     assert found.best.step_time_s > min(each.step_time_s for each in priced.values())
+
+
+def test_a_plan_that_just_fits_is_found():
+    cluster = Cluster.of("A100-SXM-40GB", gpus_per_node=1)
+    least = min(each.memory_bytes for each in plan(SMALL, cluster, global_batch=2).front)
+    for spare, fits in ((1e3, True), (-1e3, False)):
+        limits = Limits(memory_headroom=1 - (least + spare) / cluster.accelerators[0].memory_bytes)
+        if fits:
+            assert plan(SMALL, cluster, global_batch=2, limits=limits).num_fitting == 1
+        else:
+            with pytest.raises(ConfigError, match="does not fit"):
+                plan(SMALL, cluster, global_batch=2, limits=limits)
 
 
 def test_gpipe_is_never_better_than_the_plan_that_replaces_it():
@@ -318,3 +335,19 @@ def test_an_energy_limit_needs_power_figures():
     with pytest.raises(ConfigError, match="needs power figures, and TPU-v5p has none"):
         plan(SMALL, Cluster.of("TPU-v5p"), global_batch=16, limits=Limits(max_energy_j=5.0))
     assert plan(SMALL, Cluster.of("TPU-v5p"), global_batch=16).best.energy_j is None
+
+
+def test_planning_loads_no_torch():
+    rooms = (
+        "planner",
+        "mixed_clusters",
+        "refusing",
+        "strategies",
+        "scaling",
+        "finding",
+        "measuring",
+        "collectives.playing",
+    )
+    imports = "; ".join(f"import deepseek.distributed.{name}" for name in rooms)
+    code = f"import sys, deepseek; {imports}; deepseek.plan, deepseek.Plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,14 +15,14 @@ import tempfile
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepseek.cli.showing import working
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.planner import PlanningResult
-from deepseek.train.config import TrainConfig
-from deepseek.train.events import RunStarted, StepDone
-from deepseek.train.loop import open_device, train
+
+if TYPE_CHECKING:
+    from deepseek.train.config import TrainConfig
 
 _FEWEST_STEPS = 4
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -81,6 +81,9 @@ def _take_steps(config: TrainConfig) -> tuple[list[float], float]:
 
     The run ends before its model is evaluated and written.
     """
+    from deepseek.train.events import RunStarted, StepDone
+    from deepseek.train.loop import train
+
     seconds: list[float] = []
     memory = _open_memory(config)
     with closing(train(config)) as events:
@@ -129,6 +132,8 @@ class _DeviceMemory:
 
 
 def _open_memory(config: TrainConfig) -> _ProcessMemory | _DeviceMemory:
+    from deepseek.train.loop import open_device
+
     return _DeviceMemory() if open_device(config.device).type == "cuda" else _ProcessMemory()
 
 
