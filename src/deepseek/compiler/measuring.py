@@ -31,7 +31,7 @@ class StorageTracker(TorchDispatchMode):
     (4, 2048)
     """
 
-    supports_higher_order_operators = True  # branches and loops are watched from outside and inside
+    supports_higher_order_operators = True  # a branch counts by its result
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ from deepseek.compiler.effects import find_written, has_effects, is_aten, is_opa
 from deepseek.compiler.fusion.graphs import read_attribute
 from deepseek.compiler.liveness import Arena, BufferGraph, Step, arrange, find_peak, plan_buffers, reorder, reuse
 from deepseek.compiler.measuring import measure_peaks_on_cpu, tensors_in
-from deepseek.compiler.shapes import Observed, observe
+from deepseek.compiler.shapes import Observed, observe, stand_in
 
 aten = torch.ops.aten
 _NO_STEPS = ("placeholder", "get_attr", "output")
@@ -157,7 +157,7 @@ def describe(graph_module: fx.GraphModule, observed: Observed, *, is_training: b
             frozenset(name for each in node.all_input_nodes for name in buffers[each]),
             creates[node],
             frozenset(follows[node] | {each.name for each in node.all_input_nodes if each.op not in _NO_STEPS}),
-            _find_scratch(node, observed),
+            _find_scratch(node, observed, graph_module),
             _find_overwritable(node, observed, buffers, is_training=is_training),
         )
         for node in nodes
@@ -186,12 +186,24 @@ def write_in_place_(graph_module: fx.GraphModule, reused: dict[str, str]) -> Non
     graph_module.recompile()
 
 
-def _find_scratch(node: Node, observed: Observed) -> int:
+def _find_scratch(node: Node, observed: Observed, graph_module: fx.GraphModule) -> int:
     """What a node takes for itself; a linear layer adds its bias in place except when it is observed."""
     if node.target is aten.linear.default and isinstance(node.args[0], Node):
         x = observed.values[node.args[0]]
         return 0 if x.is_contiguous() else int(x.nbytes)
+    if node.target is torch.ops.higher_order.cond:
+        return _find_scratch_of_branches(node, observed, graph_module)
     return observed.scratch_bytes.get(node, 0)
+
+
+def _find_scratch_of_branches(node: Node, observed: Observed, graph_module: fx.GraphModule) -> int:
+    """What the larger branch takes beyond its result."""
+    _, *branches, operands = node.args
+    assert isinstance(operands, list | tuple)
+    inputs = [stand_in(observed.values, operand) for operand in operands]
+    names = [str(each.target) for each in branches if isinstance(each, Node)]
+    peaks = [predict_peak_bytes(read_attribute(graph_module, name), inputs) for name in names]
+    return max(0, max(peaks) - sum(_find_buffers(observed.values[node]).values()))
 
 
 def _find_buffers(value: Any) -> dict[str, int]:

@@ -6,8 +6,8 @@ that autograd saves in it, seen by `saved_tensors_hooks`), `segments.py` chooses
 included: the generator's state is put back for the second run, and the second run leaves buffers, such as the running
 statistics of batch normalization, as the first one set them.
 
-Code that is compiled: `inductor_with_budget` is inductor with the budget given to its partitioner, which cuts the joint
-graph of forward and backward where the fewest bytes cross (min-cut) and recomputes by operator, not by block.
+Code that is captured: `inductor_with_budget` and `eager_with_budget` give the budget to torch's partitioner, which cuts
+the joint graph of forward and backward where the fewest bytes cross (min-cut) and recomputes by operator, not by block.
 
 A budget is a share of what is kept without recomputation: 1.0 keeps everything, 0.5 half.
 """
@@ -23,11 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import config
 from torch.utils.checkpoint import checkpoint
 
 from deepseek.compiler.measuring import tensors_in
 from deepseek.compiler.segments import Choice, Segment, choose
 from deepseek.core.errors import ConfigError
+
+Backend = Callable[[fx.GraphModule, list[Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,10 @@ def plan_recomputation(
 def recompute_(model: nn.Module, plan: RecomputationPlan) -> Recomputation:
     """Run the blocks that `plan` names again in backward passes; in place, until `remove` of the result.
 
-    >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))).train()
+    >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)) for _ in range(4)))
     >>> plan = plan_recomputation(model, (torch.ones(2, 8),), memory_budget=0.8)
+    >>> len(plan.choice.recomputed)
+    1
     >>> recomputation = recompute_(model, plan)
     >>> model(torch.ones(2, 8)).sum().backward()
     >>> recomputation.remove()
@@ -122,7 +127,7 @@ def find_segments(model: nn.Module) -> list[str]:
     return found
 
 
-def inductor_with_budget(memory_budget: float) -> Callable[[fx.GraphModule, list[Tensor]], Any]:
+def inductor_with_budget(memory_budget: float) -> Backend:
     """A backend for `torch.compile`: inductor, keeping for the backward pass about that share of what it would.
 
         step = torch.compile(model, backend=inductor_with_budget(0.5))
@@ -131,12 +136,29 @@ def inductor_with_budget(memory_budget: float) -> Callable[[fx.GraphModule, list
     time, cheapest per byte first.
     """
     check_budget(memory_budget)
-    from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
+    return _with_budget(compile_fx, memory_budget)
+
+
+def eager_with_budget(memory_budget: float) -> Backend:
+    """The same for code that is captured and then run operator by operator, where no code is to be generated."""
+    check_budget(memory_budget)
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    run_as_it_is = aot_autograd(
+        fw_compiler=boxed_nop,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    return _with_budget(run_as_it_is, memory_budget)
+
+
+def _with_budget(backend: Backend, memory_budget: float) -> Backend:
     def compile_graph(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
         with config.patch(activation_memory_budget=memory_budget):
-            return compile_fx(graph_module, inputs)
+            return backend(graph_module, inputs)
 
     return compile_graph
 

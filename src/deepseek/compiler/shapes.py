@@ -58,6 +58,14 @@ def observe(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Observed:
         return _run_on_copies(graph_module, inputs)
 
 
+def stand_in(values: dict[fx.Node, Any], operand: Any) -> Any:
+    """Something of the shape of `operand`, for a look inside the branch that it is handed to."""
+    value = values[operand] if isinstance(operand, fx.Node) else operand
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps every value."""
 

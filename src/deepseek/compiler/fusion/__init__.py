@@ -40,7 +40,7 @@ from deepseek.compiler.fusion.kernels import (
 )
 from deepseek.compiler.fusion.merging import match_consecutive_linears, match_identity, match_parallel_linears
 from deepseek.compiler.fusion.verifying import compare
-from deepseek.compiler.shapes import observe
+from deepseek.compiler.shapes import observe, stand_in
 from deepseek.core.errors import ConfigError
 
 IN_TRAINING = "weights are trained and statistics are those of the batch: nothing may be folded or merged"
@@ -152,9 +152,10 @@ def fuse_graph(
     if is_training:
         rejections = tuple(Rejection(rule.name, "the graph", (), IN_TRAINING) for rule in rules)
         return Fused(graph_module, FusionReport((), rejections, num_before, num_before))
-    graph = Rewriting(graph_module, observe(graph_module, inputs).values, kernels=kernels)
     fusions: list[Fusion] = []
     rejections_found: list[Rejection] = []
+    graph = Rewriting(graph_module, observe(graph_module, inputs).values, kernels=kernels)
+    _fuse_branches(graph, rules, fusions, rejections_found)
     for rule in rules:
         _apply(rule, graph, fusions, rejections_found)
     remove_unused(graph_module)
@@ -163,8 +164,16 @@ def fuse_graph(
 
 
 def count_operators(graph_module: fx.GraphModule) -> int:
-    """Operators that compute something; views, constants and sizes do not."""
-    return sum(is_computation(node) for node in graph_module.graph.nodes)
+    """Operators that compute something, branches included; views, constants and sizes do not."""
+    own = sum(is_computation(node) for node in graph_module.graph.nodes)
+    return own + sum(count_operators(branch) for _, branch in find_branches(graph_module))
+
+
+def find_branches(graph_module: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
+    """Name and graph of each branch and loop body of a graph."""
+    names = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr")
+    values = [(name, read_attribute(graph_module, name)) for name in names]
+    return [(name, value) for name, value in values if isinstance(value, fx.GraphModule)]
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -178,6 +187,8 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph.set_codegen(graph_module.graph._codegen)
     copied = fx.GraphModule(graph_module, graph)
     copied.meta.update(graph_module.meta)
+    for name, branch in find_branches(copied):
+        setattr(copied, name, copy_graph(branch))
     return copied
 
 
@@ -186,12 +197,35 @@ def remove_unused(graph_module: fx.GraphModule) -> None:
     graph_module.graph.eliminate_dead_code()
     used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for path, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]:
-        if path not in used:
+        if path not in used and not any(path.startswith(f"{name}.") for name in used):
             parent, _, name = path.rpartition(".")
             delattr(graph_module.get_submodule(parent), name)
     graph_module.delete_all_unused_submodules()
     graph_module.graph.lint()
     graph_module.recompile()
+
+
+def _fuse_branches(graph: Rewriting, rules: Sequence[Rule], fusions: list[Fusion], rejections: list[Rejection]) -> None:
+    """Fuse inside the branches of `torch.cond`, to which weights are handed as operands."""
+    for node in list(graph.graph.nodes):
+        if node.target is not torch.ops.higher_order.cond:
+            continue
+        _, *branches, operands = node.args
+        for each in branches:
+            branch = read_attribute(graph.graph_module, str(each.target))
+            inputs = [stand_in(graph.values, operand) for operand in operands]
+            bound = dict(zip(branch.graph.find_nodes(op="placeholder"), operands, strict=True))
+            constants = {inner: graph.constant(outer) for inner, outer in bound.items()}
+            inner_graph = Rewriting(
+                branch,
+                observe(branch, inputs).values,
+                kernels=graph.kernels,
+                bound={inner: value for inner, value in constants.items() if value is not None},
+            )
+            _fuse_branches(inner_graph, rules, fusions, rejections)
+            for rule in rules:
+                _apply(rule, inner_graph, fusions, rejections)
+            remove_unused(branch)
 
 
 def _apply(rule: Rule, graph: Rewriting, fusions: list[Fusion], rejections: list[Rejection]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from deepseek.compiler.effects import changes_between, find_written
+from deepseek.compiler.effects import changes_between, find_root, find_written
 
 Kernels = Literal["eager", "inductor"]
 
@@ -23,13 +23,23 @@ Kernels = Literal["eager", "inductor"]
 class Rewriting:
     """A copy of a captured graph while rules work on it."""
 
-    def __init__(self, graph_module: fx.GraphModule, values: dict[Node, Any], *, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        values: dict[Node, Any],
+        *,
+        kernels: Kernels,
+        bound: dict[Node, Tensor] | None = None,
+    ) -> None:
+        """`bound` are placeholders that always get the same tensor: weights that a branch is handed."""
         self.graph_module = graph_module
         self.values = values
         self.kernels = kernels
+        self.bound = bound or {}
         self.emitted: list[Node] = []
         written = [each for node in self.graph.nodes for each in find_written(node)]
-        self._written_constants = {str(node.target) for node in written if node.op == "get_attr"}
+        paths = {str(find_root(node).target) for node in written if find_root(node).op == "get_attr"}
+        self._written_storages = {_storage_of(read_attribute(graph_module, path)) for path in paths}
         self._num_constants = 0
 
     @property
@@ -39,10 +49,14 @@ class Rewriting:
 
     def constant(self, node: Any) -> Tensor | None:
         """The tensor that `node` always stands for; `None` where it is computed, or written to."""
-        if not isinstance(node, Node) or node.op != "get_attr" or str(node.target) in self._written_constants:
+        if node in self.bound:
+            return self.bound[node]
+        if not isinstance(node, Node) or node.op != "get_attr":
             return None
         value = read_attribute(self.graph_module, str(node.target))
-        return value.detach() if isinstance(value, Tensor) else None
+        if not isinstance(value, Tensor) or (_storage_of(value) or 0) in self._written_storages:
+            return None
+        return value.detach()
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """Shape of the value of `node` on the example inputs."""
@@ -118,6 +132,12 @@ def read_attribute(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
+
+
+def _storage_of(value: Any) -> int | None:
+    """What tells one piece of memory from another."""
+    has_storage = isinstance(value, Tensor) and value.layout == torch.strided
+    return value.untyped_storage()._cdata if has_storage else None
 
 
 def to_float64(value: Tensor) -> Tensor:

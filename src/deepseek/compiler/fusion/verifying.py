@@ -98,8 +98,9 @@ def _run(
         return known[node]
 
     def _compute(node: Node) -> Any:
-        if node.op == "get_attr":
-            constant = read_attribute(graph.graph_module, str(node.target))
+        if node.op in ("get_attr", "placeholder"):
+            is_bound = node in graph.bound
+            constant = graph.bound[node] if is_bound else read_attribute(graph.graph_module, str(node.target))
             return to_float64(constant) if is_exact else constant
         assert callable(node.target)
         return node.target(*map_arg(node.args, find), **map_arg(node.kwargs, find))
