@@ -8,6 +8,7 @@ small by `SMALLER`, openly and here; a block below `<!-- test: skip-slow -->` ho
 import importlib
 import importlib.util
 import inspect
+import linecache
 import os
 import pkgutil
 import re
@@ -128,6 +129,7 @@ def free_port():
 
 
 def run_python(code, where, variables):
+    linecache.cache[where] = (len(code), None, code.splitlines(keepends=True), where)  # as in a file, for inspect
     exec(compile(code, where, "exec"), variables)
 
 

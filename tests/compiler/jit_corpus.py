@@ -1,7 +1,8 @@
-"""Functions and modules with control flow on tensors, as people write them, each with inputs that take every way through.
+# ruff: noqa: SIM108, RET505 - the statements are the subject
+"""Functions and modules with control flow on tensors, as people write them, with inputs that take every way through.
 
-`CASES` holds them in order. The first arguments of a case are those it is traced with; the others take its other branches.
-Everything is float64, so that forward and gradients can be compared with plain Python at 1e-10.
+`CASES` holds them in order. The first arguments of a case are those it is traced with; the others take its other
+branches. Everything is float64, so that forward and gradients can be compared with plain Python at 1e-10.
 """
 
 import functools

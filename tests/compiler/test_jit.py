@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108, RET503 - the statements are the subject
 """`jit` as a user meets it: what it takes and refuses, errors with their places, breaks, explanations, modules."""
 
 import copy
@@ -69,9 +70,9 @@ def test_classes_without_forward_are_refused():
         def forward(self, x):
             return x
 
-    with pytest.raises(ConfigError, match="Empty has no forward"):
+    with pytest.raises(ConfigError, match=r"Empty has no forward"):
         ds.jit(Empty)
-    with pytest.raises(ConfigError, match="Empty has no forward"):
+    with pytest.raises(ConfigError, match=r"Empty has no forward"):
         ds.jit(Empty())
     with pytest.raises(ConfigError, match=r"class .*Plain"):
         ds.jit(Plain)
@@ -80,7 +81,7 @@ def test_classes_without_forward_are_refused():
 def test_a_function_without_source_is_refused():
     scope = {}
     exec("def f(x):\n    return x", scope)
-    with pytest.raises(ConfigError, match="source of f .* cannot be found"):
+    with pytest.raises(ConfigError, match=r"source of f .* cannot be found"):
         ds.jit(scope["f"])
 
 
@@ -154,7 +155,7 @@ def number_for_a_vector(x):
 def one_side_only(x):
     if x.sum() > 0:
         y = x
-    return y  # noqa: F821 - the subject
+    return y
 
 
 def other_structure(x):
@@ -351,7 +352,7 @@ def test_a_variable_without_value_is_an_unbound_local():
         return y
 
     assert torch.equal(f(torch.ones(1), True), torch.ones(1))
-    with pytest.raises((UnboundLocalError, ControlFlowError), match="y|raise"):
+    with pytest.raises((UnboundLocalError, ControlFlowError), match=r"y|raise"):
         f(torch.ones(1), False)
 
 

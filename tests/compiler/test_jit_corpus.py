@@ -12,7 +12,15 @@ from tests.compiler.jit_corpus import CASES
 
 IDS = [case.name for case in CASES]
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-ONE_OF_EACH = {"early_returns", "while_counts", "for_tensor_range", "EarlyExit", "Nested"}
+# What runs every time; the whole corpus in training and exported runs among the slow tests.
+QUICK = {"early_returns", "while_counts", "for_tensor_range", "writes_rows", "chained_three", "returns_a_dict", "Nested"}
+QUICK_EXPORTED = {"early_returns", "for_tensor_range", "Gated"}
+
+
+def slow_but(quick, cases):
+    """The cases as parameters, those that are not `quick` among the slow tests."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(case, id=case.name, marks=marks[case.name in quick]) for case in cases]
 
 
 class Counting:
@@ -107,7 +115,7 @@ def test_the_corpus_is_large_enough():
     assert sum(len(case.arguments) > 1 for case in CASES) >= 65
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_training_gives_the_values_and_gradients_of_plain_python_with_one_graph(case):
     check(case, "aot_eager", is_training=True)
 
@@ -128,7 +136,7 @@ class Wrapped(nn.Module):
         return self.function(*arguments)
 
 
-@pytest.mark.parametrize("case", [each for each in CASES if "python" not in each.traits], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", slow_but(QUICK_EXPORTED, [each for each in CASES if "python" not in each.traits]))
 def test_an_exported_program_has_all_branches_and_their_gradients(case):
     plain, target = case.make(), jit(case.make(), backend="eager")
     module = target if isinstance(target, nn.Module) else Wrapped(target)

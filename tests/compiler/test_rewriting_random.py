@@ -137,14 +137,14 @@ def check(source, folder, *, flag):
 OPTIONS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=8, **OPTIONS)
+@settings(max_examples=3, **OPTIONS)
 @given(source=programs(), flag=st.booleans())
 def test_a_few_random_programs_give_what_plain_python_gives(source, flag, tmp_path_factory):
     check(source, tmp_path_factory.mktemp("programs"), flag=flag)
 
 
 @pytest.mark.slow
-@settings(max_examples=120, **OPTIONS)
+@settings(max_examples=60, **OPTIONS)
 @given(source=programs(), flag=st.booleans())
 def test_random_programs_give_what_plain_python_gives(source, flag, tmp_path_factory):
     check(source, tmp_path_factory.mktemp("programs"), flag=flag)

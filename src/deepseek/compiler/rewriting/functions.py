@@ -91,7 +91,12 @@ def rewrite(function: types.FunctionType) -> Callable[..., Any]:
     """`function` with its control flow rewritten: plain Python as it runs, one graph when it is traced.
 
     >>> import torch
-    >>> from deepseek.compiler.testing_example import clip  # doctest: +SKIP
+    >>> def halve(x):
+    ...     while x > 1:
+    ...         x = x / 2
+    ...     return x
+    >>> rewrite(halve)(torch.tensor(12.0))
+    tensor(0.7500)
     """
     twin = transform(function)
     function.__ds__ = Rewritten(function, twin)  # type: ignore[attr-defined]
