@@ -20,6 +20,7 @@ from pydantic import AwareDatetime, JsonValue
 from pydantic.fields import FieldInfo
 
 from deepseek.artifact.format import FileRecord, Manifest
+from deepseek.bench.comparing import BenchConfig
 from deepseek.cli import VERBS, build_app
 from deepseek.compat.generations import load_table
 from deepseek.compat.migration.rules import load_rules
@@ -55,6 +56,7 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("The data", DataConfig, "data."),
     ("The optimizer", OptimizerConfig, "optimizer."),
     ("Loading a model", LoadConfig, ""),
+    ("A benchmark", BenchConfig, ""),
     ("The engine", EngineConfig, ""),
     ("The server", ServeConfig, ""),
 )

@@ -49,6 +49,7 @@ SMALLER = (
     ("num_steps=60", "num_steps=3"),
     ("num_steps=20", "num_steps=3"),
     ("num_steps = 20", "num_steps = 3"),
+    ('"time_budget_s": 90', '"time_budget_s": 5'),
     ("8080", "{port}"),
 )
 SKIPPED = "test: skip-slow"

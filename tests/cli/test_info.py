@@ -15,6 +15,15 @@ from deepseek.artifact.format import Manifest
 from deepseek.artifact.reading import read_manifest
 from tests.cli.commands import Result, assert_one_sentence
 
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
 Call = Callable[..., Result]
 
 
@@ -112,7 +121,7 @@ def test_a_pickle_offered_as_a_model_is_refused_unread(call: Call, tmp_path: Pat
     folder.mkdir()
     (folder / name).write_bytes(pickle.dumps(Dangerous(tmp_path / "was-read")))
     torch.save({"weight": torch.ones(2)}, tmp_path / "alone.pt")
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8, "hidden_size": 8}))
+    (folder / "config.json").write_text(json.dumps(LLAMA))
     for path in (folder, tmp_path / "alone.pt"):
         result = call(verb, path, *(["def "] if verb == "generate" else []))
         if name == "model.safetensors" and path == folder and verb == "info":

@@ -63,7 +63,7 @@ def test_without_a_verb_the_help_is_shown(call: Call) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nonsense"], ["nonsense", "quickstart, train"]),
+        (["nonsense"], ["nonsense", "quickstart", "train"]),
         (["trian"], ["trian", "train"]),
         (["info"], ["--path"]),
         (["quantize", "here"], ["--out"]),

@@ -13,7 +13,15 @@ from tests.compiler.jit_corpus import CASES
 IDS = [case.name for case in CASES]
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 # What runs every time; the whole corpus in training and exported runs among the slow tests.
-QUICK = {"early_returns", "while_counts", "for_tensor_range", "writes_rows", "chained_three", "returns_a_dict", "Nested"}
+QUICK = {
+    "early_returns",
+    "while_counts",
+    "for_tensor_range",
+    "writes_rows",
+    "chained_three",
+    "returns_a_dict",
+    "Nested",
+}
 QUICK_EXPORTED = {"early_returns", "for_tensor_range", "Gated"}
 
 

@@ -25,8 +25,7 @@ def test_a_condition_on_a_tensor_becomes_one_graph_with_both_branches():
     def forward(x, y):
         if y.mean() > 0:
             return deepseek.nn.ReLU()(y)
-        else:
-            return deepseek.nn.LeakyReLU(0.1)(y)
+        return deepseek.nn.LeakyReLU(0.1)(y)
 
     y = torch.tensor([2.0, -1.0])
     assert torch.equal(forward(y, y), torch.tensor([2.0, 0.0]))
@@ -40,8 +39,7 @@ def test_without_options_it_compiles_with_inductor():
     def forward(y):
         if y.mean() > 0:
             return deepseek.nn.ReLU()(y)
-        else:
-            return deepseek.nn.LeakyReLU(0.1)(y)
+        return deepseek.nn.LeakyReLU(0.1)(y)
 
     assert torch.equal(forward(torch.tensor([2.0, -1.0])), torch.tensor([2.0, 0.0]))
     assert torch.allclose(forward(torch.tensor([-2.0, 1.0])), torch.tensor([-0.2, 1.0]))
