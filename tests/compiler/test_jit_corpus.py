@@ -158,3 +158,14 @@ def test_an_exported_program_has_all_branches_and_their_gradients(case):
         named = dict(exported.named_parameters())
         parameters = [named[name] for name, _ in module.named_parameters()]
         assert_same(gradients(got, parameters, copied), want_gradients)
+
+
+MODULES = [case for case in CASES if isinstance(case.make(), nn.Module)]
+
+
+@pytest.mark.parametrize("case", MODULES, ids=lambda case: case.name)
+def test_modules_optimized_for_inference_give_the_values_of_plain_python(case):
+    plain, compiled = case.make().eval(), jit(case.make().eval(), backend="eager")
+    with torch.no_grad():
+        for arguments in case.arguments:
+            torch.testing.assert_close(compiled(*arguments), plain(*arguments), rtol=1e-9, atol=1e-9)

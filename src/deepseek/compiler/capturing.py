@@ -10,9 +10,10 @@ the passes run again.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -102,9 +103,19 @@ class Optimizing:
     def _optimize(self, inputs: Sequence[Any]) -> Any:
         graph = inline_parameters(self.graph_module, inputs, self.static)
         others = _others(inputs, self.static)
-        optimized = optimize(graph, others, is_training=False)
+        try:
+            optimized = optimize(graph, others, is_training=False, kernels=kernels_of(self.settings))
+        except Exception as error:  # noqa: BLE001 - the graph is right as it is; the user is told what is missing
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"the graph is compiled as it was captured, since the passes failed: {reason}", stacklevel=2)
+            return run_backend(graph, others, self.settings)
         self.reports.append(optimized.report)
         return run_backend(optimized.graph_module, others, self.settings)
+
+
+def kernels_of(settings: Any) -> Literal["eager", "inductor"]:
+    """Who will run the operators of an optimized graph."""
+    return "eager" if settings.backend in ("eager", "aot_eager") else "inductor"
 
 
 def _others(inputs: Sequence[Any], static: Sequence[int]) -> list[Any]:
@@ -170,9 +181,11 @@ def capture_inputs(
         return
 
 
-def report_on(graph_module: fx.GraphModule, inputs: Sequence[Any], *, is_training: bool) -> OptimizationReport:
+def report_on(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Any, *, is_training: bool
+) -> OptimizationReport:
     """What the passes find in a captured graph."""
     static = find_static(graph_module)
     with torch.no_grad():
         graph = inline_parameters(graph_module, inputs, static)
-        return optimize(graph, _others(inputs, static), is_training=is_training).report
+        return optimize(graph, _others(inputs, static), is_training=is_training, kernels=kernels_of(settings)).report

@@ -65,13 +65,13 @@ def _show(each: Rewritten) -> str:
     return f"{place:24} {each.kind:12} {each.text}" + (f"\n    {each.reason}" if each.reason else "")
 
 
-def explain_captured(function: Any, captured: Captured, trace: Trace, earlier: Trace, *, optimize: bool) -> Explanation:
+def explain_captured(function: Any, captured: Captured, trace: Trace, earlier: Trace, settings: Any) -> Explanation:
     """The explanation of graphs that were captured, with the breaks that calls met `earlier`."""
     breaks = {site.key: _describe_site(site, reason) for site, reason in [*earlier.breaks, *trace.breaks]}
     reports, notes = [], []
-    for graph_module, inputs, is_training in captured.graphs if optimize else []:
+    for graph_module, inputs, is_training in captured.graphs if settings.optimize else []:
         try:
-            reports.append(report_on(graph_module, inputs, is_training=is_training))
+            reports.append(report_on(graph_module, inputs, settings, is_training=is_training))
         except Exception as error:  # noqa: BLE001 - an explanation is given all the same, and says what is missing
             notes.append(f"fusions and memory of this graph are not known: {str(error).strip().partition(chr(10))[0]}")
     fusions = tuple(f"{each.rule} at {each.where}" for report in reports for each in report.fusion.fusions)

@@ -35,7 +35,8 @@ from torch import fx, nn
 from deepseek.compiler.capturing import Captured, capture_inputs, compile_graph
 from deepseek.compiler.explaining import Explanation, explain_captured
 from deepseek.compiler.rewriting.calling import Rewritable
-from deepseek.compiler.rewriting.functions import rewrite
+from deepseek.compiler.rewriting.functions import keep_twin
+from deepseek.compiler.rewriting.operators import BUILDING
 from deepseek.compiler.rewriting.parsing import describe
 from deepseek.compiler.rewriting.sites import ControlFlowError, GraphBreakWarning, Trace, find_refusal, recording
 from deepseek.core.errors import ConfigError
@@ -175,7 +176,7 @@ class Jitted(Rewritable):
         self.function = function
         self.settings = settings
         self.owner = owner
-        self.rewritten = rewrite(function)
+        self.twin = keep_twin(function)
         self.trace = Trace()
         self.reports: list[Any] = []
         self._compiled: Any = None
@@ -216,13 +217,13 @@ class Jitted(Rewritable):
         if self.owner is not None:
             args = (self.owner, *args)
         if torch.compiler.is_compiling():
-            return self.rewritten(*args, **kwargs)
+            return self.twin(BUILDING, *args, **kwargs)
         if self._compiled is None:
             self._compiled = self._compile()
         for _ in range(MAX_BREAKS):
             try:
                 with recording(self.trace), deep_stack():
-                    return self._compiled(*args, **kwargs)
+                    return self._compiled(BUILDING, *args, **kwargs)
             except ControlFlowError as error:
                 self._break_at(error)
             except Exception as error:  # noqa: BLE001 - raised again, in our words where they help
@@ -232,7 +233,7 @@ class Jitted(Rewritable):
     def _compile(self) -> Any:
         backend = functools.partial(compile_graph, settings=self.settings, reports=self.reports)
         return torch.compile(
-            self.rewritten,
+            self.twin,
             backend=backend,
             fullgraph=self.settings.fullgraph,
             dynamic=self.settings.dynamic,
@@ -261,14 +262,14 @@ class Jitted(Rewritable):
         trace = Trace()
         with recording(trace), deep_stack():
             self._capture(captured, trace, args, kwargs)
-        return explain_captured(self.function, captured, trace, self.trace, optimize=self.settings.optimize)
+        return explain_captured(self.function, captured, trace, self.trace, self.settings)
 
     def _capture(self, captured: Captured, trace: Trace, args: Any, kwargs: Any) -> None:
         for _ in range(MAX_BREAKS):
             captured.graphs.clear()
             trace.rewritten.clear()
             try:
-                capture_inputs(self.rewritten, captured, args, kwargs, self.settings)
+                capture_inputs(self.twin, captured, (BUILDING, *args), kwargs, self.settings)
             except ControlFlowError as error:
                 self._break_at(error)
             except Exception as error:  # noqa: BLE001 - raised again, in our words where they help

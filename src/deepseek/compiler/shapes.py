@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import Argument, Target
 
 from deepseek.compiler.measuring import StorageTracker
@@ -111,9 +112,14 @@ class _FakeRecorder(_Recorder):
         return super().call_function(target, args, kwargs)
 
 
+def _without_numbers() -> ShapeEnv:
+    """What loops in a graph ask for; an operator whose result depends on numbers is refused all the same."""
+    return ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+
+
 @torch.no_grad()
 def _run_fake(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Observed:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, StorageTracker() as tracker:
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=_without_numbers()) as mode, StorageTracker() as tracker:
         return _run(_FakeRecorder(graph_module, tracker, mode), inputs)
 
 

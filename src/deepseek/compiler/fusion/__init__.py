@@ -200,9 +200,18 @@ def remove_unused(graph_module: fx.GraphModule) -> None:
         if path not in used and not any(path.startswith(f"{name}.") for name in used):
             parent, _, name = path.rpartition(".")
             delattr(graph_module.get_submodule(parent), name)
-    graph_module.delete_all_unused_submodules()
+    _delete_unused_modules(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
+
+
+def _delete_unused_modules(graph_module: fx.GraphModule) -> None:
+    """Drop modules that no node names; what is inside a branch belongs to its own graph."""
+    named = {str(node.target) for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
+    for path in [path for path, _ in graph_module.named_modules() if path]:
+        is_used = any(f"{name}.".startswith(f"{path}.") or path.startswith(f"{name}.") for name in named)
+        if not is_used:
+            graph_module.delete_submodule(path)
 
 
 def _fuse_branches(graph: Rewriting, rules: Sequence[Rule], fusions: list[Fusion], rejections: list[Rejection]) -> None:

@@ -34,10 +34,9 @@ def make_twin(function: Any) -> bool:
     if not isinstance(function, types.FunctionType) or _is_standard(function):
         return False
     try:
-        twin = transform(function)
+        keep_twin(function)
     except ConfigError:
         return False
-    function.__ds__ = Rewritten(function, twin)  # type: ignore[attr-defined]
     return True
 
 
@@ -87,6 +86,13 @@ def _resolve(function: types.FunctionType, name: str) -> Any:
     return getattr(builtins, name, None)
 
 
+def keep_twin(function: types.FunctionType) -> types.FunctionType:
+    """The twin of `function`, made and kept; raises `ConfigError` where there can be none."""
+    twin = transform(function)
+    function.__ds__ = Rewritten(function, twin)  # type: ignore[attr-defined]
+    return twin
+
+
 def rewrite(function: types.FunctionType) -> Callable[..., Any]:
     """`function` with its control flow rewritten: plain Python as it runs, one graph when it is traced.
 
@@ -98,8 +104,7 @@ def rewrite(function: types.FunctionType) -> Callable[..., Any]:
     >>> rewrite(halve)(torch.tensor(12.0))
     tensor(0.7500)
     """
-    twin = transform(function)
-    function.__ds__ = Rewritten(function, twin)  # type: ignore[attr-defined]
+    twin = keep_twin(function)
 
     @functools.wraps(function, updated=())
     def rewritten(*args: Any, **kwargs: Any) -> Any:
