@@ -26,6 +26,7 @@ _PUBLIC = {
     "load_model": "deepseek.models.loading",
     "save_model": "deepseek.models.loading",
     "quantize": "deepseek.compress.quantizing",
+    "dynamic_graph": "deepseek.compiler.dynamic_graph",
 }
 _MODULES = (
     "artifact",
