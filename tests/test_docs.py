@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,9 @@ def test_the_code_of_a_page_runs(page, home, tmp_path, monkeypatch):
     shutil.copytree(home, folder)
     monkeypatch.chdir(folder)
     port = free_port()
-    variables = {"__name__": page.stem}
+    module = types.ModuleType(f"page_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # a compiler looks for globals in the module
+    variables = vars(module)
     blocks = [block for block in read_blocks(page) if block.language in RUNNERS and not block.is_skipped]
     assert blocks or page.name == "extending.md"
     for block in blocks:

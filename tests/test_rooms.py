@@ -53,6 +53,7 @@ PURE = (
     "compiler/liveness.py",
     "compiler/placement.py",
     "compiler/segments.py",
+    "compiler/buckets.py",
 )
 
 

@@ -32,6 +32,7 @@ _PUBLIC = {
     "fast_sigmoid": "deepseek.nn.functional",
     "PrecisionManager": "deepseek.mixed_precision.manager",
     "jit": "deepseek.compiler.jit",
+    "dynamic_graph": "deepseek.compiler.dynamic_graph",
 }
 _MODULES = (
     "artifact",

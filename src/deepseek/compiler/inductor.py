@@ -31,7 +31,9 @@ def start_probing() -> threading.Thread:
 
     Modules are imported before the thread starts, since two threads that import one library at once meet it half done.
     """
-    importlib.import_module("torch._inductor.compile_fx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch imports what it has deprecated itself
+        importlib.import_module("torch._inductor.compile_fx")
     from torch._inductor import config
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
