@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,11 +110,13 @@ def test_the_code_of_a_page_runs(page, home, tmp_path, monkeypatch):
     shutil.copytree(home, folder)
     monkeypatch.chdir(folder)
     port = free_port()
-    variables = {"__name__": page.stem}
+    module = types.ModuleType(page.stem)
+    monkeypatch.setitem(sys.modules, page.stem, module)  # compiled code looks its globals up there
     blocks = [block for block in read_blocks(page) if block.language in RUNNERS and not block.is_skipped]
     assert blocks or page.name == "extending.md"
     for block in blocks:
-        RUNNERS[block.language](make_small(block.code, port), f"{page.name}:{block.line}", variables)
+        RUNNERS[block.language](make_small(block.code, port), f"{page.name}:{block.line}", vars(module))
+    torch._dynamo.reset()  # while the names that compiled code left among the variables are there
 
 
 def make_small(code, port):
