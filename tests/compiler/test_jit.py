@@ -503,6 +503,18 @@ def test_optimized_inference_notices_new_weights(change):
         torch.testing.assert_close(compiled(x), module(x))
 
 
+def test_inference_that_writes_into_buffers_writes_once_per_call():
+    module = Chooses().train()
+    compiled = ds.jit(module, backend="eager")
+    twin = copy.deepcopy(module)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), twin(x))
+    assert module.norm.num_batches_tracked == 3
+    torch.testing.assert_close(module.norm.running_mean, twin.norm.running_mean)
+
+
 # ---- random numbers
 
 
@@ -590,21 +602,9 @@ def test_an_explanation_names_what_became_of_the_code():
 
 
 def test_an_explanation_runs_nothing():
-    ran = []
-
-    def spy(x):
-        ran.append(1)
-        return x
-
-    torch.compiler.disable(spy)
-
-    @ds.jit(backend="eager")
-    def f(x):
-        return x + 1 if x.sum() > 0 else x
-
-    x = torch.ones(2)
-    f.explain(x)
-    assert torch.equal(x, torch.ones(2))
+    module = Chooses().train()
+    ds.jit(module, backend="eager").explain(torch.randn(4, 3))
+    assert module.norm.num_batches_tracked == 0
 
 
 def test_an_explanation_tells_breaks():
@@ -614,6 +614,22 @@ def test_an_explanation_tells_breaks():
     assert explanation.num_graphs > 1
     (place,) = explanation.breaks
     assert place.line == line_of(Counter, "self.count += 1")
+
+
+def test_breaks_that_the_tracer_makes_are_told_with_their_line(capsys):
+    def f(x):
+        y = x + 1
+        print("between")
+        return y * 2
+
+    with pytest.raises(ControlFlowError, match=rf"test_jit.py:{line_of(f, 'print')}: .*fullgraph=False"):
+        ds.jit(f, backend="eager")(torch.ones(2))
+    compiled = ds.jit(f, backend="eager", fullgraph=False)
+    with pytest.warns(GraphBreakWarning, match=rf"test_jit.py:{line_of(f, 'print')}: .*print"):
+        compiled(torch.ones(2))
+    assert capsys.readouterr().out == "between\n"
+    (told,) = compiled.trace.breaks
+    assert told[0].line == line_of(f, "print")
 
 
 # ---- shapes and backends
@@ -631,6 +647,24 @@ def test_other_shapes_are_traced_anew_and_symbolic_ones_are_not():
             for sign in (1, -1):
                 x = torch.arange(1.0, 1 + size)[:, None] * sign
                 torch.testing.assert_close(compiled(x), f(x))
+
+
+def test_under_a_memory_budget_gradients_are_the_same():
+    def f(x):
+        for _ in range(4):
+            x = (x.sin() * 3).exp().cos()
+        return x if x.sum() > 0 else -x
+
+    found = []
+    for budget in (None, 0.1):
+        x = torch.linspace(-1, 1, 9, requires_grad=True)
+        y = ds.jit(f, backend="aot_eager", memory_budget=budget)(x)
+        found.append(torch.autograd.grad(y.sum(), x)[0])
+    assert torch.equal(*found)
+    with pytest.raises(Exception, match="works with inductor, aot_eager"):
+        ds.jit(f, backend="eager", memory_budget=0.5)(x)
+    with pytest.raises(ConfigError, match="memory_budget"):
+        ds.jit(f, memory_budget=3.0)
 
 
 @pytest.mark.slow

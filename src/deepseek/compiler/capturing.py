@@ -20,8 +20,10 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from deepseek.compiler.optimizing import OptimizationReport, optimize
+from deepseek.compiler.recomputation import eager_with_budget, inductor_with_budget
 from deepseek.compiler.rewriting.cleaning import erase_probes_
 from deepseek.compiler.rewriting.randomness import seed_branches_
+from deepseek.core.errors import ConfigError
 
 
 @dataclass
@@ -57,7 +59,9 @@ def _has_symbols(inputs: Sequence[Any]) -> bool:
 def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Any) -> Callable[..., Any]:
     """The graph compiled by the backend that the user named."""
     compiler: Any = settings.backend
-    if compiler == "inductor":
+    if settings.memory_budget is not None and torch.is_grad_enabled():
+        compiler = choose_budgeted(settings)
+    elif compiler == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
         compiler = functools.partial(compile_fx, config_patches=settings.options)
@@ -65,6 +69,17 @@ def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: A
         compiler = torch._dynamo.lookup_backend(compiler)
     compiled: Callable[..., Any] = compiler(graph_module, list(inputs))
     return compiled
+
+
+def choose_budgeted(settings: Any) -> Callable[..., Any]:
+    """The backend that keeps no more than the memory budget for backward."""
+    backends: dict[Any, Any] = {"inductor": inductor_with_budget, "aot_eager": eager_with_budget}
+    if settings.backend not in backends:
+        raise ConfigError(
+            f"memory_budget was given with the backend {settings.backend!r}; it works with {', '.join(backends)}"
+        )
+    budgeted: Callable[..., Any] = backends[settings.backend](settings.memory_budget)
+    return budgeted
 
 
 def find_static(graph_module: fx.GraphModule) -> list[int]:
@@ -92,13 +107,23 @@ class Optimizing:
         self.static = find_static(graph_module)
         self.versions: tuple[Any, ...] | None = None
         self.compiled: Any = None
+        self.writes = False  # the graph writes into its own parameters or buffers, and is left as it is
 
     def __call__(self, *inputs: Any) -> Any:
-        versions = tuple((id(inputs[index]), inputs[index]._version) for index in self.static)
-        if versions != self.versions:
+        before = self._read_versions(inputs)
+        if self.writes:
+            return self.compiled(*inputs)
+        if before != self.versions:
             self.compiled = self._optimize(inputs)
-            self.versions = versions
-        return self.compiled(*_others(inputs, self.static))
+            self.versions = before
+        result = self.compiled(*_others(inputs, self.static))
+        if self._read_versions(inputs) != before:  # a batch norm in training mode, a buffer that counts
+            self.writes = True
+            self.compiled = run_backend(self.graph_module, inputs, self.settings)
+        return result
+
+    def _read_versions(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple((id(inputs[index]), inputs[index]._version) for index in self.static)
 
     def _optimize(self, inputs: Sequence[Any]) -> Any:
         graph = inline_parameters(self.graph_module, inputs, self.static)
@@ -133,7 +158,7 @@ def inline_parameters(graph_module: fx.GraphModule, inputs: Sequence[Any], stati
             root.register_parameter(name, inputs[index])
         else:
             root.register_buffer(name, inputs[index])
-    traced = make_fx(graph_module, pre_dispatch=True)(*inputs)
+    traced = make_fx(graph_module, tracing_mode="fake", pre_dispatch=True)(*inputs)
     for child, module in traced.named_children():
         root.add_module(child, module)
     graph = traced.graph

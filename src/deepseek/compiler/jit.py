@@ -23,22 +23,27 @@ import copy
 import functools
 import inspect
 import sys
+import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
 import torch
-from torch import fx, nn
+from torch import nn
+from torch._dynamo.utils import graph_break_reasons
 
 from deepseek.compiler.capturing import Captured, capture_inputs, compile_graph
 from deepseek.compiler.explaining import Explanation, explain_captured
+from deepseek.compiler.recomputation import check_budget
+from deepseek.compiler.rewriting import operators
 from deepseek.compiler.rewriting.calling import Rewritable
 from deepseek.compiler.rewriting.functions import keep_twin
 from deepseek.compiler.rewriting.operators import BUILDING
 from deepseek.compiler.rewriting.parsing import describe
-from deepseek.compiler.rewriting.sites import ControlFlowError, GraphBreakWarning, Trace, find_refusal, recording
+from deepseek.compiler.rewriting.sites import ControlFlowError, GraphBreakWarning, Site, Trace, find_refusal, recording
 from deepseek.core.errors import ConfigError
 
 Target = TypeVar("Target")
@@ -56,6 +61,7 @@ def jit(
     dynamic: bool | None = ...,
     options: dict[str, Any] | None = ...,
     optimize: bool = ...,
+    memory_budget: float | None = ...,
 ) -> Target: ...
 @overload
 def jit(
@@ -65,6 +71,7 @@ def jit(
     dynamic: bool | None = ...,
     options: dict[str, Any] | None = ...,
     optimize: bool = ...,
+    memory_budget: float | None = ...,
 ) -> Callable[[Target], Target]: ...
 def jit(
     target: Any = None,
@@ -74,14 +81,17 @@ def jit(
     dynamic: bool | None = None,
     options: dict[str, Any] | None = None,
     optimize: bool = True,
+    memory_budget: float | None = None,
 ) -> Any:
     """Compile a function, a method, a module or a class of modules to one graph, control flow on tensors included.
 
     `fullgraph=False` turns what cannot be rewritten from an error into a warning and a graph break. `backend`,
     `dynamic` and `options` are those of `torch.compile`. With `optimize`, graphs for inference are fused and freed of
-    memory first. A module comes back as one of the same class that shares its parameters, buffers and children; a
-    class is changed in place. Raises `ConfigError` for what has no Python source (a lambda, a built-in, a generator,
-    a coroutine), and when it is called `ControlFlowError`, with file, line and a hint, for what no graph can hold.
+    memory first. `memory_budget`, in training, is the share in (0, 1] of what backward needs again that is kept; the
+    rest is computed twice. A module comes back as one of the same class that shares its parameters, buffers and
+    children; a class is changed in place. Raises `ConfigError` for what has no Python source (a lambda, a built-in, a
+    generator, a coroutine), and when it is called `ControlFlowError`, with file, line and a hint, for what no graph
+    can hold.
 
     >>> import torch
     >>> @jit(backend="eager")
@@ -90,7 +100,7 @@ def jit(
     >>> absolute(torch.tensor(-3.0))
     tensor(3.)
     """
-    settings = Settings(fullgraph, backend, dynamic, options, optimize)
+    settings = Settings(fullgraph, backend, dynamic, options, optimize, memory_budget)
     if target is None:
         return functools.partial(_jit, settings=settings)
     return _jit(target, settings)
@@ -106,12 +116,16 @@ class Settings:
         dynamic: bool | None,
         options: dict[str, Any] | None,
         optimize: bool,
+        memory_budget: float | None,
     ) -> None:
         self.fullgraph = fullgraph
         self.backend = backend
         self.dynamic = dynamic
         self.options = options
         self.optimize = optimize
+        self.memory_budget = memory_budget
+        if memory_budget is not None:
+            check_budget(memory_budget)
 
 
 def _jit(target: Any, settings: Settings) -> Any:
@@ -222,7 +236,7 @@ class Jitted(Rewritable):
             self._compiled = self._compile()
         for _ in range(MAX_BREAKS):
             try:
-                with recording(self.trace), deep_stack():
+                with recording(self.trace), deep_stack(), self._telling_breaks():
                     return self._compiled(BUILDING, *args, **kwargs)
             except ControlFlowError as error:
                 self._break_at(error)
@@ -249,6 +263,20 @@ class Jitted(Rewritable):
         self.trace.breaks.append((sites[-1], str(error)))
         warnings.warn(f"one graph becomes two: {error}", GraphBreakWarning, stacklevel=3)
 
+    @contextmanager
+    def _telling_breaks(self) -> Iterator[None]:
+        """Warn of graph breaks that the tracer makes by itself, for other reasons than control flow."""
+        num_known = len(graph_break_reasons)
+        yield
+        for found in graph_break_reasons[num_known:]:
+            frame = _last_own_frame(found.user_stack)
+            if not found.graph_break or frame is None or found.user_stack[-1].filename == operators.__file__:
+                continue
+            site = Site(frame.filename, frame.lineno or 0, "a graph break", frame.name)
+            reason = f"{site.place}: {found.reason.partition(chr(10))[0]} (in {site.function}: `{site.text}`)"
+            self.trace.breaks.append((site, reason))
+            warnings.warn(f"one graph becomes two: {reason}", GraphBreakWarning, stacklevel=4)
+
     # ---- telling
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
@@ -260,7 +288,7 @@ class Jitted(Rewritable):
             args = (self.owner, *args)
         captured = Captured()
         trace = Trace()
-        with recording(trace), deep_stack():
+        with recording(trace), deep_stack(), self._telling_breaks():
             self._capture(captured, trace, args, kwargs)
         return explain_captured(self.function, captured, trace, self.trace, self.settings)
 
@@ -319,9 +347,15 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
 
 def _user_place(error: Exception) -> str | None:
     """The last line of the user's own code in a tracer's report."""
-    stack = getattr(error, "real_stack", None) or []
-    own = [frame for frame in stack if "deepseek/compiler" not in frame.filename and "/torch/" not in frame.filename]
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else None
+    frame = _last_own_frame(getattr(error, "real_stack", None) or [])
+    return None if frame is None else f"{frame.filename}:{frame.lineno}"
 
 
-__all__ = ["ControlFlowError", "GraphBreakWarning", "Jitted", "fx", "jit"]
+def _last_own_frame(stack: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """The innermost frame that is neither torch's nor of these files."""
+    ours = str(Path(__file__).parent)
+    own = [frame for frame in stack if not frame.filename.startswith(ours) and "/torch/" not in frame.filename]
+    return own[-1] if own else None
+
+
+__all__ = ["ControlFlowError", "GraphBreakWarning", "Jitted", "jit"]
