@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import random
+import re
 import threading
 import warnings
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from deepseek.compiler.buckets import Cost
 from deepseek.compiler.dynamic_graph import DynamicGraph, dynamic_graph
+from deepseek.compiler.inductor import merge_kernels, start_probing
 from deepseek.compiler.regions import DynamicGraphWarning, find_repeated
 from deepseek.core.errors import ConfigError
 
@@ -86,7 +88,7 @@ def test_one_compilation_serves_all_lengths_and_batch_sizes():
     def score(x, y):
         return torch.tanh(x @ y.transpose(1, 2)).sum(dim=(1, 2))
 
-    for rows, length in [(4, 4), (7, 9), (3, 4), (16, 16), (5, 33), (9, 9)]:
+    for rows, length in [(7, 9), (4, 4), (3, 4), (16, 16), (5, 33), (9, 8)]:
         x = torch.randn(rows, length, 5, dtype=torch.float64)
         y = torch.randn(rows, length, 5, dtype=torch.float64)
         torch.testing.assert_close(score(x, y), torch.tanh(torch.einsum("btd,bsd->bts", x, y)).sum((1, 2)))
@@ -246,9 +248,22 @@ class Normalized(Encoder):
         return self.norm(super().forward(tokens, mask).transpose(1, 2))
 
 
+class Remembering(Encoder):
+    """Every call leaves a trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def forward(self, tokens, mask):
+        self.num_calls += 1
+        return super().forward(tokens, mask)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (Remembering, "changes its buffers"),
         (Mixing, "changes by"),
         (Counting, "changes by"),
         (Summed, "no row for each"),
@@ -358,6 +373,9 @@ def test_the_bound_holds_and_the_failing_guard_is_named():
     with pytest.warns(DynamicGraphWarning, match=r"3 compilations.*number") as caught:
         for number in range(9):
             assert shifted(torch.zeros(3), number).tolist() == [number] * 3
+        num_captured = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert shifted(torch.zeros(3), 20).tolist() == [20] * 3
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_captured  # nothing is traced any more
     assert len(graphs) == 3
     assert len(shifted.explain().compilations) == 3
     assert len(caught) == 1
@@ -581,3 +599,34 @@ def test_24_layers_are_generated_once_and_right(tmp_path, monkeypatch):
     assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"] == 1
     assert isinstance(model.forward, DynamicGraph)
     assert len(model.explain().compilations) == 1
+
+
+def test_kernels_in_one_library_keep_their_names_and_arguments():
+    source = 'extern "C"  void  kernel(const float* x, int64_t n)\n{ /* calls kernel_group(x) */ }\n'
+    merged, call = merge_kernels([(["const float*", "int64_t"], source), (["float*"], source)])
+    assert merged.count("void  kernel_0(const float* x") == merged.count("void  kernel_1(const float* x") == 1
+    assert merged.count("kernel_group(x)") == 2
+    assert "kernel_0(parse_arg<float*>(args, 1), parse_arg<int64_t>(args, 2))" in call
+    assert "kernel_1(parse_arg<float*>(args, 1))" in call
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_graph_are_compiled_together_and_torch_is_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    start_probing().join()
+    before = torch._inductor.async_compile.AsyncCompile
+    model, plain = twins(Block().train(), backend="inductor")
+    for length in (7, 7, 12):
+        x, mask = torch.randn(3, length, SIZE), torch.ones(3, 1, 1, length, dtype=torch.bool)
+        answers = []
+        for each in (model, plain):
+            each.zero_grad()
+            answers.append(each(x, mask))
+            answers[-1].square().mean().backward()
+        torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-4)
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+    sources = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.main.cpp")]
+    num_kernels = sum(len(re.findall(r'extern "C"\s+void\s+kernel_\d+\(', source)) for source in sources)
+    assert num_kernels > len(sources) > 0
+    assert torch._inductor.async_compile.AsyncCompile is before

@@ -612,14 +612,20 @@ class DynamicGraph:
 
     @contextlib.contextmanager
     def _without_traces(self) -> Iterator[None]:
-        """Run something extra: no gradients, and random numbers and buffers afterwards as before."""
+        """Run something extra: no gradients, and random numbers and buffers afterwards as before.
+
+        A forward pass that changes buffers changes them once for each piece, so it is refused.
+        """
         buffers = [] if self._owner is None else list(self._owner.buffers())
         kept = [each.clone() for each in buffers]
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield
+            changed = [each for each, before in zip(buffers, kept, strict=True) if not torch.equal(each, before)]
             for buffer, before in zip(buffers, kept, strict=True):
                 buffer.copy_(before)
+        if changed:
+            raise PaddingRefusedError("it changes its buffers in each call, and would do so for each piece")
 
     def _refuse_statistics(self) -> None:
         """Layers that average over the batch see what was added to it."""
