@@ -1,4 +1,4 @@
-# ruff: noqa: RET505 - written as the specification writes it
+
 """The row `@deepseek.jit` of the specification: dynamic code to one static graph, and an explanation of it."""
 
 import pytest
