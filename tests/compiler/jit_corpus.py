@@ -552,6 +552,15 @@ def for_tensor_range(x, count):
     return total
 
 
+@case((UP, n(4)), (UP, n(0)))
+def calculates_with_its_counter(x, count):
+    rate = 0
+    for i in range(count):
+        x = x * 0.9 + 0.05 * i + (i + 1) / 3
+        rate += 0.1
+    return x * rate
+
+
 @case((UP, n(5)), (UP, n(0)))
 def writes_rows(x, count):
     out = torch.zeros(6, dtype=x.dtype)

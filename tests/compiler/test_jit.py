@@ -2,6 +2,7 @@
 """`jit` as a user meets it: what it takes and refuses, errors with their places, breaks, explanations, modules."""
 
 import copy
+import importlib.util
 import inspect
 import json
 import pickle
@@ -17,6 +18,8 @@ from torch import nn
 import deepseek as ds
 from deepseek.compiler.jit import ControlFlowError, GraphBreakWarning
 from deepseek.core.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of inductor about torch
 
 HERE = __file__
 
@@ -83,6 +86,17 @@ def test_a_function_without_source_is_refused():
     exec("def f(x):\n    return x", scope)
     with pytest.raises(ConfigError, match=r"source of f .* cannot be found"):
         ds.jit(scope["f"])
+
+
+def test_a_file_that_was_edited_after_its_import_is_refused(tmp_path):
+    path = tmp_path / "edited_after_import.py"
+    path.write_text("def f(x):\n    return x + 1\n", encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    path.write_text("def f(x):\n    return x - 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="changed after it was imported"):
+        ds.jit(module.f)
 
 
 def test_what_is_compiled_already_comes_back():
@@ -518,7 +532,7 @@ def test_inference_that_writes_into_buffers_writes_once_per_call():
 # ---- random numbers
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_dropout_in_a_branch_has_the_gradient_of_the_mask_that_ran(backend):
     @ds.jit(backend=backend)
     def f(x):
@@ -686,6 +700,15 @@ def test_inductor_generates_code_for_branches_and_loops_in_training_and_inferenc
         torch.testing.assert_close(torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), twin))
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), f(x))
+
+
+@pytest.mark.slow
+def test_inductor_generates_code_for_an_optimized_module():
+    module = Chooses().eval()
+    compiled = ds.jit(module)
+    with torch.no_grad():
+        for x in (torch.randn(4, 3), torch.randn(4, 3) * 50, -torch.ones(4, 3) * 20):
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_package_import_stays_light():

@@ -35,6 +35,7 @@ def test_a_condition_on_a_tensor_becomes_one_graph_with_both_branches():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 def test_without_options_it_compiles_with_inductor():
     @deepseek.jit
     def forward(y):

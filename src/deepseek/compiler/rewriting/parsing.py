@@ -7,10 +7,16 @@ shared.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
+import copy
+import dis
+import functools
 import inspect
+import operator
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +25,10 @@ from deepseek.core.errors import ConfigError
 
 FACTORY = "_ds_factory"
 FUNCTION = "_ds_function"
+WAYS_OF_CALLING = {"PUSH_NULL", "PRECALL", "NOP", "CACHE", "RESUME", "EXTENDED_ARG", "COPY_FREE_VARS"}
+FUTURE_FLAGS = functools.reduce(
+    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class Source:
     tree: ast.FunctionDef
     file: str
     class_name: str | None
+    flags: int
+    """What the file imports from `__future__`, as the compiler wants it."""
 
 
 def read(function: types.FunctionType) -> Source:
@@ -41,7 +53,46 @@ def read(function: types.FunctionType) -> Source:
             f"the source of {describe(function)} cannot be found, and jit rewrites source; define it in a file"
             " (not in exec or at the prompt)"
         ) from error
-    return Source(_parse(lines, max(first, 1), code, file), file, _class_of(function))
+    flags = code.co_flags & FUTURE_FLAGS
+    source = Source(_parse(lines, max(first, 1), code, file), file, _class_of(function), flags)
+    refuse_changed(source, function)
+    return source
+
+
+def refuse_changed(source: Source, function: types.FunctionType) -> None:
+    """Raise `ConfigError` where the source is not that of the function any more, since the file was edited.
+
+    What the source compiles to is compared; a function with `assert` may have been changed by a test runner.
+    """
+    if any(isinstance(node, ast.Assert) for node in ast.walk(source.tree)):
+        return
+    tree = copy.deepcopy(source.tree)
+    tree.name, tree.decorator_list = FUNCTION, []
+    code = _find_code(_compile_module(tree, function.__code__.co_freevars, source), FUNCTION)
+    if not is_same_code(code, function.__code__):
+        raise ConfigError(
+            f"the source of {describe(function)} is not what runs, since the file was changed after it was imported;"
+            " start again"
+        )
+
+
+def is_same_code(one: types.CodeType, other: types.CodeType) -> bool:
+    """Whether two pieces of code do the same; how names of modules are called may differ with what a file imports."""
+    if list(_instructions(one)) != list(_instructions(other)):
+        return False
+    inner = [[each for each in code.co_consts if isinstance(each, types.CodeType)] for code in (one, other)]
+    return len(inner[0]) == len(inner[1]) and all(map(is_same_code, *inner))
+
+
+def _instructions(code: types.CodeType) -> Iterator[tuple[str, str]]:
+    """What code does, step by step, without the places of jumps and the ways of calling."""
+    for each in dis.get_instructions(code):
+        if each.opname in WAYS_OF_CALLING:
+            continue
+        if isinstance(each.argval, types.CodeType) or "JUMP" in each.opname or each.opname in ("FOR_ITER", "SEND"):
+            yield each.opname, ""
+        elif not (each.opname == "LOAD_CONST" and isinstance(each.argval, str)):  # may be an inner function's name
+            yield each.opname.replace("LOAD_METHOD", "LOAD_ATTR"), each.argrepr.rpartition(" + ")[2]
 
 
 def _parse(lines: list[str], first: int, code: types.CodeType, file: str) -> ast.FunctionDef:
@@ -98,7 +149,10 @@ def _compile_module(tree: ast.FunctionDef, free: tuple[str, ...], source: Source
         body = [class_of(source.class_name, body)]
     factory = function_of(FACTORY, arguments_of(free), body)
     module = ast.Module(body=[ast.copy_location(factory, tree)], type_ignores=[])
-    return compile(ast.fix_missing_locations(module), source.file, "exec")
+    code: types.CodeType = compile(
+        ast.fix_missing_locations(module), source.file, "exec", flags=source.flags, dont_inherit=True
+    )
+    return code
 
 
 def _find_code(code: types.CodeType, name: str) -> types.CodeType:
