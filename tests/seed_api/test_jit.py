@@ -1,4 +1,3 @@
-
 """The row `@deepseek.jit` of the specification: dynamic code to one static graph, and an explanation of it."""
 
 import pytest
