@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio, report
-from deepseek.compiler.compiled_cache import CACHE_VARIABLE
 from deepseek.compiler.dynamic_graph import DynamicGraph, Explanation, dynamic_graph
+from deepseek.core.storage import CACHE_VARIABLE
 
 VOCAB_SIZE, NUM_TAGS, MAX_LENGTH = 1000, 64, 512
 BATCH_SIZE, MEDIAN_LENGTH, SIGMA = 16, 24, 0.9

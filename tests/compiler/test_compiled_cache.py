@@ -19,7 +19,7 @@ from deepseek.compiler.compiled_cache import (
     _read_key,
     _unpack,
     digest_of,
-    find_cache_folder,
+    find_compiled_folder,
 )
 
 ARTIFACTS, LIBRARIES = b"artifacts" * 99, {"cabcdefghijk.main.so": b"library", "cdefabcghijk.so": b""}
@@ -34,9 +34,9 @@ def folder(tmp_path):
 
 def test_the_folder_is_where_the_variable_says(monkeypatch, tmp_path):
     monkeypatch.setenv("DEEPSEEK_CACHE_DIR", str(tmp_path))
-    assert find_cache_folder() == tmp_path / "compiled"
+    assert find_compiled_folder() == tmp_path / "compiled"
     monkeypatch.delenv("DEEPSEEK_CACHE_DIR")
-    assert find_cache_folder().is_relative_to(Path.home())
+    assert find_compiled_folder().is_relative_to(Path.home())
 
 
 def test_what_is_packed_is_unpacked(folder):

@@ -33,9 +33,8 @@ from pathlib import Path
 
 from deepseek.core.errors import StorageError
 from deepseek.core.machine import describe_machine
-from deepseek.core.storage import explained_storage, write_file
+from deepseek.core.storage import explained_storage, find_cache_folder, write_file
 
-CACHE_VARIABLE = "DEEPSEEK_CACHE_DIR"
 _MAGIC = b"deepseek compiled 1\n"
 _KEY_NAME = "key"
 _KEY_BYTES = 32
@@ -48,10 +47,9 @@ class CompiledCacheWarning(UserWarning):
     """Compiled code could not be kept or reused; everything runs as without it, and compiles again."""
 
 
-def find_cache_folder() -> Path:
-    """Where compiled code is kept: below `DEEPSEEK_CACHE_DIR`, or `~/.cache/deepseek` where that is not set."""
-    root = os.environ.get(CACHE_VARIABLE)
-    return (Path(root) if root else Path.home() / ".cache" / "deepseek") / "compiled"
+def find_compiled_folder() -> Path:
+    """Where compiled code is kept."""
+    return find_cache_folder() / "compiled"
 
 
 def digest_of(*parts: str) -> str:
@@ -73,7 +71,7 @@ class CompiledStore:
     """The entry of one digest: `load` once before compiling, `save` whenever something was compiled."""
 
     def __init__(self, digest: str, folder: Path | None = None) -> None:
-        self.folder = folder or find_cache_folder()
+        self.folder = folder or find_compiled_folder()
         self.path = self.folder / f"{digest}.bundle"
         self._saved = b""
 

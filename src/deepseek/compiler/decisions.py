@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from typing import Any
 from deepseek.compiler.choosing import Candidate, Decision, Measurement, Numbers, Rejection
 from deepseek.core.errors import ConfigError, StorageError
 from deepseek.core.machine import describe_machine, describe_versions
-from deepseek.core.storage import write_file
+from deepseek.core.storage import find_cache_folder, write_file
 
 VERSION = 1
 LIBRARIES = ("torch", "torchao", "onnxruntime", "onnx", "onnxscript", "openvino", "nncf", "apache-tvm", "tensorrt")
@@ -28,8 +27,7 @@ LIBRARIES = ("torch", "torchao", "onnxruntime", "onnx", "onnxscript", "openvino"
 
 def find_folder() -> Path:
     """Where decisions are kept."""
-    root = os.environ.get("DEEPSEEK_CACHE_DIR") or Path.home() / ".cache" / "deepseek"
-    return Path(root) / "decisions"
+    return find_cache_folder() / "decisions"
 
 
 def describe_surroundings(num_threads: int) -> dict[str, Any]:

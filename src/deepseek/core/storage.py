@@ -22,6 +22,7 @@ from pathlib import Path
 
 from deepseek.core.errors import StorageError
 
+CACHE_VARIABLE = "DEEPSEEK_CACHE_DIR"
 # Linux, <fcntl.h> and <linux/fs.h>: paths as they are, and swap the two names.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _ADVICE = {
@@ -37,6 +38,12 @@ _ADVICE = {
     errno.EEXIST: "a file is in the way; move it or choose another path",
     errno.ENAMETOOLONG: "its name is too long for this file system; choose a shorter one",
 }
+
+
+def find_cache_folder() -> Path:
+    """Where results are kept that can be made again: `DEEPSEEK_CACHE_DIR`, or `~/.cache/deepseek` without it."""
+    root = os.environ.get(CACHE_VARIABLE)
+    return Path(root) if root else Path.home() / ".cache" / "deepseek"
 
 
 @contextmanager

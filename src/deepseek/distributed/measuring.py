@@ -25,11 +25,11 @@ from typing import Any
 
 from deepseek.core.errors import ConfigError, PermanentError
 from deepseek.core.machine import describe_machine
+from deepseek.core.storage import find_cache_folder
 from deepseek.distributed.cluster import Accelerator, Cluster, LinkClass, Node
 from deepseek.distributed.constants import get_constants
 
 FAMILY = "other"
-CACHE_VARIABLE = "DEEPSEEK_CACHE_DIR"
 MATMUL_SHAPES = ((2048, 256, 256), (2048, 1024, 256), (1024, 1024, 1024), (2048, 2048, 1024))
 _MESSAGE_BYTES = (8, 65536, 1 << 20, 1 << 22)
 _MOVED_BYTES = 1 << 27
@@ -50,9 +50,8 @@ class Measured:
 
 
 def default_file() -> Path:
-    """Where measurements of this machine are kept: below $DEEPSEEK_CACHE_DIR, or the user's cache folder."""
-    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "deepseek"
-    return Path(folder) / "cluster.json"
+    """Where measurements of this machine are kept."""
+    return find_cache_folder() / "cluster.json"
 
 
 def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | None = None) -> Measured:
