@@ -27,7 +27,9 @@ class StorageLedger(TorchDispatchMode):
 
     @property
     def now_bytes(self):
-        return sum(storage.nbytes() for storage in (each() for each in self._alive.values()) if storage is not None)
+        # A copy, made at once: autograd's thread may let go of a storage while this one counts.
+        storages = [each() for each in self._alive.copy().values()]
+        return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def add(self, tensors):
         """Count the storages of these tensors."""

@@ -10,6 +10,7 @@ Both count what is taken from their beginning on; what was there before is not c
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class StorageTracker(TorchDispatchMode):
         self.alive_bytes = 0
         self.peak_bytes = 0
         self._sizes_bytes: dict[int, int] = {}
+        self._lock = threading.RLock()  # autograd's threads release storages, too
 
     def __enter__(self) -> Self:
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -62,15 +64,17 @@ class StorageTracker(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes_bytes:
-            return
-        self._sizes_bytes[key] = storage.nbytes() if is_new else 0
-        self.alive_bytes += self._sizes_bytes[key]
-        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
+        with self._lock:
+            if key in self._sizes_bytes:
+                return
+            self._sizes_bytes[key] = storage.nbytes() if is_new else 0
+            self.alive_bytes += self._sizes_bytes[key]
+            self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
         weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
-        self.alive_bytes -= self._sizes_bytes.pop(key, 0)
+        with self._lock:
+            self.alive_bytes -= self._sizes_bytes.pop(key, 0)
 
 
 @dataclass(frozen=True)
