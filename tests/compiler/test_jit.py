@@ -663,6 +663,30 @@ def test_other_shapes_are_traced_anew_and_symbolic_ones_are_not():
                 torch.testing.assert_close(compiled(x), f(x))
 
 
+def test_python_numbers_that_change_are_those_of_the_call():
+    @ds.jit(backend="eager")
+    def scale(x, factor):
+        if x.sum() > 0:
+            return x * factor
+        return x - factor
+
+    for index in range(12):
+        for sign in (1.0, -1.0):
+            x = torch.full((3,), sign)
+            assert torch.equal(scale(x, 0.5 + index), x * (0.5 + index) if sign > 0 else x - (0.5 + index))
+
+
+def test_too_many_kinds_of_arguments_are_an_error_that_names_what_changes(monkeypatch):
+    @ds.jit(backend="eager")
+    def scale(x, factor):
+        return x * factor if x.sum() > 0 else x
+
+    monkeypatch.setattr("deepseek.compiler.jit.MAX_KINDS", 9)
+    with pytest.raises(ConfigError, match=r"for 9 kinds .*\(factor == 8.5 does not hold\); give it numbers"):
+        for index in range(12):
+            scale(torch.ones(3), 0.5 + index)
+
+
 def test_under_a_memory_budget_gradients_are_the_same():
     def f(x):
         for _ in range(4):

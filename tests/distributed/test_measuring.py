@@ -5,15 +5,15 @@ import pytest
 from deepseek.core.errors import ConfigError, PermanentError
 from deepseek.distributed.cluster import LinkClass
 from deepseek.distributed.columns import describe_case, stack_cases
-from deepseek.distributed.constants import get_constants
 from deepseek.distributed.cost import multiply_s
 from deepseek.distributed.finding import cluster_from_dict, cluster_to_dict
-from deepseek.distributed.measuring import Measured, default_file, fit_link, make_cluster, measure_machine
+from deepseek.distributed.measuring import Measured, default_file, fit_depth, fit_link, make_cluster, measure_machine
 from deepseek.distributed.model_shape import get_model_shape
 from deepseek.distributed.plan import Plan
 
 LINK = LinkClass(2e-5, 4e9)
-MEASURED = Measured("a box", {"fp32": {"a": 1e11, "b": 3e11}, "bf16": {"a": 4e11}}, 2e10, 8e9, LINK, 1, 4)
+RATES = {"fp32": {256: 1e11, 1024: 1.6e11}, "bf16": {256: 3e11, 1024: 4e11}}
+MEASURED = Measured("a box", RATES, 1e11, 2e10, 5e9, 3e-6, 8e9, LINK, 1, 4)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def told():
 
 def test_this_machine_is_measured(told):
     measured, steps = told
-    assert len(steps) == 4
+    assert len(steps) == 5
     for rates in measured.matmul_flops.values():
         assert all(1e8 < rate < 1e15 for rate in rates.values())
     assert 1e8 < measured.memory_bandwidth_bytes_per_s < 1e14
@@ -35,16 +35,25 @@ def test_this_machine_is_measured(told):
 
 
 def test_prediction_starts_from_the_rates_that_were_measured():
-    shares = get_constants("other")
-    device = make_cluster(MEASURED).accelerators[0]
-    assert device.peak_flops["fp32"] * shares.matmul_fraction == pytest.approx(2e11)
-    assert device.memory_bandwidth_bytes_per_s * shares.memory_fraction == pytest.approx(2e10)
-    columns = stack_cases(
-        [describe_case(get_model_shape("Llama3-8B"), make_cluster(MEASURED), Plan(precision="fp32"), 1)]
-    )
+    cluster = make_cluster(MEASURED)
+    columns = stack_cases([describe_case(get_model_shape("Llama3-8B"), cluster, Plan(precision="bf16"), 1)])
     size = columns.hidden * 0 + 16384
-    seconds = float(multiply_s(columns, size, size, size)[0])
-    assert 2 * 16384**3 / seconds == pytest.approx(2e11, rel=0.05)
+    for depth, rate in RATES["bf16"].items():
+        seconds = float(multiply_s(columns, size, size, size * 0 + depth)[0])
+        assert 2 * 16384**2 * depth / seconds == pytest.approx(rate, rel=0.02)
+    shares = cluster.accelerators[0].constants
+    assert float((columns.memory_bandwidth * columns.memory_fraction)[0]) == pytest.approx(5e9)
+    peak = float((columns.peak_flops_16 * columns.matmul_fraction)[0])
+    assert peak * shares.attention_fraction == pytest.approx(1e11)
+    assert shares.launch_s == 3e-6
+    assert cluster.accelerators[0].scale_up == cluster.network == LINK
+
+
+@pytest.mark.parametrize("rates", [{256: 2e11, 1024: 1.5e11}, {256: 1e11, 1024: 4.1e11}])
+def test_rates_that_no_depth_explains_stay_what_they_are(rates):
+    peak, depth = fit_depth(rates)
+    assert depth == 0.0
+    assert min(rates.values()) <= peak <= max(rates.values())
 
 
 def test_a_line_through_messages_is_found_again():

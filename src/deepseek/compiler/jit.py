@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
 import torch
+import torch._dynamo.config as dynamo
 from torch import nn
 from torch._dynamo.utils import graph_break_reasons
 
@@ -50,6 +51,7 @@ Target = TypeVar("Target")
 Backend = str | Callable[..., Any]
 MAX_FRAMES = 10_000
 MAX_BREAKS = 64  # places that one function may be broken at before something else must be wrong
+MAX_KINDS = 64  # of arguments that one function is compiled for: types, Python values, shapes of different rank
 
 
 @overload
@@ -236,7 +238,7 @@ class Jitted(Rewritable):
             self._compiled = self._compile()
         for _ in range(MAX_BREAKS):
             try:
-                with recording(self.trace), deep_stack(), self._telling_breaks():
+                with recording(self.trace), tracing(), self._telling_breaks():
                     return self._compiled(BUILDING, *args, **kwargs)
             except ControlFlowError as error:
                 self._break_at(error)
@@ -288,7 +290,7 @@ class Jitted(Rewritable):
             args = (self.owner, *args)
         captured = Captured()
         trace = Trace()
-        with recording(trace), deep_stack(), self._telling_breaks():
+        with recording(trace), tracing(), self._telling_breaks():
             self._capture(captured, trace, args, kwargs)
         return explain_captured(self.function, captured, trace, self.trace, self.settings)
 
@@ -307,14 +309,20 @@ class Jitted(Rewritable):
 
 
 @contextmanager
-def deep_stack() -> Iterator[None]:
-    """Room for the tracer: each tensor condition inside another takes it some eighty Python frames."""
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(before, MAX_FRAMES))
+def tracing() -> Iterator[None]:
+    """The tracer as these functions need it.
+
+    Each tensor condition inside another takes it some eighty Python frames. A Python number stays a Python value, which
+    it was compiled for: a branch of a graph takes no variable one.
+    """
+    frames, limit, is_special = sys.getrecursionlimit(), dynamo.recompile_limit, dynamo.specialize_float
+    sys.setrecursionlimit(max(frames, MAX_FRAMES))
+    dynamo.recompile_limit, dynamo.specialize_float = max(limit, MAX_KINDS), True
     try:
         yield
     finally:
-        sys.setrecursionlimit(before)
+        sys.setrecursionlimit(frames)
+        dynamo.recompile_limit, dynamo.specialize_float = limit, is_special
 
 
 def _restore(module: str, name: str, settings: Settings, owner: Any) -> Any:
@@ -333,6 +341,11 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
         raised = ControlFlowError(str(refusal).partition("\n")[0], refusal.sites)
         raised.__cause__ = error
         return raised
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        raise ConfigError(
+            f"{describe(function)} is compiled for {MAX_KINDS} kinds of arguments already, and these are another"
+            f"{_last_difference()}; give it numbers that change often as tensors, or call it without jit"
+        ) from error
     if not isinstance(error, torch._dynamo.exc.Unsupported):
         raise error
     place = _user_place(error)
@@ -343,6 +356,16 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
     )
     raised.__cause__ = error
     return raised
+
+
+def _last_difference() -> str:
+    """The check of what was compiled last that the arguments do not pass, in the tracer's words."""
+    metrics = torch._dynamo.utils.get_compilation_metrics()
+    reason = next((each.recompile_reason for each in reversed(metrics) if each.recompile_reason), None)
+    if reason is None:
+        return ""
+    check = reason.splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
+    return f" ({check} does not hold)"
 
 
 def _user_place(error: Exception) -> str | None:

@@ -19,6 +19,7 @@ from importlib.resources import files
 
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
+from deepseek.distributed.constants import Constants, get_constants
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Accelerator:
 
     `topology` says how the scale-up links reach the neighbours: all through a `switch`, in `pairs` (every two devices
     have a link of their own), or as the eight-device hybrid cube `mesh` of DGX-1. `achievable_fraction` is the best
-    share of its 16 bit peak that anybody measured on the device itself, any matrix size.
+    share of its 16 bit peak that anybody measured on the device itself, any matrix size. `shares` are the constants of
+    this very device where they were measured on it; without them, those of its family count.
     """
 
     name: str
@@ -66,6 +68,12 @@ class Accelerator:
     processors: int = 108
     achievable_fraction: float | None = None
     power_w: float = 0.0
+    shares: Constants | None = None
+
+    @property
+    def constants(self) -> Constants:
+        """What share of its numbers the device reaches: as measured on it, or on others of its family."""
+        return self.shares or get_constants(self.family)
 
     def get_peak_flops(self, precision: str) -> float:
         """Dense peak for matrices in `precision`; a precision the device lacks runs at its 16 bit rate."""

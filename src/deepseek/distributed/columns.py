@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.distributed.cluster import Cluster
-from deepseek.distributed.constants import NAMES, Constants, get_constants
+from deepseek.distributed.constants import NAMES, Constants
 from deepseek.distributed.model_shape import ModelShape, OperatorList
 from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan
 from deepseek.distributed.software import ATTENTIONS
@@ -114,17 +114,16 @@ def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
 
 
 def describe_constants(constants: Constants) -> dict[str, float]:
-    """The constants of one family, by column."""
+    """The constants of one device or family, by column."""
     return {name: getattr(constants, name) for name in NAMES}
 
 
 def describe_case(model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int) -> dict[str, float]:
     """Everything one prediction needs, by column."""
-    family = cluster.nodes[0].accelerator.family
     return {
         **describe_model(model),
         **describe_cluster(cluster, plan.precision),
-        **describe_constants(get_constants(family)),
+        **describe_constants(cluster.nodes[0].accelerator.constants),
         **describe_plan(plan),
         "global_batch": float(global_batch),
     }
@@ -132,10 +131,9 @@ def describe_case(model: ModelShape, cluster: Cluster, plan: Plan, global_batch:
 
 def describe_operators(model: OperatorList, cluster: Cluster, plan: Plan, global_batch: int) -> dict[str, float]:
     """Everything one prediction of a traced list needs, by column; its sizes stay in the list."""
-    family = cluster.nodes[0].accelerator.family
     return {
         **describe_cluster(cluster, plan.precision),
-        **describe_constants(get_constants(family)),
+        **describe_constants(cluster.nodes[0].accelerator.constants),
         **describe_plan(plan),
         "num_parameters": float(model.num_parameters),
         "global_batch": float(global_batch),

@@ -20,7 +20,7 @@ from deepseek.distributed.columns import Array, Columns
 
 # Rows and columns of an output tile, and its speed relative to the largest (smaller tiles reload operands more often).
 _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
-_BACKWARD_ATTENTION = 2.5  # five products instead of two (Dao et al. 2022)
+BACKWARD_ATTENTION = 2.5  # five products instead of two (Dao et al. 2022)
 # Bytes per score: product out, softmax in and out, dropout in, out and mask, product in; and the same on the way back.
 _UNFUSED_SCORE_BYTES, _UNFUSED_SCORE_BYTES_BACKWARD = 13.0, 15.0
 _UNFUSED, _FLASH, _FLASH_3 = 0.0, 1.0, 3.0  # places in software.ATTENTIONS
@@ -30,6 +30,10 @@ _FLASH_3_SPEED = 1.75  # FlashAttention 3 relative to 2 on Hopper (Shah et al. 2
 _KERNELS_FORWARD = 33.0
 KERNEL_S = 4e-6  # device time of a kernel that does nothing
 _PLAIN_ELEMENTWISE = 1.6  # bytes of one kernel per operator, relative to fused ones
+_ROW_BYTES, _GATE_BYTES = 22.0, 2.0  # of a layer's two norms and residuals per channel, of its gate per channel of each
+_BACKWARD_ELEMENTWISE = 1.5  # bytes going back, relative to going forward
+# What that counts per element for one norm, one residual and one gate of three equal sizes, forward and back.
+BYTES_OF_PLAIN_KERNELS = (1 + _BACKWARD_ELEMENTWISE) * _PLAIN_ELEMENTWISE * (_ROW_BYTES / 2 + 3 * _GATE_BYTES)
 _LAST_WAVE = 0.4  # of an unfilled last wave's time that is lost: libraries cut the contracted dimension to fill it
 _KERNELS_CAPACITY = 80.0  # the same where every expert has a fixed number of places
 _KERNELS_EXPERTS = 200.0  # routing, permuting and counting tokens
@@ -157,7 +161,7 @@ def _attend_s(c: Columns, tokens: Array) -> tuple[Array, Array]:
     unfused_backward = 2 * products + _move_s(c, _UNFUSED_SCORE_BYTES_BACKWARD * scores, 3)
     is_fused = c.attention > 0
     forward = np.where(is_fused, fused + KERNEL_S, unfused)
-    return forward, np.where(is_fused, _BACKWARD_ATTENTION * fused + KERNEL_S, unfused_backward)
+    return forward, np.where(is_fused, BACKWARD_ATTENTION * fused + KERNEL_S, unfused_backward)
 
 
 def _count_misfit(row: Array) -> Array:
@@ -226,7 +230,7 @@ def _assemble(
     forward, inputs, weights = (one + two for one, two in zip(attention, mlp, strict=True))
     score, score_backward = _attend_s(c, tokens)
     query, _ = count_score_dims(c)
-    elementwise = 22.0 * _shared_rows(c, tokens) * c.hidden + 2.0 * (wide + narrow)
+    elementwise = _ROW_BYTES * _shared_rows(c, tokens) * c.hidden + _GATE_BYTES * (wide + narrow)
     elementwise = elementwise + 4.0 * tokens * c.heads * query / c.tp
     operands = _cast_bytes(c, 2 * tokens * c.hidden + tokens * c.heads * query / c.tp + narrow)
     fused = np.where((c.is_compiled > 0) | (c.fuses_elementwise > 0), 1.0, _PLAIN_ELEMENTWISE)
@@ -236,7 +240,7 @@ def _assemble(
         memory_s=_move_s(c, fused * elementwise + operands, 8),
         matmul_backward_s=inputs + np.where(c.frozen_weights > 0, 0.0, weights),
         attention_backward_s=score_backward,
-        memory_backward_s=_move_s(c, 1.5 * fused * elementwise + 1.5 * operands, 12),
+        memory_backward_s=_move_s(c, _BACKWARD_ELEMENTWISE * (fused * elementwise + operands), 12),
         weight_gradient_s=weights,
         last_matmul_s=last,
         kernels=_KERNELS_FORWARD + 2 * _KERNELS_EXCHANGE * (c.tp > 1) + _KERNELS_EXCHANGE * (c.zero_stage == 3),

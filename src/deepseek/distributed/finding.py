@@ -18,6 +18,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.core.storage import write_file
 from deepseek.distributed.cluster import Accelerator, Cluster, LinkClass, Node, load_accelerators
+from deepseek.distributed.constants import Constants
 from deepseek.distributed.model_shape import ModelShape, load_model_shapes, model_shape_from_config
 
 _SCHEMA = "deepseek-cluster/1"
@@ -149,7 +150,8 @@ def _read_accelerator(values: Mapping[str, Any]) -> Accelerator:
     if not {"bf16", "fp16"} & values["peak_flops"].keys():
         raise ConfigError(f"{values['name']} has no peak_flops for bf16 or fp16; measure it, or write what it reaches")
     links = {name: LinkClass(**values[name]) for name in ("scale_up", "network")}
-    return Accelerator(**{**values, **links})
+    shares = Constants(**values["shares"]) if values.get("shares") else None
+    return Accelerator(**{**values, **links, "shares": shares})
 
 
 def find_model(name: str, *, sequence: int | None = None) -> ModelShape:

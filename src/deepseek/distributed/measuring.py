@@ -5,8 +5,11 @@ the processor together) that `save_cluster` stores and `--cluster FILE` reads. R
 repeats, each after a warm-up; alpha and beta come from a straight line through round trips of growing messages
 (Hockney 1994).
 
-The planner multiplies datasheet peaks by the shares in `constants.py`. A measured rate already is what is reached, so
-it is divided by the share first: prediction then starts from what was measured.
+A named accelerator reaches shares of its datasheet that were found on other people's runs (`constants.py`). A measured
+one brings its own: how deep a product must be to run at speed, how fast attention is beside products, elementwise
+kernels beside plain copies, and what the host needs to issue one. They are stored with the device (`shares`).
+
+Shapes: R rows, C channels, B sequences, N heads, T tokens, H channels of a head.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,13 @@ from deepseek.core.machine import describe_machine
 from deepseek.core.storage import find_cache_folder
 from deepseek.distributed.cluster import Accelerator, Cluster, LinkClass, Node
 from deepseek.distributed.constants import get_constants
+from deepseek.distributed.cost import BACKWARD_ATTENTION, BYTES_OF_PLAIN_KERNELS
 
 FAMILY = "other"
-MATMUL_SHAPES = ((2048, 256, 256), (2048, 1024, 256), (1024, 1024, 1024), (2048, 2048, 1024))
+MATMUL_SHAPES = ((2048, 256, 256), (2048, 1024, 256), (1024, 1024, 1024), (2048, 2048, 1024))  # rows, columns, depth
+_ROWS, _CHANNELS = 4096, 512  # of the elementwise kernels that are timed
+_ATTENTION = (4, 8, 512, 64)  # sequences, heads, tokens, channels of a head
+_NUM_LAUNCHES = 1000
 _MESSAGE_BYTES = (8, 65536, 1 << 20, 1 << 22)
 _MOVED_BYTES = 1 << 27
 _PROCESS_TIMEOUT_S = 120.0
@@ -38,11 +45,18 @@ _PROCESS_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: FLOP/s by precision and shape, bytes/s of memory, and the link between two processes."""
+    """What was measured of one device, and of the link between two processes.
+
+    FLOP/s of products by precision and contracted dimension, FLOP/s of causal attention, bytes/s of copies and of
+    elementwise kernels, seconds to issue a kernel.
+    """
 
     device: str
-    matmul_flops: dict[str, dict[str, float]]
+    matmul_flops: dict[str, dict[int, float]]
+    attention_flops: float
     memory_bandwidth_bytes_per_s: float
+    elementwise_bytes_per_s: float
+    launch_s: float
     memory_bytes: float
     link: LinkClass
     num_devices: int
@@ -66,20 +80,26 @@ def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | No
     tell = on_progress or (lambda _: None)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
-    rates: dict[str, dict[str, float]] = {}
+    rates: dict[str, dict[int, float]] = {}
     for precision in ("fp32", "bf16"):
         tell(f"matrix products in {precision}")
-        rates[precision] = {
-            "x".join(map(str, shape)): _time_matmul(device, precision, shape, repeats) for shape in MATMUL_SHAPES
-        }
-    tell("memory")
-    bandwidth = _time_memory(device, repeats)
+        found = [(shape[2], _rate_matmul(device, precision, shape, repeats)) for shape in MATMUL_SHAPES]
+        depths = sorted({depth for depth, _ in found})
+        rates[precision] = {each: statistics.median(rate for depth, rate in found if depth == each) for each in depths}
+    tell("attention")
+    attention = _rate_attention(device, repeats)
+    tell("memory and elementwise kernels")
+    bandwidth, elementwise = _rate_memory(device, repeats), _rate_elementwise(device, repeats)
+    launch_s = _time_launch(device, repeats)
     tell("messages between two processes")
     link = measure_link()
     return Measured(
         device=torch.cuda.get_device_name() if has_gpu else describe_machine()["processor"],
         matmul_flops=rates,
+        attention_flops=attention,
         memory_bandwidth_bytes_per_s=bandwidth,
+        elementwise_bytes_per_s=elementwise,
+        launch_s=launch_s,
         memory_bytes=float(
             torch.cuda.get_device_properties(0).total_memory if has_gpu else describe_machine()["memory_bytes"]
         ),
@@ -92,35 +112,60 @@ def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | No
 
 
 def make_cluster(measured: Measured) -> Cluster:
-    """The cluster of one node that was measured; peaks are the median over shapes.
+    """The cluster of one node that was measured, with the shares of it that were measured.
 
     >>> link = LinkClass(1e-5, 1e9)
-    >>> cluster = make_cluster(Measured("cpu", {"fp32": {"a": 1e11}, "bf16": {"a": 2e11}}, 1e10, 8e9, link, 1, 2))
-    >>> cluster.num_devices, cluster.accelerators[0].peak_flops["fp32"] > 1e11
-    (1, True)
+    >>> rates = {"fp32": {256: 1e11, 1024: 1e11}, "bf16": {256: 2e11, 1024: 2e11}}
+    >>> cluster = make_cluster(Measured("cpu", rates, 1e11, 1e10, 5e9, 5e-6, 8e9, link, 1, 2))
+    >>> cluster.num_devices, cluster.accelerators[0].peak_flops["fp32"]
+    (1, 100000000000.0)
+    >>> cluster.accelerators[0].constants.attention_fraction, cluster.accelerators[0].constants.memory_fraction
+    (0.5, 0.5)
     """
-    shares = get_constants(FAMILY)
-    peaks = {
-        precision: statistics.median(rates.values()) / shares.matmul_fraction
-        for precision, rates in measured.matmul_flops.items()
-    }
-    links = LinkClass(measured.link.alpha_s, measured.link.bandwidth_bytes_per_s / shares.scale_up_fraction)
-    network = LinkClass(measured.link.alpha_s, measured.link.bandwidth_bytes_per_s / shares.network_fraction)
+    fits = {precision: fit_depth(rates) for precision, rates in measured.matmul_flops.items()}
+    shares = replace(
+        get_constants(FAMILY),
+        matmul_fraction=1.0,
+        matmul_fill_depth=fits["bf16"][1],
+        attention_fraction=measured.attention_flops / fits["bf16"][0],
+        memory_fraction=measured.elementwise_bytes_per_s / measured.memory_bandwidth_bytes_per_s,
+        launch_s=measured.launch_s,
+        scale_up_fraction=1.0,
+        network_fraction=1.0,
+    )
     device = Accelerator(
         name=measured.device,
         memory_bytes=measured.memory_bytes,
-        memory_bandwidth_bytes_per_s=measured.memory_bandwidth_bytes_per_s / shares.memory_fraction,
-        peak_flops=peaks,
-        scale_up=links,
-        network=network,
+        memory_bandwidth_bytes_per_s=measured.memory_bandwidth_bytes_per_s,
+        peak_flops={precision: peak for precision, (peak, _) in fits.items()},
+        scale_up=measured.link,
+        network=measured.link,
         family=FAMILY,
         scale_up_size=max(measured.num_devices, 1),
         processors=measured.num_processors,
+        shares=shares,
     )
-    return Cluster((Node(device, measured.num_devices),), network)
+    return Cluster((Node(device, measured.num_devices),), measured.link)
 
 
-def _time_matmul(device: Any, precision: str, shape: tuple[int, int, int], repeats: int) -> float:
+def fit_depth(rates: Mapping[int, float]) -> tuple[float, float]:
+    """FLOP/s of an endlessly deep product, and the depth at which half of that is reached, from rates at two depths.
+
+    >>> peak, depth = fit_depth({256: 1e11, 1024: 1.6e11})
+    >>> f"{peak:.3g} {depth:.0f}"
+    '2e+11 256'
+    """
+    (shallow, low), (deep, high) = min(rates.items()), max(rates.items())
+    if low >= high:  # depth does not matter here, or noise was larger
+        return statistics.median(rates.values()), 0.0
+    slope = (1 / low - 1 / high) / (1 / shallow - 1 / deep)
+    floor = 1 / high - slope / deep
+    if floor <= 0:  # a product this deep still gains in proportion; take it for the peak
+        return high, 0.0
+    return 1 / floor, slope / floor
+
+
+def _rate_matmul(device: Any, precision: str, shape: tuple[int, int, int], repeats: int) -> float:
     """FLOP/s of one product."""
     import torch
 
@@ -131,13 +176,60 @@ def _time_matmul(device: Any, precision: str, shape: tuple[int, int, int], repea
     return 2.0 * rows * columns * depth / _median_s(lambda: torch.nn.functional.linear(left, right), device, repeats)
 
 
-def _time_memory(device: Any, repeats: int) -> float:
+def _rate_memory(device: Any, repeats: int) -> float:
     """Bytes/s of reading one array and writing another, neither of which fits a cache."""
     import torch
 
     source = torch.ones(_MOVED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2.0 * _MOVED_BYTES / _median_s(lambda: target.copy_(source), device, repeats)
+
+
+def _rate_elementwise(device: Any, repeats: int) -> float:
+    """Bytes/s of a layer's norm, gate and residual and their gradients, by the bytes that `cost` counts for them."""
+    import torch
+    from torch.nn import functional as F
+
+    x_RC, gate_RC, up_RC = (torch.randn(_ROWS, _CHANNELS, device=device).bfloat16().requires_grad_() for _ in range(3))
+    gradient_RC = torch.randn_like(x_RC)
+
+    def run() -> None:
+        normal_RC = F.rms_norm(x_RC.float(), (_CHANNELS,)).bfloat16()
+        (normal_RC + F.silu(gate_RC) * up_RC).backward(gradient_RC)
+
+    return BYTES_OF_PLAIN_KERNELS * _ROWS * _CHANNELS / _median_s(run, device, repeats)
+
+
+def _rate_attention(device: Any, repeats: int) -> float:
+    """FLOP/s of causal attention going forward and back, counting the scores that are kept."""
+    import torch
+    from torch.nn import functional as F
+
+    num_sequences, num_heads, num_tokens, size = _ATTENTION
+    query_BNTH, key_BNTH, value_BNTH = (
+        torch.randn(_ATTENTION, device=device).bfloat16().requires_grad_() for _ in range(3)
+    )
+    gradient_BNTH = torch.randn_like(query_BNTH)
+
+    def run() -> None:
+        mixed_BNTH = F.scaled_dot_product_attention(query_BNTH, key_BNTH, value_BNTH, is_causal=True)
+        mixed_BNTH.backward(gradient_BNTH)
+
+    forward = 0.5 * 4 * num_sequences * num_heads * num_tokens**2 * size
+    return (1 + BACKWARD_ATTENTION) * forward / _median_s(run, device, repeats)
+
+
+def _time_launch(device: Any, repeats: int) -> float:
+    """Seconds that the host needs for a kernel with nothing to do."""
+    import torch
+
+    x = torch.zeros(1, device=device, requires_grad=True)
+
+    def run() -> None:
+        for _ in range(_NUM_LAUNCHES):
+            x.add(1)
+
+    return _median_s(run, device, repeats) / _NUM_LAUNCHES
 
 
 def _median_s(work: Callable[[], object], device: Any, repeats: int) -> float:
