@@ -38,12 +38,14 @@ def pass_around_ring(ranks, num_bytes, alpha, bandwidth, rounds):
     return max(clock)
 
 
-def send_to_all(ranks, num_bytes, alpha, bandwidth):
-    """Every rank sends its parts one after another, to the next rank first."""
-    clock = [0.0] * ranks
+def send_to_all(ranks, num_bytes, alpha, bandwidth, *, is_waiting):
+    """Every rank sends its parts one after another; until each has arrived if `is_waiting`, else until it has left."""
+    left, arrived = [0.0] * ranks, [0.0] * ranks
     for _step, rank in itertools.product(range(ranks - 1), range(ranks)):
-        clock[rank] += alpha + num_bytes / ranks / bandwidth
-    return max(clock)
+        start = arrived[rank] if is_waiting else left[rank]
+        left[rank] = start + num_bytes / ranks / bandwidth
+        arrived[rank] = left[rank] + alpha
+    return max(arrived)
 
 
 @given(RANKS, BYTES)
@@ -58,11 +60,16 @@ def test_reduce_scatter_is_one_round_of_the_ring(ranks, num_bytes):
     assert seconds == pytest.approx(pass_around_ring(ranks, num_bytes, ALPHA, BANDWIDTH, rounds=1))
 
 
-@given(RANKS, BYTES)
-def test_all_to_all_takes_as_long_as_its_messages(ranks, num_bytes):
-    seconds = collectives.all_to_all_s(table(), np.array([num_bytes]), group(ranks))[0]
-    scattered = collectives._SCATTERED * BANDWIDTH
-    assert seconds == pytest.approx(send_to_all(ranks, num_bytes, ALPHA, scattered))
+@given(st.integers(2, 8), BYTES, st.sampled_from(["switch", "pairs"]))
+def test_all_to_all_takes_as_long_as_its_messages(ranks, num_bytes, topology):
+    is_switched = topology == "switch"
+    c = table(topology=0.0 if is_switched else 1.0)
+    seconds = collectives.all_to_all_s(c, np.array([num_bytes]), group(ranks))[0]
+    share = 1.0 if is_switched else (ranks - 1) / 7
+    expected = send_to_all(
+        ranks, num_bytes, ALPHA, collectives._SCATTERED * share * BANDWIDTH, is_waiting=not is_switched
+    )
+    assert seconds == pytest.approx(expected)
 
 
 def test_between_domains_a_ring_leaves_on_every_rail():

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.cluster import Cluster, get_accelerator
 from deepseek.distributed.columns import describe_case, spread_plans, stack_cases
+from deepseek.distributed.cost import time_layer
 from deepseek.distributed.model_shape import ModelShape, OperatorCost, OperatorList, get_model_shape
 from deepseek.distributed.plan import Plan
 from deepseek.distributed.predict import TIME_ITEMS, _exposed, predict, predict_columns, predict_times
+from deepseek.distributed.software import SOFTWARE, Software
 
 SMALL = ModelShape(layers=8, hidden=1024, heads=16, ffn=4096, vocabulary=32000, sequence=1024)
 SIZES = st.sampled_from([1, 2, 4])
@@ -154,3 +156,38 @@ def test_hidden_communication_costs_its_exposed_share_and_the_rest_is_waited_for
     share = float(c.exposed_fraction[0])
     assert _exposed(c, np.array([2.0]), np.array([10.0]))[0] == pytest.approx(share * 2.0)
     assert _exposed(c, np.array([10.0]), np.array([2.0]))[0] == pytest.approx(8.0 + share * 2.0)
+
+
+def time_experts(*, ep, top_k, is_once, cluster=None):
+    model = replace(get_model_shape("Mixtral-8x7B"), experts=64, top_k=top_k)
+    software = Software(sends_tokens_once=is_once)
+    plan = Plan(dp=ep, ep=ep, micro_batch_size=8, software=software)
+    columns = stack_cases([describe_case(model, cluster or cluster_for(plan), plan, ep * 8)])
+    free = columns.with_columns(collective_s=np.zeros(1), scale_up_alpha_s=np.zeros(1), network_alpha_s=np.zeros(1))
+    return float(predict_times(free)["expert_parallel"][0])
+
+
+def test_a_token_that_is_sent_once_costs_the_devices_it_reaches_and_not_its_experts():
+    generator = np.random.default_rng(0)
+    for ep, top_k in [(8, 8), (8, 2), (4, 6)]:
+        reached = np.mean([len(set(generator.integers(ep, size=top_k))) for _ in range(20000)])
+        share = time_experts(ep=ep, top_k=top_k, is_once=True) / time_experts(ep=ep, top_k=top_k, is_once=False)
+        assert share == pytest.approx(reached / top_k, rel=0.01)
+
+
+def test_between_nodes_a_token_travels_once_per_node():
+    sent = {once: time_experts(ep=32, top_k=8, is_once=once) for once in (False, True)}
+    nodes = 4 * (1 - 0.75**8)
+    assert sent[True] / sent[False] == pytest.approx(nodes * 0.75 / (8 * 24 / 32), rel=0.01)
+
+
+def test_selective_recomputation_repeats_what_the_program_says():
+    plan = Plan(recomputation="selective", micro_batch_size=2)
+    times = {}
+    for name in ("NeMo", "torchtitan"):
+        chosen = replace(plan, software=SOFTWARE[name])
+        columns = stack_cases([describe_case(SMALL, cluster_for(chosen), chosen, 2)])
+        times[name] = predict_times(columns)
+        layer = time_layer(columns)
+        again = layer.attention_s if name == "NeMo" else layer.memory_s + 0.25 * layer.matmul_s
+        assert float(times[name]["recomputation"][0]) == pytest.approx(SMALL.layers * float(again[0]))

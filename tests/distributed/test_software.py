@@ -12,7 +12,9 @@ from deepseek.distributed.software import SOFTWARE, Software, find_software
         ("arXiv:2104.04473 Table 2 ZeRO-3; 74 days", "DeepSpeed 2021"),
         ("arXiv:2402.15627 Megatron-LM; accel is Ampere", "Megatron-LM"),
         ("arXiv:2402.15627 MegaScale; accel is Ampere", "MegaScale"),
-        ("NVIDIA/NeMo docs performance_summary.md (2024-11-27)", "NeMo"),
+        ("NVIDIA/NeMo docs performance_summary.md (2024-11-27)", "NeMo 2024"),
+        ("NVIDIA/NeMo docs performance_summary.md (2025-03-01)", "NeMo"),
+        ("NVIDIA/dgxc-benchmarking v25.04: NeMo", "NeMo"),
         ("huggingface/nanotron docs", "nanotron"),
         ("maxtext; release v25.04", "XLA"),
         ("mosaicml/llm-foundry throughput", "llm-foundry"),
@@ -34,6 +36,17 @@ def test_what_a_description_adds_changes_the_traits():
     assert not find_software("torchtitan 2024 FSDP eager")[1].is_compiled
     added = find_software("DeepSpeed ZeRO-3 + CPU-offloaded AdamW + Liger, 2025")[1]
     assert (added.offloads_optimizer, added.logit_bytes) == (True, 0.0)
+
+
+def test_tokens_are_sent_once_by_programs_that_can():
+    for text, is_once in [
+        ("Megatron-Bridge, container 25.09", False),
+        ("Megatron-Bridge, container 25.11", True),
+        ("Megatron-Bridge, container 26.02.01", True),
+        ("arXiv:2412.19437 DualPipe", True),
+        ("Megatron-LM arXiv:2312.00001", False),
+    ]:
+        assert find_software(text)[1].sends_tokens_once is is_once
 
 
 def test_an_unknown_attention_kernel_is_refused():

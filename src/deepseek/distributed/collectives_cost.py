@@ -9,7 +9,8 @@ so a ring leaves a domain at `size / spread` times one card's bandwidth (NCCL's 
     reduce-scatter, gather   half of the ring
     hierarchical             rings inside, S/g across on every rail, chunk by chunk so that the slower of the two counts
     in the switch            S (1 + 1/n) / B: every rank sends its data once and receives the sum once
-    all-to-all               (n-1) alpha + (n-1)/n S / B, bytes that stay in the domain at scale-up speed
+    all-to-all               (n-1) alpha + (n-1)/n S / B, bytes that stay in the domain at scale-up speed;
+                             one alpha where a switch takes all messages at once
 
 To each is added what it costs to start (`collective_s`) and to fill the chain (a chunk per hop between domains).
 Sources: Thakur et al. 2005 (rings), Sanders et al. 2009 (two trees), nccl-tests' definition of bus bandwidth. The forms
@@ -24,7 +25,7 @@ import numpy as np
 
 from deepseek.distributed.columns import Array, Columns, Flags
 
-_PAIRS, _MESH = 1.0, 2.0  # places in columns._TOPOLOGIES
+_SWITCH, _PAIRS, _MESH = 0.0, 1.0, 2.0  # places in columns._TOPOLOGIES
 # Disjoint rings through 2 to 8 devices of the hybrid cube mesh, of the six links that each device has.
 _MESH_RINGS = np.array([6.0, 6.0, 1.0, 2.0, 4.0, 2.0, 2.0, 4.0, 6.0])
 _SWITCH_OVERHEAD = 1.2  # multimem stores and loads against plain copies
@@ -134,7 +135,8 @@ def all_to_all_s(c: Columns, num_bytes: Array, group: Group, remote_bytes: Array
     inside = (group.inside - 1) / group.size * num_bytes / (_SCATTERED * _scale_up_bandwidth(c, group.inside))
     leaving = (group.size - group.inside) / group.size * num_bytes if remote_bytes is None else remote_bytes
     across = leaving / _network_bandwidth(c)
-    steps = (group.inside - 1) * c.scale_up_alpha_s + (group.spread - 1) * c.network_alpha_s
+    messages = np.where(c.topology == _SWITCH, 1.0, group.inside - 1)
+    steps = messages * c.scale_up_alpha_s + (group.spread - 1) * c.network_alpha_s
     return _only_where(c, num_bytes, group, steps + np.maximum(inside, across))
 
 

@@ -107,8 +107,9 @@ def measure_memory(c: Columns) -> dict[str, Array]:
 
 
 def _count_adam_bytes(c: Columns) -> Array:
-    """Master weight and two moments in 4 bytes each, and a 4 byte gradient where the gradients have 2."""
-    return np.where((c.has_fp32_gradients > 0) | (c.zero_stage == 3), 12.0, 16.0 - 4.0 * (c.attention == 3.0))
+    """Master weight and two moments in 4 bytes each; with scaled fp16 gradients, as before 2022, a 4 byte copy, too."""
+    has_copies = (c.has_fp32_gradients == 0) & (c.zero_stage < 3) & (c.attention == 0)
+    return np.where(has_copies, 16.0, 12.0)
 
 
 def _measure_buffers(c: Columns, tokens: Array, parameters: Array) -> Array:

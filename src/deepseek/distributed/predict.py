@@ -105,15 +105,21 @@ def _time_context_parallel(c: Columns) -> Array:
 
 
 def _time_expert_parallel(c: Columns) -> Array:
-    """Sending tokens to their experts and back, one layer's forward pass; a token goes to a node once."""
+    """Sending tokens to their experts and back, one layer's forward pass."""
     tokens = cost.count_tokens(c) * c.etp / c.tp
     group = collectives.place_group(c, c.ep, c.etp)
-    num_bytes = 2.0 * tokens * c.hidden * np.maximum(c.top_k, 1.0)
-    domains = group.spread
-    reached = domains * (1.0 - (1.0 - 1.0 / domains) ** np.maximum(c.top_k, 1.0)) * (1.0 - 1.0 / domains)
-    remote = np.where(domains > 1, 2.0 * tokens * c.hidden * reached, 0.0)
+    one_copy, choices = 2.0 * tokens * c.hidden, np.maximum(c.top_k, 1.0)
+    devices = np.where(c.sends_tokens_once > 0, _count_reached(group.size, choices), choices)
+    nodes = _count_reached(group.spread, choices) * (1.0 - 1.0 / group.spread)
+    apart = choices * (group.size - group.inside) / group.size
+    remote = one_copy * np.where(c.sends_tokens_once > 0, nodes, apart)
     exposed = np.where(c.overlaps_experts > 0, c.exposed_fraction, 1.0)
-    return 2 * collectives.all_to_all_s(c, num_bytes, group, remote) * exposed * c.moe_layers / c.layers
+    return 2 * collectives.all_to_all_s(c, one_copy * devices, group, remote) * exposed * c.moe_layers / c.layers
+
+
+def _count_reached(places: Array, choices: Array) -> Array:
+    """How many of some places are chosen at least once."""
+    return np.asarray(places * (1.0 - (1.0 - 1.0 / places) ** choices))
 
 
 def _count_gradient_bytes(c: Columns) -> Array:
@@ -170,7 +176,8 @@ def _time_shard_copies(c: Columns, shared: Array) -> Array:
 def _time_again(c: Columns, layer: cost.LayerTime) -> Array:
     """What one layer computes a second time before its backward pass."""
     spared = np.where(c.stops_recomputing > 0, layer.last_matmul_s, 0.0)
-    light = np.where(c.attention == 0, layer.attention_s, layer.memory_s + _SELECTED_MATMULS * layer.matmul_s)
+    is_of_attention = (c.attention == 0) | (c.selects_attention > 0)
+    light = np.where(is_of_attention, layer.attention_s, layer.memory_s + _SELECTED_MATMULS * layer.matmul_s)
     again = np.where(c.recomputation == _FULL, layer.forward_s - spared, 0.0)
     return np.where(c.recomputation == _SELECTIVE, light, again)
 

@@ -41,6 +41,10 @@ class Software:
     `gathers_layers`            sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
     `counts_tokens`             the host waits for the experts' token counts (dropless); else capacities are fixed
     `balances_stages`           the output head counts as work when layers are dealt to stages
+    `sends_tokens_once`         a token goes once to each node and device that it needs (DeepEP, HybridEP); else to each
+                                of its experts
+    `selects_attention`         selective recomputation repeats attention only; else elementwise results and every other
+                                product
     """
 
     attention: Attention = "flash2"
@@ -60,6 +64,8 @@ class Software:
     gathers_layers: bool = True
     counts_tokens: bool = True
     balances_stages: bool = False
+    selects_attention: bool = False
+    sends_tokens_once: bool = False
 
     def __post_init__(self) -> None:
         """Refuse an attention kernel that nobody has written."""
@@ -69,13 +75,14 @@ class Software:
 
 _UNFUSED = Software(attention="unfused", overlaps_gradients=False, fuses_accumulation=False, has_fp32_gradients=False)
 _DEEPSPEED = replace(_UNFUSED, gathers_layers=False)
-_NVIDIA = Software(attention="flash3", overlaps_tensors=True, has_fp32_gradients=False)
+_NVIDIA = Software(attention="flash3", overlaps_tensors=True, has_fp32_gradients=False, selects_attention=True)
 _XLA = Software(attention="flash3", is_compiled=True, stops_recomputing=True)
 SOFTWARE: dict[str, Software] = {
     "Megatron-LM 2021": _UNFUSED,
     "Megatron-LM 2022": replace(_UNFUSED, fuses_accumulation=True, overlaps_input_gradients=True),
     "DeepSpeed 2021": _DEEPSPEED,
-    "Megatron-LM": Software(overlaps_input_gradients=True),
+    "Megatron-LM": Software(overlaps_input_gradients=True, selects_attention=True),
+    "NeMo 2024": replace(_NVIDIA, attention="flash2"),
     "NeMo": _NVIDIA,
     "XLA": _XLA,
     "torchtitan": Software(
@@ -110,7 +117,7 @@ SOFTWARE: dict[str, Software] = {
         logit_bytes=4.0,
     ),
     "MegaScale": Software(overlaps_tensors=True),
-    "modern": Software(),
+    "modern": Software(sends_tokens_once=True),
 }
 # What a description says -> the program; the first row that matches wins.
 _PATTERNS: tuple[tuple[str, str], ...] = (
@@ -127,8 +134,10 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
 # Container since which NeMo's layers with experts run as recorded graphs on Blackwell. Read from a step in the times
 # it publishes for equal inputs, hence the one trait here that its source's rows told.
 _GRAPHS_SINCE = (26, 6)
+_ONCE_SINCE = (25, 11)  # container since which NeMo's recipes for experts exchange tokens with DeepEP or HybridEP
 _COMPILED_LOSS = 2501  # year and month since which torchtitan compiles the loss with the model
 _FUSED_ACCUMULATION = 2202  # year and month since which Megatron-LM adds weight gradients inside the product
+_FLASH_3_RELEASE = 2501  # year and month since which NeMo's releases attend at FlashAttention 3's speed on Hopper
 _FLASH_PAPER = 2206  # year and month after which published runs can have fused attention (arXiv:2205.14135)
 
 
@@ -147,12 +156,15 @@ def find_software(text: str) -> tuple[str, Software]:
         name = "DeepSpeed 2021" if date < _FLASH_PAPER else "modern"
     elif name in ("Megatron-LM", "modern") and date < _FLASH_PAPER:
         name = "Megatron-LM 2021" if date < _FUSED_ACCUMULATION else "Megatron-LM 2022"
+    elif name == "NeMo" and date < _FLASH_3_RELEASE and "mlperf" not in words:
+        name = "NeMo 2024"
     elif name == "torchtitan" and date >= _COMPILED_LOSS:
         name = "torchtitan 2025"
     found = SOFTWARE[name]
     traits: dict[str, Any] = {
         "is_compiled": found.is_compiled or _is_compiled(words),
         "overlaps_experts": found.overlaps_experts or "dualpipe" in words,
+        "sends_tokens_once": found.sends_tokens_once or "dualpipe" in words or _is_since(_ONCE_SINCE, words),
         "counts_tokens": found.counts_tokens and "tokendrop" not in words,
         "logit_bytes": 0.0 if "liger" in words else found.logit_bytes,
         "offloads_optimizer": found.offloads_optimizer or bool(re.search(r"cpu-?\s?offload", words)),
@@ -162,10 +174,14 @@ def find_software(text: str) -> tuple[str, Software]:
 
 def _is_compiled(words: str) -> bool:
     """Whether `torch.compile` is named, or a release that records whole iterations as graphs."""
-    release = re.search(r"container (\d+)\.(\d+)", words)
-    is_recent = release is not None and (int(release[1]), int(release[2])) >= _GRAPHS_SINCE
-    is_recorded = is_recent and bool(re.search(r"\bg?b[23]00\b", words))
+    is_recorded = _is_since(_GRAPHS_SINCE, words) and bool(re.search(r"\bg?b[23]00\b", words))
     return is_recorded or bool(re.search(r"\+compile|; compile| compile\b", words))
+
+
+def _is_since(release: tuple[int, int], words: str) -> bool:
+    """Whether a container of that year and month, or of a later one, is named."""
+    found = re.search(r"container (\d+)\.(\d+)", words)
+    return found is not None and (int(found[1]), int(found[2])) >= release
 
 
 def _find_date(words: str) -> int:
