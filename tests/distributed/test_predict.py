@@ -120,6 +120,18 @@ def test_an_operator_list_is_bound_by_operations_or_bytes():
     assert predict(kept, cluster, Plan(micro_batch_size=100), 100).is_out_of_memory
 
 
+def test_sharded_weights_of_an_operator_list_travel_in_every_micro_batch():
+    heavy = OperatorList("heavy", (OperatorCost("linear", 1e9, 1e6, 10**9),))
+    cluster = Cluster.of("A100-SXM-80GB")
+    link = cluster.scale_up.bandwidth_bytes_per_s
+    passed = 7 / 8 * (2 + 2 + 4) * 1e9 / link  # gathered in 16 bits for both passes, gradients scattered in 32
+    for count in (1, 3):
+        items = predict(heavy, cluster, Plan(dp=8, zero_stage=3), 8 * count).time_items_s
+        assert count * passed < items["sharded_weights"] < 2 * count * passed
+        assert items["data_parallel"] == 0
+    assert predict(heavy, cluster, Plan(dp=8, zero_stage=1), 8).time_items_s["sharded_weights"] == 0
+
+
 def test_the_slowest_device_sets_the_pace():
     mixed = Cluster.of("H100-SXM-80GB").join(Cluster.of("A100-SXM-40GB"))
     slow = Cluster.of("A100-SXM-40GB", nodes=2)

@@ -38,6 +38,7 @@ SOFTWARE_COLUMNS = (
     "splits_messages", "fuses_accumulation", "fuses_elementwise", "has_fp32_gradients", "stops_recomputing",
     "regathers_inputs", "logit_bytes", "offloads_optimizer", "gathers_layers", "counts_tokens",
     "balances_stages", "selects_attention", "sends_tokens_once",
+    "narrows_shards",
 )  # fmt: skip
 # Bytes of one element of a matrix operand as it is read by the matrix units.
 OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}

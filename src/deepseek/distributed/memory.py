@@ -1,7 +1,8 @@
 """Bytes on the fullest rank, by item.
 
 Model state follows ZeRO (Rajbhandari et al. 2020): 2 bytes of weights, 2 or 4 of gradients, 12 of Adam's state per
-parameter, divided by the data ranks from the stage on that shards each. Activations follow Korthikanti et al. 2022
+parameter, divided by the data ranks from the stage on that shards each; shards that are narrowed only when they are
+gathered have no 2 bytes of their own. Activations follow Korthikanti et al. 2022
 (arXiv:2205.05198), Table 2, extended by gated MLPs, fused attention, experts and 8 bit operands: what a layer keeps for
 its backward pass, times the layers and micro-batches that the schedule holds on the first stage.
 """
@@ -91,9 +92,10 @@ def measure_memory(c: Columns) -> dict[str, Array]:
     gradient = np.where(c.has_fp32_gradients > 0, 4.0, 2.0) * (c.frozen_weights == 0)
     adam = np.where((c.offloads_optimizer > 0) | (c.frozen_weights > 0), 0.0, _count_adam_bytes(c))
     tokens = cost.count_tokens(c)
+    weight = np.where((c.zero_stage == 3) & (c.narrows_shards > 0) & (c.frozen_weights == 0), 0.0, 2.0)
     groups = (c.tp > 1) + 1.0 * (c.pp > 1) + (c.dp * c.cp > 1) + (c.ep > 1)
     items = {
-        "weights": 2.0 * (_divide(c, shared, 3, ranks) + _divide(c, experts, 3, expert_ranks)),
+        "weights": weight * (_divide(c, shared, 3, ranks) + _divide(c, experts, 3, expert_ranks)),
         "gradients": gradient * (_divide(c, shared, 2, ranks) + _divide(c, experts, 2, expert_ranks)),
         "optimizer": adam * (_divide(c, shared, 1, ranks) + _divide(c, experts, 1, expert_ranks)),
         "activations": _measure_activations(c),

@@ -333,12 +333,16 @@ def _time_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
     total = 3 * np.sum(seconds, axis=0)
     gradient = _count_gradient_bytes(c) * float(model.num_parameters)
     group = collectives.place_group(c, c.dp, np.ones_like(c.dp))
-    data = collectives.all_reduce_s(c, gradient, group)
+    data = np.where(c.zero_stage == 3, 0.0, collectives.all_reduce_s(c, gradient, group))
+    gather = collectives.scatter_reduce_s(c, np.full_like(gradient, 2.0 * model.num_parameters), group)
+    scatter = collectives.scatter_reduce_s(c, gradient, group)
+    shards = _exposed(c, gather, total / 3) + _exposed(c, gather + scatter, total * 2 / 3)
     held = model.num_parameters / np.where(c.zero_stage > 0, c.dp, 1.0)
     return {
         "matmul": 3 * micro_batches * np.sum(np.where(is_matmul, seconds, 0.0), axis=0),
         "memory_bound": 3 * micro_batches * np.sum(np.where(is_matmul, 0.0, seconds), axis=0),
         "launch_wait": micro_batches * np.maximum(2 * host - total, 0.0),
+        "sharded_weights": np.where(c.zero_stage == 3, micro_batches * shards, 0.0),
         "data_parallel": np.where(c.overlaps_gradients > 0, _exposed(c, data, total * 2 / 3), data),
         "optimizer": 30.0 * held / (c.memory_bandwidth * c.memory_fraction),
     }

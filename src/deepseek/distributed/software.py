@@ -43,6 +43,7 @@ class Software:
     `balances_stages`           the output head counts as work when layers are dealt to stages
     `sends_tokens_once`         a token goes once to each node and device that it needs (DeepEP, HybridEP); else to each
                                 of its experts
+    `narrows_shards`            shards are kept in 32 bits only and narrowed when they are gathered (FSDP)
     `selects_attention`         selective recomputation repeats attention only; else elementwise results and every other
                                 product
     """
@@ -66,6 +67,7 @@ class Software:
     balances_stages: bool = False
     selects_attention: bool = False
     sends_tokens_once: bool = False
+    narrows_shards: bool = False
 
     def __post_init__(self) -> None:
         """Refuse an attention kernel that nobody has written."""
@@ -91,6 +93,7 @@ SOFTWARE: dict[str, Software] = {
         stops_recomputing=True,
         regathers_inputs=False,
         logit_bytes=10.0,
+        narrows_shards=True,
     ),
     "torchtitan 2025": Software(
         is_compiled=True,
@@ -99,6 +102,7 @@ SOFTWARE: dict[str, Software] = {
         stops_recomputing=True,
         regathers_inputs=False,
         logit_bytes=4.0,
+        narrows_shards=True,
     ),
     "nanotron": Software(
         overlaps_gradients=False,
@@ -115,9 +119,10 @@ SOFTWARE: dict[str, Software] = {
         has_fp32_gradients=False,
         stops_recomputing=True,
         logit_bytes=4.0,
+        narrows_shards=True,
     ),
     "MegaScale": Software(overlaps_tensors=True),
-    "modern": Software(sends_tokens_once=True),
+    "modern": Software(sends_tokens_once=True, narrows_shards=True),
 }
 # What a description says -> the program; the first row that matches wins.
 _PATTERNS: tuple[tuple[str, str], ...] = (
