@@ -16,6 +16,7 @@ from deepseek.distributed.software import SOFTWARE, Software, find_software
         ("NVIDIA/NeMo docs performance_summary.md (2025-03-01)", "NeMo"),
         ("NVIDIA/dgxc-benchmarking v25.04: NeMo", "NeMo"),
         ("huggingface/nanotron docs", "nanotron"),
+        ("DeepSpeed ZeRO-3, 2025", "DeepSpeed"),
         ("maxtext; release v25.04", "XLA"),
         ("mosaicml/llm-foundry throughput", "llm-foundry"),
         ("single node, Megatron-DeepSpeed", "DeepSpeed 2021"),

@@ -83,6 +83,7 @@ SOFTWARE: dict[str, Software] = {
     "Megatron-LM 2021": _UNFUSED,
     "Megatron-LM 2022": replace(_UNFUSED, fuses_accumulation=True, overlaps_input_gradients=True),
     "DeepSpeed 2021": _DEEPSPEED,
+    "DeepSpeed": Software(),
     "Megatron-LM": Software(overlaps_input_gradients=True, selects_attention=True),
     "NeMo 2024": replace(_NVIDIA, attention="flash2"),
     "NeMo": _NVIDIA,
@@ -158,7 +159,7 @@ def find_software(text: str) -> tuple[str, Software]:
     name = next((name for pattern, name in _PATTERNS if re.search(pattern, words)), "modern")
     date = _find_date(words)
     if name == "DeepSpeed":
-        name = "DeepSpeed 2021" if date < _FLASH_PAPER else "modern"
+        name = "DeepSpeed 2021" if date < _FLASH_PAPER else "DeepSpeed"
     elif name in ("Megatron-LM", "modern") and date < _FLASH_PAPER:
         name = "Megatron-LM 2021" if date < _FUSED_ACCUMULATION else "Megatron-LM 2022"
     elif name == "NeMo" and date < _FLASH_3_RELEASE and "mlperf" not in words:
