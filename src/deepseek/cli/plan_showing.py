@@ -107,14 +107,20 @@ def show_cluster(cluster: Cluster) -> None:
     """What is known of a measured machine."""
     device = cluster.accelerators[0]
     peaks = [(f"{name} products", f"{format_count(rate)} FLOP/s") for name, rate in device.peak_flops.items()]
+    shares = device.constants
+    attention = shares.attention_fraction * shares.matmul_fraction * device.get_peak_flops("bf16")
+    elementwise = shares.memory_fraction * device.memory_bandwidth_bytes_per_s
     show_table(
         "This machine",
         ("", ""),
         [
             ("device", f"{cluster.num_devices} x {device.name}"),
             *peaks,
+            ("bf16 attention", f"{format_count(attention)} FLOP/s"),
             ("memory", format_bytes(device.memory_bytes)),
             ("memory bandwidth", f"{format_bytes(device.memory_bandwidth_bytes_per_s)}/s"),
+            ("elementwise kernels", f"{format_bytes(elementwise)}/s"),
+            ("issuing a kernel", format_seconds(shares.launch_s)),
             ("message between processes", f"{device.scale_up.alpha_s * 1e6:.3g} us"),
             ("link between processes", f"{format_bytes(device.scale_up.bandwidth_bytes_per_s)}/s"),
         ],
