@@ -1,10 +1,10 @@
 """`BackendSelector.AUTO`: as fast as the best peer at each precision (0.97 is equal), 6.8 times eager FP32 end to end.
 
-One model (`--model resnet50`, `mobilenet_v3_large`, `bert_base` at 128 tokens, `yolov7`), batch 1 and 16, all sides in
-one process and in turns. Sides: eager FP32 as a user has it; what AUTO chooses when it must stay in FP32, bf16 or
-int8, and when it may choose; and each peer called as its documentation says: `torch.compile` by default and with
-freezing (PT2E for int8), ONNX Runtime (float and its static and dynamic quantizers), OpenVINO at each precision (NNCF
-for int8).
+Models (`--model resnet50`, `mobilenet_v3_large`, `bert_base` at 128 tokens, `yolov7`), batch 1 and 16; of each table
+all sides are in one process and take turns. Sides: eager FP32 as a user has it; what AUTO chooses when it must stay in
+FP32, bf16 or int8, and when it may choose; and each peer called as its documentation says: `torch.compile` by default
+and with freezing (PT2E for int8), ONNX Runtime (float, and its static and dynamic quantizers), OpenVINO at each
+precision (NNCF for int8).
 
 Weights are random, since none are to be had here, and sized as trained ones are: batch norms carry the statistics of
 the samples, and the last norm of each residual branch is scaled by 0.2, without which an untrained network amplifies
@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -64,16 +67,32 @@ class Contender:
 
 
 def main() -> None:
-    """Measure each model and batch that was asked for, and report."""
+    """Measure each model and batch that was asked for, each in a process of its own, and report."""
     arguments = parse_arguments()
+    tables = [(name, size) for name in arguments.model for size in arguments.batch_size]
+    if len(tables) == 1:
+        report("resnet50", "ms a call", *measure_model(*tables[0], arguments), arguments)
+        return
     rows: list[Row] = []
     bars: list[Bar] = []
-    for name in arguments.model:
-        for batch_size in arguments.batch_size:
-            found = measure_model(name, batch_size, arguments)
-            rows += found[0]
-            bars += found[1]
-            report("resnet50", "ms a call", rows, bars, arguments)  # what is measured so far is kept
+    for name, size in tables:
+        found = measure_in_a_process(name, size, arguments)
+        rows += found[0]
+        bars += found[1]
+        report("resnet50", "ms a call", rows, bars, arguments)  # what is measured so far is kept
+
+
+def measure_in_a_process(name: str, batch_size: int, arguments: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
+    """One table, measured by this file called for it alone: a dozen copies of a model are a lot of memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table.json"
+        command = [sys.executable, "-m", "benchmarks.resnet50", "--model", name, "--batch-size", str(batch_size)]
+        command += ["--budget", str(arguments.budget), "--json", str(path), *(["--quick"] if arguments.quick else [])]
+        status = subprocess.run(command, check=False).returncode
+        if status != 0:
+            return [Row(f"{name} batch {batch_size}", None, None, None, f"its process ended with status {status}")], []
+        table = json.loads(path.read_text(encoding="utf-8"))
+    return [Row(**each) for each in table["rows"]], [Bar(**each) for each in table["bars"]]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -8,6 +8,9 @@ Shapes: B sequences, T tokens, C channels, N heads, H channels of a head.
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -130,26 +133,102 @@ def measure_step(shape: ModelShape, micro_batch: int, *, micro_batches: int = 2,
     """(peak bytes of a whole step, bytes of weights, gradients and optimizer) on one device."""
     torch.manual_seed(0)
     model = PlainDecoder(shape, is_recomputing).bfloat16()
+    tokens = torch.randint(0, shape.vocabulary, (micro_batch, shape.sequence + 1))
+
+    def run():
+        for _ in range(micro_batches):
+            take_loss(model, tokens).backward()
+
+    return measure_run(model, run)
+
+
+def measure_run(model, run):
+    """(peak bytes, bytes of the state) of `run`, with 32 bit gradients and optimizer state beside bf16 weights."""
     ledger = StorageLedger()
     ledger.add([*model.parameters(), *model.buffers()])
-    tokens = torch.randint(0, shape.vocabulary, (micro_batch, shape.sequence + 1))
     with ledger:
-        state = [tuple(torch.zeros_like(each, dtype=torch.float32) for _ in range(4)) for each in model.parameters()]
+        weights = [local(each.data) for each in model.parameters()]
+        state = [tuple(torch.zeros_like(each, dtype=torch.float32) for _ in range(4)) for each in weights]
         for weight, (_, _, _, gradient) in zip(model.parameters(), state, strict=True):
             weight.register_post_accumulate_grad_hook(accumulate_in(gradient))
         state_bytes = ledger.now_bytes
-        for _ in range(micro_batches):
-            take_loss(model, tokens).backward()
+        run()
     assert all(float(gradient.abs().sum()) > 0 for _, _, _, gradient in state)
     return ledger.peak_bytes, state_bytes
 
 
+def local(tensor):
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def accumulate_in(gradient):
     def accumulate(weight):
-        gradient.add_(weight.grad)
+        found = weight.grad
+        if isinstance(found, DTensor):  # of an embedding every rank has the whole gradient at first
+            found = found.redistribute(weight.device_mesh, weight.placements)
+        gradient.add_(local(found))
         weight.grad = None
 
     return accumulate
+
+
+def measure_tensor_parallel_step(shape: ModelShape, micro_batch: int, mesh):
+    """The same of one rank that has a share of the heads, of the MLP and of the vocabulary."""
+    torch.manual_seed(0)
+    model = PlainDecoder(shape).bfloat16()
+    ways = {"embedding": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(use_local_output=False)}
+    for index in range(shape.layers):
+        ways |= {f"blocks.{index}.{name}": ColwiseParallel() for name in ("query", "key", "value", "gate", "up")}
+        ways |= {f"blocks.{index}.{name}": RowwiseParallel() for name in ("out", "down")}
+    parallelize_module(model, mesh, ways)
+    tokens = torch.randint(0, shape.vocabulary, (micro_batch, shape.sequence + 1))
+
+    def run():
+        with loss_parallel():
+            for _ in range(2):
+                take_loss(model, tokens).backward()
+
+    return measure_run(model, run)
+
+
+class Stage(nn.Module):
+    """One of several equal parts of a decoder, with the embedding in the first and the head in the last."""
+
+    def __init__(self, whole, index, count):
+        super().__init__()
+        depth = whole.shape.layers // count
+        self.blocks = whole.blocks[index * depth : (index + 1) * depth]
+        self.embedding = whole.embedding if index == 0 else None
+        self.norm, self.head = (whole.norm, whole.head) if index == count - 1 else (None, None)
+        self.register_buffer("cos", whole.cos)
+        self.register_buffer("sin", whole.sin)
+
+    def forward(self, x):
+        x = x if self.embedding is None else self.embedding(x)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return x if self.head is None else self.head(FusedRMSNorm.apply(x, self.norm))
+
+
+def measure_pipeline_step(shape: ModelShape, micro_batch: int, rank: int, world: int, micro_batches: int):
+    """The same of one stage of a 1F1B pipeline."""
+    torch.manual_seed(0)
+    stage = Stage(PlainDecoder(shape).bfloat16(), rank, world)
+    tokens = torch.randint(0, shape.vocabulary, (micro_batch * micro_batches, shape.sequence + 1))
+
+    def loss_of(logits, targets):
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    schedule = Schedule1F1B(
+        PipelineStage(stage, rank, world, torch.device("cpu")), n_microbatches=micro_batches, loss_fn=loss_of
+    )
+
+    def run():
+        inputs = (tokens[:, :-1],) if rank == 0 else ()
+        schedule.step(*inputs, **({"target": tokens[:, 1:]} if rank == world - 1 else {}))
+
+    return measure_run(stage, run)
 
 
 def measure_sharded_step(shape: ModelShape, micro_batch: int, mesh):

@@ -7,7 +7,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from deepseek.distributed.collectives import COLLECTIVES
 from deepseek.distributed.collectives.messages import count_sent, cut
 from deepseek.distributed.collectives.playing import run_steps_
-from tests.distributed.plain_decoder import measure_sharded_step
+from tests.distributed.plain_decoder import (
+    measure_pipeline_step,
+    measure_sharded_step,
+    measure_tensor_parallel_step,
+)
 
 SIZE = 30
 
@@ -47,3 +51,14 @@ def measure_shapes(rank, shapes, world, micro_batch):
     """(peak bytes, bytes after a step) of this rank under FSDP2, for each shape."""
     mesh = init_device_mesh("cpu", (world,))
     return [measure_sharded_step(shape, micro_batch, mesh) for shape in shapes]
+
+
+def measure_tensor_parallel(rank, shapes, world, micro_batch):
+    """The same with tensors cut over the ranks."""
+    mesh = init_device_mesh("cpu", (world,))
+    return [measure_tensor_parallel_step(shape, micro_batch, mesh) for shape in shapes]
+
+
+def measure_pipeline(rank, shapes, world, micro_batch, micro_batches):
+    """The same with layers dealt to the ranks."""
+    return [measure_pipeline_step(shape, micro_batch, rank, world, micro_batches) for shape in shapes]

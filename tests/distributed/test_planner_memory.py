@@ -1,6 +1,7 @@
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from deepseek.distributed.cluster import Cluster
@@ -10,7 +11,7 @@ from deepseek.distributed.model_shape import ModelShape
 from deepseek.distributed.plan import Plan
 from deepseek.distributed.software import Software
 from tests.distributed.plain_decoder import measure_step
-from tests.distributed.rank_work import measure_shapes
+from tests.distributed.rank_work import measure_pipeline, measure_shapes, measure_tensor_parallel
 from tests.distributed.spawning import run_ranks
 
 # What `plain_decoder` does: torch's operators one by one. At the peak, early in the backward pass, a logit has
@@ -19,7 +20,8 @@ PLAIN = Software(
     fuses_accumulation=False, fuses_elementwise=False, regathers_inputs=False, logit_bytes=12.0, narrows_shards=True
 )
 STATE = ("weights", "gradients", "optimizer")
-HELD = (*STATE, "activations", "logits")  # a driver's context, its buffers and gaps are not torch's tensors
+HELD = (*STATE, "activations", "logits")  # a driver's context, its communicators and gaps are not torch's tensors
+HELD_WITH_MESSAGES = (*HELD, "communication_buffers")
 SMALL = ModelShape(layers=4, hidden=256, heads=4, ffn=768, vocabulary=1024, sequence=256)
 CASES = {
     "plain": (SMALL, 2, False),
@@ -37,7 +39,7 @@ CASES = {
 
 def predict_items(shape, plan, batch):
     cluster = Cluster.of("A100-SXM-80GB", gpus_per_node=plan.num_devices)
-    columns = stack_cases([describe_case(shape, cluster, plan, batch)])
+    columns = stack_cases([describe_case(shape, cluster, plan, batch)]).with_columns(communicator_bytes=np.zeros(1))
     return {name: float(value[0]) for name, value in measure_memory(columns).items()}
 
 
@@ -81,3 +83,24 @@ def test_sharded_training_holds_what_is_predicted():
         for peak, state in (ranks[place] for ranks in measured):
             assert sum(items[each] for each in STATE) == pytest.approx(state, rel=0.01)
             assert 0.97 <= sum(items[each] for each in HELD) / peak <= 1.1
+
+
+def test_tensors_cut_over_ranks_hold_what_is_predicted():
+    shapes = [SMALL, replace(SMALL, layers=8, kv_heads=2)]
+    measured = run_ranks(measure_tensor_parallel, 2, shapes, 2, 2)
+    for place, shape in enumerate(shapes):
+        items = predict_items(shape, Plan(tp=2, micro_batch_size=2, software=PLAIN), 4)
+        for peak, state in (ranks[place] for ranks in measured):
+            assert sum(items[each] for each in STATE) == pytest.approx(state, rel=0.01)
+            assert 0.97 <= sum(items[each] for each in HELD_WITH_MESSAGES) / peak <= 1.1
+
+
+def test_stages_of_a_pipeline_hold_no_more_than_is_predicted():
+    shapes = [replace(SMALL, layers=8), replace(SMALL, layers=8, hidden=128, head_dim=32, ffn=384)]
+    measured = run_ranks(measure_pipeline, 2, shapes, 2, 2, 4)
+    for place, shape in enumerate(shapes):
+        items = predict_items(shape, Plan(pp=2, micro_batch_size=2, software=PLAIN), 8)
+        peak = max(ranks[place][0] for ranks in measured)
+        state = max(ranks[place][1] for ranks in measured)
+        assert sum(items[each] for each in STATE) == pytest.approx(state, rel=0.01)
+        assert 0.97 <= sum(items[each] for each in HELD_WITH_MESSAGES) / peak <= 1.12

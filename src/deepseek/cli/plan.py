@@ -128,7 +128,8 @@ def plan(
         limits = _read_limits(headroom, max_step_time, max_energy_j)
         if check and (request.recipe is None or cluster is not None):
             raise ConfigError("--check trains a recipe on this machine; give a recipe (quickstart) and no --cluster")
-        result = _search(request, limits, strategy)
+        compiles = request.recipe is not None and request.recipe.compile != "none"
+        result = _search(request, limits, strategy, is_compiled=compiles and not check)
         if check:
             _check(request, result, steps, as_json=json)
             return
@@ -235,7 +236,7 @@ def _print_curve(name: str, cluster: str | None, *, as_json: bool) -> None:
         show_curve(curve)
 
 
-def _search(request: Request, limits: Limits, strategy: str | None) -> PlanningResult:
+def _search(request: Request, limits: Limits, strategy: str | None, *, is_compiled: bool) -> PlanningResult:
     from deepseek.distributed.planner import plan as search
     from deepseek.distributed.strategies import read_strategy
 
@@ -246,25 +247,27 @@ def _search(request: Request, limits: Limits, strategy: str | None) -> PlanningR
             request.cluster,
             global_batch=request.global_batch,
             limits=limits,
-            space=_narrow(request, space),
+            space=_narrow(request, space, is_compiled=is_compiled),
             on_progress=tell,
         )
 
 
-def _narrow(request: Request, space: Any) -> Any:
+def _narrow(request: Request, space: Any, *, is_compiled: bool) -> Any:
     """The space of a request: its precision, and for a recipe what this trainer does."""
     from dataclasses import replace
 
     from deepseek.core.names import explain_unknown
     from deepseek.distributed.candidates import Space
     from deepseek.distributed.plan import PRECISIONS
+    from deepseek.distributed.software import SOFTWARE
 
     if request.precision not in PRECISIONS:
         raise ConfigError(explain_unknown("precision", request.precision, PRECISIONS))
     narrowed = replace(space or Space(), precision=request.precision)
-    if request.recipe is not None and request.cluster.num_devices == 1:
-        narrowed = replace(narrowed, recomputations=("none",))
-    return narrowed
+    if request.recipe is None:
+        return narrowed
+    narrowed = replace(narrowed, software=replace(SOFTWARE["deepseek"], is_compiled=is_compiled))
+    return replace(narrowed, recomputations=("none",)) if request.cluster.num_devices == 1 else narrowed
 
 
 def _read_json(text: str) -> dict[str, Any]:

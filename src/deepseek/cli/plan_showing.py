@@ -120,7 +120,7 @@ def show_cluster(cluster: Cluster) -> None:
             ("memory", format_bytes(device.memory_bytes)),
             ("memory bandwidth", f"{format_bytes(device.memory_bandwidth_bytes_per_s)}/s"),
             ("elementwise kernels", f"{format_bytes(elementwise)}/s"),
-            ("issuing a kernel", format_seconds(shares.launch_s)),
+            ("issuing a kernel", f"{shares.launch_s * 1e6:.3g} us"),
             ("message between processes", f"{device.scale_up.alpha_s * 1e6:.3g} us"),
             ("link between processes", f"{format_bytes(device.scale_up.bandwidth_bytes_per_s)}/s"),
         ],

@@ -65,23 +65,37 @@ def _measure_attention(c: Columns, tokens: Array, operand: Array, is_fused: Flag
     return vectors + np.where((c.attention > 0) | (c.recomputation == _SELECTIVE), 0.0, scores)
 
 
-def _measure_mlp(c: Columns, tokens: Array, operand: Array, is_fused: Flags) -> Array:
+def _measure_width(c: Columns) -> Array:
+    """Channels of the MLP that one token passes through on one rank, of the average layer."""
     moe = c.moe_layers / c.layers
     routed = c.top_k * c.etp / c.tp * c.expert_ffn + c.shared_experts * c.expert_ffn / c.tp
-    width = (1 - moe) * c.ffn / c.tp + moe * routed
+    return (1 - moe) * c.ffn / c.tp + moe * routed
+
+
+def _measure_mlp(c: Columns, tokens: Array, operand: Array, is_fused: Flags) -> Array:
+    moe = c.moe_layers / c.layers
     gated = np.where(is_fused, 4.0, 6.0) + operand
     dispatched = moe * tokens * c.top_k * c.etp / c.tp * c.hidden * (2.0 + operand)
-    return tokens * width * np.where(c.gated > 0, gated, 2.0 + operand) + dispatched
+    return tokens * _measure_width(c) * np.where(c.gated > 0, gated, 2.0 + operand) + dispatched
 
 
-def _measure_activations(c: Columns) -> Array:
+def _measure_activations(c: Columns, logits: Array) -> Array:
+    """What all layers keep, and what the first of them to run backward takes besides.
+
+    It computes again what it did not keep. Where every operator is a kernel of its own, gradients pass through its MLP
+    as tensors: of the block's output, of the norm's result from both projections, and of the wide results; fused
+    kernels write them over what they read. Logits are gone by then and leave their room to gradients.
+    """
     layers = np.ceil(c.layers / c.pp)
     whole = measure_layer(c)
-    entry = 2.0 * cost.count_tokens(c) * c.hidden / np.where(c.sequence_parallel > 0, c.tp, 1.0)
+    tokens = cost.count_tokens(c)
+    entry = 2.0 * tokens * c.hidden / np.where(c.sequence_parallel > 0, c.tp, 1.0)
     selected = np.where(c.attention > 0, _SELECTED_SHARE, 1.0) * whole
     kept = np.where(c.recomputation == _FULL, entry, np.where(c.recomputation == _SELECTIVE, selected, whole))
-    working = np.where(c.recomputation == _FULL, whole, 0.0)
-    return layers * count_in_flight(c) * kept + working
+    is_plain = (c.fuses_elementwise == 0) & (c.is_compiled == 0)
+    gradients = 2.0 * tokens * is_plain * (3 * c.hidden + _measure_width(c) * (2 + (c.gated > 0)))
+    again = np.where(c.recomputation == _FULL, whole, 0.0)
+    return layers * count_in_flight(c) * kept + again + np.maximum(gradients - logits, 0.0)
 
 
 def measure_memory(c: Columns) -> dict[str, Array]:
@@ -94,12 +108,13 @@ def measure_memory(c: Columns) -> dict[str, Array]:
     tokens = cost.count_tokens(c)
     weight = np.where((c.zero_stage == 3) & (c.narrows_shards > 0) & (c.frozen_weights == 0), 0.0, 2.0)
     groups = (c.tp > 1) + 1.0 * (c.pp > 1) + (c.dp * c.cp > 1) + (c.ep > 1)
+    logits = np.where(c.pp == 1, c.logit_bytes, 0.0) * tokens * c.vocabulary / c.tp
     items = {
         "weights": weight * (_divide(c, shared, 3, ranks) + _divide(c, experts, 3, expert_ranks)),
         "gradients": gradient * (_divide(c, shared, 2, ranks) + _divide(c, experts, 2, expert_ranks)),
         "optimizer": adam * (_divide(c, shared, 1, ranks) + _divide(c, experts, 1, expert_ranks)),
-        "activations": _measure_activations(c),
-        "logits": np.where(c.pp == 1, c.logit_bytes, 0.0) * tokens * c.vocabulary / c.tp,
+        "activations": _measure_activations(c, logits),
+        "logits": logits,
         "communication_buffers": _measure_buffers(c, tokens, shared + experts) + groups * c.communicator_bytes,
         "context": np.full_like(tokens, _CONTEXT_BYTES),
     }

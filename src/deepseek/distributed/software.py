@@ -122,6 +122,14 @@ SOFTWARE: dict[str, Software] = {
         logit_bytes=4.0,
         narrows_shards=True,
     ),
+    "deepseek": Software(
+        fuses_accumulation=False,
+        fuses_elementwise=False,
+        stops_recomputing=True,
+        regathers_inputs=False,
+        logit_bytes=12.0,
+        narrows_shards=True,
+    ),
     "MegaScale": Software(overlaps_tensors=True),
     "modern": Software(sends_tokens_once=True, narrows_shards=True),
 }
