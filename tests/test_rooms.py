@@ -54,6 +54,7 @@ PURE = (
     "compiler/placement.py",
     "compiler/segments.py",
     "compiler/buckets.py",
+    "compiler/length_planning.py",
 )
 
 

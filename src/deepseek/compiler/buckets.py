@@ -24,6 +24,8 @@ from dataclasses import dataclass
 
 from deepseek.core.errors import ConfigError
 
+Way = str | int  # how a piece is compiled: with symbols for lengths, or for one boundary
+SYMBOLIC = "symbolic"
 # A new plan must save this share of what the old one costs; between the two nothing changes.
 REPLAN_MARGIN = 0.1
 # Batches that a plan stays in force at least.

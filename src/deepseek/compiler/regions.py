@@ -29,10 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from deepseek.compiler.buckets import Way
 from deepseek.compiler.padding import find_varying, shapes_of
 
-Way = str | int  # "symbolic", or the boundary that is compiled for
-SYMBOLIC = "symbolic"
 Backend = Callable[..., Callable[..., Any]]
 # Shapes of this many calls are kept to find out which dims vary.
 _MAX_HISTORY = 16
