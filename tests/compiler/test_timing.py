@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek.compiler.timing import MOST_CALLS, SLOW_CALL_S, measure_in_turns, time_turn
+from deepseek.compiler.timing import MOST_CALLS, PAUSE_S, SLOW_CALL_S, measure_in_turns, time_turn
 
 
 class Clock:
@@ -51,9 +51,16 @@ def test_sides_take_turns_in_every_round():
         wait = clock.taking(15.0)
         return lambda: (order.append(name), wait())
 
-    times_ms = measure_in_turns({"a": side("a"), "b": side("b")}, 2, clock=clock)
-    assert "".join(order) == "aaabbb" * 2
+    pause = lambda seconds: order.append("." if seconds == PAUSE_S else "?")  # noqa: E731
+    times_ms = measure_in_turns({"a": side("a"), "b": side("b")}, 2, clock=clock, sleep=pause)
+    assert "".join(order) == ".aaa.bbb" * 2
     assert {name: len(each) for name, each in times_ms.items()} == {"a": 4, "b": 4}
+
+
+def test_one_side_alone_needs_no_pause():
+    pauses = []
+    measure_in_turns({"a": lambda: None}, 3, clock=lambda: 0.0, sleep=pauses.append)
+    assert pauses == []
 
 
 def test_no_round_begins_after_the_deadline_and_one_is_always_measured():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ import numpy as np
 from deepseek.bench.baselines import Row
 from deepseek.bench.subjects import Subject
 from deepseek.bench.working import work
+from deepseek.compiler.timing import PAUSE_S
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
@@ -197,6 +199,7 @@ def _start(config: BenchConfig, subject: Subject, settings: dict[str, Any]) -> _
 
 
 def _take_turn(process: _Process) -> None:
+    time.sleep(PAUSE_S)
     first = process.ask("time", 1)
     if first is not None:
         more = process.ask("time", max(1, round(_LEAST_ROUND_S / first[0])))

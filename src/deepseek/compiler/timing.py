@@ -1,8 +1,8 @@
-"""Timing candidates so that a noisy machine disturbs them alike: in turns, medians, the first call of a turn not
-counted.
+"""Timing candidates so that a noisy machine disturbs them alike: in turns, each after a pause and an uncounted call.
 
-A call after another candidate finds caches, thread pools and frequencies as that one left them, which is nobody's
-speed; each turn therefore begins with a call that does not count. Medians are reported and compared: a minimum rewards
+A call after another candidate finds caches and frequencies as that one left them, and its threads still spinning for
+work (ONNX Runtime's for 32 ms, those of OpenMP for 6), which is nobody's speed; each turn therefore begins with a pause
+and with a call that does not count. Medians are reported and compared: a minimum rewards
 luck, a mean punishes one interruption.
 """
 
@@ -16,6 +16,8 @@ K = TypeVar("K", bound=Hashable)
 SHORTEST_TURN_S = 0.02
 """Calls of a turn are repeated for at least this long, so that a fast model is not timed by a few clock ticks."""
 MOST_CALLS = 50
+PAUSE_S = 0.05
+"""Before each turn: by then the threads of the one before have gone to sleep."""
 SLOW_CALL_S = 0.5
 """A first call that takes this long counts and is the turn: what another candidate left behind is not half a second."""
 
@@ -26,6 +28,7 @@ def measure_in_turns(
     *,
     deadline_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> dict[K, list[float]]:
     """Times in ms of each side over `num_rounds` rounds in which all take turns; at least one round is measured.
 
@@ -36,6 +39,8 @@ def measure_in_turns(
         if index > 0 and deadline_s is not None and clock() > deadline_s:
             break
         for name, run in sides.items():
+            if len(sides) > 1:
+                sleep(PAUSE_S)
             times_ms[name] += time_turn(run, clock=clock)
     return times_ms
 
