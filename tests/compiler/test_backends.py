@@ -236,6 +236,37 @@ def test_openvino_reports_nothing_and_leaves_no_trace():
     assert sys.modules.get("openvino_telemetry", "absent") == "absent"
 
 
+class Attending(nn.Module):
+    """Causal attention of a batch with itself."""
+
+    def forward(self, x_BNTH):
+        return nn.functional.scaled_dot_product_attention(x_BNTH, x_BNTH, x_BNTH, is_causal=True)
+
+
+@pytest.mark.skipif("openvino" not in HERE, reason="OpenVINO is not installed")
+def test_openvino_gets_attention_whole_and_in_parts_where_that_fails(monkeypatch):
+    samples = torch.randn(2, 2, 8, 4)
+    whole = Job(flatten_model(Attending().eval(), samples))
+    names = {each.get_type_name() for each in openvino_backend.convert(whole).get_ops()}
+    assert "ScaledDotProductAttention" in names
+
+    real, programs = openvino_backend._convert_program, []
+
+    def fail_once(library, program):
+        programs.append(program)
+        if len(programs) == 1:
+            raise RuntimeError("no such operator")
+        return real(library, program)
+
+    monkeypatch.setattr(openvino_backend, "_convert_program", fail_once)
+    parts = Job(flatten_model(Attending().eval(), samples))
+    names = {each.get_type_name() for each in openvino_backend.convert(parts).get_ops()}
+    assert "ScaledDotProductAttention" not in names and "MatMul" in names
+    for each in (whole, parts):
+        (answer,) = build(BACKENDS["openvino"].find_variant("fp32", "latency"), each).run(samples)
+        torch.testing.assert_close(answer, Attending()(samples))
+
+
 def test_openvino_that_ignored_a_hint_is_found(job):
     library = openvino_backend.require_openvino()
     model = job.once("openvino", lambda: openvino_backend.convert(job))
