@@ -164,7 +164,8 @@ def test_a_server_is_stopped_when_its_reader_leaves(stand_in: Callable[[str], Pa
 
 def test_ctrl_c_in_a_terminal_does_not_reach_the_server(stand_in: Callable[[str], Path], tmp_path: Path) -> None:
     """It goes to the foreground group, and the server has a group of its own."""
+    before = signal.getsignal(signal.SIGINT)
     number = stand_in(f"trap 'exit 0' TERM\n{STARTED}\nwhile true; do sleep 0.02; done")
     with server_process(tmp_path):
         assert os.getpgid(int(number.read_text())) != os.getpgrp()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == before

@@ -71,6 +71,7 @@ def dynamic_graph(target: Any = None, /, **options: Any) -> Any:
 
     Raises `ConfigError` for options that are unknown or contradict each other, and for what cannot be compiled.
 
+    >>> import torch
     >>> @dynamic_graph(backend="eager", cache=False)
     ... def double(x):
     ...     return 2 * x

@@ -88,8 +88,8 @@ _HOPPER = Constants(
     network_fraction=0.8192,
     collective_s=3.433e-05,
     exposed_fraction=0.385,
-    communicator_bytes=2e09,
-    fragmentation_fraction=0.05,
+    communicator_bytes=8e08,
+    fragmentation_fraction=0.08,
 )
 _BLACKWELL = Constants(
     matmul_fraction=0.6066,

@@ -95,7 +95,7 @@ def _measure_activations(c: Columns, logits: Array) -> Array:
     is_plain = (c.fuses_elementwise == 0) & (c.is_compiled == 0)
     gradients = 2.0 * tokens * is_plain * (3 * c.hidden + _measure_width(c) * (2 + (c.gated > 0)))
     again = np.where(c.recomputation == _FULL, whole, 0.0)
-    return layers * count_in_flight(c) * kept + again + np.maximum(gradients - logits, 0.0)
+    return np.asarray(layers * count_in_flight(c) * kept + again + np.maximum(gradients - logits, 0.0))
 
 
 def measure_memory(c: Columns) -> dict[str, Array]:

@@ -26,9 +26,10 @@ from deepseek.distributed.cluster import Cluster
 from deepseek.distributed.columns import Columns, describe_case, stack_cases
 from deepseek.distributed.model_shape import ModelShape, get_model_shape
 from deepseek.distributed.plan import Plan
-from deepseek.distributed.planner import Candidate, list_assumptions, plan
+from deepseek.distributed.planner import Candidate, Limits, list_assumptions, plan
 from deepseek.distributed.predict import predict
 
+_HEADROOM = 0.1  # of memory: nobody launches a thousand devices with less to spare
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 GPT_1750B = ModelShape(
     layers=224,
@@ -102,8 +103,9 @@ def count_model_flops(model: ModelShape, sequences: int) -> float:
 
 def _search(model: ModelShape, cluster: Cluster, space: Space) -> Candidate | None:
     """The best plan, or `None` where the model does not fit."""
+    batch = _SEQUENCES_PER_DEVICE * cluster.num_devices
     try:
-        return plan(model, cluster, global_batch=_SEQUENCES_PER_DEVICE * cluster.num_devices, space=space).best
+        return plan(model, cluster, global_batch=batch, space=space, limits=Limits(_HEADROOM)).best
     except ConfigError:
         return None
 
@@ -165,7 +167,8 @@ def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, Candidate]]) ->
 
 
 def _assume(cluster: Cluster, *more: str) -> tuple[str, ...]:
-    return (*list_assumptions(cluster, Space()), *more)
+    free = f"{_HEADROOM:.0%} of every device's memory stay free"
+    return (*list_assumptions(cluster, Space()), free, *more)
 
 
 def _draw_weak(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:

@@ -159,7 +159,7 @@ def find_software(text: str) -> tuple[str, Software]:
     """The program that a description names, in the state of the date that it gives.
 
     >>> find_software("NVIDIA/NeMo performance summary 2024")[0]
-    'NeMo'
+    'NeMo 2024'
     >>> find_software("Megatron-LM, arXiv:2104.04473 Table 1")[1].attention
     'unfused'
     """
