@@ -21,8 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +31,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio, report
+from deepseek.compiler.measuring import StorageTracker
 from deepseek.core.extras import has_library
 from deepseek.data.batching import IGNORED_TARGET, BatchLoader, evaluation_batches
 from deepseek.data.config import DataConfig
@@ -160,37 +158,6 @@ def compare_metric(workload: Workload, *, num_steps: int, seeds: tuple[int, ...]
 # Memory
 
 
-class StorageCounter(TorchDispatchMode):
-    """Bytes of the storages that operators make, now and at most; what lives inside one kernel is not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.live_bytes = self.peak_bytes = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, inputs: Any = (), named: Mapping[str, Any] | None = None
-    ) -> Any:
-        results = function(*inputs, **(named or {}))
-        for each in tree_leaves(results):
-            if isinstance(each, Tensor):
-                self.count(each.untyped_storage())
-        return results
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        """Note a storage until it is freed."""
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.live_bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            weakref.finalize(storage, self.forget, key)
-
-    def forget(self, key: int) -> None:
-        """A storage was freed."""
-        self.live_bytes -= self.sizes.pop(key, 0)
-
-
 def prepare_for_memory(workload: Workload, kind: str) -> tuple[Trainer, Any]:
     """A trainer with its optimizer's state in place and no look due, and a large batch."""
     trainer = Trainer(workload, kind, every=10**9)
@@ -205,9 +172,9 @@ def counted_peak(workload: Workload, kind: str) -> float:
     trainer, batch = prepare_for_memory(workload, kind)
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     kept = sum(each.untyped_storage().nbytes() for each in (*trainer.model.parameters(), *state))
-    with StorageCounter() as counter:
+    with StorageTracker() as tracker:
         trainer.step(batch)
-    return (kept + counter.peak_bytes) / 1e6
+    return (kept + tracker.peak_bytes) / 1e6
 
 
 def resident_peak(name: str, kind: str) -> float:
