@@ -1,15 +1,19 @@
 """`BackendSelector.AUTO`: as fast as the best peer at each precision (0.97 is equal), 6.8 times eager FP32 end to end.
 
 Models (`--model resnet50`, `mobilenet_v3_large`, `bert_base` at 128 tokens, `yolov7`), batch 1 and 16; of each table
-all sides are in one process and take turns. Sides: eager FP32 as a user has it; what AUTO chooses when it must stay in
-FP32, bf16 or int8, and when it may choose; and each peer called as its documentation says: `torch.compile` by default
-and with freezing (PT2E for int8), ONNX Runtime (float, and its static and dynamic quantizers), OpenVINO at each
-precision (NNCF for int8).
+all sides take turns, in one process but for the first. Sides: eager FP32 as a user has it, in a process where none of
+our tuning ran; the same beside the others, where AUTO has told the allocator to keep its memory, which serves every
+side there; what AUTO chooses when it must stay in FP32, bf16 or int8, and when it may choose; and each peer called as
+its documentation says: `torch.compile` by default and with freezing (PT2E for int8), ONNX Runtime (float, and its
+static and dynamic quantizers), OpenVINO at each precision (NNCF for int8).
 
 Weights are random, since none are to be had here, and sized as trained ones are: batch norms carry the statistics of
 the samples, and the last norm of each residual branch is scaled by 0.2, without which an untrained network amplifies
 every rounding. Times do not depend on weights; agreement and cosine do, and say only that the arithmetic is sound. For
 that reason a side that is told its precision is not bounded in error; AUTO at any precision keeps the default bounds.
+
+A table needs a dozen copies of a model in one process. Where memory does not allow that (YOLOv7 on 16 pictures: more
+than 24 GB), `--precision fp32` and so on measure the sides of one precision, beside eager FP32.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +48,7 @@ from deepseek.models import zoo
 
 MODELS = ("resnet50", "mobilenet_v3_large", "bert_base", "yolov7")
 PRECISIONS = ("fp32", "bf16", "int8")
+CHOICES = (*PRECISIONS, "auto")
 SEQUENCE_LENGTH = 128
 NUM_CALIBRATION = 4
 RESIDUAL_SCALE = 0.2
@@ -53,6 +59,8 @@ SLOW = 4.0
 """A side whose call takes so many times eager's, and half a second, is called once: its row is that call."""
 LOOSE = Tolerance(relative_error=1.0, cosine=0.0, agreement=0.0)
 Call = Callable[[], Any]
+EAGER, PLAIN_EAGER = "eager FP32", "eager FP32, a process of its own"
+WORKER_OPTION = "--serve-eager"  # how this file calls itself for the plain side
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,9 @@ class Contender:
 
 def main() -> None:
     """Measure each model and batch that was asked for, each in a process of its own, and report."""
+    if sys.argv[1:2] == [WORKER_OPTION]:
+        serve_eager(sys.argv[2], int(sys.argv[3]))
+        return
     arguments = parse_arguments()
     tables = [(name, size) for name in arguments.model for size in arguments.batch_size]
     if len(tables) == 1:
@@ -88,6 +99,7 @@ def measure_in_a_process(name: str, batch_size: int, arguments: argparse.Namespa
         path = Path(folder) / "table.json"
         command = [sys.executable, "-m", "benchmarks.resnet50", "--model", name, "--batch-size", str(batch_size)]
         command += ["--budget", str(arguments.budget), "--json", str(path), *(["--quick"] if arguments.quick else [])]
+        command += ["--precision", *arguments.precision]
         status = subprocess.run(command, check=False).returncode
         if status != 0:
             return [Row(f"{name} batch {batch_size}", None, None, None, f"its process ended with status {status}")], []
@@ -103,27 +115,68 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and a short search, to see that it runs")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["resnet50"])
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--precision", nargs="+", choices=CHOICES, default=CHOICES, help="measure only these")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of each search of AUTO")
     return parser.parse_args()
 
 
 def measure_model(name: str, batch_size: int, arguments: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     """Rows and bars of one model at one batch size."""
+    with plain_eager(name, batch_size) as plain:
+        return measure_sides(name, batch_size, plain, arguments)
+
+
+def measure_sides(
+    name: str, batch_size: int, plain: Call, arguments: argparse.Namespace
+) -> tuple[list[Row], list[Bar]]:
+    """The same, with the side that is called in another process."""
     model, samples, calibration = build_model(name, batch_size)
     flattened = flatten_model(model, samples)
-    contenders = [Contender("eager FP32", "fp32", lambda: call(model, samples), flattened.outputs)]
+    contenders = [
+        Contender(PLAIN_EAGER, "fp32", plain, flattened.outputs),
+        Contender(EAGER, "fp32", lambda: call(model, samples), flattened.outputs),
+    ]
     contenders += list(build_ours(model, samples, calibration, flattened, arguments))
-    contenders += [make() for make in list_peers(model, samples, calibration, flattened)]
+    contenders += [make() for make in list_peers(model, samples, calibration, flattened, arguments.precision)]
     num_rounds = 3 if arguments.quick else 21
     sides = {each.name: no_grad(each.run) for each in contenders if each.run is not None}
     once_ms = {name: time_call(run) for name, run in sides.items()}
-    slow = {name for name in sides if once_ms[name] > max(SLOW * once_ms["eager FP32"], 1000 * SLOW_CALL_S)}
+    slow = {name for name in sides if once_ms[name] > max(SLOW * once_ms[EAGER], 1000 * SLOW_CALL_S)}
     timed = {name: sides[name] for name in sides if name not in slow}
     times_ms = measure_in_turns(timed, num_rounds, deadline_s=time.perf_counter() + MOST_SECONDS)
     times_ms |= {name: [once_ms[name]] for name in slow}
     label = f"{name} batch {batch_size}"
+    if set(arguments.precision) != set(CHOICES):
+        label += f", {' and '.join(arguments.precision)} alone"
     rows = [make_row(label, each, times_ms.get(each.name, []), flattened) for each in contenders]
     return rows, make_bars(label, contenders, {each: statistics.median(times_ms[each]) for each in times_ms})
+
+
+@contextmanager
+def plain_eager(name: str, batch_size: int) -> Iterator[Call]:
+    """Calls of the eager model in a fresh process, one for each call of what this yields."""
+    command = [sys.executable, "-m", "benchmarks.resnet50", WORKER_OPTION, name, str(batch_size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        asking, answering = process.stdin, process.stdout
+
+        def run() -> None:
+            print("go", file=asking, flush=True)
+            if answering.readline() != "done\n":
+                raise RuntimeError("the process of the eager side ended; its last lines are above")
+
+        run()  # here, so that building the model is no part of a timed call
+        yield run
+        asking.close()  # which ends its loop
+
+
+def serve_eager(name: str, batch_size: int) -> None:
+    """One call of the model for each line that arrives, with what torch and the allocator do by default."""
+    model, samples, _ = build_model(name, batch_size)
+    for _ in sys.stdin:
+        with torch.no_grad():
+            call(model, samples)
+        print("done", flush=True)
 
 
 def build_model(name: str, batch_size: int) -> tuple[nn.Module, Any, list[Any]]:
@@ -175,7 +228,7 @@ def build_ours(
 ) -> Iterator[Contender]:
     """What AUTO chooses at each precision, and at any."""
     budget_s = 20.0 if arguments.quick else arguments.budget
-    for precision in (*PRECISIONS, "auto"):
+    for precision in arguments.precision:
         print(f"AUTO at {precision} ...", flush=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -196,9 +249,9 @@ def build_ours(
 
 
 def list_peers(
-    model: nn.Module, samples: Any, calibration: list[Any], flattened: Flattened
+    model: nn.Module, samples: Any, calibration: list[Any], flattened: Flattened, precisions: Sequence[str]
 ) -> list[Callable[[], Contender]]:
-    """Each peer, called by its documented usage; one that is not installed or fails is a row that says so."""
+    """Each peer at `precisions`, called by its documented usage; one that is missing or fails is a row that says so."""
     makers: list[tuple[str, str, Callable[[], Call]]] = [
         ("torch.compile", "fp32", lambda: torch_compile(model, samples, torch.float32)),
         ("torch.compile freezing", "fp32", lambda: torch_compile(model, samples, torch.float32, freezing=True)),
@@ -213,7 +266,7 @@ def list_peers(
         ("openvino", "bf16", lambda: openvino_model(flattened, "bf16", [])),
         ("openvino NNCF", "int8", lambda: openvino_model(flattened, "f32", calibration)),
     ]
-    return [lambda maker=maker: make_peer(*maker, flattened) for maker in makers]
+    return [lambda maker=maker: make_peer(*maker, flattened) for maker in makers if maker[1] in precisions]
 
 
 def make_peer(name: str, precision: str, make: Callable[[], Call], flattened: Flattened) -> Contender:
@@ -356,6 +409,8 @@ def make_bars(label: str, contenders: list[Contender], medians_ms: dict[str, flo
     """AUTO over the best peer at each precision, and over eager FP32."""
     bars = []
     for precision in PRECISIONS:
+        if f"AUTO {precision}" not in medians_ms:
+            continue
         peers = [
             medians_ms[each.name]
             for each in contenders
@@ -363,7 +418,9 @@ def make_bars(label: str, contenders: list[Contender], medians_ms: dict[str, flo
         ]
         value = min(peers) / medians_ms[f"AUTO {precision}"] if peers else None
         bars.append(Bar(f"{label}: AUTO / best peer, {precision}", value, GOAL_PEER))
-    bars.append(Bar(f"{label}: AUTO / eager FP32", medians_ms["eager FP32"] / medians_ms["AUTO auto"], GOAL_EAGER))
+    if "AUTO auto" in medians_ms:
+        for eager in (PLAIN_EAGER, EAGER):
+            bars.append(Bar(f"{label}: AUTO / {eager}", medians_ms[eager] / medians_ms["AUTO auto"], GOAL_EAGER))
     return bars
 
 
