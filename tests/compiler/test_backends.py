@@ -247,7 +247,9 @@ class Attending(nn.Module):
 def test_openvino_gets_attention_whole_and_in_parts_where_that_fails(monkeypatch):
     samples = torch.randn(2, 2, 8, 4)
     whole = Job(flatten_model(Attending().eval(), samples))
-    names = {each.get_type_name() for each in openvino_backend.convert(whole).get_ops()}
+    model, notes = openvino_backend.convert(whole)
+    names = {each.get_type_name() for each in model.get_ops()}
+    assert notes == ()
     assert "ScaledDotProductAttention" in names
 
     real, programs = openvino_backend._convert_program, []
@@ -260,16 +262,19 @@ def test_openvino_gets_attention_whole_and_in_parts_where_that_fails(monkeypatch
 
     monkeypatch.setattr(openvino_backend, "_convert_program", fail_once)
     parts = Job(flatten_model(Attending().eval(), samples))
-    names = {each.get_type_name() for each in openvino_backend.convert(parts).get_ops()}
+    model, _ = parts.once("openvino", lambda: openvino_backend.convert(parts))
+    names = {each.get_type_name() for each in model.get_ops()}
     assert "ScaledDotProductAttention" not in names and "MatMul" in names
-    for each in (whole, parts):
-        (answer,) = build(BACKENDS["openvino"].find_variant("fp32", "latency"), each).run(samples)
+    for each, said in ((whole, ""), (parts, "no such operator")):
+        built = build(BACKENDS["openvino"].find_variant("fp32", "latency"), each)
+        (answer,) = built.run(samples)
         torch.testing.assert_close(answer, Attending()(samples))
+        assert said in " ".join(built.notes) and bool(said) == bool(built.notes)
 
 
 def test_openvino_that_ignored_a_hint_is_found(job):
     library = openvino_backend.require_openvino()
-    model = job.once("openvino", lambda: openvino_backend.convert(job))
+    model, _ = job.once("openvino", lambda: openvino_backend.convert(job))
     compiled = library.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     findings = openvino_backend._judge(compiled, "bf16")
     assert [each.is_serious for each in findings] == [True]

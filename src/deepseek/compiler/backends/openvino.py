@@ -48,8 +48,9 @@ def run_latency(precision: str, hint: str | None = None) -> Callable[[Job], Buil
 
     def run(job: Job) -> Built:
         library = require_openvino()
-        compiled = _compile(library, _model(job, precision), hint or _HINTS[precision], {"NUM_STREAMS": 1})
-        return Built(Requests(library, compiled, job, [slice(None)]), findings=_judge(compiled, precision))
+        model, notes = _model(job, precision)
+        compiled = _compile(library, model, hint or _HINTS[precision], {"NUM_STREAMS": 1})
+        return Built(Requests(library, compiled, job, [slice(None)]), findings=_judge(compiled, precision), notes=notes)
 
     return run
 
@@ -60,7 +61,8 @@ def run_streams(precision: str, num_parts: int, hint: str | None = None) -> Call
     def run(job: Job) -> Built:
         library = require_openvino()
         parts = split_batch(job, torch.get_num_threads() * num_parts)
-        model = _model(job, precision).clone()
+        shared, notes = _model(job, precision)
+        model = shared.clone()
         rows = parts[0].stop - parts[0].start
         model.reshape({index: _with_rows(job.inputs[index], rows) for index in range(len(model.inputs))})
         streams = {"NUM_STREAMS": torch.get_num_threads()}
@@ -68,7 +70,7 @@ def run_streams(precision: str, num_parts: int, hint: str | None = None) -> Call
         return Built(
             Requests(library, compiled, job, parts),
             findings=_judge(compiled, precision),
-            notes=(f"{len(parts)} parts of {rows} rows on {torch.get_num_threads()} streams",),
+            notes=(*notes, f"{len(parts)} parts of {rows} rows on {torch.get_num_threads()} streams"),
         )
 
     return run
@@ -148,18 +150,19 @@ def split_batch(job: Job, num_parts: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def convert(job: Job) -> Any:
-    """The model in OpenVINO's own form, with the shapes of the samples.
+def convert(job: Job) -> tuple[Any, tuple[str, ...]]:
+    """The model in OpenVINO's own form, with the shapes of the samples, and what is to be said about it.
 
     Whole operators first: a scaled dot-product attention that arrives as one is run as one, which is 7 to 11 % of a
-    BERT-base. What OpenVINO does not know is taken apart.
+    BERT-base. What OpenVINO does not know is taken apart, which is said.
     """
     library = require_openvino()
     try:
         model = _convert_program(library, job.export())
-    except Exception:  # noqa: BLE001 - whatever it stumbles over; the parts are tried, and their failure is told
-        return convert_decomposed(job)
-    return _with_shapes(model, job)
+    except Exception as error:  # noqa: BLE001 - it may stumble over anything; that small operators fail, too, is raised
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return convert_decomposed(job), (f"in small operators, since OpenVINO refused whole ones: {reason}",)
+    return _with_shapes(model, job), ()
 
 
 def convert_decomposed(job: Job) -> Any:
@@ -249,9 +252,9 @@ def lacks_nncf_or_rows(traits: Traits) -> str | None:
     return lacks_rows(traits) or lacks_nncf(traits)
 
 
-def _model(job: Job, precision: str) -> Any:
+def _model(job: Job, precision: str) -> tuple[Any, tuple[str, ...]]:
     if precision == "int8":
-        return job.once("openvino int8", lambda: quantize(job))
+        return job.once("openvino int8", lambda: quantize(job)), ()
     return job.once("openvino", lambda: convert(job))
 
 
