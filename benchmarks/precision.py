@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio, report
 from deepseek.compiler.measuring import StorageTracker
+from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.extras import has_library
 from deepseek.data.batching import IGNORED_TARGET, BatchLoader, evaluation_batches
 from deepseek.data.config import DataConfig
@@ -74,7 +75,8 @@ def main() -> None:
         print(resident_peak(*sys.argv[2:4]))
         return
     arguments = parse_arguments(__doc__ or "")
-    num_steps, num_rounds, seeds = (12, 1, SEEDS[:1]) if arguments.quick else (300, 7, SEEDS)
+    keep_freed_memory()  # on all sides alike; otherwise the allocator's system calls are the larger difference
+    num_steps, num_rounds, seeds = (12, 1, SEEDS[:1]) if arguments.quick else (600, 21, SEEDS)
     rows: list[Row] = []
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -128,13 +130,24 @@ class Trainer:
         return loss.item()
 
     def run(self, num_steps: int) -> float:
-        """Train with a learning rate that falls to zero along a cosine; returns the held-out metric."""
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
+        """Train with a learning rate that rises over a tenth of the steps and then falls to zero along a cosine.
+
+        Returns the held-out metric. Without the rise, FP32 itself ends 12 % apart from seed to seed on the text.
+        """
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(learning_rate_share, num_steps))
         batches = self.workload.batches(self.seed, self.workload.num_rows)
         for _ in range(num_steps):
             self.step(next(batches))
             schedule.step()
         return self.workload.metric(self.model, self.context())
+
+
+def learning_rate_share(num_steps: int, step: int) -> float:
+    """Of the highest learning rate, at one step."""
+    num_rising = max(num_steps // 10, 1)
+    if step < num_rising:
+        return (step + 1) / num_rising
+    return 0.5 + 0.5 * math.cos(math.pi * (step - num_rising) / max(num_steps - num_rising, 1))
 
 
 def compare_metric(workload: Workload, *, num_steps: int, seeds: tuple[int, ...]) -> tuple[list[Row], list[Bar]]:

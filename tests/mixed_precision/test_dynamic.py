@@ -16,6 +16,7 @@ from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.mixed_precision import DynamicPrecision, GradScaler
 from deepseek.mixed_precision.deciding import Evidence, LayerState, Rules
 from deepseek.mixed_precision.dynamic import PrecisionChanged, PrecisionPlanned, choose_low, estimate_signal
+from deepseek.mixed_precision.narrowing import tally_of
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from tests.mixed_precision.ranks import run_on_ranks
 
@@ -481,3 +482,27 @@ def test_formats_by_device(monkeypatch):
 def test_evidence_and_events_are_plain_values():
     assert dataclasses.asdict(Evidence())["signal"] == 0.0
     assert PrecisionPlanned(1, 2, 3, 0.5).to_dict()["kind"] == "precision_planned"
+
+
+def test_hooks_that_find_nothing_to_narrow_are_taken_off_until_the_next_look():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    dynamic = DynamicPrecision(model, low="bf16", window=2, every=6, costs="assumed")
+    was_open = []
+    for _ in range(8):
+        was_open.append(tally_of(model).is_open)
+        model(torch.randn(16, 1, 8, 8)).float().sum().backward()
+        dynamic.step()
+        model.zero_grad()
+    assert was_open == [True] * 4 + [False, False, True, False]  # four early samples, one at the sixth step
+
+
+def test_hooks_that_narrow_stay():
+    model = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 64))
+    dynamic = DynamicPrecision(model, low="bf16", window=2, every=100, costs="assumed")
+    for _ in range(8):
+        model(torch.randn(512, 64)).float().sum().backward()
+        dynamic.step()
+        model.zero_grad()
+    assert tally_of(model).is_open
+    dynamic.remove()
+    dynamic.step()  # means nothing any more

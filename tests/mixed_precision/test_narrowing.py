@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from deepseek.mixed_precision import narrowing as narrowing_module
 from deepseek.mixed_precision.narrowing import Compute, Narrowing, clear_compute_, set_compute_
 
 BF16 = Compute("cpu", torch.bfloat16)
 FP32 = Compute("cpu", None)
+BIG = 128 * 128
 
 
 def kept_bytes(run, weights=()):
@@ -18,7 +20,7 @@ def kept_bytes(run, weights=()):
 
     def note(value):
         stored = pack(value)
-        tensor = stored if isinstance(stored, torch.Tensor) else stored.values
+        tensor = stored[0] if isinstance(stored, tuple) else stored.values
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return stored
 
@@ -29,7 +31,7 @@ def kept_bytes(run, weights=()):
 
 
 def test_gradients_are_those_of_values_rounded_once():
-    x = torch.randn(2048, requires_grad=True)
+    x = torch.randn(BIG, requires_grad=True)
     middle = None
     with Narrowing():
         middle = x * 3
@@ -41,12 +43,13 @@ def test_gradients_are_those_of_values_rounded_once():
 
 
 def test_a_tensor_that_several_operators_keep_is_kept_once():
-    x = torch.randn(4096, requires_grad=True)
+    x = torch.randn(BIG, requires_grad=True)
     _, num_bytes = kept_bytes(lambda: [(base := x * 2).sin(), base.cos(), base.square()])
-    assert num_bytes == 4096 * 2
+    assert num_bytes == BIG * 2
 
 
-def test_a_new_tensor_at_an_old_address_is_not_taken_for_the_old_one():
+def test_a_new_tensor_at_an_old_address_is_not_taken_for_the_old_one(monkeypatch):
+    monkeypatch.setattr(narrowing_module, "_SMALLEST", 1024)
     narrowing, kept, addresses = Narrowing(), [], []
     for number in range(200):
         value = torch.full((4096,), float(number))
@@ -58,7 +61,7 @@ def test_a_new_tensor_at_an_old_address_is_not_taken_for_the_old_one():
 
 
 def test_a_tensor_changed_in_place_is_kept_as_it_was():
-    x = torch.ones(4096, requires_grad=True)
+    x = torch.ones(BIG, requires_grad=True)
     with Narrowing():
         middle = x * 1.0
         first = middle * middle.detach()
@@ -69,19 +72,37 @@ def test_a_tensor_changed_in_place_is_kept_as_it_was():
 
 
 def test_weights_small_tensors_and_other_dtypes_are_left_alone():
-    layer = nn.Linear(64, 64)
-    x = torch.randn(64, 64, requires_grad=True)
+    layer = nn.Linear(128, 128)
+    x = torch.randn(128, 128, requires_grad=True)
     _, with_weights = kept_bytes(lambda: layer(x * 1.0), layer.parameters())
-    assert with_weights == 64 * 64 * 4 + 64 * 64 * 2  # the weight as it is, the input narrow
-    for small in (torch.randn(100, requires_grad=True), torch.randn(4096, dtype=torch.float64, requires_grad=True)):
+    assert with_weights == BIG * 4 + BIG * 2  # the weight as it is, the input narrow
+    for small in (torch.randn(100, requires_grad=True), torch.randn(BIG, dtype=torch.float64, requires_grad=True)):
         _, num_bytes = kept_bytes(lambda small=small: (small * 1.0).sin())
         assert num_bytes == small.numel() * small.element_size()
 
 
 def test_an_expanded_tensor_is_not_written_out():
-    x = torch.randn(1, 2048, requires_grad=True)
-    _, num_bytes = kept_bytes(lambda: (x * 1.0).expand(100, 2048).sin())
-    assert num_bytes <= 2048 * 4
+    x = torch.randn(1, BIG, requires_grad=True)
+    _, num_bytes = kept_bytes(lambda: (x * 1.0).expand(100, BIG).sin())
+    assert num_bytes <= BIG * 4
+
+
+def test_changing_in_place_what_is_kept_as_it_is_raises_as_it_does_in_torch():
+    small = torch.ones(8, requires_grad=True) * 1.0
+    with Narrowing():
+        y = small.sin()
+    small.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_a_wide_layer_among_narrow_ones_notices_a_change_in_place_too():
+    layer, x = nn.Linear(4, 4), torch.ones(2, 4)
+    set_compute_(layer, FP32)
+    y = layer(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("compute", [BF16, FP32], ids=["bf16", "fp32"])

@@ -52,7 +52,7 @@ from deepseek.mixed_precision.deciding import (
     find_format,
     settle,
 )
-from deepseek.mixed_precision.narrowing import Compute, clear_compute_, set_compute_
+from deepseek.mixed_precision.narrowing import Compute, clear_compute_, set_compute_, tally_of
 from deepseek.mixed_precision.policies import has_native_bf16
 from deepseek.mixed_precision.scaling import Group, open_group
 from deepseek.mixed_precision.watching import ROW_SIZE, Sample, Watch, sample_gradient
@@ -155,6 +155,7 @@ class DynamicPrecision:
         Raises `ConfigError` where there are no gradients to look at on a step that is sampled.
         """
         self.num_steps += 1
+        tally_of(self.model).settle()
         events = self._close_sample() if self._watch is not None else ()
         self._must_sample = is_skipped
         self._watch_next()
@@ -222,6 +223,7 @@ class DynamicPrecision:
         if self._is_sampled():
             self._watch = Watch(self.layers)
             self._stash = run_eagerly_(self.model, self._compiled)
+            tally_of(self.model).reopen()
 
     def _unwatch(self) -> None:
         if self._watch is not None:
@@ -410,6 +412,8 @@ class DynamicPrecision:
             is_inherited = name != "" and wanted.get(name, False) and around
             if name == "" or name in self.layers or (name in wanted and not is_inherited):
                 set_compute_(module, self._compute(name, surrounding[name], is_inherited=is_inherited))
+            elif surrounding[name] and self.narrow_storage and isinstance(module, nn.RMSNorm):
+                set_compute_(module, self._compute(name, is_low=True, is_inherited=True))
             else:
                 clear_compute_(module)
 
