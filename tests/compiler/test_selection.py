@@ -20,8 +20,9 @@ from torch import nn
 
 from deepseek.compiler import decisions, selection
 from deepseek.compiler.backends import BACKENDS, Backend, BackendError, Missing, Variant
-from deepseek.compiler.backends.interface import Built
-from deepseek.compiler.choosing import Tolerance
+from deepseek.compiler.backends.flattening import flatten_model
+from deepseek.compiler.backends.interface import Built, Job
+from deepseek.compiler.choosing import Tolerance, judge_numbers
 from deepseek.compiler.digesting import digest_model
 from deepseek.compiler.fallbacks import Finding
 from deepseek.compiler.selection import BackendSelector, compare, select
@@ -418,3 +419,24 @@ def test_auto_finds_something_at_least_as_fast_as_eager():
     assert plain is not None and chosen.decision.winner.median_ms <= plain.median_ms * 1.02
     error = (chosen.model(mlp.samples) - mlp.model(mlp.samples)).norm() / mlp.model(mlp.samples).norm()
     assert error.detach() < 0.25
+
+
+def test_answers_to_what_int8_is_calibrated_on_count_as_well(monkeypatch):
+    model = nn.Linear(4, 2).eval()
+    job = Job(flatten_model(model, torch.zeros(2, 4)), calibration=[(torch.ones(2, 4),), (-torch.ones(2, 4),)])
+    loud = Built(lambda x: [model(x) * (2 if x.any() else 1)])  # right for the samples, twice too large for the rest
+    tolerance = Tolerance(0.1, 0.9, 0.0)
+    numbers = selection.check_numbers(job, loud, tolerance)
+    assert numbers.relative_error == pytest.approx(2 / 3) and judge_numbers(numbers, tolerance) is not None
+    monkeypatch.setattr(selection, "CHECK_S", -1.0)
+    assert selection.check_numbers(job, loud, tolerance).relative_error == 0
+
+
+def test_a_precision_that_is_excluded_is_not_tried_and_says_why_unless_it_is_asked_for():
+    model, samples = nn.Linear(64, 64).eval(), torch.randn(4, 64)
+    excluded = {"int8": "it is not wanted", "bf16": "nor this"}
+    found = select(model, samples, backend="eager", excluded=excluded, remember=False)
+    assert {each.candidate.precision for each in found.decision.measurements} == {"fp32"}
+    assert ("all of int8", "it is not wanted") in [(each.candidate, each.reason) for each in found.decision.rejections]
+    asked = select(model, samples, backend="eager", precision="bf16", excluded=excluded, remember=False)
+    assert asked.decision.chosen.precision == "bf16"

@@ -49,7 +49,8 @@ def benchmark(
     time_budget
         Seconds for one measured choice among backends.
     data
-        A .npz file with arrays `inputs` and `labels`, to measure accuracy on.
+        A .npz file with arrays `inputs` and `labels`: what sides are measured with, what int8 is calibrated on (the
+        first 64 rows, without their labels), and what accuracy is measured on.
     save_baseline
         Write the rows to this file, for a later `--against`.
     against

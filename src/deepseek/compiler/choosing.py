@@ -178,6 +178,23 @@ def read_tolerances(tolerance: Tolerance | Mapping[str, Tolerance] | float | Non
     return dict.fromkeys(PRECISIONS, Tolerance(float(tolerance), cosine, agreement=0.0))
 
 
+def merge_numbers(found: Sequence[Numbers]) -> Numbers:
+    """One comparison from those of several batches: their mean.
+
+    >>> merge_numbers([Numbers(0.1, 1.0, None), Numbers(0.3, 0.8, 0.5)])
+    Numbers(relative_error=0.2, cosine=0.9, agreement=0.5, raw_agreement=None, is_finite=True)
+    """
+    agreements = [each.agreement for each in found if each.agreement is not None]
+    raw = [each.raw_agreement for each in found if each.raw_agreement is not None]
+    return Numbers(
+        relative_error=statistics.fmean(each.relative_error for each in found),
+        cosine=statistics.fmean(each.cosine for each in found),
+        agreement=statistics.fmean(agreements) if agreements else None,
+        raw_agreement=statistics.fmean(raw) if raw else None,
+        is_finite=all(each.is_finite for each in found),
+    )
+
+
 def judge_numbers(numbers: Numbers, tolerance: Tolerance) -> str | None:
     """Why these numbers are refused, or `None`.
 

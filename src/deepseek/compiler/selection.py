@@ -19,6 +19,8 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from deepseek.compiler.choosing import (
     judge_numbers,
     keep_fastest,
     list_precisions,
+    merge_numbers,
     order,
     plan_rounds,
     read_tolerances,
@@ -61,6 +64,8 @@ BUILD_SHARE = 0.75
 """Of the time budget, what building and short timings may use; the rest is for finalists."""
 FINALIST_MARGIN = 0.25
 NUM_SHORT_ROUNDS = 2
+CHECK_S = 2.0
+"""Of checking one candidate's answers to more than the samples."""
 HOPELESS = 4.0
 """A candidate whose one call takes so many times the best, and long, is not called again."""
 
@@ -168,15 +173,17 @@ def select(
     remember: bool = True,
     tune_allocator: bool = False,
     tuning_s: float = 0.0,
+    excluded: Mapping[str, str] = MappingProxyType({}),
     on_event: Callable[[SelectionEvent], None] | None = None,
 ) -> Selection:
     """The fastest correct way of running `model` on inputs like `sample_inputs`.
 
     `sample_inputs` is a tensor, a tuple of positional arguments or a dict of keywords. `precision` is `auto` (all
     allowed), `fp32`, `bf16`, `fp16` or `int8`. `tolerance` bounds the error against FP32: a relative error, a
-    `Tolerance`, or one for each precision. `calibration` holds further inputs for int8 (default: the samples). `name`
-    is what `deepseek explain` calls the model. `tune_allocator` keeps freed memory in this process, which helps eager
-    mode.
+    `Tolerance`, or one for each precision. `calibration` holds further inputs like the samples: int8 is calibrated on
+    them (default: on the samples), and answers to them are compared as well, for as long as `CHECK_S`. `name` is what
+    `deepseek explain` calls the model. `tune_allocator` keeps freed memory in this process, which helps eager mode.
+    `excluded` names precisions that `auto` must not take, and why.
 
     Raises `ConfigError` for missing samples, a model in training mode or not in float32, or one that answers NaN or
     infinity; `BackendError` when the backend asked for is not here, or nothing that is allowed runs correctly.
@@ -197,6 +204,7 @@ def select(
         remember=remember,
         tune_allocator=tune_allocator,
         tuning_s=tuning_s,
+        excluded=excluded,
     )
     while True:
         try:
@@ -221,11 +229,14 @@ def search(
     remember: bool,
     tune_allocator: bool,
     tuning_s: float,
+    excluded: Mapping[str, str] = MappingProxyType({}),
 ) -> Generator[SelectionEvent, None, Selection]:
     """`select` as a generator of events that returns the selection."""
     began_s = time.monotonic()
     backend = read_backend(backend)
-    tolerances, precisions = read_tolerances(tolerance), list_precisions(precision)
+    tolerances = read_tolerances(tolerance)
+    excluded = {each: excluded[each] for each in list_precisions(AUTO) if each in excluded and precision == AUTO}
+    precisions = [each for each in list_precisions(precision) if each not in excluded]
     if not time_budget_s > 0:
         raise ConfigError(f"time_budget_s is {time_budget_s}; give a number of seconds above 0")
     if tune_allocator:
@@ -240,7 +251,9 @@ def search(
         if built is not None:
             yield _announce(known, began_s)
             return Selection(SelectedModel(built, flattened, known.chosen), known)
-    decision, built = yield from Search(job, backend, precisions, tolerances, time_budget_s, began_s, key).run()
+    searching = Search(job, backend, precisions, tolerances, time_budget_s, began_s, key)
+    searching.rejections += [Rejection(f"all of {each}", reason) for each, reason in excluded.items()]
+    decision, built = yield from searching.run()
     if remember:
         decisions.remember(decision, name or type(model).__name__)
     yield _announce(decision, began_s)
@@ -485,13 +498,29 @@ def rebuild(job: Job, decision: Decision, tolerances: Mapping[str, Tolerance]) -
 
 
 def check_numbers(job: Job, built: Built, tolerance: Tolerance) -> Numbers:
-    """How the answers of `built` to the samples compare with FP32 eager."""
+    """How the answers of `built` compare with FP32 eager: to the samples, then to what int8 is calibrated on.
+
+    Where the samples pass, the mean over all batches that `CHECK_S` has time for.
+    """
+    began_s = time.monotonic()
+    found = [compare(job.flattened.outputs, _answer(built, job.inputs), tolerance)]
+    if judge_numbers(found[0], tolerance) is not None:
+        return found[0]
+    for index, inputs in enumerate(job.further):
+        if time.monotonic() - began_s > CHECK_S:
+            break
+        expected = job.once(("answers", index), partial(_answer, Built(job.flattened.model), inputs))
+        found.append(compare(expected, _answer(built, inputs), tolerance))
+    return merge_numbers(found)
+
+
+def _answer(built: Built, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies, since a runtime may answer the next call in the same memory."""
     try:
         with torch.no_grad():
-            answers = built.run(*job.inputs)
+            return [each.clone() for each in built.run(*inputs)]
     except Exception as error:
         raise BackendError(f"it fails on the samples: {type(error).__name__}: {str(error)[:200]}") from error
-    return compare(job.flattened.outputs, answers, tolerance)
 
 
 def compare(references: Sequence[Tensor], answers: Sequence[Tensor], tolerance: Tolerance) -> Numbers:

@@ -24,10 +24,12 @@ from deepseek.core.errors import ConfigError, PermanentError
 from deepseek.models.noticing import warn_caller
 from deepseek.models.onnx.reading import UnsupportedOperatorError, draw_inputs, read_onnx
 from deepseek.models.programs import RUNTIMES, Program, run_onnx
+from deepseek.models.samples import Batch, read_samples
 from deepseek.models.sources import LoadConfig, Opened, is_onnx, open_source
 
 AUTO = "auto"
 Listener = Callable[[SelectionEvent], None] | None
+_UNCALIBRATED = "it is calibrated on inputs, and these were drawn at random; give samples, an .npz file of real ones"
 _FILE_TOLERANCE = 0.05  # of a file that a runtime runs as it is, against the same file in PyTorch
 _ROUNDS = 7
 
@@ -96,12 +98,18 @@ def _load_program(opened: Opened, settings: LoadConfig) -> LoadedModel:
             f"give '{AUTO}', or convert the model to ONNX"
         )
     program = opened.model
-    return LoadedModel(opened.summary, program, opened.draw_inputs(settings), program.explain(), program.runtime)
+    inputs = _take_inputs(opened.draw_inputs(settings), settings)[0]
+    return LoadedModel(opened.summary, program, inputs, program.explain(), program.runtime)
 
 
 def _select(opened: Opened, model: nn.Module, settings: LoadConfig, on_event: Listener) -> LoadedModel:
-    inputs = opened.draw_inputs(settings)
+    inputs, *further = _take_inputs(opened.draw_inputs(settings), settings)
     assert settings.backend is not None
+    if settings.precision == "int8" and settings.samples is None:
+        warn_caller(
+            "int8 is calibrated on inputs that were drawn at random, which may be nothing like yours; give samples, an "
+            ".npz file of real ones"
+        )
     selection = select(
         model.float(),
         inputs,
@@ -109,7 +117,9 @@ def _select(opened: Opened, model: nn.Module, settings: LoadConfig, on_event: Li
         precision=settings.precision,
         time_budget_s=settings.time_budget_s,
         tolerance=settings.tolerance,
+        calibration=(inputs, *further) if further else (),
         name=opened.name,
+        excluded={} if settings.samples else {"int8": _UNCALIBRATED},
         on_event=on_event,
     )
     return LoadedModel(
@@ -124,7 +134,7 @@ def _load_onnx(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedMo
         read_onnx(path)  # refuses what is damaged, and weights outside the folder
         program = run_onnx(path, str(settings.backend), settings.precision)
         return LoadedModel(
-            f"{path}, an ONNX file", program, _draw_for_program(program, settings), program.explain(), program.runtime
+            f"{path}, an ONNX file", program, _take_for_program(program, settings), program.explain(), program.runtime
         )
     try:
         opened = open_source(path, settings)
@@ -144,7 +154,7 @@ def _fastest_program(path: Path, settings: LoadConfig, converted: LoadedModel | 
     if not programs and converted is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ConfigError(f"nothing here runs {path} ({reasons}); export it again for one of them")
-    inputs = converted.sample_inputs if converted else _draw_for_program(next(iter(programs.values())), settings)
+    inputs = converted.sample_inputs if converted else _take_for_program(next(iter(programs.values())), settings)
     reference: Any = converted.module if converted else next(iter(programs.values()))
     runners: dict[str, Callable[..., Any]] = {}
     for name, program in programs.items():
@@ -180,10 +190,16 @@ def _explain_choice(best: str, medians_ms: Mapping[str, float], refused: Mapping
     return f"{best} is the fastest ({'; '.join(lines)})"
 
 
-def _draw_for_program(program: Program, settings: LoadConfig) -> tuple[Tensor, ...]:
-    return draw_inputs(
+def _take_for_program(program: Program, settings: LoadConfig) -> Batch:
+    drawn = draw_inputs(
         program.inputs, settings.shapes, batch_size=settings.batch_size, sequence_length=settings.sequence_length
     )
+    return _take_inputs(drawn, settings)[0]
+
+
+def _take_inputs(drawn: Batch, settings: LoadConfig) -> list[Batch]:
+    """Batches of the user's samples, or the one that was drawn."""
+    return read_samples(Path(settings.samples), drawn) if settings.samples else [drawn]
 
 
 @torch.inference_mode()

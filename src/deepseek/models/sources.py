@@ -58,6 +58,10 @@ class LoadConfig(Config):
     """Tokens of the sample inputs of a text model."""
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     """Shapes of sample inputs by name, where a file leaves lengths open: {"images": [1, 3, 320, 320]}."""
+    samples: str | None = None
+    """An .npz file with inputs as they will come: an array [N, ...] for each input, in the model's order, `labels`
+    aside. Backends are measured with them, compared on them, and calibrated for int8. None draws them at random, and
+    then `auto` leaves int8 alone."""
     weights: str | None = None
     """A safetensors file or a model folder with trained weights for a model that is given by name."""
     overrides: dict[str, JsonValue] = Field(default_factory=dict)
@@ -82,7 +86,7 @@ class LoadConfig(Config):
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("weights", mode="before")
+    @field_validator("weights", "samples", mode="before")
     @classmethod
     def _say_path(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value

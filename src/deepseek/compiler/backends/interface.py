@@ -78,7 +78,8 @@ class Job:
         self, flattened: Flattened, *, calibration: Sequence[tuple[Tensor, ...]] = (), tuning_s: float = 0.0
     ) -> None:
         self.flattened, self.tuning_s = flattened, tuning_s
-        self.calibration = tuple(calibration) or (flattened.inputs,)
+        self.further = tuple(calibration)
+        self.calibration = self.further or (flattened.inputs,)
         self._made: dict[Hashable, Any] = {}
 
     @property
