@@ -440,3 +440,23 @@ def test_a_precision_that_is_excluded_is_not_tried_and_says_why_unless_it_is_ask
     assert ("all of int8", "it is not wanted") in [(each.candidate, each.reason) for each in found.decision.rejections]
     asked = select(model, samples, backend="eager", precision="bf16", excluded=excluded, remember=False)
     assert asked.decision.chosen.precision == "bf16"
+
+
+def test_where_one_eager_call_takes_much_of_the_budget_what_may_be_faster_goes_first(offer, model):
+    offer(variant("fast"), variant("slow", sleep_s=0.01))
+    began = []
+    chosen = select(model, X, time_budget_s=0.05, remember=False, on_event=lambda event: began.append(event.candidate))
+    assert began[0] == "openvino fast fp32" and str(chosen.decision.chosen) == "openvino fast fp32"
+    assert chosen.decision.baseline_ms >= 3  # of the call that made the reference
+    began.clear()
+    select(model, X, time_budget_s=5, remember=False, on_event=lambda event: began.append(event.candidate))
+    assert began[0] == "eager plain fp32"
+
+
+def test_a_slow_call_is_timed_once_before_the_final(offer, model, monkeypatch):
+    monkeypatch.setattr(selection.Search, "_run_final", lambda self: iter(()))
+    slow = variant("slow", sleep_s=0.1)
+    offer(slow)
+    chosen = select(model, X, backend="openvino", time_budget_s=1.0, remember=False)
+    (measured,) = chosen.decision.measurements
+    assert len(measured.times_ms) == 1 and measured.median_ms >= 100

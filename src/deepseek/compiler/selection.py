@@ -66,6 +66,9 @@ FINALIST_MARGIN = 0.25
 NUM_SHORT_ROUNDS = 2
 CHECK_S = 2.0
 """Of checking one candidate's answers to more than the samples."""
+SLOW_SHARE = 0.05
+"""Of the time budget. A call that takes longer is timed once before the final; where the model as it was given does,
+what may be faster than eager is tried first."""
 HOPELESS = 4.0
 """A candidate whose one call takes so many times the best, and long, is not called again."""
 
@@ -296,6 +299,8 @@ class Search:
         """Try all candidates, time the finalists longer, decide."""
         candidates, refused = list_candidates(self.job, self.backend, self.precisions)
         self.rejections += refused
+        if self._is_slow(self.job.flattened.seconds):
+            candidates.sort(key=lambda each: each.backend == BASELINE.backend)
         for index, candidate in enumerate(candidates):
             yield CandidateStarted(str(candidate), self.spent_s, index, len(candidates))
             yield self._try(candidate)
@@ -316,7 +321,7 @@ class Search:
             return self._reject(candidate, str(error))
         self.build_s[candidate] = self.spent_s - before_s
         self.built[candidate] = built
-        if not self._is_hopeless(candidate):
+        if not self._is_timed_by_one_call(candidate):
             self._time_shortly(candidate)
         self._let_go_of_the_slow()
         median_ms = _median(self.times_ms[candidate])
@@ -347,17 +352,25 @@ class Search:
 
     def _time_baseline(self) -> None:
         """Time the model as it was given; in turns with the best, once there is one."""
+        if self._is_slow(self.job.flattened.seconds):
+            self.baseline_ms = [self.job.flattened.seconds * 1000]
+            return
         sides = {BASELINE: self._call(Built(self.job.flattened.model))}
         best = self._find_best()
         if best is not None and best != BASELINE:
             sides[best] = self._call(self.built[best])
         self.baseline_ms = measure_in_turns(sides, NUM_SHORT_ROUNDS)[BASELINE]
 
-    def _is_hopeless(self, candidate: Candidate) -> bool:
-        """Whether one call already shows that it cannot win; that call is then its measurement."""
+    def _is_slow(self, seconds: float) -> bool:
+        """Whether the budget has no time for many calls that take so long."""
+        return seconds > SLOW_SHARE * self.time_budget_s
+
+    def _is_timed_by_one_call(self, candidate: Candidate) -> bool:
+        """Whether one call, which is then its measurement, shows that it cannot win, or is all there is time for."""
         best = self._find_best()
         once_ms = time_call(self._call(self.built[candidate]))
-        if best is None or once_ms < max(HOPELESS * self.medians_ms[best], SLOW_CALL_S * 1000):
+        is_hopeless = best is not None and once_ms >= max(HOPELESS * self.medians_ms[best], SLOW_CALL_S * 1000)
+        if not is_hopeless and not self._is_slow(once_ms / 1000):
             return False
         self.times_ms[candidate] = [once_ms]
         return True

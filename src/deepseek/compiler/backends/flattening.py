@@ -10,6 +10,7 @@ Cost: about ten microseconds a call for nested values, one for plain positional 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,8 @@ class Flattened:
     """Where each returned tensor comes from: an answer of the flat model, or an input that is handed through."""
     is_plain: bool
     """Positional tensors in and one tensor out: nothing has to be taken apart or put together."""
+    seconds: float = 0.0
+    """That the answers took."""
 
     @property
     def shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -191,8 +194,10 @@ def flatten_model(model: nn.Module, samples: Any) -> Flattened:
     if not inputs:
         raise ConfigError(f"there is no tensor among the sample inputs; {_ADVICE}")
     flat = FlatModel(model, leaves, spec).eval()
+    began_s = time.perf_counter()
     with torch.no_grad():
         answer = flat.call(*inputs)
+    seconds = time.perf_counter() - began_s
     output_leaves, output_spec = pytree.tree_flatten(answer)
     returned = [leaf for leaf in output_leaves if isinstance(leaf, Tensor)]
     if not returned:
@@ -208,6 +213,7 @@ def flatten_model(model: nn.Module, samples: Any) -> Flattened:
         output_leaves=tuple(output_leaves),
         output_sources=sources,
         is_plain=not kwargs and len(inputs) == len(args) and isinstance(answer, Tensor),
+        seconds=seconds,
     )
 
 
