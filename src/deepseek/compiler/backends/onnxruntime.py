@@ -94,8 +94,12 @@ def make_session(model: bytes | str, *, num_threads: int, optimized: Path | None
     return runtime.InferenceSession(model, options, providers=[CPU_PROVIDER])
 
 
+SMALLEST_BINDING_BYTES = 1 << 20
+"""Smaller answers are copied sooner than memory is bound: 40 us of a call, 1.3 % of a MobileNetV3's."""
+
+
 class BoundSession:
-    """A session whose inputs and outputs are torch's own memory; one call at a time."""
+    """A session that reads torch's own memory, and writes large answers into it; those one call at a time."""
 
     def __init__(self, session: Any, job: Job) -> None:
         self.session = session
@@ -104,12 +108,21 @@ class BoundSession:
         self.outputs = [(each.name, _torch_type(each.type)) for each in session.get_outputs()]
         self.shapes = [tuple(each.shape) for each in job.flattened.outputs]
         self.kinds = output_dtypes(job)
+        self.is_bound = sum(each.nbytes for each in job.flattened.outputs) >= SMALLEST_BINDING_BYTES
         self.lock = threading.Lock()
         self.binding = session.io_binding()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        held = [inputs[index].detach().contiguous() for index in self.used]
+        answers = self._run_bound(held) if self.is_bound else self._run(held)
+        return restore_dtypes(answers, self.kinds)
+
+    def _run(self, held: Sequence[Tensor]) -> list[Tensor]:
+        feeds = {name: tensor.numpy() for name, tensor in zip(self.names, held, strict=True)}
+        return [torch.from_numpy(each) for each in self.session.run(None, feeds)]
+
+    def _run_bound(self, held: Sequence[Tensor]) -> list[Tensor]:
         with self.lock:
-            held = [inputs[index].contiguous() for index in self.used]
             for name, tensor in zip(self.names, held, strict=True):
                 self.binding.bind_input(
                     name, "cpu", 0, _numpy_type(tensor.dtype), tuple(tensor.shape), tensor.data_ptr()
@@ -120,7 +133,7 @@ class BoundSession:
             for (name, kind), answer in zip(self.outputs, answers, strict=True):
                 self.binding.bind_output(name, "cpu", 0, _numpy_type(kind), tuple(answer.shape), answer.data_ptr())
             self.session.run_with_iobinding(self.binding)
-        return restore_dtypes(answers, self.kinds)
+        return answers
 
 
 def used_inputs(names: Sequence[str], num_inputs: int) -> list[int]:
