@@ -116,7 +116,7 @@ def fit_last_layer(model: nn.Module, pictures: Tensor, labels: Tensor) -> None:
     centred = features - mean
     targets = nn.functional.one_hot(labels, NUM_CLASSES).double() * 10
     gram = centred.T @ centred
-    gram += 1e-2 * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
+    gram += 1e-1 * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
     weight = torch.linalg.solve(gram, centred.T @ (targets - targets.mean(0)))
     last.weight.copy_(weight.T)
     last.bias.copy_(targets.mean(0) - mean @ weight)

@@ -432,6 +432,17 @@ def test_answers_to_what_int8_is_calibrated_on_count_as_well(monkeypatch):
     assert selection.check_numbers(job, loud, tolerance).relative_error == 0
 
 
+def test_one_row_alone_does_not_refuse_what_is_right_in_the_mean_unless_it_is_far_off():
+    model = nn.Linear(4, 2).eval()
+    rest = [(torch.full((1, 4), float(index)),) for index in range(1, 10)]
+    job = Job(flatten_model(model, torch.zeros(1, 4)), calibration=rest)
+    tolerance = Tolerance(0.1, 0.9, 0.0)
+    for error, is_refused in ((0.2, False), (0.5, True)):
+        built = Built(lambda x, error=error: [model(x) * (1 if x.any() else 1 + error)])
+        numbers = selection.check_numbers(job, built, tolerance)
+        assert (judge_numbers(numbers, tolerance) is not None) == is_refused
+
+
 def test_a_precision_that_is_excluded_is_not_tried_and_says_why_unless_it_is_asked_for():
     model, samples = nn.Linear(64, 64).eval(), torch.randn(4, 64)
     excluded = {"int8": "it is not wanted", "bf16": "nor this"}
