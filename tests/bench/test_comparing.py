@@ -120,3 +120,9 @@ def test_data_that_is_no_labelled_data_is_refused(tmp_path):
 
 def test_rows_are_plain_values(events):
     assert dataclasses.asdict(events[-1])["rows"][0]["name"] == "bf16 eager"
+
+
+def test_a_batch_larger_than_the_data_is_measured_with_drawn_pictures(model, labelled):
+    config = BenchConfig(model=str(model[0]), batch_sizes=(9,), num_rounds=1, data=str(labelled))
+    (row,) = list(compare(config, [EAGER]))[-1].rows
+    assert row.accuracy == pytest.approx(5 / 7) and row.batch_size == 9

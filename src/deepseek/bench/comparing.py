@@ -165,7 +165,8 @@ def _compare_batch(
     settings: dict[str, Any] = {"batch_size": batch_size, "time_budget_s": config.time_budget_s}
     if data is not None:
         settings["shapes"] = {"images": (batch_size, *data[0].shape[1:])}
-        settings["samples"] = config.data
+        if len(data[0]) >= batch_size:
+            settings["samples"] = config.data
     with contextlib.ExitStack() as stack:
         processes = []
         for subject in asked:
