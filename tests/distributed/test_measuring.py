@@ -3,6 +3,7 @@ import json
 import pytest
 
 from deepseek.core.errors import ConfigError, PermanentError
+from deepseek.distributed import measuring
 from deepseek.distributed.cluster import LinkClass
 from deepseek.distributed.columns import describe_case, stack_cases
 from deepseek.distributed.cost import multiply_s
@@ -78,3 +79,13 @@ def test_measurements_are_kept_where_the_environment_says(monkeypatch, tmp_path)
     assert default_file() == tmp_path / "cluster.json"
     monkeypatch.delenv("DEEPSEEK_CACHE_DIR")
     assert default_file().parts[-3:] == (".cache", "deepseek", "cluster.json")
+
+
+def test_a_link_measured_beside_other_work_is_measured_again(monkeypatch):
+    noisy, quiet = [(8, 2e-3), (1 << 20, 1e-3)], [(8, 1e-4), (1 << 20, 1e-3)]
+    answers, asked = [noisy, quiet], []
+    monkeypatch.setattr(measuring, "_exchange_messages", lambda repeats: asked.append(repeats) or answers.pop(0))
+    assert measuring.measure_link() == fit_link(quiet) and asked == [15, 30]
+    answers += [noisy] * 3
+    with pytest.raises(PermanentError, match="quieter machine"):
+        measuring.measure_link()
