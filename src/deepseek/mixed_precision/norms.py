@@ -3,7 +3,7 @@
 Written in torch's operators, as it is on a CPU, an RMS norm keeps its input twice over: the input for the square, and
 the normed values for the weight. Here it keeps the input once, narrowed by the hooks around the model like everything
 else, and a scale for each row; what the backward pass needs besides is computed again. Measured on a decoder of four
-layers, 16 rows of 128 tokens: a training step under autocast takes 1.05 times as long as under DynamicPrecision, and
+layers, 16 rows of 128 tokens: a training step under autocast takes 1.02 times as long as under DynamicPrecision, and
 0.97 times as long without this. The forward pass is that of `torch.nn.RMSNorm` to the bit.
 """
 
