@@ -103,3 +103,13 @@ def test_norms_between_low_layers_are_ours_and_come_back(norm):
     assert compute_of(norm) is None and norm(x).grad_fn.name() != "_NormBackward"
     DynamicPrecision(model, low="bf16", start="fp32", costs="assumed")
     assert compute_of(norm) is None
+
+
+def test_a_gradient_of_gradients_needs_no_trainable_weight(norm):
+    norm.weight.requires_grad_(False)
+    x = torch.randn(5, 64, requires_grad=True)
+    answers = []
+    for run in (lambda x: run_norm(norm, x), norm):
+        (first,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        answers.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)

@@ -50,7 +50,9 @@ class _Norm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of gradients is asked for
             y = F.rms_norm(x, weight.shape, weight, ctx.eps)
-            return *torch.autograd.grad(y, (x, weight), gradient, create_graph=True), None
+            wanted = [each for each in (x, weight) if each.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
+            return *(next(found) if each.requires_grad else None for each in (x, weight)), None
         normed = x * scale
         product = gradient * normed
         weight_gradient = product.reshape(-1, weight.shape[0]).sum(0) if ctx.needs_input_grad[1] else None
