@@ -5,7 +5,9 @@ from xml.etree import ElementTree
 import pytest
 
 from deepseek.distributed.cluster import Accelerator, Cluster, LinkClass, Node
+from deepseek.distributed.constants import get_constants
 from deepseek.distributed.finding import save_cluster
+from deepseek.distributed.measuring import describe_surroundings
 from deepseek.distributed.model_shape import get_model_shape
 from deepseek.distributed.planner import plan
 from tests.cli.commands import assert_one_sentence
@@ -17,9 +19,13 @@ LLAMA = ("plan", "Llama3-8B", "--cluster", "dgx-a100", "--nodes", 2, "--global-b
 def machine(tmp_path, monkeypatch):
     """This machine, as if it had been measured."""
     link = LinkClass(1e-5, 1e9)
-    device = Accelerator("a box", 16e9, 2e10, {"fp32": 5e10, "bf16": 1e11}, link, link, scale_up_size=1, processors=2)
+    device = Accelerator(
+        "a box", 16e9, 2e10, {"fp32": 5e10, "bf16": 1e11}, link, link, scale_up_size=1, processors=2,
+        shares=get_constants("other"),
+    )  # fmt: skip
     monkeypatch.setenv("DEEPSEEK_CACHE_DIR", str(tmp_path))
-    save_cluster(Cluster((Node(device, 1),), link), tmp_path / "cluster.json")
+    measured_on = describe_surroundings()
+    save_cluster(Cluster((Node(device, 1),), link), tmp_path / "cluster.json", measured_on=measured_on)
 
 
 def test_a_plan_is_printed_with_items_runners_up_and_rejections(call):
@@ -83,6 +89,26 @@ def test_a_machine_that_was_never_measured_is_measured_first(call, tmp_path, mon
     monkeypatch.setattr("deepseek.cli.plan._measure_to", lambda path: measure(path))
     assert call("plan", "decoder_tiny", "--precision", "fp32").status == 0
     assert measured == [tmp_path / "empty" / "cluster.json"]
+
+
+@pytest.mark.parametrize("change", ["processor_generation", "torch", "shares", "text"])
+def test_a_measurement_of_another_machine_or_an_older_form_is_not_used(call, machine, tmp_path, monkeypatch, change):
+    path = tmp_path / "cluster.json"
+    values = json.loads(path.read_text())
+    if change == "shares":
+        values["accelerators"][0]["shares"] = None
+    elif change != "text":
+        values["measured_on"][change] = "another"
+    path.write_text("[1]" if change == "text" else json.dumps(values), encoding="utf-8")
+    fresh, measured = Cluster.of("L40S", nodes=1, gpus_per_node=1), []
+    monkeypatch.setattr("deepseek.cli.plan._measure_to", lambda path: measured.append(path) or fresh)
+    result = call("plan", "decoder_tiny", "--json")
+    assert result.status == 0, result.err
+    assert measured == [path]
+    assert (
+        "measuring again" in result.err
+        and {"shares": "lacks the shares", "text": "no table"}.get(change, f"{change} was 'another'") in result.err
+    )
 
 
 def test_check_holds_predicted_against_measured(call, machine, corpus, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import platform
+from pathlib import Path
 
 import numpy
 import psutil
@@ -14,6 +15,13 @@ def test_it_is_the_machine_that_psutil_sees():
     assert machine["num_cores"] == len(psutil.Process().cpu_affinity())
     assert machine["architecture"] == platform.uname().machine
     assert machine["processor"] and machine["system"] == platform.uname().system
+
+
+def test_processors_of_one_name_are_told_apart_by_their_generation():
+    lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    values = [value.strip() for value in lines.values()]
+    generation = describe_machine()["processor_generation"]
+    assert generation and all(part.rsplit(" ", 1)[1] in values for part in generation.split(", "))
 
 
 def test_it_can_be_written_into_a_report():

@@ -186,20 +186,27 @@ def _choose_precision(recipe: TrainConfig, *, has_machine: bool) -> str:
 
 def _find_machine() -> Cluster:
     """This machine, as it was measured before, or as it is measured now."""
-    from deepseek.distributed.finding import load_cluster
-    from deepseek.distributed.measuring import default_file
+    from deepseek.distributed.finding import load_measured
+    from deepseek.distributed.measuring import default_file, describe_surroundings
 
-    return load_cluster(default_file()) if default_file().exists() else _measure_to(default_file())
+    path = default_file()
+    if not path.exists():
+        return _measure_to(path)
+    kept = load_measured(path, describe_surroundings())
+    if isinstance(kept, str):
+        print(f"{kept}; measuring again", file=sys.stderr)
+        return _measure_to(path)
+    return kept
 
 
 def _measure_to(path: Path) -> Cluster:
     from deepseek.cli.showing import working
     from deepseek.distributed.finding import save_cluster
-    from deepseek.distributed.measuring import make_cluster, measure_machine
+    from deepseek.distributed.measuring import describe_surroundings, make_cluster, measure_machine
 
     with working("measuring this machine"):
         cluster = make_cluster(measure_machine())
-    save_cluster(cluster, path)
+    save_cluster(cluster, path, measured_on=describe_surroundings())
     print(f"measured this machine, kept in {path}", file=sys.stderr)
     return cluster
 

@@ -13,13 +13,20 @@ from typing import Any
 
 from deepseek.core.extras import DISTRIBUTION
 
+# What /proc/cpuinfo calls the generation of a processor: x86 has the first four, Arm the others.
+_GENERATION = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU revision")
 LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "starlette", "pydantic")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores and memory of this machine."""
+    """Processor, cores and memory of this machine.
+
+    Virtual machines give processors of several generations one name, so `processor_generation` says which it is.
+    """
+    facts = _read_cpuinfo()
     return {
-        "processor": _processor_name(),
+        "processor": facts.get("model name") or platform.processor() or platform.machine(),
+        "processor_generation": ", ".join(f"{name} {facts[name]}" for name in _GENERATION if name in facts),
         "architecture": platform.machine(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -41,11 +48,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _processor_name() -> str:
-    """The marketing name from /proc/cpuinfo on Linux; what Python knows elsewhere."""
+def _read_cpuinfo() -> dict[str, str]:
+    """What Linux says about the first processor; nothing elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    if not cpuinfo.exists():
+        return {}
+    first = cpuinfo.read_text(encoding="utf-8").partition("\n\n")[0]
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}

@@ -92,19 +92,43 @@ def _read_part(part: str, nodes: int) -> tuple[str, int]:
     return kind, int(count) if count else nodes
 
 
-def save_cluster(cluster: Cluster, path: Path) -> None:
-    """Write a cluster as JSON, whole or not at all."""
-    write_file(path, (json.dumps(cluster_to_dict(cluster), indent=2) + "\n").encode())
+def save_cluster(cluster: Cluster, path: Path, *, measured_on: Mapping[str, Any] | None = None) -> None:
+    """Write a cluster as JSON, whole or not at all; `measured_on` says on which machine it was measured."""
+    values = cluster_to_dict(cluster) | ({"measured_on": dict(measured_on)} if measured_on else {})
+    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def load_cluster(path: Path) -> Cluster:
     """Read a cluster that `save_cluster` wrote, or that was written by hand in the same form."""
+    return cluster_from_dict(_read_cluster_file(path))
+
+
+def load_measured(path: Path, machine: Mapping[str, Any]) -> Cluster | str:
+    """The cluster that was measured on this very `machine`, or why the file does not hold one."""
     try:
-        return cluster_from_dict(json.loads(path.read_text(encoding="utf-8")))
+        values = _read_cluster_file(path)
+        cluster = cluster_from_dict(values)
+    except ConfigError as error:
+        return str(error)
+    told = values.get("measured_on") or {}
+    if changed := [name for name in machine if told.get(name) != machine[name]]:
+        name = changed[0]
+        return f"{path} was measured where {name} was {told.get(name)!r}, which is {machine[name]!r} here"
+    if any(each.shares is None for each in cluster.accelerators):
+        return f"{path} lacks the shares that plans of this machine are priced with"
+    return cluster
+
+
+def _read_cluster_file(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is not there; write it with deepseek plan --measure --out {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); write it with deepseek plan --measure") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no table of a cluster; write it with deepseek plan --measure")
+    return values
 
 
 def cluster_to_dict(cluster: Cluster) -> dict[str, Any]:

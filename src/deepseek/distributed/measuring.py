@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.core.errors import ConfigError, PermanentError
-from deepseek.core.machine import describe_machine
+from deepseek.core.machine import describe_machine, describe_versions
 from deepseek.core.storage import find_cache_folder
 from deepseek.distributed.cluster import Accelerator, Cluster, LinkClass, Node
 from deepseek.distributed.constants import get_constants
@@ -68,6 +68,11 @@ class Measured:
 def default_file() -> Path:
     """Where measurements of this machine are kept."""
     return find_cache_folder() / "cluster.json"
+
+
+def describe_surroundings() -> dict[str, Any]:
+    """What a measurement holds for: this machine, and the torch whose kernels were timed."""
+    return describe_machine() | {"torch": describe_versions(("torch",))["torch"]}
 
 
 def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | None = None) -> Measured:
