@@ -38,7 +38,9 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, report
+from deepseek.compiler.backends.calibrating import refuse_too_large
 from deepseek.compiler.backends.flattening import Flattened, flatten_model
+from deepseek.compiler.backends.onnxruntime import CALIBRATION_SHARE
 from deepseek.compiler.backends.openvino import without_telemetry
 from deepseek.compiler.choosing import Tolerance
 from deepseek.compiler.selection import compare, select
@@ -278,7 +280,7 @@ def make_peer(name: str, precision: str, make: Callable[[], Call], flattened: Fl
             run = make()
             answers = flattened.read_answers(run())
     except Exception as error:  # noqa: BLE001 - a peer may fail in any way, and the table says how
-        return Contender(f"{name} {precision}", precision, None, (), f"{type(error).__name__}: {str(error)[:80]}")
+        return Contender(f"{name} {precision}", precision, None, (), f"{type(error).__name__}: {str(error)[:120]}")
     return Contender(f"{name} {precision}", precision, run, answers)
 
 
@@ -338,6 +340,7 @@ def onnxruntime_session(flattened: Flattened, quantization: str | None, calibrat
             model.graph.ClearField("value_info")  # shapes of weights turned since, which quantize_dynamic trips over
             onnx.save(model, prepared)
         if quantization in ("static", "static u8"):
+            refuse_too_large(flattened, "ONNX Runtime", share=CALIBRATION_SHARE)  # or the whole table is killed
             feeds = [
                 dict(zip(names, (x.numpy() for x in flattened.read_samples(each)), strict=True)) for each in calibration
             ]

@@ -34,6 +34,22 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def measure_free_bytes() -> int:
+    """Memory that a process can still take without anybody being killed: the machine's, or its container's.
+
+    >>> 0 < measure_free_bytes() <= describe_machine()["memory_bytes"]
+    True
+    """
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if (meminfo := Path("/proc/meminfo")).exists():  # it counts caches that are given up on demand as free
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
+        free = min(free, int(text) - int(used.read_text(encoding="utf-8")))
+    return max(free, 0)
+
+
 def describe_versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
     """Versions of Python, deepseek and `libraries`; `None` for one that is not installed."""
     return {"python": platform.python_version(), "deepseek": _version(DISTRIBUTION)} | {

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek.compiler.backends.calibrating import refuse_too_large
 from deepseek.compiler.backends.eager import lacks_fbgemm, output_dtypes, restore_dtypes
 from deepseek.compiler.backends.interface import Backend, BackendError, Built, Job, Missing, Variant, first_line, quiet
 from deepseek.compiler.choosing import Traits
@@ -31,6 +32,8 @@ from deepseek.core.extras import DISTRIBUTION, has_library, require
 
 CPU_PROVIDER = "CPUExecutionProvider"
 OPSET = 20
+CALIBRATION_SHARE = 2.1
+"""Memory that calibrating takes, relative to the activations of a batch (YOLOv7 2.1, ResNet-50 1.5)."""
 
 
 def find_missing() -> Missing | None:
@@ -179,6 +182,7 @@ def _export(job: Job) -> Path:
 
 
 def _quantize_static(job: Job) -> Path:
+    refuse_too_large(job.flattened, "ONNX Runtime", share=CALIBRATION_SHARE)
     quantization = require("onnxruntime.quantization", extra="compile")
     source, target = _prepare(job), export_onnx(job).with_name("static.onnx")
     with quiet():

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek.compiler.backends.calibrating import refuse_too_large
 from deepseek.compiler.backends.interface import Backend, BackendError, Built, Job, Missing, Variant, quiet
 from deepseek.compiler.choosing import Traits
 from deepseek.compiler.fallbacks import judge_openvino_layers
@@ -32,6 +33,7 @@ from deepseek.core.extras import DISTRIBUTION, has_library, require
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 _TELEMETRY = "openvino_telemetry"
+_CALIBRATION_SHARE = 0.7  # memory that calibrating takes, relative to the activations of a batch (YOLOv7 0.5)
 SMALLEST_BINDING_BYTES = 1 << 20
 """A smaller answer is copied sooner than memory is handed over."""
 SMALLEST_SPLIT = 2
@@ -183,6 +185,7 @@ def _with_shapes(model: Any, job: Job) -> Any:
 
 def quantize(job: Job) -> Any:
     """The model with int8 convolutions and products, calibrated on the job's samples."""
+    refuse_too_large(job.flattened, "NNCF", share=_CALIBRATION_SHARE)
     model = job.once("openvino decomposed", lambda: convert_decomposed(job))
     with without_telemetry(), quiet(), redirect_stdout(io.StringIO()):  # where NNCF draws progress bars
         nncf = require("nncf", extra="compile")
