@@ -78,6 +78,7 @@ class Choice:
 
     source: str
     groups: int
+    ordered: int
     regret_median: float
     regret_mean: float
     random_median: float
@@ -183,20 +184,31 @@ def correlate(one: Array, two: Array) -> float:
 
 
 def judge_choices(runs: Sequence[MeasuredRun], seconds: Array) -> list[Choice]:
-    """Among the plans for one model, cluster and batch: how much slower is the one that we rank first?"""
+    """Among the plans for one model, cluster and batch: how much slower is the one that we rank first?
+
+    A plan that was run several times counts once, with the median of its times; three plans make an order.
+    """
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, each in enumerate(runs):
         groups[tuple(each.row[key] for key in GROUP_KEYS)].append(index)
-    measured = np.array([float(each.row["iter_time_s"]) for each in runs])
     by_source: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for key, rows in groups.items():
-        if len({tuple(runs[i].row[name] for name in INPUT_KEYS) for i in rows}) < 2:
+        plans: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for index in rows:
+            plans[_name_plan(runs[index])].append(index)
+        if len(plans) < 2:
             continue
-        times, guesses = measured[rows], seconds[rows]
+        times = np.array([np.median([float(runs[i].row["iter_time_s"]) for i in same]) for same in plans.values()])
+        guesses = np.array([seconds[same[0]] for same in plans.values()])
         first = float(times[np.argmin(guesses)] / times.min() - 1)
-        order = correlate(times, guesses) if len(rows) > 2 else math.nan
+        order = correlate(times, guesses) if len(plans) > 2 else math.nan
         by_source[key[0]].append((first, float(times.mean() / times.min() - 1), order))
     return [_summarise(source, values) for source, values in by_source.items()]
+
+
+def _name_plan(each: MeasuredRun) -> tuple[object, ...]:
+    """What makes a plan one that was run before: all published inputs, and the program with its age."""
+    return (*(each.row[name] or "0" for name in INPUT_KEYS), each.run.plan)
 
 
 def _summarise(source: str, values: list[tuple[float, float, float]]) -> Choice:
@@ -204,7 +216,14 @@ def _summarise(source: str, values: list[tuple[float, float, float]]) -> Choice:
     known = order[~np.isnan(order)]
     middle, mean = (float(np.median(known)), float(known.mean())) if len(known) else (math.nan, math.nan)
     return Choice(
-        source, len(values), float(np.median(regret)), float(regret.mean()), float(np.median(random)), middle, mean
+        source,
+        len(values),
+        len(known),
+        float(np.median(regret)),
+        float(regret.mean()),
+        float(np.median(random)),
+        middle,
+        mean,
     )
 
 
@@ -299,11 +318,13 @@ def tabulate_times(result: Result) -> list[tuple[str, ...]]:
 
 def tabulate_choices(result: Result) -> list[tuple[str, ...]]:
     """Rows of the table of choices, the first one its head."""
-    rows = [("source", "groups", "regret median", "regret mean", "random pick", "Spearman median", "Spearman mean")]
+    rows = [
+        ("source", "groups", "regret median", "regret mean", "random pick", "of 3 plans", "Spearman median", "mean")
+    ]
     for each in result.choices:
         orders = (f"{value:.2f}" for value in (each.spearman_median, each.spearman_mean))
         regrets = map(_percent, (each.regret_median, each.regret_mean, each.random_median))
-        rows.append((each.source, str(each.groups), *regrets, *orders))
+        rows.append((each.source, str(each.groups), *regrets, str(each.ordered), *orders))
     return rows
 
 

@@ -121,3 +121,11 @@ def test_our_own_configuration_is_read():
         True,
         True,
     )
+
+
+def test_the_capacity_of_our_experts_is_read():
+    config = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_size": 128, "vocab_size": 100, "max_length": 32}
+    experts = {"num_experts": 4, "top_k": 2, "ffn_size": 32}
+    assert read_config({**config, "moe": {**experts, "capacity_factor": 1.25}}).capacity_factor == 1.25
+    assert read_config({**config, "moe": {**experts, "capacity_factor": None}}).capacity_factor == 1.0
+    assert read_config({**config, "moe": experts}).capacity_factor == 1.0

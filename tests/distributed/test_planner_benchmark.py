@@ -59,6 +59,15 @@ def test_regret_is_what_the_first_choice_costs(timed):
     assert reverse.spearman_median == pytest.approx(-1.0)
 
 
+def test_a_plan_that_was_run_twice_is_one_plan(timed):
+    runs = [each for each in timed if each.source == "vtrain_multi_a100" and each.row["model"] == "GPT-3.6B"]
+    measured = np.array([float(each.row["iter_time_s"]) for each in runs])
+    (once,) = planner.judge_choices(runs, measured)
+    (twice,) = planner.judge_choices([*runs, *runs], np.concatenate([measured, measured]))
+    assert twice == once
+    assert once.ordered == once.groups == 1
+
+
 def test_the_quick_benchmark_runs_whole(tmp_path):
     result = planner.run(is_quick=True, plot=None)
     assert {each.source for each in result.times} >= {"vtrain_single_a100", "mosaic_llm_foundry"}

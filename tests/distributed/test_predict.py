@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.cluster import Cluster, get_accelerator
 from deepseek.distributed.columns import describe_case, spread_plans, stack_cases
+from deepseek.distributed.constants import get_constants
 from deepseek.distributed.cost import time_layer
 from deepseek.distributed.model_shape import ModelShape, OperatorCost, OperatorList, get_model_shape
 from deepseek.distributed.plan import Plan
@@ -203,3 +204,69 @@ def test_selective_recomputation_repeats_what_the_program_says():
         layer = time_layer(columns)
         again = layer.attention_s if name == "NeMo" else layer.memory_s + 0.25 * layer.matmul_s
         assert float(times[name]["recomputation"][0]) == pytest.approx(SMALL.layers * float(again[0]))
+
+
+def test_a_shared_embedding_is_added_up_between_the_ends_of_a_pipeline():
+    plan, slow = Plan(tp=2, pp=4, dp=1), Cluster.of("A100-SXM-80GB", nodes=4, gpus_per_node=2, network_gbit_per_s=1.0)
+    tied = replace(SMALL, tied_embeddings=True)
+    apart = replace(SMALL, tied_embeddings=False)
+    step = lambda model, cluster, plan: predict(model, cluster, plan, 8).time_items_s["data_parallel"]  # noqa: E731
+    num_bytes = 4 * SMALL.vocabulary * SMALL.hidden / 2  # of gradients, on each of two tensor ranks
+    share = slow.network.bandwidth_bytes_per_s * get_constants("ampere").network_fraction
+    assert 1.0 < step(tied, slow, plan) / (num_bytes / share) < 1.4  # two ranks send half of it twice, and fill a chain
+    assert step(apart, slow, plan) == step(tied, slow, replace(plan, pp=1, dp=4, zero_stage=3)) == 0.0
+    box = Cluster.of("A100-SXM-80GB", nodes=1, gpus_per_node=8)
+    assert 0 < step(tied, box, plan) < 0.05 * step(tied, slow, plan)
+
+
+def time_recipe(**traits):
+    model = get_model_shape("Qwen3-30B-A3B")
+    plan = Plan(ep=traits.pop("ep", 8), dp=8, micro_batch_size=1, software=replace(SOFTWARE["NeMo"], **traits))
+    return predict(model, Cluster.of("GB200", nodes=2, gpus_per_node=4), plan, 8).time_items_s
+
+
+def test_replayed_parts_of_a_layer_spare_the_host_and_whole_iterations_more():
+    each, parts, whole = time_recipe(), time_recipe(records_layers=True), time_recipe(is_compiled=True)
+    assert each["launch_wait"] > 2 * parts["launch_wait"] > whole["launch_wait"]
+    assert each["matmul"] == parts["matmul"] == whole["matmul"]
+
+
+def test_the_host_issues_kernels_for_each_expert_that_a_device_holds():
+    model, cluster = get_model_shape("Qwen3-30B-A3B"), Cluster.of("GB200", nodes=2, gpus_per_node=4)
+    columns = [stack_cases([describe_case(model, cluster, Plan(ep=ep, dp=8), 8)]) for ep in (8, 4)]
+    more = time_layer(columns[1]).kernels - time_layer(columns[0]).kernels
+    assert more == pytest.approx(5 * model.experts / 8)
+
+
+def test_fused_experts_write_no_gate_and_no_casts():
+    plain, fused = time_recipe(), time_recipe(fuses_experts=True)
+    assert 0.5 * plain["memory_bound"] < fused["memory_bound"] < plain["memory_bound"]
+    assert fused["matmul"] == plain["matmul"]
+
+
+def test_a_processor_that_issues_its_own_kernels_waits_for_each():
+    device = get_accelerator("A100-SXM-80GB")
+    apart, same = (
+        predict(SMALL, Cluster.of(replace(device, is_host=is_host), gpus_per_node=1), Plan(micro_batch_size=8), 8)
+        for is_host in (False, True)
+    )
+    assert apart.time_items_s["launch_wait"] == 0.0  # the device is busy for longer than its host
+    launches = 2 * SMALL.layers * 33 * device.constants.launch_s
+    assert same.step_time_s - apart.step_time_s == pytest.approx(launches)
+
+
+def test_places_of_experts_are_computed_whether_tokens_fill_them_or_not():
+    model = get_model_shape("Mixtral-8x7B")
+    plan, cluster = Plan(dp=8, ep=8, zero_stage=1), Cluster.of("H100-SXM-80GB", gpus_per_node=8)
+    bare, spare = (predict(replace(model, capacity_factor=each), cluster, plan, 8) for each in (1.0, 1.5))
+    experts = 3 * 2 * model.expert_parameters * model.top_k * model.sequence * model.layers  # operations of one device
+    more_s = spare.time_items_s["matmul"] - bare.time_items_s["matmul"]
+    assert 0.5 * experts / device_rate("H100-SXM-80GB") < more_s < 0.6 * experts / device_rate("H100-SXM-80GB")
+    assert spare.memory_items_bytes["activations"] > 1.1 * bare.memory_items_bytes["activations"]
+    with pytest.raises(ConfigError, match="leaves experts no places"):
+        replace(model, capacity_factor=0.0)
+
+
+def device_rate(name):
+    device = get_accelerator(name)
+    return device.get_peak_flops("bf16") * device.constants.matmul_fraction

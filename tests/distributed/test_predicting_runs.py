@@ -83,6 +83,15 @@ def test_the_network_is_read_where_the_row_states_it():
     assert read_run(ROW).cluster.network.bandwidth_bytes_per_s == 400e9 / 8
 
 
+def test_recipes_overlap_the_exchange_of_experts_that_span_boxes():
+    row = {"source_ref": "Megatron-Bridge, container 26.04", "model": "Qwen3_235B_a22B", "accel": "H100-SXM-80GB",
+           "n_accel": "256", "gbs": "8192", "mbs": "1", "seq_len": "4096", "tp": "2", "pp": "8", "ep": "32", "vp": "4",
+           "precision": "fp8", "arch": "moe"}  # fmt: skip
+    overlaps = lambda **change: read_run({**row, **change}).plan.software.overlaps_experts  # noqa: E731
+    assert overlaps()
+    assert not overlaps(ep="8") and not overlaps(vp="1") and not overlaps(source_ref="Megatron-Bridge, container 25.09")
+
+
 def test_a_file_is_predicted_whole(tmp_path):
     target = tmp_path / "predicted.csv"
     count = predict_file(DATA, target)

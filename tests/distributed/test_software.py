@@ -39,15 +39,24 @@ def test_what_a_description_adds_changes_the_traits():
     assert (added.offloads_optimizer, added.logit_bytes) == (True, 0.0)
 
 
-def test_tokens_are_sent_once_by_programs_that_can():
-    for text, is_once in [
-        ("Megatron-Bridge, container 25.09", False),
-        ("Megatron-Bridge, container 25.11", True),
-        ("Megatron-Bridge, container 26.02.01", True),
-        ("arXiv:2412.19437 DualPipe", True),
-        ("Megatron-LM arXiv:2312.00001", False),
-    ]:
-        assert find_software(text)[1].sends_tokens_once is is_once
+@pytest.mark.parametrize(
+    ("text", "is_once", "is_in_parts", "is_whole"),
+    [
+        ("Megatron-Bridge, container 25.09 GB200 DeepSeekV3", False, False, False),
+        ("Megatron-Bridge, container 25.11 GB200 DeepSeekV3", True, True, False),
+        ("Megatron-Bridge, container 25.11 B200 DeepSeekV3", False, False, False),
+        ("Megatron-Bridge, container 26.02.01 B200 DeepSeekV3", True, False, False),
+        ("Megatron-Bridge, container 26.04 H100-SXM-80GB Qwen3_235B_a22B", False, False, False),
+        ("Megatron-Bridge, container 26.06 GB300 Qwen3_235B_a22B", True, True, True),
+        ("arXiv:2412.19437 DualPipe", True, False, False),
+        ("Megatron-LM arXiv:2312.00001", False, False, False),
+    ],
+)
+def test_recipes_for_experts_are_those_of_their_release_and_machine(text, is_once, is_in_parts, is_whole):
+    found = find_software(text)[1]
+    assert found.sends_tokens_once is is_once
+    assert found.records_layers is is_in_parts
+    assert (found.is_compiled, found.fuses_experts) == (is_whole, is_whole)
 
 
 def test_an_unknown_attention_kernel_is_refused():

@@ -53,7 +53,8 @@ class Accelerator:
     `topology` says how the scale-up links reach the neighbours: all through a `switch`, in `pairs` (every two devices
     have a link of their own), or as the eight-device hybrid cube `mesh` of DGX-1. `achievable_fraction` is the best
     share of its 16 bit peak that anybody measured on the device itself, any matrix size. `shares` are the constants of
-    this very device where they were measured on it; without them, those of its family count.
+    this very device where they were measured on it; without them, those of its family count. `is_host` says that the
+    processor that issues kernels also runs them, so that issuing takes its time and hides behind nothing.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Accelerator:
     achievable_fraction: float | None = None
     power_w: float = 0.0
     shares: Constants | None = None
+    is_host: bool = False
 
     @property
     def constants(self) -> Constants:

@@ -27,7 +27,7 @@ MODEL_COLUMNS = (
     "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocabulary", "sequence", "experts", "top_k",
     "expert_ffn", "shared_experts", "moe_layers", "tied_embeddings", "is_latent", "q_lora_rank", "kv_lora_rank",
     "qk_nope_dim", "qk_rope_dim", "v_head_dim", "mtp_layers", "attention_parameters", "dense_mlp_parameters",
-    "expert_parameters", "embedding_parameters",
+    "expert_parameters", "embedding_parameters", "capacity_factor",
 )  # fmt: skip
 PLAN_COLUMNS = (
     "tp", "pp", "dp", "ep", "cp", "etp", "zero_stage", "micro_batch_size", "virtual_stages", "sequence_parallel",
@@ -37,8 +37,7 @@ SOFTWARE_COLUMNS = (
     "is_compiled", "overlaps_gradients", "overlaps_tensors", "overlaps_experts", "overlaps_input_gradients",
     "splits_messages", "fuses_accumulation", "fuses_elementwise", "has_fp32_gradients", "stops_recomputing",
     "regathers_inputs", "logit_bytes", "offloads_optimizer", "gathers_layers", "counts_tokens",
-    "balances_stages", "selects_attention", "sends_tokens_once",
-    "narrows_shards",
+    "balances_stages", "selects_attention", "sends_tokens_once", "narrows_shards", "records_layers", "fuses_experts",
 )  # fmt: skip
 # Bytes of one element of a matrix operand as it is read by the matrix units.
 OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}
@@ -105,6 +104,7 @@ def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
         "topology": float(_TOPOLOGIES.index(slowest.topology) if cluster.gpus_per_node <= 8 else 0),
         "has_switch_reduction": float(slowest.family in _SWITCH_REDUCTION),
         "has_asynchronous_matmul": float(slowest.family in _ASYNCHRONOUS_MATMUL),
+        "is_host": float(slowest.is_host),
         "memory_bandwidth": slowest.memory_bandwidth_bytes_per_s,
         "device_memory_bytes": min(node.accelerator.memory_bytes for node in cluster.nodes),
         "scale_up_alpha_s": cluster.scale_up.alpha_s,

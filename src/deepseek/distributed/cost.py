@@ -35,8 +35,8 @@ _BACKWARD_ELEMENTWISE = 1.5  # bytes going back, relative to going forward
 # What that counts per element for one norm, one residual and one gate of three equal sizes, forward and back.
 BYTES_OF_PLAIN_KERNELS = (1 + _BACKWARD_ELEMENTWISE) * _PLAIN_ELEMENTWISE * (_ROW_BYTES / 2 + 3 * _GATE_BYTES)
 _LAST_WAVE = 0.4  # of an unfilled last wave's time that is lost: libraries cut the contracted dimension to fill it
-_KERNELS_CAPACITY = 80.0  # the same where every expert has a fixed number of places
-_KERNELS_EXPERTS = 200.0  # routing, permuting and counting tokens
+_KERNELS_EXPERTS, _KERNELS_CAPACITY = 120.0, 50.0  # routing, counting and permuting; with a fixed number of places
+_KERNELS_EACH_EXPERT = 5.0  # two products, a gate and two casts, of each expert that a device holds
 _KERNELS_EXCHANGE = 3.0  # host work of one collective, in kernels
 _HOST_LINK = 2e10  # bytes/s between a device and the host's memory, where the optimizer may live
 _MISALIGNED = 2.3  # cuBLAS on A100: a head of 50257 words against 50304, heads of 108 elements (squared: two operands)
@@ -191,7 +191,7 @@ def time_dense_layer(c: Columns) -> LayerTime:
 def time_expert_layer(c: Columns) -> LayerTime:
     """One layer with experts: the router, the products of the local experts, the shared experts."""
     tokens = count_tokens(c)
-    rows = tokens * c.top_k * c.etp / c.tp
+    rows = tokens * c.top_k * c.capacity_factor * c.etp / c.tp
     local = np.maximum(c.experts / c.ep, 1.0)
     ffn = np.maximum(c.expert_ffn, 1.0) / c.etp
     each = rows / local
@@ -210,16 +210,20 @@ def time_expert_layer(c: Columns) -> LayerTime:
     middle = rows * ffn + tokens * shared
     layer = _assemble(c, tokens, mlp, middle * (1 + c.gated), middle, last[0])
     permuted = _move_s(c, 12.0 * rows * c.hidden, 6)
+    between = _GATE_BYTES * (2 + c.gated) * rows * ffn + _cast_bytes(c, rows * ffn)
+    spared = np.where(c.fuses_experts > 0, _move_s(c, between, 0), 0.0)
     return LayerTime(
         layer.matmul_s,
         layer.attention_s,
-        layer.memory_s + permuted,
+        layer.memory_s + permuted - spared,
         layer.matmul_backward_s,
         layer.attention_backward_s,
-        layer.memory_backward_s + permuted,
+        layer.memory_backward_s + permuted - _BACKWARD_ELEMENTWISE * spared,
         layer.weight_gradient_s,
         layer.last_matmul_s,
-        layer.kernels + np.where(c.counts_tokens > 0, _KERNELS_EXPERTS, _KERNELS_CAPACITY),
+        layer.kernels
+        + np.where(c.counts_tokens > 0, _KERNELS_EXPERTS, _KERNELS_CAPACITY)
+        + _KERNELS_EACH_EXPERT * local,
     )
 
 

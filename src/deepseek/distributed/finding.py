@@ -236,6 +236,7 @@ def read_config(config: Mapping[str, Any], *, sequence: int | None = None) -> Mo
     values = {_OUR_KEYS.get(key, key): value for key, value in config.items() if value is not None}
     if isinstance(moe := values.pop("moe", None), Mapping):
         values |= {_OUR_EXPERT_KEYS[key]: moe[key] for key in _OUR_EXPERT_KEYS}
+        values["capacity_factor"] = moe.get("capacity_factor")
     if values.get("feedforward") == "gelu":
         values["gated"] = False
     if values.get("position") == "learned":

@@ -9,7 +9,7 @@ A named accelerator reaches shares of its datasheet that were found on other peo
 one brings its own: how deep a product must be to run at speed, how fast attention is beside products, elementwise
 kernels beside plain copies, and what the host needs to issue one. They are stored with the device (`shares`).
 
-Shapes: R rows, C channels, B sequences, N heads, T tokens, H channels of a head.
+Shapes: R rows, C channels, N columns or heads, B sequences, T tokens, H channels of a head.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Measured:
     link: LinkClass
     num_devices: int
     num_processors: int
+    is_host: bool = True
 
 
 def default_file() -> Path:
@@ -115,6 +116,7 @@ def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | No
         num_processors=torch.cuda.get_device_properties(0).multi_processor_count
         if has_gpu
         else torch.get_num_threads(),
+        is_host=not has_gpu,
     )
 
 
@@ -151,6 +153,7 @@ def make_cluster(measured: Measured) -> Cluster:
         scale_up_size=max(measured.num_devices, 1),
         processors=measured.num_processors,
         shares=shares,
+        is_host=measured.is_host,
     )
     return Cluster((Node(device, measured.num_devices),), measured.link)
 
@@ -173,14 +176,18 @@ def fit_depth(rates: Mapping[int, float]) -> tuple[float, float]:
 
 
 def _rate_matmul(device: Any, precision: str, shape: tuple[int, int, int], repeats: int) -> float:
-    """FLOP/s of one product."""
+    """FLOP/s of a linear layer going forward and back: its three products lie in memory in three ways."""
     import torch
 
     rows, columns, depth = shape
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    left = torch.randn(rows, depth, device=device).to(dtype)
-    right = torch.randn(columns, depth, device=device).to(dtype)
-    return 2.0 * rows * columns * depth / _median_s(lambda: torch.nn.functional.linear(left, right), device, repeats)
+    input_RC, weight_NC = (torch.randn(n, depth, device=device).to(dtype).requires_grad_() for n in (rows, columns))
+    gradient_RN = torch.randn(rows, columns, device=device).to(dtype)
+
+    def run() -> None:
+        torch.autograd.grad(torch.nn.functional.linear(input_RC, weight_NC), (input_RC, weight_NC), gradient_RN)
+
+    return 3 * 2.0 * rows * columns * depth / _median_s(run, device, repeats)
 
 
 def _rate_memory(device: Any, repeats: int) -> float:

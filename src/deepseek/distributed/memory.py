@@ -68,14 +68,14 @@ def _measure_attention(c: Columns, tokens: Array, operand: Array, is_fused: Flag
 def _measure_width(c: Columns) -> Array:
     """Channels of the MLP that one token passes through on one rank, of the average layer."""
     moe = c.moe_layers / c.layers
-    routed = c.top_k * c.etp / c.tp * c.expert_ffn + c.shared_experts * c.expert_ffn / c.tp
+    routed = c.top_k * c.capacity_factor * c.etp / c.tp * c.expert_ffn + c.shared_experts * c.expert_ffn / c.tp
     return (1 - moe) * c.ffn / c.tp + moe * routed
 
 
 def _measure_mlp(c: Columns, tokens: Array, operand: Array, is_fused: Flags) -> Array:
     moe = c.moe_layers / c.layers
     gated = np.where(is_fused, 4.0, 6.0) + operand
-    dispatched = moe * tokens * c.top_k * c.etp / c.tp * c.hidden * (2.0 + operand)
+    dispatched = moe * tokens * c.top_k * c.capacity_factor * c.etp / c.tp * c.hidden * (2.0 + operand)
     return tokens * _measure_width(c) * np.where(c.gated > 0, gated, 2.0 + operand) + dispatched
 
 

@@ -11,6 +11,7 @@ Parameter counts are exact for the standard layouts and reproduce the published 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,7 +28,8 @@ class ModelShape:
 
     `ffn` is the width of a dense MLP, `expert_ffn` that of one expert (0: `ffn`). `first_dense_layers` layers have no
     experts, and of the others every `moe_every`-th has. Latent attention (DeepSeek-V2) is on when `kv_lora_rank` is
-    not 0. `mtp_layers` are extra prediction layers that exist in training only.
+    not 0. `mtp_layers` are extra prediction layers that exist in training only. `capacity_factor` is how many places an
+    expert has, relative to an equal share of the tokens: places are computed whether tokens fill them or not.
 
     >>> round(ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256,
     ...                  sequence=8192).num_parameters / 1e9, 2)
@@ -57,6 +59,7 @@ class ModelShape:
     qk_rope_dim: int = 0
     v_head_dim: int = 0
     mtp_layers: int = 0
+    capacity_factor: float = 1.0
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -73,6 +76,10 @@ class ModelShape:
         if self.experts and not 1 <= self.top_k <= self.experts:
             raise ConfigError(
                 f"top_k={self.top_k} is not between 1 and experts={self.experts}; set it to the active experts"
+            )
+        if not 0 < self.capacity_factor < math.inf:
+            raise ConfigError(
+                f"capacity_factor={self.capacity_factor!r} leaves experts no places; use 1 for no spare ones"
             )
 
     @property
@@ -206,6 +213,7 @@ _CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "qk_rope_dim": ("qk_rope_head_dim", "qk_rope_dim"),
     "v_head_dim": ("v_head_dim",),
     "mtp_layers": ("num_nextn_predict_layers", "mtp_layers"),
+    "capacity_factor": ("capacity_factor",),
     "tied_embeddings": ("tie_word_embeddings", "tied_embeddings"),
 }
 _NEEDED = ("layers", "hidden", "heads", "vocabulary", "sequence")

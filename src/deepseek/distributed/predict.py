@@ -34,6 +34,7 @@ _SELECTED_MATMULS = 0.25  # of the products, where elementwise results and every
 _TENSORS_PER_LAYER = 12.0  # weights and biases of a decoder layer with biases
 _COUNTING_WAIT = 0.6  # of a layer's launches cannot be issued before the host knows the experts' token counts
 _COMPILED_LAUNCH = 0.3  # host time of a recorded or compiled kernel, relative to one issued from Python
+_RECORDED_PARTS = 0.5  # the same where attention and router are replayed and experts issued one by one
 TIME_ITEMS = (
     "matmul", "attention", "memory_bound", "recomputation", "launch_wait", "tensor_parallel", "context_parallel",
     "expert_parallel", "sharded_weights", "head", "pipeline_messages", "pipeline_bubble", "data_parallel", "optimizer",
@@ -108,7 +109,7 @@ def _time_expert_parallel(c: Columns) -> Array:
     """Sending tokens to their experts and back, one layer's forward pass."""
     tokens = cost.count_tokens(c) * c.etp / c.tp
     group = collectives.place_group(c, c.ep, c.etp)
-    one_copy, choices = 2.0 * tokens * c.hidden, np.maximum(c.top_k, 1.0)
+    one_copy, choices = 2.0 * tokens * c.hidden * c.capacity_factor, np.maximum(c.top_k, 1.0)
     devices = np.where(c.sends_tokens_once > 0, _count_reached(group.size, choices), choices)
     nodes = _count_reached(group.spread, choices) * (1.0 - 1.0 / group.spread)
     apart = choices * (group.size - group.inside) / group.size
@@ -165,6 +166,15 @@ def _time_data_parallel(c: Columns) -> tuple[Array, Array]:
     return back * is_trained, ahead * is_trained
 
 
+def _time_tied_embedding(c: Columns) -> Array:
+    """Adding up the gradients of an embedding that the first and the last stage of a pipeline share."""
+    spread = np.where(c.tp * c.cp * c.dp >= c.scale_up_size, 2.0, 1.0)
+    pair = collectives.Group(np.full_like(spread, 2.0), spread)
+    seconds = collectives.all_reduce_s(c, _count_gradient_bytes(c) * c.embedding_parameters / c.tp, pair)
+    is_shared = (c.pp > 1) & (c.tied_embeddings > 0) & (c.frozen_weights == 0)
+    return np.where(is_shared, seconds, 0.0)
+
+
 def _time_shard_copies(c: Columns, shared: Array) -> Array:
     """Reducing gradients across the copies of a shard group, where weights are sharded over a part of the ranks."""
     group = np.maximum(c.shard_group, 1.0)
@@ -196,10 +206,13 @@ def _time_stage_layer(c: Columns) -> _Layer:
     tp_backward = is_full * tp + np.where(c.overlaps_input_gradients > 0, beside, tp)
     backward = layer.backward_s + accumulate + again + tp_backward + (1 + is_full) * ep + cp_backward
     shard_forward, shard_backward = _wait_for_shards(c, forward, backward, is_full)
-    host = np.where(c.is_compiled > 0, _COMPILED_LAUNCH, 1.0) * layer.kernels * c.launch_s
+    pace = np.where(c.is_compiled > 0, _COMPILED_LAUNCH, np.where(c.records_layers > 0, _RECORDED_PARTS, 1.0))
+    host = pace * layer.kernels * c.launch_s
     behind = np.where((c.counts_tokens > 0) & (c.is_compiled == 0), _COUNTING_WAIT * c.moe_layers / c.layers, 0.0)
     wait_forward = np.maximum(host - forward - shard_forward, behind * host)
     wait_backward = np.maximum((1 + is_full) * host - backward - shard_backward, is_full * behind * host)
+    wait_forward = np.where(c.is_host > 0, host, wait_forward)
+    wait_backward = np.where(c.is_host > 0, (1 + is_full) * host, wait_backward)
     items = {
         "matmul": layer.matmul_s + layer.matmul_backward_s,
         "attention": layer.attention_s + layer.attention_backward_s,
@@ -275,7 +288,7 @@ def predict_times(c: Columns) -> dict[str, Array]:
     back, ahead = _time_data_parallel(c)
     hidden = _exposed(c, back, stages.layers * layer.backward_s)
     hidden = hidden + _exposed(c, ahead, stages.layers * layer.forward_s)
-    items["data_parallel"] = np.where(c.overlaps_gradients > 0, hidden, back + ahead)
+    items["data_parallel"] = np.where(c.overlaps_gradients > 0, hidden, back + ahead) + _time_tied_embedding(c)
     items["optimizer"] = cost.time_optimizer(c)
     return items
 
@@ -341,7 +354,7 @@ def _time_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
     return {
         "matmul": 3 * micro_batches * np.sum(np.where(is_matmul, seconds, 0.0), axis=0),
         "memory_bound": 3 * micro_batches * np.sum(np.where(is_matmul, 0.0, seconds), axis=0),
-        "launch_wait": micro_batches * np.maximum(2 * host - total, 0.0),
+        "launch_wait": micro_batches * np.where(c.is_host > 0, 2 * host, np.maximum(2 * host - total, 0.0)),
         "sharded_weights": np.where(c.zero_stage == 3, micro_batches * shards, 0.0),
         "data_parallel": np.where(c.overlaps_gradients > 0, _exposed(c, data, total * 2 / 3), data),
         "optimizer": 30.0 * held / (c.memory_bandwidth * c.memory_fraction),

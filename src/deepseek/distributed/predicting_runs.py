@@ -22,7 +22,7 @@ from deepseek.distributed.columns import Columns, describe_case, stack_cases
 from deepseek.distributed.model_shape import ModelShape, load_model_shapes
 from deepseek.distributed.plan import RECOMPUTATIONS, Plan, Precision, Recomputation, Schedule
 from deepseek.distributed.predict import predict_columns
-from deepseek.distributed.software import find_software
+from deepseek.distributed.software import find_software, overlaps_experts_across_boxes
 
 MEASURED_COLUMNS = (
     "iter_time_s", "tokens_per_s_per_accel", "tflops_per_accel", "mfu_pct", "hfu_pct", "mem_gb", "oom",
@@ -211,13 +211,16 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
     name, software = find_software(reader.software)
     reader.assume(f"traits of {name}")
     stages = _read_virtual_stages(reader, name, model, pp)
+    ep = reader.count("ep", 1) if model.experts else 1
+    if stages > 1 and ep > cluster.scale_up_size and overlaps_experts_across_boxes(reader.software):
+        software = replace(software, overlaps_experts=True)
     is_old = software.attention == "unfused"
     sequence_parallel = row.get("seq_parallel") == "1" if row.get("seq_parallel") else tp > 1 and not is_old
     return Plan(
         tp=tp,
         pp=pp,
         dp=dp,
-        ep=reader.count("ep", 1) if model.experts else 1,
+        ep=ep,
         cp=cp,
         etp=reader.count("etp", 1) if model.experts else 1,
         zero_stage=_read_zero(reader, is_old),

@@ -43,6 +43,8 @@ class Software:
     `balances_stages`           the output head counts as work when layers are dealt to stages
     `sends_tokens_once`         a token goes once to each node and device that it needs (DeepEP, HybridEP); else to each
                                 of its experts
+    `records_layers`            the host replays recorded parts of a layer and issues only the rest kernel by kernel
+    `fuses_experts`             an expert's products, gate and casts to 8 bits are one kernel
     `narrows_shards`            shards are kept in 32 bits only and narrowed when they are gathered (FSDP)
     `selects_attention`         selective recomputation repeats attention only; else elementwise results and every other
                                 product
@@ -68,6 +70,8 @@ class Software:
     selects_attention: bool = False
     sends_tokens_once: bool = False
     narrows_shards: bool = False
+    records_layers: bool = False
+    fuses_experts: bool = False
 
     def __post_init__(self) -> None:
         """Refuse an attention kernel that nobody has written."""
@@ -145,10 +149,18 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"zero-3.*|deepspeed", "DeepSpeed"),
     (r"megatron", "Megatron-LM"),
 )
-# Container since which NeMo's layers with experts run as recorded graphs on Blackwell. Read from a step in the times
-# it publishes for equal inputs, hence the one trait here that its source's rows told.
+# What NeMo's recipes for experts do since which container (scripts/performance of NVIDIA-NeMo/Megatron-Bridge). Racks
+# (GB200, GB300) exchange tokens with HybridEP and replay attention and router as graphs, later whole iterations; boxes
+# followed with HybridEP and DeepEP, but for the models named here, which kept one copy a choice. Where experts span
+# boxes and a stage has several chunks, one chunk's exchange runs beside another's products.
+_RACK = re.compile(r"\bgb[23]00\b")
+_ONCE_IN_RACKS_SINCE, _ONCE_SINCE = (25, 11), (26, 2)
+_COPY_A_CHOICE = re.compile(r"qwen3[-_ ]?(235b|next)")
+_RECORDED_LAYERS_SINCE = (25, 11)
+_OVERLAP_SINCE = (25, 11)
+# Whole iterations as graphs were read from a step in the times that are published for equal inputs, before the recipes
+# were read, which say the same: the one trait here that its source's rows told.
 _GRAPHS_SINCE = (26, 6)
-_ONCE_SINCE = (25, 11)  # container since which NeMo's recipes for experts exchange tokens with DeepEP or HybridEP
 _COMPILED_LOSS = 2501  # year and month since which torchtitan compiles the loss with the model
 _FUSED_ACCUMULATION = 2202  # year and month since which Megatron-LM adds weight gradients inside the product
 _FLASH_3_RELEASE = 2501  # year and month since which NeMo's releases attend at FlashAttention 3's speed on Hopper
@@ -175,10 +187,13 @@ def find_software(text: str) -> tuple[str, Software]:
     elif name == "torchtitan" and date >= _COMPILED_LOSS:
         name = "torchtitan 2025"
     found = SOFTWARE[name]
+    is_recorded = bool(_RACK.search(words)) and _is_since(_GRAPHS_SINCE, words)
     traits: dict[str, Any] = {
         "is_compiled": found.is_compiled or _is_compiled(words),
-        "overlaps_experts": found.overlaps_experts or "dualpipe" in words,
-        "sends_tokens_once": found.sends_tokens_once or "dualpipe" in words or _is_since(_ONCE_SINCE, words),
+        "overlaps_experts": found.overlaps_experts or "dualpipe" in words or is_recorded,
+        "sends_tokens_once": found.sends_tokens_once or "dualpipe" in words or _sends_once(words),
+        "records_layers": bool(_RACK.search(words)) and _is_since(_RECORDED_LAYERS_SINCE, words),
+        "fuses_experts": is_recorded,
         "counts_tokens": found.counts_tokens and "tokendrop" not in words,
         "logit_bytes": 0.0 if "liger" in words else found.logit_bytes,
         "offloads_optimizer": found.offloads_optimizer or bool(re.search(r"cpu-?\s?offload", words)),
@@ -186,10 +201,22 @@ def find_software(text: str) -> tuple[str, Software]:
     return name, replace(found, **traits)
 
 
+def overlaps_experts_across_boxes(text: str) -> bool:
+    """Whether the program does so wherever experts span boxes and stages have several chunks."""
+    return _is_since(_OVERLAP_SINCE, text.lower())
+
+
 def _is_compiled(words: str) -> bool:
     """Whether `torch.compile` is named, or a release that records whole iterations as graphs."""
     is_recorded = _is_since(_GRAPHS_SINCE, words) and bool(re.search(r"\bg?b[23]00\b", words))
     return is_recorded or bool(re.search(r"\+compile|; compile| compile\b", words))
+
+
+def _sends_once(words: str) -> bool:
+    """Whether a recipe exchanges tokens with DeepEP or HybridEP."""
+    if _RACK.search(words):
+        return _is_since(_ONCE_IN_RACKS_SINCE, words)
+    return _is_since(_ONCE_SINCE, words) and not _COPY_A_CHOICE.search(words)
 
 
 def _is_since(release: tuple[int, int], words: str) -> bool:
