@@ -92,6 +92,17 @@ def test_recipes_overlap_the_exchange_of_experts_that_span_boxes():
     assert not overlaps(ep="8") and not overlaps(vp="1") and not overlaps(source_ref="Megatron-Bridge, container 25.09")
 
 
+def test_without_a_word_on_the_plan_the_fastest_number_of_tensor_ranks_is_assumed():
+    row = {"source_ref": "MaxText", "model": "GPT3-175B", "accel": "TPU-v5p", "n_accel": "512", "gbs": "2048",
+           "seq_len": "2048", "precision": "bf16", "vocab": "51200"}  # fmt: skip
+    run = read_run(row)
+    assert run.plan.zero_stage == 3 and run.plan.tp * run.plan.dp == 512 and run.plan.tp > 1
+    assert f"{run.plan.tp} tensor ranks" in run.assumptions
+    chosen, alone = (float(row["predicted_iter_time_s"]) for row in predict_runs([row, {**row, "tp": "1"}]))
+    assert chosen < alone
+    assert read_run({**row, "tp": "1"}).plan.tp == 1
+
+
 def test_a_file_is_predicted_whole(tmp_path):
     target = tmp_path / "predicted.csv"
     count = predict_file(DATA, target)

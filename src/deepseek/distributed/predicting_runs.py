@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from deepseek.core.errors import ConfigError
 from deepseek.core.storage import explained_storage, write_file
 from deepseek.distributed.cluster import Accelerator, Cluster, get_accelerator
@@ -28,6 +30,8 @@ MEASURED_COLUMNS = (
     "iter_time_s", "tokens_per_s_per_accel", "tflops_per_accel", "mfu_pct", "hfu_pct", "mem_gb", "oom",
 )  # fmt: skip
 PREDICTED_COLUMNS = ("predicted_iter_time_s", "predicted_mem_gb", "predicted_oom", "note")
+_SHARDED = "weights sharded over all data-parallel ranks"
+_TENSOR_RANKS = (1, 2, 4, 8, 16)
 _READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "fsdp", "accel", "model")
 
 
@@ -254,7 +258,7 @@ def _read_zero(reader: _Reader, is_old: bool) -> int:
     if text in ("0", "1", "2", "3"):
         return int(text)
     if not any(reader.row.get(name) for name in ("tp", "pp")) and reader.count("n_accel") > 1 and not is_old:
-        reader.assume("weights sharded over all devices")
+        reader.assume(_SHARDED)
         return 3
     reader.assume("ZeRO 0" if is_old else "ZeRO 1")
     return 0 if is_old else 1
@@ -292,11 +296,36 @@ def read_run(row: Mapping[str, str]) -> Run:
     cluster = _read_cluster(reader)
     plan = _read_plan(reader, model, cluster)
     run = Run(_shrink_to_stated_size(reader, model), cluster, plan, reader.count("gbs"))
+    if _is_silent_on_plan(reader):
+        run = _assume_tensor_ranks(reader, run)
+    run = _assume_rest(reader, run)
+    return replace(run, assumptions=tuple(reader.assumed))
+
+
+def _is_silent_on_plan(reader: _Reader) -> bool:
+    """Whether a row says nothing about how its devices share the work, so that weights are taken to be sharded."""
+    names = ("tp", "pp", "cp", "ep", "fsdp", "zero_stage")
+    return not any(reader.row.get(name) for name in names) and _SHARDED in reader.assumed
+
+
+def _assume_rest(reader: _Reader, run: Run) -> Run:
     if not reader.row.get("mbs"):
         run = _assume_micro_batch(reader, run)
-    if not reader.row.get("act_ckpt"):
-        run = _assume_recomputation(reader, run)
-    return replace(run, assumptions=tuple(reader.assumed))
+    return run if reader.row.get("act_ckpt") else _assume_recomputation(reader, run)
+
+
+def _assume_tensor_ranks(reader: _Reader, run: Run) -> Run:
+    """The fastest number of tensor ranks beside sharded weights: nobody publishes a slow plan."""
+    plan, inside = run.plan, run.cluster.scale_up_size
+    sizes = [size for size in _TENSOR_RANKS if size <= inside and run.model.kv_heads % size == plan.dp % size == 0]
+    tried = [
+        replace(run, plan=replace(plan, tp=size, dp=plan.dp // size, sequence_parallel=size > 1)) for size in sizes
+    ]
+    complete = stack_runs(_assume_rest(_Reader(reader.row), each) for each in tried)
+    seconds, _, is_over = predict_columns(complete)
+    chosen = tried[int(np.argmin(np.where(is_over, np.inf, seconds)))]
+    reader.assume(f"{chosen.plan.tp} tensor ranks")
+    return chosen
 
 
 def _assume_micro_batch(reader: _Reader, run: Run) -> Run:

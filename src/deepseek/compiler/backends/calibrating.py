@@ -36,7 +36,8 @@ def count_activation_bytes(flattened: Flattened) -> int:
 
     >>> import torch
     >>> from deepseek.compiler.backends.flattening import flatten_model
-    >>> count_activation_bytes(flatten_model(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU()), torch.ones(4, 8)))
+    >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU()).eval()
+    >>> count_activation_bytes(flatten_model(model, torch.ones(4, 8)))
     256
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), _Counting() as counting:
