@@ -6,7 +6,7 @@ import numpy
 import psutil
 import pydantic
 
-from deepseek.core.machine import describe_machine, describe_versions
+from deepseek.core.machine import describe_machine, describe_versions, measure_free_bytes
 
 
 def test_it_is_the_machine_that_psutil_sees():
@@ -15,6 +15,13 @@ def test_it_is_the_machine_that_psutil_sees():
     assert machine["num_cores"] == len(psutil.Process().cpu_affinity())
     assert machine["architecture"] == platform.uname().machine
     assert machine["processor"] and machine["system"] == platform.uname().system
+
+
+def test_what_is_free_is_what_psutil_calls_available():
+    free, available = measure_free_bytes(), psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")
+    is_bounded = limit.exists() and limit.read_text().strip() != "max"
+    assert free <= 1.05 * available if is_bounded else abs(free / available - 1) < 0.05
 
 
 def test_processors_of_one_name_are_told_apart_by_their_generation():

@@ -37,10 +37,13 @@ def describe_machine() -> dict[str, Any]:
 def measure_free_bytes() -> int:
     """Memory that a process can still take without anybody being killed: the machine's, or its container's.
 
+    Where the system does not tell what is free (macOS), all that there is.
+
     >>> 0 < measure_free_bytes() <= describe_machine()["memory_bytes"]
     True
     """
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
     if (meminfo := Path("/proc/meminfo")).exists():  # it counts caches that are given up on demand as free
         lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
