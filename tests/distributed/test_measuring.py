@@ -8,7 +8,15 @@ from deepseek.distributed.cluster import LinkClass
 from deepseek.distributed.columns import describe_case, stack_cases
 from deepseek.distributed.cost import multiply_s
 from deepseek.distributed.finding import cluster_from_dict, cluster_to_dict
-from deepseek.distributed.measuring import Measured, default_file, fit_depth, fit_link, make_cluster, measure_machine
+from deepseek.distributed.measuring import (
+    SIZES,
+    Measured,
+    default_file,
+    fit_depth,
+    fit_link,
+    make_cluster,
+    measure_machine,
+)
 from deepseek.distributed.model_shape import get_model_shape
 from deepseek.distributed.plan import Plan
 
@@ -89,3 +97,15 @@ def test_a_link_measured_beside_other_work_is_measured_again(monkeypatch):
     answers += [noisy] * 3
     with pytest.raises(PermanentError, match="quieter machine"):
         measuring.measure_link()
+
+
+def test_on_a_gpu_what_is_timed_outlasts_the_launches_of_its_host():
+    sizes, launches_s = SIZES["cuda"], 100e-6  # of a forward and backward pass through autograd
+    flops, bytes_per_s = 2.5e15, 8e12  # of the fastest device there is
+    assert all(3 * 2 * rows * columns * depth / flops > 1.5 * launches_s for rows, columns, depth in sizes.matmuls)
+    sequences, heads, tokens, channels = sizes.attention
+    assert 3.5 * 2 * sequences * heads * tokens**2 * channels / flops > 1.5 * launches_s
+    assert 30 * sizes.elementwise[0] * sizes.elementwise[1] / bytes_per_s > 1.5 * launches_s
+    assert 2 * sizes.moved_bytes / bytes_per_s > 1.5 * launches_s
+    depths = {depth for _, _, depth in sizes.matmuls}
+    assert max(depths) >= 4 * min(depths)

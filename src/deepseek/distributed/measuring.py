@@ -35,14 +35,40 @@ from deepseek.distributed.constants import get_constants
 from deepseek.distributed.cost import BACKWARD_ATTENTION, BYTES_OF_PLAIN_KERNELS
 
 FAMILY = "other"
-MATMUL_SHAPES = ((2048, 256, 256), (2048, 1024, 256), (1024, 1024, 1024), (2048, 2048, 1024))  # rows, columns, depth
-_ROWS, _CHANNELS = 4096, 512  # of the elementwise kernels that are timed
-_ATTENTION = (4, 8, 512, 64)  # sequences, heads, tokens, channels of a head
 _NUM_LAUNCHES = 1000
 _MESSAGE_BYTES = (8, 65536, 1 << 20, 1 << 22)
-_MOVED_BYTES = 1 << 27
 _NUM_ROUND_TRIPS = (15, 30, 60)  # of each size, in a first try at measuring a link, a second and a third
 _PROCESS_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed, so large that the device and not the host's pace is measured.
+
+    Products as (rows, columns, depth), attention as (sequences, heads, tokens, channels of a head), elementwise kernels
+    as (rows, channels), and the bytes of an array that is copied.
+    """
+
+    matmuls: tuple[tuple[int, int, int], ...]
+    attention: tuple[int, int, int, int]
+    elementwise: tuple[int, int]
+    moved_bytes: int
+
+
+SIZES: dict[str, Sizes] = {
+    "cpu": Sizes(
+        ((2048, 256, 256), (2048, 1024, 256), (1024, 1024, 1024), (2048, 2048, 1024)),
+        (4, 8, 512, 64),
+        (4096, 512),
+        1 << 27,
+    ),
+    "cuda": Sizes(
+        ((8192, 8192, 1024), (16384, 8192, 1024), (8192, 8192, 8192), (16384, 8192, 8192)),
+        (4, 32, 4096, 128),
+        (65536, 4096),
+        1 << 30,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,7 @@ class Measured:
     """What was measured of one device, and of the link between two processes.
 
     FLOP/s of products by precision and contracted dimension, FLOP/s of causal attention, bytes/s of copies and of
-    elementwise kernels, seconds to issue a kernel.
+    elementwise kernels, seconds to issue a kernel; `is_host` where it was the processor itself.
     """
 
     device: str
@@ -88,16 +114,18 @@ def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | No
     tell = on_progress or (lambda _: None)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
+    sizes = SIZES[device.type]
     rates: dict[str, dict[int, float]] = {}
     for precision in ("fp32", "bf16"):
         tell(f"matrix products in {precision}")
-        found = [(shape[2], _rate_matmul(device, precision, shape, repeats)) for shape in MATMUL_SHAPES]
+        found = [(shape[2], _rate_matmul(device, precision, shape, repeats)) for shape in sizes.matmuls]
         depths = sorted({depth for depth, _ in found})
         rates[precision] = {each: statistics.median(rate for depth, rate in found if depth == each) for each in depths}
     tell("attention")
-    attention = _rate_attention(device, repeats)
+    attention = _rate_attention(device, sizes.attention, repeats)
     tell("memory and elementwise kernels")
-    bandwidth, elementwise = _rate_memory(device, repeats), _rate_elementwise(device, repeats)
+    bandwidth = _rate_memory(device, sizes.moved_bytes, repeats)
+    elementwise = _rate_elementwise(device, sizes.elementwise, repeats)
     launch_s = _time_launch(device, repeats)
     tell("messages between two processes")
     link = measure_link()
@@ -190,39 +218,37 @@ def _rate_matmul(device: Any, precision: str, shape: tuple[int, int, int], repea
     return 3 * 2.0 * rows * columns * depth / _median_s(run, device, repeats)
 
 
-def _rate_memory(device: Any, repeats: int) -> float:
+def _rate_memory(device: Any, moved_bytes: int, repeats: int) -> float:
     """Bytes/s of reading one array and writing another, neither of which fits a cache."""
     import torch
 
-    source = torch.ones(_MOVED_BYTES // 4, device=device)
+    source = torch.ones(moved_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return 2.0 * _MOVED_BYTES / _median_s(lambda: target.copy_(source), device, repeats)
+    return 2.0 * moved_bytes / _median_s(lambda: target.copy_(source), device, repeats)
 
 
-def _rate_elementwise(device: Any, repeats: int) -> float:
+def _rate_elementwise(device: Any, shape: tuple[int, int], repeats: int) -> float:
     """Bytes/s of a layer's norm, gate and residual and their gradients, by the bytes that `cost` counts for them."""
     import torch
     from torch.nn import functional as F
 
-    x_RC, gate_RC, up_RC = (torch.randn(_ROWS, _CHANNELS, device=device).bfloat16().requires_grad_() for _ in range(3))
+    x_RC, gate_RC, up_RC = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(3))
     gradient_RC = torch.randn_like(x_RC)
 
     def run() -> None:
-        normal_RC = F.rms_norm(x_RC.float(), (_CHANNELS,)).bfloat16()
+        normal_RC = F.rms_norm(x_RC.float(), shape[1:]).bfloat16()
         (normal_RC + F.silu(gate_RC) * up_RC).backward(gradient_RC)
 
-    return BYTES_OF_PLAIN_KERNELS * _ROWS * _CHANNELS / _median_s(run, device, repeats)
+    return BYTES_OF_PLAIN_KERNELS * x_RC.numel() / _median_s(run, device, repeats)
 
 
-def _rate_attention(device: Any, repeats: int) -> float:
+def _rate_attention(device: Any, shape: tuple[int, int, int, int], repeats: int) -> float:
     """FLOP/s of causal attention going forward and back, counting the scores that are kept."""
     import torch
     from torch.nn import functional as F
 
-    num_sequences, num_heads, num_tokens, size = _ATTENTION
-    query_BNTH, key_BNTH, value_BNTH = (
-        torch.randn(_ATTENTION, device=device).bfloat16().requires_grad_() for _ in range(3)
-    )
+    num_sequences, num_heads, num_tokens, size = shape
+    query_BNTH, key_BNTH, value_BNTH = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(3))
     gradient_BNTH = torch.randn_like(query_BNTH)
 
     def run() -> None:
