@@ -6,7 +6,7 @@ import numpy
 import psutil
 import pydantic
 
-from deepseek.core.machine import describe_machine, describe_versions, measure_free_bytes
+from deepseek.core.machine import describe_machine, describe_versions, list_processor_flags, measure_free_bytes
 
 
 def test_it_is_the_machine_that_psutil_sees():
@@ -15,6 +15,12 @@ def test_it_is_the_machine_that_psutil_sees():
     assert machine["num_cores"] == len(psutil.Process().cpu_affinity())
     assert machine["architecture"] == platform.uname().machine
     assert machine["processor"] and machine["system"] == platform.uname().system
+
+
+def test_the_flags_of_the_processor_are_those_of_the_system():
+    words = Path("/proc/cpuinfo").read_text().split()
+    flags = list_processor_flags()
+    assert flags == tuple(sorted(flags)) and len(flags) > 10 and set(flags) <= set(words)
 
 
 def test_what_is_free_is_what_psutil_calls_available():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.core.config import Config
-from deepseek.core.machine import describe_machine
+from deepseek.core.machine import describe_machine, list_processor_flags
 
 _TIMEOUT_S = 10
 CPU_FEATURES = {"AVX-512": "avx512f", "VNNI": "avx512_vnni", "BF16": "avx512_bf16", "AMX": "amx_tile"}
@@ -95,9 +95,7 @@ def _nvidia() -> dict[str, Any]:
 
 
 def _cpu_features() -> tuple[str, ...]:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    flags = next((line.split() for line in text.splitlines() if line.startswith(("flags", "Features"))), [])
+    flags = list_processor_flags()
     return tuple(name for name, flag in CPU_FEATURES.items() if flag in flags)
 
 

@@ -32,7 +32,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deepseek.core.errors import StorageError
-from deepseek.core.machine import describe_machine
+from deepseek.core.machine import describe_machine, list_processor_flags
 from deepseek.core.storage import explained_storage, find_cache_folder, write_file
 
 _MAGIC = b"deepseek compiled 1\n"
@@ -243,11 +243,8 @@ def _place_libraries(libraries: dict[str, bytes]) -> None:
 
 def _processor_flags() -> str:
     """A hash of the processor's instruction sets, where the system tells; code is compiled for exactly these."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return ""
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return hashlib.sha256(" ".join(sorted(flags[1].split())).encode()).hexdigest() if flags else ""
+    flags = list_processor_flags()
+    return hashlib.sha256(" ".join(flags).encode()).hexdigest() if flags else ""
 
 
 def _warn(message: str) -> None:

@@ -67,6 +67,12 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def list_processor_flags() -> tuple[str, ...]:
+    """Names of what the processor can do (instruction sets above all), sorted; none where the system does not tell."""
+    facts = _read_cpuinfo()
+    return tuple(sorted((facts.get("flags") or facts.get("Features", "")).split()))
+
+
 def _read_cpuinfo() -> dict[str, str]:
     """What Linux says about the first processor; nothing elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
