@@ -2,7 +2,7 @@ import platform
 import subprocess
 import sys
 
-from deepseek.core.allocator import keep_freed_memory
+from deepseek.core.allocator import give_back_freed_memory, keep_freed_memory
 
 CODE = """
 import resource, sys
@@ -31,3 +31,23 @@ def test_a_block_that_was_freed_is_taken_again_without_asking_the_system():
         assert count_page_faults("keep") < 0.1 * count_page_faults("leave")
     else:
         assert not keep_freed_memory()
+
+
+KEPT = """
+import psutil
+from deepseek.core.allocator import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+block = b"x" * (64 << 20)
+del block
+kept = psutil.Process().memory_info().rss
+assert give_back_freed_memory()
+print(kept - psutil.Process().memory_info().rss)
+"""
+
+
+def test_what_was_kept_can_be_given_back():
+    if platform.libc_ver()[0] == "glibc":
+        answer = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+        assert int(answer.stdout) > 60 << 20
+    else:
+        assert not give_back_freed_memory()

@@ -8,7 +8,6 @@ allocator held at its peak on a GPU; a driver's context is in neither, so it is 
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import statistics
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek.cli.showing import working
+from deepseek.core.allocator import give_back_freed_memory
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.planner import PlanningResult
 
@@ -120,8 +120,7 @@ class _ProcessMemory:
 
         What measuring the machine freed first goes back to the system, or the plan would use it and count for less.
         """
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
-            libc.malloc_trim(0)
+        give_back_freed_memory()
         if _FORGET.exists():
             _FORGET.write_text("5")
         self._start_bytes = _peak_bytes()

@@ -26,3 +26,11 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER_BYTES, _TOP_PAD: _GROWTH_BYTES}
     return bool(sum(libc.mallopt(name, value) for name, value in settings.items()) == len(settings))
+
+
+def give_back_freed_memory() -> bool:
+    """Hand what was freed and kept back to the system, once; `False` where the C library is not glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    return True

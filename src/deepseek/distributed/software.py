@@ -187,13 +187,13 @@ def find_software(text: str) -> tuple[str, Software]:
     elif name == "torchtitan" and date >= _COMPILED_LOSS:
         name = "torchtitan 2025"
     found = SOFTWARE[name]
-    is_recorded = bool(_RACK.search(words)) and _is_since(_GRAPHS_SINCE, words)
+    is_recorded_rack = bool(_RACK.search(words)) and _is_since(_GRAPHS_SINCE, words)
     traits: dict[str, Any] = {
         "is_compiled": found.is_compiled or _is_compiled(words),
-        "overlaps_experts": found.overlaps_experts or "dualpipe" in words or is_recorded,
+        "overlaps_experts": found.overlaps_experts or "dualpipe" in words or is_recorded_rack,
         "sends_tokens_once": found.sends_tokens_once or "dualpipe" in words or _sends_once(words),
         "records_layers": bool(_RACK.search(words)) and _is_since(_RECORDED_LAYERS_SINCE, words),
-        "fuses_experts": is_recorded,
+        "fuses_experts": is_recorded_rack,
         "counts_tokens": found.counts_tokens and "tokendrop" not in words,
         "logit_bytes": 0.0 if "liger" in words else found.logit_bytes,
         "offloads_optimizer": found.offloads_optimizer or bool(re.search(r"cpu-?\s?offload", words)),
