@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepseek.compat.converting import VersionConverter
-from deepseek.compat.sharding import convert_files
+from deepseek.compat.sharded_checkpoints import convert_files
+from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.machine import describe_machine, describe_versions
 
 GOAL_BYTES = 1.5e9

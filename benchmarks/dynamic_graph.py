@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio, report
-from deepseek.compiler.dynamic_graph import DynamicGraph, Explanation, dynamic_graph
+from deepseek.compiler.dynamic_shapes.decorator import DynamicGraph, Explanation, dynamic_graph
 from deepseek.core.storage import CACHE_VARIABLE
 
 VOCAB_SIZE, NUM_TAGS, MAX_LENGTH = 1000, 64, 512

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, parse_arguments, report
 from deepseek.bench.baselines import Row as Compared_Row
-from deepseek.bench.comparing import BenchConfig, Compared, compare
-from deepseek.bench.subjects import DOCUMENTED, subjects_of_generations
-from deepseek.bench.working import native_precisions
+from deepseek.bench.comparison import BenchConfig, Compared, compare
+from deepseek.bench.variants import DOCUMENTED, subjects_of_generations
+from deepseek.bench.worker import native_precisions
 from deepseek.compat.generations import find_generation
 from deepseek.core.allocator import keep_freed_memory
-from deepseek.mixed_precision.policies import autocast
+from deepseek.mixed_precision.forward_precision import autocast
 from deepseek.models import zoo
 from deepseek.models.loading import save_model
 

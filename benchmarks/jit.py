@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, report
-from deepseek.compiler.fusion import fuse
-from deepseek.compiler.jit import jit
-from deepseek.compiler.measuring import measure_peak_bytes
-from deepseek.compiler.recomputation import find_segments, inductor_with_budget
+from deepseek.compiler.jit.decorator import jit
+from deepseek.compiler.passes.fusion.rules import fuse
+from deepseek.compiler.passes.memory.peak_tracking import measure_peak_bytes
+from deepseek.compiler.passes.memory.recomputation import find_segments, inductor_with_budget
 from deepseek.core.allocator import keep_freed_memory
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.zoo import build, settle_

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.planner_fit import MeasuredRun, fit_without, load_collectives, load_runs, predict_seconds, select_timed
-from deepseek.distributed.columns import Array, Columns, describe_constants
-from deepseek.distributed.constants import FAMILIES, Constants, get_constants
-from deepseek.distributed.memory import measure_memory
-from deepseek.distributed.predicting_runs import stack_runs
+from deepseek.planning.estimate.columns import Array, Columns, describe_constants
+from deepseek.planning.estimate.memory import measure_memory
+from deepseek.planning.machines.constants import FAMILIES, Constants, get_constants
+from deepseek.planning.published_runs import stack_runs
 
 # Goal for the mean error of a source, and the error that peers published on the same kind of runs.
 GOALS: dict[str, float] = {

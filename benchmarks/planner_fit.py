@@ -8,7 +8,7 @@ sources. A family's ten constants of time are fitted to the logarithm of predict
 steps with numerical derivatives inside physical bounds; a Cauchy loss keeps a source whose runs contradict the rest
 from pulling everybody. Each source weighs a little more than the root of its number of rows. The two constants of
 memory are chosen on a grid: smallest mean error among those that reject no run that happened. One fit takes about a
-second, because all runs are one table (`deepseek.distributed.columns`).
+second, because all runs are one table (`deepseek.planning.estimate.columns`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed.cluster import Cluster, get_accelerator
-from deepseek.distributed.collectives_cost import Group, all_reduce_s, all_to_all_s
-from deepseek.distributed.columns import Array, Columns, describe_cluster, describe_constants, stack_cases
-from deepseek.distributed.constants import FAMILIES, NAMES, Constants, get_constants
-from deepseek.distributed.memory import measure_memory
-from deepseek.distributed.predict import predict_times
-from deepseek.distributed.predicting_runs import Run, read_run, stack_runs
+from deepseek.planning.estimate.columns import Array, Columns, describe_cluster, describe_constants, stack_cases
+from deepseek.planning.estimate.communication import Group, all_reduce_s, all_to_all_s
+from deepseek.planning.estimate.memory import measure_memory
+from deepseek.planning.estimate.step import predict_times
+from deepseek.planning.machines.cluster import Cluster, get_accelerator
+from deepseek.planning.machines.constants import FAMILIES, NAMES, Constants, get_constants
+from deepseek.planning.published_runs import Run, read_run, stack_runs
 
 DATA = Path(__file__).parent / "data"
 FITTED = NAMES[:-2]  # the last two are of memory

@@ -11,10 +11,10 @@ import itertools
 import statistics
 
 from benchmarks.measuring import Bar, Row, parse_arguments, report
-from deepseek.distributed.model_shape import ModelShape
 from deepseek.distributed.plan import Plan
-from tests.distributed.plain_decoder import measure_step
-from tests.distributed.test_planner_memory import HELD, PLAIN, predict_items
+from deepseek.planning.models.model_shape import ModelShape
+from tests.planning.plain_decoder import measure_step
+from tests.planning.test_planner_memory import HELD, PLAIN, predict_items
 
 LAYERS, WIDTHS, VOCABULARIES, MICRO_BATCHES = (2, 6), (128, 384), (512, 4096), (1, 4)
 

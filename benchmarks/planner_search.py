@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 
 from benchmarks.measuring import Bar, Side, measure, parse_arguments, report
-from deepseek.distributed.cluster import Cluster
-from deepseek.distributed.model_shape import ModelShape, get_model_shape
-from deepseek.distributed.planner import plan
-from deepseek.distributed.scaling import GPT_1750B
+from deepseek.planning.machines.cluster import Cluster
+from deepseek.planning.models.model_shape import ModelShape, get_model_shape
+from deepseek.planning.scaling import GPT_1750B
+from deepseek.planning.search.planner import plan
 
 CASES = {
     "Llama3-8B on 64": (get_model_shape("Llama3-8B"), 8, 512),

@@ -33,12 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio, report
-from deepseek.compiler.measuring import StorageTracker
+from deepseek.compiler.passes.memory.peak_tracking import StorageTracker
 from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.extras import has_library
 from deepseek.data.batching import IGNORED_TARGET, BatchLoader, evaluation_batches
 from deepseek.data.config import DataConfig
-from deepseek.data.preparing import PreparedData, load_data, prepare_data
+from deepseek.data.corpus import PreparedData, load_data, prepare_data
 from deepseek.mixed_precision import DynamicPrecision, GradScaler
 from deepseek.models import zoo
 from deepseek.models.decoder.model import Decoder, DecoderConfig

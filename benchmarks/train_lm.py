@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio, report
 from deepseek.data.batching import Batch
-from deepseek.mixed_precision.policies import choose_precision
+from deepseek.mixed_precision.forward_precision import choose_precision
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.optim.optimizers import OptimizerConfig, build_optimizer
 from deepseek.train.steps import take_step

@@ -20,19 +20,19 @@ from pydantic import AwareDatetime, JsonValue
 from pydantic.fields import FieldInfo
 
 from deepseek.artifact.format import FileRecord, Manifest
-from deepseek.bench.comparing import BenchConfig
+from deepseek.bench.comparison import BenchConfig
 from deepseek.cli import VERBS, build_app
 from deepseek.compat.generations import load_table
 from deepseek.compat.migration.rules import load_rules
 from deepseek.compat.rendering import render_generations, render_rules
-from deepseek.compress.comparing import Comparison
+from deepseek.compress.quality import Comparison
 from deepseek.core.config import Config
 from deepseek.data.config import DataConfig
 from deepseek.data.token_cache import CacheManifest, StoredFile
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.models.mobilenet_v3.model import MobileNetV3Config
+from deepseek.models.model_sources import LoadConfig
 from deepseek.models.resnet.model import ResNetConfig
-from deepseek.models.sources import LoadConfig
 from deepseek.models.vit.model import ViTConfig
 from deepseek.models.yolov7.model import YOLOv7Config
 from deepseek.nn.masks import MaskConfig

@@ -243,7 +243,7 @@ def test_every_config_has_its_place_in_the_reference():
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_command_and_every_parameter_has_help(verb):
     name = verb.replace("-", "_")
-    function = getattr(importlib.import_module(f"deepseek.cli.{name}"), name)
+    function = getattr(importlib.import_module(f"deepseek.cli.verbs.{name}"), name)
     assert function.__doc__
     assert VERBS[verb].endswith(".")
     arguments = build_app(asked=verb)[verb].assemble_argument_collection(parse_docstring=True)

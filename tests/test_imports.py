@@ -24,11 +24,11 @@ COLD_FILES = (
     "serve/config.py",
     "serve/scheduling.py",
     "serve/sequences.py",
-    "compiler/choosing.py",
-    "compiler/decisions.py",
-    "compiler/reporting.py",
-    "compiler/fallbacks.py",
-    "compiler/timing.py",
+    "compiler/runtimes/selection_policy.py",
+    "compiler/runtimes/decisions.py",
+    "compiler/runtimes/selection_report.py",
+    "compiler/runtimes/fallbacks.py",
+    "compiler/runtimes/timing.py",
 )
 
 IMPORT_LIMIT_S = 0.050

@@ -10,11 +10,11 @@ import torch
 import deepseek as ds
 from deepseek.artifact.reading import open_artifact
 from deepseek.data.batching import evaluation_batches
-from deepseek.data.preparing import load_data
+from deepseek.data.corpus import load_data
 from deepseek.data.tokenizing import load_tokenizer
 from deepseek.recipes import load_recipe
 from deepseek.serve.engine import Engine
-from deepseek.serve.serving import running_server
+from deepseek.serve.server import running_server
 from deepseek.train import train
 
 SENTENCES = ("the cat sat on the mat", "a dog ran to the door", "the dog sat on a cat", "a cat ran to a mat")

@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent
 
 
 def test_the_list_of_verbs_is_the_list_of_files(call: Call) -> None:
-    files = {path.stem.replace("_", "-") for path in Path(ds.__file__).parent.joinpath("cli").glob("*.py")}
+    files = {path.stem.replace("_", "-") for path in Path(ds.__file__).parent.joinpath("cli", "verbs").glob("*.py")}
     assert set(VERBS) <= files
     result = call("--help")
     assert result.status == 0
@@ -37,7 +37,7 @@ def test_help_of_a_verb_explains_every_parameter_and_gives_an_example(call: Call
     text = " ".join(result.out.replace("│", " ").split())
     assert f"Example: deepseek {verb}" in text
     name = verb.replace("-", "_")
-    function = getattr(importlib.import_module(f"deepseek.cli.{name}"), name)
+    function = getattr(importlib.import_module(f"deepseek.cli.verbs.{name}"), name)
     parameters = inspect.signature(function).parameters
     assert "json" in parameters
     for parameter in parameters:

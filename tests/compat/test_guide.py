@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from cyclopts import App
 
-from deepseek.cli.advise import advise
-from deepseek.cli.check_compatibility import check_compatibility
-from deepseek.cli.migrate import migrate
+from deepseek.cli.verbs.advise import advise
+from deepseek.cli.verbs.check_compatibility import check_compatibility
+from deepseek.cli.verbs.migrate import migrate
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "choosing-and-upgrading.md"
 COMMANDS: dict[str, Callable[..., Any]] = {

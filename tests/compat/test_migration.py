@@ -22,8 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deepseek.cli.migrate import migrate as run
-from deepseek.compat.converting import VersionConverter
+from deepseek.cli.verbs.migrate import migrate as run
 from deepseek.compat.migration.applying import migrate
 from deepseek.compat.migration.config_files import check_config
 from deepseek.compat.migration.findings import Finding, apply_edits
@@ -32,6 +31,7 @@ from deepseek.compat.migration.python_files import check_python
 from deepseek.compat.migration.rules import ConfigRule, PythonRule, load_rules
 from deepseek.compat.migration.scanning import scan
 from deepseek.compat.migration.settings import SettingsError, read_entries
+from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.errors import ConfigError, CorruptArtifactError
 from tests.compat.models import build
 

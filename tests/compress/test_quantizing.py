@@ -17,7 +17,7 @@ from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactErro
 from deepseek.data.batching import Batch
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.loading import load_model, save_model
-from tests.compress.test_comparing import plain_loss
+from tests.compress.test_quality import plain_loss
 
 
 def test_public_name_is_this_function() -> None:

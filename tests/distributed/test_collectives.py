@@ -6,14 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed import collectives_cost as prices
-from deepseek.distributed.cluster import Cluster, LinkClass, get_accelerator
 from deepseek.distributed.collectives import COLLECTIVES
+from deepseek.distributed.collectives.executing import play_steps_
 from deepseek.distributed.collectives.messages import count_sent, cut
-from deepseek.distributed.collectives.playing import play_steps_, time_steps
-from deepseek.distributed.scaling import make_link_columns
-from tests.distributed.rank_work import exchange
+from deepseek.distributed.topology import LinkClass
+from deepseek.planning.estimate import communication as prices
+from deepseek.planning.estimate.communication import time_steps
+from deepseek.planning.machines.cluster import Cluster, get_accelerator
+from deepseek.planning.scaling import make_link_columns
 from tests.distributed.spawning import run_ranks
+from tests.planning.rank_work import exchange
 
 worlds = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3), (8, 4), (9, 3), (12, 4)])
 

@@ -3,9 +3,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed.cluster import Cluster
-from deepseek.distributed.model_shape import OperatorCost, OperatorList, get_model_shape
-from deepseek.distributed.plan import Plan, explain_misfit, validate
+from deepseek.distributed.plan import Plan
+from deepseek.planning.feasibility import explain_misfit, validate
+from deepseek.planning.machines.cluster import Cluster
+from deepseek.planning.models.model_shape import OperatorCost, OperatorList, get_model_shape
 
 LLAMA, MIXTRAL = get_model_shape("Llama3-8B"), get_model_shape("Mixtral-8x7B")
 NODE = Cluster.of("H100-SXM-80GB")

@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from deepseek.checkpoint.structure import flatten, unflatten
 from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.mixed_precision import DynamicPrecision, GradScaler
-from deepseek.mixed_precision.deciding import Evidence, LayerState, Rules
 from deepseek.mixed_precision.dynamic import PrecisionChanged, PrecisionPlanned, choose_low, estimate_signal
-from deepseek.mixed_precision.narrowing import tally_of
+from deepseek.mixed_precision.layer_precision import tally_of
+from deepseek.mixed_precision.policy import Evidence, LayerState, Rules
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from tests.mixed_precision.ranks import run_on_ranks
 

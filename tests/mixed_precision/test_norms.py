@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from deepseek.mixed_precision import DynamicPrecision
-from deepseek.mixed_precision.narrowing import Narrowing, compute_of
+from deepseek.mixed_precision.layer_precision import Narrowing, compute_of
 from deepseek.mixed_precision.norms import run_norm
 
 

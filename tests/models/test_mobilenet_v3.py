@@ -16,7 +16,6 @@ from deepseek.models.mobilenet_v3.model import (
     SqueezeExcitation,
     round_channels,
 )
-from tests.models.onnx_graphs import Graph
 from tests.models.pictures import (
     arrays,
     check_channels_last,
@@ -26,6 +25,7 @@ from tests.models.pictures import (
     noise,
     randomize,
 )
+from tests.onnx.onnx_graphs import Graph
 
 SMALL = MobileNetV3Config(variant="small", width_multiple=0.25, num_classes=5)
 

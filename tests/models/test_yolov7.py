@@ -12,10 +12,9 @@ from torch import nn
 from torch.export import Dim, export
 
 from deepseek.core.errors import ConfigError
-from deepseek.models.yolov7 import detecting
-from deepseek.models.yolov7.detecting import overlap, select, to_corners
-from deepseek.models.yolov7.folding import fold_
-from deepseek.models.yolov7.letterboxing import GREY, letterbox, restore
+from deepseek.models.yolov7 import detection
+from deepseek.models.yolov7.detection import overlap, select, to_corners
+from deepseek.models.yolov7.letterbox import GREY, letterbox, restore
 from deepseek.models.yolov7.model import (
     COCO_ANCHORS,
     ROWS,
@@ -27,8 +26,8 @@ from deepseek.models.yolov7.model import (
     YOLOv7Config,
     decode,
 )
+from deepseek.models.yolov7.reparameterization import fold_
 from deepseek.models.zoo import settle_
-from tests.models.onnx_graphs import Graph
 from tests.models.pictures import (
     arrays,
     check_channels_last,
@@ -38,6 +37,7 @@ from tests.models.pictures import (
     noise,
     randomize,
 )
+from tests.onnx.onnx_graphs import Graph
 
 SMALL = YOLOv7Config(width_multiple=0.125, num_classes=3, image_size=64)
 EPS = 1e-3
@@ -446,7 +446,7 @@ def test_many_pictures_are_compared_in_parts_with_the_same_answer(monkeypatch):
     predictions = torch.rand(5, 60, 8, generator=torch.Generator().manual_seed(0)) * 40
     predictions[..., 4:] /= 40
     whole = select(predictions)
-    monkeypatch.setattr(detecting, "MAX_PAIRS", 2 * 60 * 60)
+    monkeypatch.setattr(detection, "MAX_PAIRS", 2 * 60 * 60)
     parts = select(predictions)
     torch.testing.assert_close(vars(parts), vars(whole), rtol=0, atol=0)
 

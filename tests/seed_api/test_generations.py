@@ -11,9 +11,9 @@ from torch import nn
 
 import deepseek
 import deepseek as ds
-from deepseek.cli.advise import advise
-from deepseek.cli.check_compatibility import check_compatibility
-from deepseek.cli.migrate import migrate
+from deepseek.cli.verbs.advise import advise
+from deepseek.cli.verbs.check_compatibility import check_compatibility
+from deepseek.cli.verbs.migrate import migrate
 
 
 def test_version_info_is_a_true_dict() -> None:

@@ -4,7 +4,7 @@ import tokenizers
 
 from deepseek.data.batching import BatchLoader
 from deepseek.data.config import DataConfig
-from deepseek.data.preparing import load_data, prepare_data
+from deepseek.data.corpus import load_data, prepare_data
 from deepseek.data.tokenizing import load_tokenizer, save_tokenizer
 
 

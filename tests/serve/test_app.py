@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.decoder.model import Decoder
 from deepseek.serve.config import ServeConfig
-from deepseek.serve.serving import Server, running_server
+from deepseek.serve.server import Server, running_server
 
 Make = Callable[..., Any]
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 80, "ignore_eos": True}

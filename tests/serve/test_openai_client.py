@@ -16,7 +16,7 @@ from deepseek.models.decoder.model import Decoder
 from deepseek.serve.config import ServeConfig
 from deepseek.serve.engine import Engine, Generation
 from deepseek.serve.sequences import Sampling
-from deepseek.serve.serving import Server, running_server
+from deepseek.serve.server import Server, running_server
 
 MODEL = "tiny"
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]

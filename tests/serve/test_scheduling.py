@@ -135,6 +135,8 @@ def test_a_cancelled_waiting_sequence_leaves_without_moves() -> None:
 
 
 def test_the_policy_needs_no_torch() -> None:
-    rooms = ", ".join(f"deepseek.serve.{name}" for name in ("scheduling", "writing", "bodies", "answers", "config"))
+    rooms = ", ".join(
+        f"deepseek.serve.{name}" for name in ("scheduling", "detokenizing", "requests", "responses", "config")
+    )
     program = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -16,8 +16,8 @@ import torch
 
 from deepseek.checkpoint.restoring import newest_valid
 from deepseek.core.errors import CheckpointError, ConfigError, DataError
+from deepseek.data.corpus import load_data
 from deepseek.data.ngrams import measure_ngrams
-from deepseek.data.preparing import load_data
 from deepseek.models.loading import load_model
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import CheckpointSaved, Evaluated, ModelSaved, StepDone

@@ -72,7 +72,7 @@ def build_app(asked: str | None = None) -> App:
     for verb, purpose in VERBS.items():
         # One line of help is there without loading the verb; without it, the help is the docstring of its function.
         name = verb.replace("-", "_")
-        app.command(f"deepseek.cli.{name}:{name}", name=verb, help=None if verb == asked else purpose)
+        app.command(f"deepseek.cli.verbs.{name}:{name}", name=verb, help=None if verb == asked else purpose)
     app.register_install_completion_command()
     return app
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deepseek.artifact.format import TOKENIZER_NAME
 from deepseek.artifact.reading import is_artifact, read_manifest
-from deepseek.compress.comparing import Comparison, compare
+from deepseek.compress.quality import Comparison, compare
 from deepseek.core.errors import ArtifactError, ConfigError, PermanentError
 from deepseek.data.batching import Batch
 from deepseek.data.tokenizing import load_tokenizer

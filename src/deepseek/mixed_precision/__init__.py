@@ -12,10 +12,10 @@ from typing import Any
 
 _PUBLIC = {
     "DynamicPrecision": "dynamic",
-    "GradScaler": "scaling",
+    "GradScaler": "loss_scaling",
     "PrecisionManager": "manager",
-    "choose_level": "levels",
-    "choose_precision": "policies",
+    "choose_level": "amp_levels",
+    "choose_precision": "forward_precision",
 }
 
 

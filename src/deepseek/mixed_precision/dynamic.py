@@ -40,7 +40,11 @@ from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.core.events import Event
 from deepseek.core.names import explain_unknown
 from deepseek.mixed_precision.costs import Saving, assume_saving, measure_saving
-from deepseek.mixed_precision.deciding import (
+from deepseek.mixed_precision.forward_precision import has_native_bf16
+from deepseek.mixed_precision.gradient_statistics import ROW_SIZE, Sample, Watch, sample_gradient
+from deepseek.mixed_precision.layer_precision import Compute, clear_compute_, set_compute_, tally_of
+from deepseek.mixed_precision.loss_scaling import Group, open_group
+from deepseek.mixed_precision.policy import (
     NUM_BINS,
     Evidence,
     Histogram,
@@ -52,10 +56,6 @@ from deepseek.mixed_precision.deciding import (
     find_format,
     settle,
 )
-from deepseek.mixed_precision.narrowing import Compute, clear_compute_, set_compute_, tally_of
-from deepseek.mixed_precision.policies import has_native_bf16
-from deepseek.mixed_precision.scaling import Group, open_group
-from deepseek.mixed_precision.watching import ROW_SIZE, Sample, Watch, sample_gradient
 
 Low = Literal["auto", "bf16", "fp16"]
 

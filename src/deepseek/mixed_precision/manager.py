@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
-from deepseek.mixed_precision.levels import Level, choose_level
-from deepseek.mixed_precision.policies import has_native_bf16
+from deepseek.mixed_precision.amp_levels import Level, choose_level
+from deepseek.mixed_precision.forward_precision import has_native_bf16
 
 ManagedPrecision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 

@@ -18,7 +18,7 @@ from deepseek.core.errors import ArtifactError
 from deepseek.core.registry import Registry
 from deepseek.models import zoo
 from deepseek.models.decoder.model import Decoder, DecoderConfig
-from deepseek.models.encoders.model import TransformersModel
+from deepseek.models.transformers_models.model import TransformersModel
 
 DECODER = "decoder"
 TRANSFORMERS = "transformers"

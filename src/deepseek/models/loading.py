@@ -28,18 +28,18 @@ from torch import Tensor, nn
 
 from deepseek.artifact.format import CONFIG_NAME, Description, Manifest
 from deepseek.artifact.writing import MAX_SHARD_BYTES, write_artifact
-from deepseek.compiler.selection import SelectionEvent
+from deepseek.compiler.runtimes.selection import SelectionEvent
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError
 from deepseek.data.tokenizing import Tokenizer, save_tokenizer
 from deepseek.models.architectures import DECODER, TRANSFORMERS, name_architecture
-from deepseek.models.assembling import dtype_of, is_int8, main_dtype, name_precision, stored_tensors
 from deepseek.models.decoder.keymap import Family, export_config, export_tensors, find_twin
 from deepseek.models.decoder.model import Decoder, DecoderConfig
-from deepseek.models.encoders.model import TransformersModel
-from deepseek.models.noticing import warn_caller
+from deepseek.models.loaded_model import LoadedModel, has_half_arithmetic, run_on_backend
+from deepseek.models.model_sources import INT8_KEPT, LoadConfig, open_source
 from deepseek.models.programs import Program
-from deepseek.models.running import LoadedModel, has_half_arithmetic, run_on_backend
-from deepseek.models.sources import INT8_KEPT, LoadConfig, open_source
+from deepseek.models.transformers_models.model import TransformersModel
+from deepseek.models.weight_loading import dtype_of, is_int8, main_dtype, name_precision, stored_tensors
 from deepseek.nn.packed import pack_
 from deepseek.nn.quantized import replace_with_int8_
 

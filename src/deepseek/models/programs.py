@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from deepseek.artifact.verifying import is_pickle
-from deepseek.compiler.backends.onnxruntime import make_session
-from deepseek.compiler.backends.openvino import require_openvino
+from deepseek.compiler.runtimes.backends.onnxruntime import make_session
+from deepseek.compiler.runtimes.backends.openvino import require_openvino
 from deepseek.core.errors import ConfigError, CorruptArtifactError, MissingExtraError, UnsafeFileError
 from deepseek.core.names import explain_unknown
-from deepseek.models.onnx.reading import InputSpec
+from deepseek.onnx.files import InputSpec
 
 _AS_WRITTEN = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # OpenVINO rounds nothing that the file does not round
 SAVED_MODEL_NAME = "saved_model.pb"

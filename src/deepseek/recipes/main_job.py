@@ -18,16 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek.compress.comparing import Comparison
+from deepseek.compress.quality import Comparison
 from deepseek.compress.quantizing import quantize
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event, record
 from deepseek.core.machine import describe_machine, describe_versions
 from deepseek.core.storage import write_file
 from deepseek.data.batching import evaluation_batches
+from deepseek.data.corpus import load_data
 from deepseek.data.ngrams import NgramLosses, measure_ngrams
-from deepseek.data.preparing import load_data
-from deepseek.recipes.probing import Completion, probe_server
+from deepseek.recipes.server_probe import Completion, probe_server
 from deepseek.train.config import TrainConfig
 from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, train
 

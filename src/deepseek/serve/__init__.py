@@ -13,8 +13,8 @@ _PUBLIC = {
     "EngineConfig": "config",
     "Sampling": "sequences",
     "ServeConfig": "config",
-    "running_server": "serving",
-    "serve": "serving",
+    "running_server": "server",
+    "serve": "server",
 }
 
 

@@ -31,12 +31,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek.core.errors import DeepSeekError, OverloadedError, RequestError
 from deepseek.data.chat_templates import render_chat
-from deepseek.serve import answers
-from deepseek.serve.answers import Answer, ChatAnswer, CompletionAnswer, Json
-from deepseek.serve.bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, parse
+from deepseek.serve import responses
 from deepseek.serve.config import ServeConfig
-from deepseek.serve.driving import EngineThread, Stream
+from deepseek.serve.engine_thread import EngineThread, Stream
 from deepseek.serve.metrics import CONTENT_TYPE, Metrics
+from deepseek.serve.requests import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, parse
+from deepseek.serve.responses import Answer, ChatAnswer, CompletionAnswer, Json
 from deepseek.serve.sequences import Generation, GenerationRequest, Output, collect
 
 B = TypeVar("B", bound=GenerationBody)
@@ -65,7 +65,7 @@ class Service:
     @property
     def card(self) -> Json:
         """The one model, as `/v1/models` shows it."""
-        return answers.model_card(self.config.model_name, self.created_s, self.thread.engine.max_length)
+        return responses.model_card(self.config.model_name, self.created_s, self.thread.engine.max_length)
 
     def require_model(self, name: str) -> None:
         """Raise `RequestError` (404) unless `name` is the model that is served."""
@@ -219,7 +219,7 @@ async def respond(
         generations = await until_disconnect(request.receive, gather(stream))
     finally:
         thread.close(stream)
-    return JSONResponse(answer.whole(generations, answers.usage(stream.sequences)))
+    return JSONResponse(answer.whole(generations, responses.usage(stream.sequences)))
 
 
 async def gather(stream: Stream) -> list[Generation]:
@@ -285,7 +285,7 @@ async def _events(stream: Stream, body: GenerationBody, answer: Answer) -> Async
         yield _event(_error_body(failure))
         return
     if body.includes_usage:
-        yield _event(answer.closing(answers.usage(stream.sequences)))
+        yield _event(answer.closing(responses.usage(stream.sequences)))
     yield b"data: [DONE]\n\n"
 
 
@@ -371,7 +371,7 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
     message = {404: f"there is no {what} here", 405: f"{what} does not exist; this path takes another method"}
-    body = answers.error(message.get(error.status_code, error.detail), status=error.status_code)
+    body = responses.error(message.get(error.status_code, error.detail), status=error.status_code)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
@@ -382,7 +382,9 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
 
 async def answer_bug(request: Request, error: Exception) -> Response:
     """An error that nobody expected; its traceback is in the log, not in the answer."""
-    body = answers.error("the server failed on this request; its log has the reason", status=500, code="internal_error")
+    body = responses.error(
+        "the server failed on this request; its log has the reason", status=500, code="internal_error"
+    )
     return JSONResponse(body, status_code=500, headers={"x-should-retry": "false"})
 
 
@@ -394,9 +396,9 @@ def _status(error: Exception) -> int:
 
 def _error_body(error: Exception) -> Json:
     if isinstance(error, RequestError):
-        return answers.error(str(error), status=error.status, param=error.param, code=error.code)
+        return responses.error(str(error), status=error.status, param=error.param, code=error.code)
     code = "overloaded" if isinstance(error, OverloadedError) else "server_error"
-    return answers.error(str(error), status=_status(error), code=code)
+    return responses.error(str(error), status=_status(error), code=code)
 
 
 class RequestIds:

@@ -26,6 +26,7 @@ from deepseek.data.tokenizing import StreamDecoder, Tokenizer
 from deepseek.models.decoder.model import Decoder
 from deepseek.nn.kv_cache import KVCache
 from deepseek.serve.config import EngineConfig
+from deepseek.serve.detokenizing import TextWriter
 from deepseek.serve.sampling import choose, score
 from deepseek.serve.scheduling import Chunk, Plan, Scheduler
 from deepseek.serve.sequences import (
@@ -40,7 +41,6 @@ from deepseek.serve.sequences import (
     collect,
     fit,
 )
-from deepseek.serve.writing import TextWriter
 
 GREEDY = Sampling(temperature=0)
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
 from deepseek.data.config import DataConfig
-from deepseek.mixed_precision.levels import Level
+from deepseek.mixed_precision.amp_levels import Level
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.optim.optimizers import OptimizerConfig
 

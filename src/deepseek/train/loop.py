@@ -23,22 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepseek.checkpoint.randomness import capture_rng, restore_rng
 from deepseek.checkpoint.restoring import newest_valid
+from deepseek.checkpoint.rng_state import capture_rng, restore_rng
 from deepseek.checkpoint.saving import save
 from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.core.events import Event
 from deepseek.data.batching import BatchLoader, evaluation_batches
-from deepseek.data.preparing import PreparedData, load_data, prepare_data
+from deepseek.data.corpus import PreparedData, load_data, prepare_data
+from deepseek.mixed_precision.amp_levels import choose_level
 from deepseek.mixed_precision.dynamic import DynamicPrecision
-from deepseek.mixed_precision.levels import choose_level
-from deepseek.mixed_precision.policies import Precision, choose_precision
+from deepseek.mixed_precision.forward_precision import Precision, choose_precision
 from deepseek.models.decoder.model import Decoder, count_parameters
 from deepseek.models.loading import save_model
 from deepseek.optim.learning_rates import scale_learning_rate, schedule_factor
 from deepseek.optim.optimizers import build_optimizer, set_learning_rate
 from deepseek.train.config import TrainConfig
-from deepseek.train.evaluating import measure_loss
+from deepseek.train.evaluation import measure_loss
 from deepseek.train.events import CheckpointSaved, Evaluated, ModelSaved, RunStarted, StepDone
 from deepseek.train.steps import StepResult, take_step
 

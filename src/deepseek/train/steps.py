@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deepseek.core.errors import TrainingError
 from deepseek.data.batching import IGNORED_TARGET, Batch
-from deepseek.mixed_precision.policies import Precision, autocast
+from deepseek.mixed_precision.forward_precision import Precision, autocast
 from deepseek.nn.losses import sum_cross_entropy
 from deepseek.optim.clipping import clip_gradients_
 

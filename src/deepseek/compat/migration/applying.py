@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepseek.compat.converting import VersionConverter
+from deepseek.compat.conversion_steps import identify
 from deepseek.compat.headers import read_checkpoint
 from deepseek.compat.migration.config_files import check_config
 from deepseek.compat.migration.findings import Finding, apply_edits
 from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
 from deepseek.compat.migration.python_files import check_python, decode_python, encode_python
 from deepseek.compat.migration.scanning import Scan, list_files, prepare_scan, scan_file
-from deepseek.compat.sharding import convert_files
-from deepseek.compat.steps import identify
+from deepseek.compat.sharded_checkpoints import convert_files
+from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.errors import ConfigError
 from deepseek.core.storage import new_folder
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from deepseek.compat.conversion_steps import identify
 from deepseek.compat.generations import Generation
 from deepseek.compat.headers import read_checkpoint
 from deepseek.compat.migration.findings import Finding, find, unreadable
 from deepseek.compat.migration.pickles import looks_like_pickle, read_pickle
 from deepseek.compat.migration.rules import Rules
-from deepseek.compat.steps import identify
 from deepseek.core.errors import ArtifactError, CorruptArtifactError
 
 # Families that `transformers` itself holds with fused projections, so that their names say nothing about a generation.

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
+from deepseek.models.key_tables import rename
 from deepseek.models.mobilenet_v3.model import TABLES, MobileNetV3Config, Row
-from deepseek.models.translating import rename
 
 PREFIX = "timm_model."  # in front of every name where transformers wraps a timm model
 ARCHITECTURES = {"mobilenetv3_large_100": "large", "mobilenetv3_small_100": "small"}

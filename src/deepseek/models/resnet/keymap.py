@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from deepseek.core.errors import ConfigError
+from deepseek.models.key_tables import check_settings, count_labels, rename
 from deepseek.models.resnet.model import EXPANSIONS, ResNetConfig
-from deepseek.models.translating import check_settings, count_labels, rename
 
 FOLLOWED = {
     "model_type": "resnet",

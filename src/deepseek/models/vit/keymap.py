@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deepseek.core.errors import ArtifactError
-from deepseek.models.translating import check_settings, count_labels, rename
+from deepseek.models.key_tables import check_settings, count_labels, rename
 from deepseek.models.vit.model import ViTConfig
 
 FOLLOWED = {

@@ -1,0 +1,1 @@
+"""What the verbs show: events, tables, reports, plots and plans."""

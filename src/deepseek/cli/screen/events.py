@@ -1,0 +1,241 @@
+"""Events on a screen: progress bars for long work, lines for what happened, a table and a curve at the end.
+
+What is not a terminal gets lines alone: a log would keep every state of a bar, or none.
+
+`follow` is the one reader of event streams. The first Ctrl-C, or SIGTERM, asks the stream to end at its next event,
+which is where its state is whole and can be saved; a second one stops at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from deepseek.cli import Stopped
+from deepseek.core.events import Event, record
+from deepseek.core.units import format_bytes, format_count, format_seconds
+
+_STEP_LINE_EVERY_S = 10.0
+
+
+def follow(events: Generator[Event, None, None], *, file: Path | None = None, as_json: bool) -> Event | None:
+    """Show all of `events`, appending them to `file`, and return the last one.
+
+    Raises `Stopped` after Ctrl-C or SIGTERM. However it ends, `events` is closed, which is when a run saves itself.
+    """
+    last = None
+    with Interrupt() as interrupt, _display(as_json) as show, closing(events):
+        for event in record(events, file) if file else events:
+            show(event)
+            last = event
+            if interrupt.number is not None:
+                raise Stopped(interrupt.number)
+    return last
+
+
+def print_event(event: Event, *, as_json: bool) -> None:
+    """One event as a line, at once."""
+    text = json.dumps(event.to_dict()) if as_json else _describe(event.to_dict())
+    if text:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def show_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A small table on standard output; numbers to the right."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=any(header))
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 or not any(header) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # plain text: a path may hold what rich takes for markup
+    Console().print(table)
+
+
+def show_summary(report: dict[str, Any], losses: dict[int, float], folder: Path, *, as_json: bool) -> None:
+    """The end of the quickstart: the loss by step as a picture and in the terminal, and the table of what came out."""
+    from deepseek.cli.screen.plots import draw_loss, print_loss
+
+    draw_loss(losses, report, folder / "loss.png")
+    if as_json:
+        return
+    print_loss(losses, width=Console().width)
+    train, baseline, int8, serve = report["train"], report["baseline"], report["int8"], report["serve"]
+    show_table(
+        "What came out",
+        ("", "value"),
+        [
+            ("parameters", format_count(train["num_parameters"])),
+            ("training loss, first -> last", f"{train['loss_first']:.2f} -> {train['loss_last']:.2f}"),
+            ("held-out loss, nats per token", f"{train['heldout_loss']:.3f}"),
+            ("  unigram", f"{baseline['unigram_loss']:.3f}"),
+            ("  bigram, add-one", f"{baseline['bigram_loss']:.3f}"),
+            ("  bigram, discounted", f"{baseline['bigram_discounted_loss']:.3f}"),
+            ("training, tokens/s", f"{train['tokens_per_s']:.0f}"),
+            ("int8 bytes / FP32 bytes", f"{int8['bytes_ratio']:.3f}"),
+            ("int8 held-out loss", f"{int8['heldout_loss']:.3f}"),
+            ("int8 decoding speed / FP32", f"{int8['decode_speedup']:.2f}"),
+            ("server, first token", f"{serve['first_token_ms']:.0f} ms"),
+            ("server, tokens/s", f"{serve['tokens_per_s']:.0f}"),
+            (_name_wall_time(train["first_step"]), format_seconds(report["wall_s"])),
+        ],
+    )
+    for name in ("report.json", "loss.png", "model", "model-int8"):
+        sys.stdout.write(f"{folder / name}\n")
+
+
+def _name_wall_time(first_step: int) -> str:
+    return f"wall time, from step {first_step} on" if first_step else "wall time"
+
+
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """A spinner on standard error while the block runs; nothing where nobody looks."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(title):
+        yield
+
+
+class Interrupt:
+    """Remembers the first Ctrl-C or SIGTERM while the block runs, and lets the second one through."""
+
+    def __init__(self) -> None:
+        self.number: signal.Signals | None = None
+        """The signal that came; `None` while none has."""
+
+    def __enter__(self) -> Self:
+        self._previous = {each: signal.signal(each, self._handle) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.number is not None:
+            raise Stopped(self.number)
+        self.number = signal.Signals(number)
+        sys.stderr.write("deepseek: stopping at the next safe point; Ctrl-C again stops at once\n")
+
+
+@contextmanager
+def _display(as_json: bool) -> Iterator[Callable[[Event], None]]:
+    """A function that shows one event."""
+    if as_json:
+        yield lambda event: print_event(event, as_json=True)
+        return
+    if not Console().is_terminal:
+        yield _Lines().show
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console()) as progress:
+        yield _Bars(progress).show
+
+
+class _Lines:
+    """A line for everything that happened, and now and then one for a step."""
+
+    def __init__(self) -> None:
+        self._step_shown_s = -math.inf
+
+    def show(self, event: Event) -> None:
+        if event.kind == "step_done":
+            if time.monotonic() - self._step_shown_s < _STEP_LINE_EVERY_S:
+                return
+            self._step_shown_s = time.monotonic()
+        print_event(event, as_json=False)
+
+
+class _Bars:
+    """The progress bars of a run; everything that is no progress is printed above them.
+
+    A bar is there for as long as its work goes on, but the one of training stays.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._num_steps = 0
+
+    def show(self, event: Event) -> None:
+        values = event.to_dict()
+        self._end(_ENDS.get(values["kind"], ""))
+        if values["kind"] == "tokenizing_progress":
+            note = f"{format_count(values['num_tokens'])} tokens"
+            self._advance("tokenizing", values["num_text_bytes"], values["total_bytes"], note)
+        elif values["kind"] == "run_started":
+            self._num_steps = values["num_steps"]
+            self._advance("training", values["first_step"], self._num_steps, "")
+        elif values["kind"] == "step_done":
+            note = f"loss {values['loss']:.3f}  {values['tokens_per_s']:.0f} tokens/s"
+            self._advance("training", values["step"], self._num_steps, note)
+        elif values["kind"] == "phase_started":
+            self._advance(values["phase"], 0, None, "")
+        if values["kind"] != "step_done" and (text := _describe(values)):
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _advance(self, name: str, completed: int, total: int | None, note: str) -> None:
+        if name not in self._tasks:  # a resumed run begins with what is done, which is no speed to measure
+            self._tasks[name] = self._progress.add_task(name, completed=completed, total=total, note=note)
+        self._progress.update(self._tasks[name], completed=completed, total=total, note=note)
+
+    def _end(self, name: str) -> None:
+        if name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(name))
+
+
+# Kind of event -> the bar that it ends.
+_ENDS = {
+    "cache_ready": "tokenizing",
+    "baselines_measured": "counting n-grams",
+    "model_quantized": "int8",
+    "report_written": "serving",
+}
+
+
+# Kind of event -> the line that tells it; a kind that is not here is progress, or says nothing a person waits for.
+_LINES = {
+    "tokenizer_ready": "tokenizer: {vocab_size} tokens",
+    "cache_ready": "text: {num_documents} documents, {num_tokens} tokens in {folder}",
+    "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
+    "step_done": "step {step}: loss {loss:.3f}, {tokens_per_s:.0f} tokens/s",
+    "evaluated": "held-out loss after step {step}: {heldout_loss:.4f} nats per token over {num_tokens} tokens",
+    "model_saved": "model: {path} ({num_bytes})",
+    "baselines_measured": (
+        "baselines: unigram {unigram_loss:.3f}, bigram {bigram_loss:.3f}, discounted {bigram_discounted_loss:.3f}"
+    ),
+    "model_quantized": "int8: {path}, {bytes_ratio:.3f} of the bytes, held-out loss {heldout_loss:.4f}",
+    "completion_received": "served {prompt!r} -> {text!r}",
+    "server_started": "serving {model_name} at {url} (API below {url}/v1); Ctrl-C stops",
+    "server_stopping": "stopping ({reason}); {num_open} open requests",
+}
+_UNDECODABLE = "; {num_undecodable} places in {num_undecodable_documents} of them are not UTF-8 and became U+FFFD"
+
+
+def _describe(values: dict[str, Any]) -> str:
+    line = _LINES.get(values["kind"], "")
+    if values.get("num_undecodable"):
+        line += _UNDECODABLE
+    shown = {key: format_bytes(value) if key == "num_bytes" else value for key, value in values.items()}
+    return line.format(**shown)

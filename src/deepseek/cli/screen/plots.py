@@ -1,0 +1,80 @@
+"""The loss of a run as a picture and as characters, and the timeline of a pipeline as a picture."""
+
+from __future__ import annotations
+
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek.core.extras import require
+from deepseek.core.storage import write_file
+
+if TYPE_CHECKING:
+    from deepseek.planning.estimate.simulation import Timeline
+
+_BASELINES = {"unigram_loss": "unigram", "bigram_loss": "bigram", "bigram_discounted_loss": "bigram, discounted"}
+
+
+def draw_loss(losses: dict[int, float], report: dict[str, Any], path: Path) -> None:
+    """A PNG of the training loss by step, with the baselines and the held-out loss as lines."""
+    require("matplotlib", extra="train")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(losses), list(losses.values()), color="tab:blue", linewidth=1, label="training")
+    axes.axhline(report["train"]["heldout_loss"], color="tab:blue", linestyle="--", label="held out, at the end")
+    for style, (name, label) in zip((":", "-.", (0, (1, 3))), _BASELINES.items(), strict=True):
+        axes.axhline(report["baseline"][name], color="tab:gray", linestyle=style, linewidth=1, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", xlim=(0, max(losses)))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())
+
+
+def print_loss(losses: dict[int, float], *, width: int) -> None:
+    """The training loss by step in a terminal of `width` columns."""
+    plot = require("plotext", extra="train")
+    plot.clear_figure()
+    plot.theme("clear")
+    plot.plot(list(losses), list(losses.values()), marker="braille")
+    plot.plotsize(min(78, width), 16)
+    plot.xlabel("optimizer step")
+    plot.ylabel("training loss, nats per token")
+    sys.stdout.write(plot.uncolorize(plot.build()) + "\n")
+
+
+def draw_timeline(timeline: Timeline, title: str, path: Path) -> None:
+    """A PNG with one row per stage of a pipeline and one box per pass, from left to right as time goes."""
+    require("matplotlib", extra="train")
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from deepseek.cli.screen.plans import COLORS
+
+    figure = Figure(figsize=(12, 1.6 + 0.32 * timeline.num_stages), layout="constrained")
+    axes = figure.subplots()
+    for event in timeline.events:
+        span = (1e3 * event.start_s, 1e3 * (event.end_s - event.start_s))
+        shade = 1.0 - 0.5 * (event.work.chunk % 4) / 4
+        color = COLORS[event.work.kind]
+        axes.broken_barh(
+            [span], (event.stage - 0.42, 0.84), facecolor=color, alpha=shade, edgecolor="white", linewidth=0.4
+        )
+        if span[1] > 12 * timeline.step_time_s:  # a box of more than 1.2 % of the width has room for its number
+            middle = span[0] + span[1] / 2
+            axes.text(
+                middle, event.stage, str(event.work.micro_batch), ha="center", va="center", fontsize=7, color="white"
+            )
+    axes.set(xlabel="ms", ylabel="stage", xlim=(0, 1e3 * timeline.step_time_s), ylim=(timeline.num_stages - 0.5, -0.5))
+    axes.set_yticks(range(timeline.num_stages))
+    axes.set_title(f"{title}; {timeline.bubble_fraction:.1%} waiting", fontsize=10)
+    kinds = [kind for kind in COLORS if any(event.work.kind == kind for event in timeline.events)]
+    handles = [Patch(color=COLORS[kind], label=kind) for kind in kinds]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())

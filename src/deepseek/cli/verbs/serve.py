@@ -1,0 +1,76 @@
+"""`deepseek serve` and `deepseek-serve`: a model behind the OpenAI API."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+API_KEY_VARIABLE = "DEEPSEEK_API_KEY"
+
+
+def serve(
+    model: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model_name: str = "deepseek",
+    quantize: Literal["int8"] | None = None,
+    max_num_seqs: int = 8,
+    max_length: int | None = None,
+    max_queue: int = 128,
+    shutdown_timeout_s: float = 30.0,
+    json: bool = False,
+) -> None:
+    """Serve MODEL over HTTP until Ctrl-C or SIGTERM.
+
+    The API is OpenAI's, at /v1/completions and /v1/chat/completions; /healthz, /readyz and /metrics are for operators.
+    With DEEPSEEK_API_KEY in the environment, /v1 asks for it as a bearer token.
+
+    Example: deepseek serve runs/quickstart/model-int8 --port 8080
+
+    Parameters
+    ----------
+    model
+        Folder of an artifact or a Hugging Face model.
+    host
+        Address to listen on; 0.0.0.0 is every address of the machine.
+    port
+        Port to listen on; 0 takes a free one.
+    model_name
+        Name that clients ask for.
+    quantize
+        `int8` makes the model int8 in memory first.
+    max_num_seqs
+        Sequences that are generated at once.
+    max_length
+        Longest prompt and answer together, in tokens; none is the model's own limit.
+    max_queue
+        Sequences that may wait for a place; more are refused.
+    shutdown_timeout_s
+        How long open requests may go on after a stop signal.
+    json
+        Print events as JSON lines.
+    """
+    from deepseek.cli.screen.events import print_event
+    from deepseek.data.tokenizing import load_tokenizer
+    from deepseek.models.loading import load_decoder, make_int8_
+    from deepseek.nn.packed import pack_
+    from deepseek.serve.config import ServeConfig
+    from deepseek.serve.server import serve as run
+
+    config = ServeConfig(
+        host=host,
+        port=port,
+        model_name=model_name,
+        max_num_seqs=max_num_seqs,
+        max_length=max_length,
+        max_queue=max_queue,
+        shutdown_timeout_s=shutdown_timeout_s,
+    )
+    loaded = load_decoder(model)
+    loaded = pack_(make_int8_(loaded) if quantize == "int8" else loaded)
+    api_key = os.environ.get(API_KEY_VARIABLE)
+    run(loaded, load_tokenizer(model), config, api_key=api_key, listen=lambda event: print_event(event, as_json=json))
+    sys.stdout.flush()

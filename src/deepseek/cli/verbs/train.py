@@ -1,0 +1,74 @@
+"""`deepseek train`: from a recipe or a config file, with overrides, to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from deepseek.core.allocator import keep_freed_memory
+from deepseek.core.config import parse_overrides
+from deepseek.core.errors import ConfigError
+from deepseek.recipes import RECIPES, load_recipe
+
+if TYPE_CHECKING:
+    from deepseek.train.config import TrainConfig
+
+EVENTS_FILE = "events.jsonl"
+
+
+def train(
+    recipe: str | None = None,
+    *,
+    config: Path | None = None,
+    set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,
+    show: bool = False,
+    json: bool = False,
+) -> None:
+    """Train a model and write it to FOLDER/model.
+
+    Started again with the same settings after Ctrl-C or a crash, it goes on from the last checkpoint.
+
+    Example: deepseek train decoder_tiny --set num_steps=100 --set model.num_layers=2
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe: quickstart, decoder_tiny or decoder_120m.
+    config
+        YAML, TOML or JSON file with the settings of a run, instead of a recipe.
+    set
+        One setting to change, as KEY=VALUE with dots between levels; may be given several times.
+    show
+        Print the settings as YAML, which --config reads back, and stop.
+    json
+        Print events as JSON lines instead of progress bars, and settings as JSON.
+    """
+    settings = choose_config(recipe, config).override(parse_overrides(set or []))
+    if show:
+        _print_settings(settings, as_json=json)
+        return
+    from deepseek.cli.screen.events import follow
+    from deepseek.train.loop import train as run
+
+    keep_freed_memory()
+    follow(run(settings), file=Path(settings.folder) / EVENTS_FILE, as_json=json)
+
+
+def _print_settings(settings: TrainConfig, *, as_json: bool) -> None:
+    import yaml
+
+    print(settings.model_dump_json() if as_json else yaml.safe_dump(settings.to_dict(), sort_keys=False).rstrip())
+
+
+def choose_config(recipe: str | None, config: Path | None) -> TrainConfig:
+    """The settings of a recipe or of a file; exactly one of them is given."""
+    if (recipe is None) == (config is None):
+        raise ConfigError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE")
+    if recipe is not None:
+        return load_recipe(recipe)
+    from deepseek.train.config import TrainConfig
+
+    assert config is not None
+    return TrainConfig.from_file(config)

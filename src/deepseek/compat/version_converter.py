@@ -1,0 +1,214 @@
+"""Weights of one generation into weights of another.
+
+    weights = VersionConverter("v2.0", "v3.5").convert(model.state_dict())
+    weights.report.merged
+
+The converter walks the shortest path of registered steps (`steps.py`); a change that a later step of the path takes
+back is not made at all. Whether the weights really are of the source generation is checked by their names: all in the
+destination's form pass through with a warning, a mixture is refused. Moves of elements are bit-exact; casts and
+quantisation are the only lossy changes, and both are reported. `sharding.py` does the same for folders of files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deepseek.compat.conversion_paths import Action, Plan, Stage, make_plan
+from deepseek.compat.conversion_steps import STEPS, Change, Step, find_path, net_changes
+from deepseek.compat.generations import find_generation
+from deepseek.compat.tensors import describe, parse_dtype
+from deepseek.compat.transforms import Kind, Operation, Specs
+from deepseek.core.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did, tensor by tensor."""
+
+    path: tuple[str, ...]
+    """The generations walked through, first to last."""
+    actions: tuple[Action, ...]
+    notes: tuple[str, ...] = ()
+    """What was warned about."""
+
+    def of_kind(self, *kinds: Kind) -> tuple[Action, ...]:
+        """The actions of some kinds."""
+        return tuple(each for each in self.actions if each.kind in kinds)
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Old name to new name, through all steps' renames one by one."""
+        return {each.sources[0]: each.targets[0] for each in self.of_kind("renamed")}
+
+    @property
+    def split(self) -> tuple[Action, ...]:
+        """One tensor became several."""
+        return self.of_kind("split")
+
+    @property
+    def merged(self) -> tuple[Action, ...]:
+        """Several tensors became one."""
+        return self.of_kind("merged")
+
+    @property
+    def cast(self) -> tuple[Action, ...]:
+        """Another dtype, quantised or floating."""
+        return self.of_kind("cast", "quantized", "dequantized")
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Tensors that the destination does not hold."""
+        return tuple(each.sources[0] for each in self.of_kind("dropped"))
+
+
+class ConvertedWeights(dict[str, "Tensor"]):
+    """A state dict that knows how it came about."""
+
+    def __init__(self, weights: Mapping[str, Tensor], report: ConversionReport, optimizer: Any = None) -> None:
+        super().__init__(weights)
+        self.report = report
+        self.optimizer = optimizer
+        """The optimizer's state under the new names, when one was given."""
+
+
+class VersionConverter:
+    """Converts weights from `src_version` to `dst_version`, both under any name that users write.
+
+    `dtype` casts floating tensors to one that the destination can hold; without it a tensor keeps its own wherever
+    it can. Raises `ConfigError` for an unknown generation and where no path of steps leads from one to the other.
+
+    >>> VersionConverter("v2.0", "v5.0").path
+    ('2.0', '3.5', '4.0', '5.0')
+    """
+
+    def __init__(
+        self, src_version: str, dst_version: str, *, dtype: str | None = None, steps: Sequence[Step] = STEPS
+    ) -> None:
+        self.source = find_generation(src_version)
+        self.target = find_generation(dst_version)
+        self.steps = find_path(self.source.name, self.target.name, steps)
+        self.dtype = None if dtype is None else parse_dtype(str(dtype))
+        layout = self.target.layout
+        self.dtypes: tuple[str, ...] = layout.dtypes if layout else ()
+        if self.dtype and self.dtype not in self.dtypes:
+            raise ConfigError(
+                f"generation {self.target.name} holds {', '.join(self.dtypes)}, not {self.dtype}; choose one of these"
+            )
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The generations on the way, both ends included."""
+        return (self.source.name, *(step.target for step in self.steps))
+
+    def plan(self, specs: Specs) -> tuple[Plan, ConversionReport]:
+        """What `convert` would do to tensors of these names, dtypes and shapes."""
+        changes = net_changes(self.steps)
+        notes = list(_check_forms(specs, [each for step in changes for each in step], self))
+        plan = make_plan(specs, changes, self.dtypes, self.dtype)
+        dropped = [each.sources[0] for each in plan.actions if each.kind == "dropped"]
+        if dropped:
+            notes.append(f"dropped {', '.join(dropped)}: models of generation {self.target.name} compute them")
+        return plan, ConversionReport(self.path, plan.actions, tuple(notes))
+
+    def convert(self, weights: Mapping[str, Tensor], *, optimizer: Mapping[str, Any] | None = None) -> ConvertedWeights:
+        """The same model as `weights`, in the destination's form, with a report of what was done.
+
+        `weights` is a flat state dict and stays as it is. `optimizer` is `{"state": {name: {...}}, "param_groups": []}`
+        keyed by parameter names, as torch.distributed.checkpoint.state_dict gives it; its entries follow their
+        parameters and are dropped with a warning where they cannot. Raises `ArtifactError` for half converted weights.
+        """
+        plan, report = self.plan({name: describe(name, tensor) for name, tensor in weights.items()})
+        for note in report.notes:
+            warnings.warn(note, stacklevel=2)
+        converted = dict(plan.run(weights.__getitem__))
+        moments = None if optimizer is None else _convert_optimizer(optimizer, plan)
+        return ConvertedWeights(converted, report, moments)
+
+
+def _check_forms(specs: Specs, changes: Sequence[Change], converter: VersionConverter) -> Iterator[str]:
+    """Compare the names with both ends; yields a note when the weights already have the destination's form."""
+    judged = [each for each in changes if each.transform.is_evidence]
+    old = [each.transform.name for each in judged if each.transform.plan(specs, each.direction)]
+    new = [each.transform.name for each in judged if each.transform.plan(specs, each.inverse.direction)]
+    source, target = converter.source.name, converter.target.name
+    if old and new:
+        raise ArtifactError(
+            f"the weights are half converted: {', '.join(old)} as in {source}, {', '.join(new)} as in {target}; "
+            "convert the original anew, or name the generation it is really of"
+        )
+    if new:
+        yield f"the weights already have the form of generation {target} ({', '.join(new)}); these stay as they are"
+
+
+def _convert_optimizer(optimizer: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    state: dict[str, Any] = dict(optimizer.get("state", {}))
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.get("param_groups", [])]
+    if any(not isinstance(name, str) for name in [*state, *(name for group in groups for name in group["params"])]):
+        raise ArtifactError(
+            "the optimizer state is keyed by position; expected parameter names: "
+            "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(model, optimizer) gives them"
+        )
+    for stage in plan.stages:
+        state = _move_state(state, stage)
+        for group in groups:
+            group["params"] = _move_names(group["params"], stage)
+    return {**optimizer, "state": state, "param_groups": groups}
+
+
+def _move_names(names: list[str], stage: Stage) -> list[str]:
+    """A group's parameters under their new names; what was merged belongs to the group of its first part."""
+    moved = []
+    for name in names:
+        operation = stage.by_source.get(name)
+        if operation is None:
+            moved.append(name)
+        elif operation.sources[0] == name:
+            moved += list(operation.targets)
+    return moved
+
+
+def _move_state(state: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    moved = {name: entry for name, entry in state.items() if name not in stage.by_source}
+    for operation in stage.operations:
+        entries = [state[name] for name in operation.sources if name in state]
+        if not entries:
+            continue
+        if not _can_move(entries, operation, stage):
+            names = ", ".join(operation.sources)
+            warnings.warn(f"the optimizer state of {names} does not map one to one and starts anew", stacklevel=4)
+            continue
+        columns = {key: _move_values([each[key] for each in entries], operation) for key in entries[0]}
+        for position, target in enumerate(operation.targets):
+            moved[target] = {key: values[position] for key, values in columns.items()}
+    return moved
+
+
+def _can_move(entries: Sequence[Mapping[str, Any]], operation: Operation, stage: Stage) -> bool:
+    """Whether all parts have the same entries, each one number on which they agree or a moment for every element."""
+    if operation.kind == "cast":
+        return True
+    if not operation.moves_elements or len(entries) < len(operation.sources):
+        return False
+    if any(set(each) != set(entries[0]) for each in entries):
+        return False
+    shapes = [stage.before[name].shape for name in operation.sources]
+    columns = [[each[key] for each in entries] for key in entries[0]]
+    return all(_is_shared(values) or [tuple(getattr(v, "shape", ())) for v in values] == shapes for values in columns)
+
+
+def _move_values(values: Sequence[Any], operation: Operation) -> Sequence[Any]:
+    """One value for each target: the shared number, or moments moved like their parameters."""
+    is_cast = operation.kind == "cast"
+    return [values[0]] * len(operation.targets) if is_cast or _is_shared(values) else operation.run(values)
+
+
+def _is_shared(values: Sequence[Any]) -> bool:
+    """Whether the values are one number, such as a step count, on which all parts agree."""
+    are_numbers = all(getattr(value, "shape", ()) == () for value in values)
+    return are_numbers and all(bool(value == values[0]) for value in values)

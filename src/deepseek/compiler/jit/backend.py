@@ -1,0 +1,216 @@
+"""Between the tracer and the backend: a captured graph is cleaned, optimized where that is safe, and compiled.
+
+`compile_graph` is the backend that `jit` hands to `torch.compile`. Training graphs go to the backend as they are
+(cleaned and with repeatable random numbers). For inference the graph is captured once more at the level of ATen
+operators when its first real inputs arrive, with parameters inside, and passes through `optimizing.optimize`;
+parameters that change afterwards (loading weights, an optimizer's step) are noticed by their version counters, and
+the passes run again.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from deepseek.compiler.jit.tracing.probe_removal import erase_probes_
+from deepseek.compiler.jit.tracing.random_numbers import seed_branches_
+from deepseek.compiler.passes.memory.recomputation import eager_with_budget, inductor_with_budget
+from deepseek.compiler.passes.optimizing import OptimizationReport, optimize
+from deepseek.core.errors import ConfigError
+
+
+@dataclass
+class Captured:
+    """The graphs of one call, with the inputs that they were first given."""
+
+    graphs: list[tuple[fx.GraphModule, list[Any], bool]] = field(default_factory=list)
+
+
+def prepare_(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Clean a graph that the tracer made, in place: no probes, and in training no random numbers that cannot repeat."""
+    erase_probes_(graph_module)
+    if torch.is_grad_enabled():
+        seed_branches_(graph_module)
+    return graph_module
+
+
+def compile_graph(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, settings: Any, reports: list[Any]
+) -> Callable[..., Any]:
+    """The backend of `jit`."""
+    prepare_(graph_module)
+    is_fixed = all(isinstance(each, Tensor) for each in example_inputs) and not _has_symbols(example_inputs)
+    if torch.is_grad_enabled() or not settings.optimize or not is_fixed or not has_tensor_parameters(graph_module):
+        return run_backend(graph_module, example_inputs, settings)
+    return Optimizing(graph_module, settings, reports)
+
+
+def _has_symbols(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(size, torch.SymInt) for each in inputs for size in each.shape)
+
+
+def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Any) -> Callable[..., Any]:
+    """The graph compiled by the backend that the user named."""
+    compiler: Any = settings.backend
+    if settings.memory_budget is not None and torch.is_grad_enabled():
+        compiler = choose_budgeted(settings)
+    elif compiler == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        compiler = functools.partial(compile_fx, config_patches=settings.options)
+    elif isinstance(compiler, str):
+        compiler = torch._dynamo.lookup_backend(compiler)
+    compiled: Callable[..., Any] = compiler(graph_module, list(inputs))
+    return compiled
+
+
+def choose_budgeted(settings: Any) -> Callable[..., Any]:
+    """The backend that keeps no more than the memory budget for backward."""
+    backends: dict[Any, Any] = {"inductor": inductor_with_budget, "aot_eager": eager_with_budget}
+    if settings.backend not in backends:
+        raise ConfigError(
+            f"memory_budget was given with the backend {settings.backend!r}; it works with {', '.join(backends)}"
+        )
+    budgeted: Callable[..., Any] = backends[settings.backend](settings.memory_budget)
+    return budgeted
+
+
+def find_static(graph_module: fx.GraphModule) -> list[int]:
+    """The places of the inputs that are a module's parameters and buffers."""
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return [
+        index
+        for index, node in enumerate(inputs)
+        if (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
+    ]
+
+
+def has_tensor_parameters(graph_module: fx.GraphModule) -> bool:
+    """Whether any parameter or buffer comes in."""
+    return bool(find_static(graph_module))
+
+
+class Optimizing:
+    """A graph for inference that is optimized when its first inputs arrive, and again when its parameters change."""
+
+    def __init__(self, graph_module: fx.GraphModule, settings: Any, reports: list[Any]) -> None:
+        self.graph_module = graph_module
+        self.settings = settings
+        self.reports = reports
+        self.static = find_static(graph_module)
+        self.versions: tuple[Any, ...] | None = None
+        self.compiled: Any = None
+        self.writes = False  # the graph writes into its own parameters or buffers, and is left as it is
+
+    def __call__(self, *inputs: Any) -> Any:
+        before = self._read_versions(inputs)
+        if self.writes:
+            return self.compiled(*inputs)
+        if before != self.versions:
+            self.compiled = self._optimize(inputs)
+            self.versions = before
+        result = self.compiled(*_others(inputs, self.static))
+        if self._read_versions(inputs) != before:  # a batch norm in training mode, a buffer that counts
+            self.writes = True
+            self.compiled = run_backend(self.graph_module, inputs, self.settings)
+        return result
+
+    def _read_versions(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple((id(inputs[index]), inputs[index]._version) for index in self.static)
+
+    def _optimize(self, inputs: Sequence[Any]) -> Any:
+        graph = inline_parameters(self.graph_module, inputs, self.static)
+        others = _others(inputs, self.static)
+        try:
+            optimized = optimize(graph, others, is_training=False, kernels=kernels_of(self.settings))
+        except Exception as error:  # noqa: BLE001 - the graph is right as it is; the user is told what is missing
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"the graph is compiled as it was captured, since the passes failed: {reason}", stacklevel=2)
+            return run_backend(graph, others, self.settings)
+        self.reports.append(optimized.report)
+        return run_backend(optimized.graph_module, others, self.settings)
+
+
+def kernels_of(settings: Any) -> Literal["eager", "inductor"]:
+    """Who will run the operators of an optimized graph."""
+    return "eager" if settings.backend in ("eager", "aot_eager") else "inductor"
+
+
+def _others(inputs: Sequence[Any], static: Sequence[int]) -> list[Any]:
+    hidden = set(static)
+    return [each for index, each in enumerate(inputs) if index not in hidden]
+
+
+def inline_parameters(graph_module: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int]) -> fx.GraphModule:
+    """The graph at the level of ATen operators, with the parameters at the places `static` inside it."""
+    held = dict.fromkeys(static)
+    root = nn.Module()
+    for index in held:
+        name = f"parameter_{index}"
+        if isinstance(inputs[index], nn.Parameter):
+            root.register_parameter(name, inputs[index])
+        else:
+            root.register_buffer(name, inputs[index])
+    traced = make_fx(graph_module, tracing_mode="fake", pre_dispatch=True)(*inputs)
+    for child, module in traced.named_children():
+        root.add_module(child, module)
+    graph = traced.graph
+    for index, node in enumerate([each for each in graph.nodes if each.op == "placeholder"]):
+        if index in held:
+            with graph.inserting_before(node):
+                inside = graph.create_node("get_attr", f"parameter_{index}")
+            inside.meta = dict(node.meta)
+            node.replace_all_uses_with(inside)
+            graph.erase_node(node)
+    for node in graph.nodes:
+        if node.op == "get_attr" and not hasattr(root, str(node.target)):
+            setattr(root, str(node.target), getattr(traced, str(node.target)))
+    return fx.GraphModule(root, graph)
+
+
+class _Stop(Exception):  # noqa: N818 - not an error
+    """Raised where a captured graph would run."""
+
+
+def capture_inputs(
+    function: Callable[..., Any], captured: Captured, args: Sequence[Any], kwargs: dict[str, Any], settings: Any
+) -> None:
+    """Trace `function` on these arguments and keep its graphs with their inputs, in `captured`.
+
+    With one graph nothing runs; between several graphs they must.
+    """
+
+    def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        prepare_(graph_module)
+        is_training = torch.is_grad_enabled()
+
+        def run(*inputs: Any) -> Any:
+            captured.graphs.append((graph_module, list(inputs), is_training))
+            if settings.fullgraph:
+                raise _Stop
+            return graph_module.forward(*inputs)
+
+        return run
+
+    compiled = torch.compile(function, backend=backend, fullgraph=settings.fullgraph, dynamic=settings.dynamic)
+    try:
+        compiled(*args, **kwargs)
+    except _Stop:
+        return
+
+
+def report_on(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Any, *, is_training: bool
+) -> OptimizationReport:
+    """What the passes find in a captured graph."""
+    static = find_static(graph_module)
+    with torch.no_grad():
+        graph = inline_parameters(graph_module, inputs, static)
+        return optimize(graph, _others(inputs, static), is_training=is_training, kernels=kernels_of(settings)).report

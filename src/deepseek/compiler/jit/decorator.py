@@ -1,0 +1,391 @@
+"""`@ds.jit`: Python with control flow on tensors becomes one graph, and runs on the backend of your choice.
+
+    @ds.jit
+    def f(x):
+        if x.mean() > 0:
+            return torch.relu(x)
+        return x * 0.1
+
+The function (a method, a module, a class of modules) is rewritten (`rewriting`): conditions, loops and exits that
+depend on a tensor become `torch.cond` and `while_loop`, those that are Python stay Python, and what it calls is
+rewritten as it is reached. `torch.compile` traces and guards the result, always as one graph; the captured graph is
+freed of what was only looked at, its random operators are made repeatable, and in inference it passes through
+`optimizing` (fusion, memory) before the backend compiles it. What cannot be rewritten is an error with file, line and
+a hint, or, with `fullgraph=False`, a warning and a graph break at that place. `explain()` tells all of it.
+
+Measured on torch 2.13: the same functions under plain `torch.compile` break the graph at each such place, and
+`draft_export` keeps the branch that it saw.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, TypeVar, overload
+
+import torch
+import torch._dynamo.config as dynamo
+from torch import nn
+from torch._dynamo.utils import graph_break_reasons
+
+from deepseek.compiler.jit.backend import Captured, capture_inputs, compile_graph
+from deepseek.compiler.jit.explanation import Explanation, explain_captured
+from deepseek.compiler.jit.rewriting.counterparts import keep_twin
+from deepseek.compiler.jit.rewriting.parsing import describe
+from deepseek.compiler.jit.tracing import operators
+from deepseek.compiler.jit.tracing.calls import Rewritable
+from deepseek.compiler.jit.tracing.operators import BUILDING
+from deepseek.compiler.jit.tracing.sites import (
+    ControlFlowError,
+    GraphBreakWarning,
+    Site,
+    Trace,
+    find_refusal,
+    recording,
+)
+from deepseek.compiler.passes.memory.recomputation import check_budget
+from deepseek.core.errors import ConfigError
+
+Target = TypeVar("Target")
+Backend = str | Callable[..., Any]
+MAX_FRAMES = 10_000
+MAX_BREAKS = 64  # places that one function may be broken at before something else must be wrong
+MAX_KINDS = 64  # of arguments that one function is compiled for: types, Python values, shapes of different rank
+
+
+@overload
+def jit(
+    target: Target,
+    *,
+    fullgraph: bool = ...,
+    backend: Backend = ...,
+    dynamic: bool | None = ...,
+    options: dict[str, Any] | None = ...,
+    optimize: bool = ...,
+    memory_budget: float | None = ...,
+) -> Target: ...
+@overload
+def jit(
+    *,
+    fullgraph: bool = ...,
+    backend: Backend = ...,
+    dynamic: bool | None = ...,
+    options: dict[str, Any] | None = ...,
+    optimize: bool = ...,
+    memory_budget: float | None = ...,
+) -> Callable[[Target], Target]: ...
+def jit(
+    target: Any = None,
+    *,
+    fullgraph: bool = True,
+    backend: Backend = "inductor",
+    dynamic: bool | None = None,
+    options: dict[str, Any] | None = None,
+    optimize: bool = True,
+    memory_budget: float | None = None,
+) -> Any:
+    """Compile a function, a method, a module or a class of modules to one graph, control flow on tensors included.
+
+    `fullgraph=False` turns what cannot be rewritten from an error into a warning and a graph break. `backend`,
+    `dynamic` and `options` are those of `torch.compile`. With `optimize`, graphs for inference are fused and freed of
+    memory first. `memory_budget`, in training, is the share in (0, 1] of what backward needs again that is kept; the
+    rest is computed twice. A module comes back as one of the same class that shares its parameters, buffers and
+    children; a class is changed in place. Raises `ConfigError` for what has no Python source (a lambda, a built-in, a
+    generator, a coroutine), and when it is called `ControlFlowError`, with file, line and a hint, for what no graph
+    can hold.
+
+    >>> import torch
+    >>> @jit(backend="eager")
+    ... def absolute(x):
+    ...     return x if x > 0 else -x
+    >>> absolute(torch.tensor(-3.0))
+    tensor(3.)
+    """
+    settings = Settings(fullgraph, backend, dynamic, options, optimize, memory_budget)
+    if target is None:
+        return functools.partial(_jit, settings=settings)
+    return _jit(target, settings)
+
+
+class Settings:
+    """What `jit` was told, for all that it compiles."""
+
+    def __init__(
+        self,
+        fullgraph: bool,
+        backend: Backend,
+        dynamic: bool | None,
+        options: dict[str, Any] | None,
+        optimize: bool,
+        memory_budget: float | None,
+    ) -> None:
+        self.fullgraph = fullgraph
+        self.backend = backend
+        self.dynamic = dynamic
+        self.options = options
+        self.optimize = optimize
+        self.memory_budget = memory_budget
+        if memory_budget is not None:
+            check_budget(memory_budget)
+
+
+def _jit(target: Any, settings: Settings) -> Any:
+    if isinstance(target, Jitted):
+        return target
+    if isinstance(target, nn.Module):
+        return _jit_module(target, settings)
+    if inspect.isclass(target):
+        return _jit_class(target, settings)
+    if isinstance(target, types.MethodType):
+        return Jitted(target.__func__, settings).__get__(target.__self__)
+    return Jitted(target, settings)
+
+
+def _jit_module(module: nn.Module, settings: Settings) -> nn.Module:
+    """A module of the same class with the same parameters, buffers and children, whose forward is compiled."""
+    forward = _forward_of(type(module))
+    twin = copy.copy(module)
+    function = forward.function if isinstance(forward, Jitted) else forward
+    bound = Jitted(function, settings).__get__(twin)
+    twin.__dict__["forward"] = bound
+    twin.__dict__["explain"] = bound.explain
+    return twin
+
+
+def _jit_class(target: type, settings: Settings) -> type:
+    if not issubclass(target, nn.Module):
+        raise ConfigError(f"jit was given the class {target.__qualname__}; it takes functions and classes of nn.Module")
+    forward = _forward_of(target)
+    if not isinstance(forward, Jitted):
+        target.forward = Jitted(forward, settings)
+    return target
+
+
+def _forward_of(module_class: type) -> Any:
+    forward = inspect.getattr_static(module_class, "forward", None)
+    if forward is None or getattr(forward, "__name__", "") == "_forward_unimplemented":
+        raise ConfigError(f"{module_class.__qualname__} has no forward to compile; define one")
+    return forward
+
+
+def refuse_unwritable(function: Any) -> None:
+    """Raise `ConfigError` for what is not a Python function with statements."""
+    seen = None
+    if inspect.isasyncgenfunction(function) or inspect.iscoroutinefunction(function):
+        seen = "is asynchronous, and a graph has nothing to wait for"
+    elif inspect.isgeneratorfunction(function):
+        seen = "is a generator, and a graph has no place to pause"
+    elif not isinstance(function, types.FunctionType):
+        seen = f"is a {type(function).__name__} without Python source"
+    elif function.__name__ == "<lambda>":
+        seen = "is a lambda, whose place in its line cannot be told"
+    if seen is not None:
+        raise ConfigError(f"jit was given {describe(function)}, which {seen}; give it a function written with def")
+
+
+class Jitted(Rewritable):
+    """A compiled function; as an attribute of a class, a compiled method."""
+
+    def __init__(self, function: Any, settings: Settings, owner: Any = None) -> None:
+        refuse_unwritable(function)
+        self.function = function
+        self.settings = settings
+        self.owner = owner
+        self.twin = keep_twin(function)
+        self.trace = Trace()
+        self.reports: list[Any] = []
+        self._compiled: Any = None
+        self.__signature__ = inspect.signature(function)
+        self.__code__ = function.__code__  # what torch.export and debuggers ask for
+        functools.update_wrapper(self, function, updated=())
+
+    # ---- as a method
+
+    def __get__(self, instance: Any, owner: Any = None) -> Self:
+        if instance is None:
+            return self
+        return self._bind(instance)
+
+    def _bind(self, owner: Any) -> Self:
+        """The same compiled function for another owner; the guards tell owners apart."""
+        if self._compiled is None:
+            self._compiled = self._compile()
+        bound = object.__new__(type(self))
+        bound.__dict__.update(self.__dict__, owner=owner)
+        if owner is not None:
+            bound.__signature__ = inspect.signature(types.MethodType(self.function, owner))
+        return bound
+
+    def __copy__(self) -> Self:
+        return self._bind(self.owner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._bind(copy.deepcopy(self.owner, memo) if self.owner is not None else None)
+
+    def __reduce__(self) -> Any:
+        return _restore, (self.function.__module__, self.function.__qualname__, self.settings, self.owner)
+
+    # ---- running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function; the first call with new types of arguments compiles it."""
+        if self.owner is not None:
+            args = (self.owner, *args)
+        if torch.compiler.is_compiling():
+            return self.twin(BUILDING, *args, **kwargs)
+        if self._compiled is None:
+            self._compiled = self._compile()
+        for _ in range(MAX_BREAKS):
+            try:
+                with recording(self.trace), tracing(), self._telling_breaks():
+                    return self._compiled(BUILDING, *args, **kwargs)
+            except ControlFlowError as error:
+                self._break_at(error)
+            except Exception as error:  # noqa: BLE001 - raised again, in our words where they help
+                self._break_at(_explain_failure(error, self.function))
+        raise ControlFlowError(f"{describe(self.function)} breaks at more than {MAX_BREAKS} places; split it")
+
+    def _compile(self) -> Any:
+        backend = functools.partial(compile_graph, settings=self.settings, reports=self.reports)
+        return torch.compile(
+            self.twin,
+            backend=backend,
+            fullgraph=self.settings.fullgraph,
+            dynamic=self.settings.dynamic,
+        )
+
+    def _break_at(self, error: ControlFlowError) -> None:
+        """Let the graph break where it cannot be rewritten, if that is allowed; say so either way."""
+        sites = [site for site in error.sites if not site.is_native]
+        if self.settings.fullgraph or not sites:
+            raise error
+        for site in sites:
+            site.is_native = True
+        self.trace.breaks.append((sites[-1], str(error)))
+        warnings.warn(f"one graph becomes two: {error}", GraphBreakWarning, stacklevel=3)
+
+    @contextmanager
+    def _telling_breaks(self) -> Iterator[None]:
+        """Warn of graph breaks that the tracer makes by itself, for other reasons than control flow."""
+        num_known = len(graph_break_reasons)
+        yield
+        for found in graph_break_reasons[num_known:]:
+            frame = _last_own_frame(found.user_stack)
+            if not found.graph_break or frame is None or found.user_stack[-1].filename == operators.__file__:
+                continue
+            site = Site(frame.filename, frame.lineno or 0, "a graph break", frame.name)
+            reason = f"{site.place}: {found.reason.partition(chr(10))[0]} (in {site.function}: `{site.text}`)"
+            self.trace.breaks.append((site, reason))
+            warnings.warn(f"one graph becomes two: {reason}", GraphBreakWarning, stacklevel=4)
+
+    # ---- telling
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """What becomes of the function on these arguments: graphs, breaks, rewritten control flow, fusions, memory.
+
+        Nothing of it runs but what lies between two graphs; the arguments are as for a call.
+        """
+        if self.owner is not None:
+            args = (self.owner, *args)
+        captured = Captured()
+        trace = Trace()
+        with recording(trace), tracing(), self._telling_breaks():
+            self._capture(captured, trace, args, kwargs)
+        return explain_captured(self.function, captured, trace, self.trace, self.settings)
+
+    def _capture(self, captured: Captured, trace: Trace, args: Any, kwargs: Any) -> None:
+        for _ in range(MAX_BREAKS):
+            captured.graphs.clear()
+            trace.rewritten.clear()
+            try:
+                capture_inputs(self.twin, captured, (BUILDING, *args), kwargs, self.settings)
+            except ControlFlowError as error:
+                self._break_at(error)
+            except Exception as error:  # noqa: BLE001 - raised again, in our words where they help
+                self._break_at(_explain_failure(error, self.function))
+            else:
+                return
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """The tracer as these functions need it.
+
+    Each tensor condition inside another takes it some eighty Python frames. A Python number stays a Python value, which
+    it was compiled for: a branch of a graph takes no variable one.
+    """
+    frames, limit, is_special = sys.getrecursionlimit(), dynamo.recompile_limit, dynamo.specialize_float
+    sys.setrecursionlimit(max(frames, MAX_FRAMES))
+    dynamo.recompile_limit, dynamo.specialize_float = max(limit, MAX_KINDS), True
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(frames)
+        dynamo.recompile_limit, dynamo.specialize_float = limit, is_special
+
+
+def _restore(module: str, name: str, settings: Settings, owner: Any) -> Any:
+    """A pickled jitted function, found again by its name."""
+    found: Any = __import__(module, fromlist=["_"])
+    for part in name.split("."):
+        found = inspect.getattr_static(found, part)
+    jitted = found if isinstance(found, Jitted) else Jitted(found, settings)
+    return jitted if owner is None else jitted.__get__(owner)
+
+
+def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
+    """A tracer's failure in our words where it is about control flow; anything else is raised as it is."""
+    refusal = find_refusal(error)
+    if refusal is not None:
+        raised = ControlFlowError(str(refusal).partition("\n")[0], refusal.sites)
+        raised.__cause__ = error
+        return raised
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        raise ConfigError(
+            f"{describe(function)} is compiled for {MAX_KINDS} kinds of arguments already, and these are another"
+            f"{_last_difference()}; give it numbers that change often as tensors, or call it without jit"
+        ) from error
+    if not isinstance(error, torch._dynamo.exc.Unsupported):
+        raise error
+    place = _user_place(error)
+    reason = str(error).strip().partition("\n")[0]
+    raised = ControlFlowError(
+        f"{place or describe(function)}: this cannot become a part of one graph: {reason};"
+        " change it, move it out of the function, or allow a graph break with fullgraph=False"
+    )
+    raised.__cause__ = error
+    return raised
+
+
+def _last_difference() -> str:
+    """The check of what was compiled last that the arguments do not pass, in the tracer's words."""
+    metrics = torch._dynamo.utils.get_compilation_metrics()
+    reason = next((each.recompile_reason for each in reversed(metrics) if each.recompile_reason), None)
+    if reason is None:
+        return ""
+    check = reason.splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
+    return f" ({check} does not hold)"
+
+
+def _user_place(error: Exception) -> str | None:
+    """The last line of the user's own code in a tracer's report."""
+    frame = _last_own_frame(getattr(error, "real_stack", None) or [])
+    return None if frame is None else f"{frame.filename}:{frame.lineno}"
+
+
+def _last_own_frame(stack: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """The innermost frame that is neither torch's nor of these files."""
+    ours = str(Path(__file__).parents[1])
+    own = [frame for frame in stack if not frame.filename.startswith(ours) and "/torch/" not in frame.filename]
+    return own[-1] if own else None
+
+
+__all__ = ["ControlFlowError", "GraphBreakWarning", "Jitted", "jit"]

@@ -1,0 +1,652 @@
+"""`select`: the fastest correct way of running a model here, found by trying.
+
+    selection = select(model, sample_inputs)          # all backends, all precisions, within 60 s
+    answers = selection.model(*sample_inputs)
+    print(selection.explain())
+
+Candidates are what is installed times the precisions allowed. Each is built, compared with FP32 eager on the sample
+inputs, and refused when its numbers are beyond the bound or when it is not what it says (`fallbacks.py`); the rest are
+timed in turns, shortly at first, finalists longer. Everything that is decided is decided in `choosing.py`; the result
+is kept by `decisions.py`, and with it every measurement and every refusal, so that the next process only builds the
+winner.
+
+Cost: the time budget, once per model, shape, precision, machine and library versions.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.compiler.runtimes import decisions
+from deepseek.compiler.runtimes.backends import BACKENDS
+from deepseek.compiler.runtimes.backends.flat_signature import Flattened, flatten_model
+from deepseek.compiler.runtimes.backends.interface import BackendError, Built, Job, build
+from deepseek.compiler.runtimes.digests import digest_model
+from deepseek.compiler.runtimes.selection_policy import (
+    AUTO,
+    BackendSelector,
+    Candidate,
+    Decision,
+    Measurement,
+    Numbers,
+    Rejection,
+    Tolerance,
+    choose,
+    find_stale_parent,
+    judge_numbers,
+    keep_fastest,
+    list_precisions,
+    merge_numbers,
+    order,
+    plan_rounds,
+    read_tolerances,
+)
+from deepseek.compiler.runtimes.selection_report import explain
+from deepseek.compiler.runtimes.timing import SLOW_CALL_S, measure_in_turns, time_call
+from deepseek.core.allocator import keep_freed_memory
+from deepseek.core.errors import ConfigError
+from deepseek.core.events import Event
+from deepseek.core.names import explain_unknown
+
+__all__ = ["BackendSelector", "Selection", "SelectionEvent", "Tolerance", "compare", "search", "select"]
+
+BASELINE = Candidate("eager", "plain", "fp32", prior=0)
+BUILD_SHARE = 0.75
+"""Of the time budget, what building and short timings may use; the rest is for finalists."""
+FINALIST_MARGIN = 0.25
+NUM_SHORT_ROUNDS = 2
+CHECK_S = 2.0
+"""Of checking one candidate's answers to more than the samples."""
+GROSS = 3.0
+"""Times the bound: an error on the samples that no others can make up for."""
+SLOW_SHARE = 0.05
+"""Of the time budget. A call that takes longer is timed once before the final; where the model as it was given does,
+what may be faster than eager is tried first."""
+HOPELESS = 4.0
+"""A candidate whose one call takes so many times the best, and long, is not called again."""
+
+
+@dataclass(frozen=True)
+class SelectionEvent(Event):
+    """Progress of a search; `candidate` is what it is about."""
+
+    candidate: str
+    spent_s: float
+
+
+@dataclass(frozen=True)
+class CandidateStarted(SelectionEvent):
+    """A candidate is being built; `index` of `total`."""
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CandidateMeasured(SelectionEvent):
+    """A candidate is right, and this fast."""
+
+    median_ms: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class CandidateRejected(SelectionEvent):
+    """A candidate is refused."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class FinalStarted(SelectionEvent):
+    """So many candidates are timed longer; `candidate` leads."""
+
+    num_finalists: int
+
+
+@dataclass(frozen=True)
+class DecisionMade(SelectionEvent):
+    """`candidate` runs the model."""
+
+    median_ms: float
+    baseline_ms: float
+    is_remembered: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A model that runs in the way that was decided, and the decision."""
+
+    model: SelectedModel
+    decision: Decision
+
+    def explain(self) -> str:
+        """What was measured and refused, and why the winner won, as text."""
+        return explain(self.decision)
+
+
+class SelectedModel:
+    """A model run by the backend that was chosen; called like the model, never records gradients.
+
+    A call whose shapes or types are not those of the samples is answered by the model as it was given, with one warning
+    for each such shape: a runtime compiled for one shape has no answer to another.
+    """
+
+    def __init__(self, built: Built, flattened: Flattened, candidate: Candidate) -> None:
+        self.run = built.run
+        self.flattened = flattened
+        self.candidate = candidate
+        self._warned: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            try:
+                inputs = self.flattened.read_inputs(args, kwargs)
+            except ConfigError as error:
+                return self._answer_other(str(error), args, kwargs)
+            return self.flattened.restore_outputs(self.run(*inputs), inputs)
+
+    def _answer_other(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"the model runs in eager FP32 for this call: {reason}", stacklevel=3)
+        return self.flattened.model.model(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"SelectedModel({self.candidate})"
+
+
+def select(
+    model: nn.Module,
+    sample_inputs: Any,
+    *,
+    backend: BackendSelector | str = BackendSelector.AUTO,
+    precision: str = AUTO,
+    time_budget_s: float = 60.0,
+    tolerance: Tolerance | Mapping[str, Tolerance] | float | None = None,
+    calibration: Sequence[Any] = (),
+    name: str | None = None,
+    remember: bool = True,
+    tune_allocator: bool = False,
+    tuning_s: float = 0.0,
+    excluded: Mapping[str, str] = MappingProxyType({}),
+    on_event: Callable[[SelectionEvent], None] | None = None,
+) -> Selection:
+    """The fastest correct way of running `model` on inputs like `sample_inputs`.
+
+    `sample_inputs` is a tensor, a tuple of positional arguments or a dict of keywords. `precision` is `auto` (all
+    allowed), `fp32`, `bf16`, `fp16` or `int8`. `tolerance` bounds the error against FP32: a relative error, a
+    `Tolerance`, or one for each precision. `calibration` holds further inputs like the samples: int8 is calibrated on
+    them (default: on the samples), and answers to them are compared as well, for as long as `CHECK_S`. `name` is what
+    `deepseek explain` calls the model. `tune_allocator` keeps freed memory in this process, which helps eager mode.
+    `excluded` names precisions that `auto` must not take, and why.
+
+    Raises `ConfigError` for missing samples, a model in training mode or not in float32, or one that answers NaN or
+    infinity; `BackendError` when the backend asked for is not here, or nothing that is allowed runs correctly.
+
+    >>> chosen = select(nn.Linear(4, 2).eval(), torch.ones(1, 4), backend="eager", remember=False)
+    >>> chosen.decision.chosen.backend, tuple(chosen.model(torch.ones(1, 4)).shape)
+    ('eager', (1, 2))
+    """
+    steps = search(
+        model,
+        sample_inputs,
+        backend=backend,
+        precision=precision,
+        time_budget_s=time_budget_s,
+        tolerance=tolerance,
+        calibration=calibration,
+        name=name,
+        remember=remember,
+        tune_allocator=tune_allocator,
+        tuning_s=tuning_s,
+        excluded=excluded,
+    )
+    while True:
+        try:
+            event = next(steps)
+        except StopIteration as done:
+            selection: Selection = done.value
+            return selection
+        if on_event is not None:
+            on_event(event)
+
+
+def search(
+    model: nn.Module,
+    sample_inputs: Any,
+    *,
+    backend: BackendSelector | str,
+    precision: str,
+    time_budget_s: float,
+    tolerance: Tolerance | Mapping[str, Tolerance] | float | None,
+    calibration: Sequence[Any],
+    name: str | None,
+    remember: bool,
+    tune_allocator: bool,
+    tuning_s: float,
+    excluded: Mapping[str, str] = MappingProxyType({}),
+) -> Generator[SelectionEvent, None, Selection]:
+    """`select` as a generator of events that returns the selection."""
+    began_s = time.monotonic()
+    backend = read_backend(backend)
+    tolerances = read_tolerances(tolerance)
+    excluded = {each: excluded[each] for each in list_precisions(AUTO) if each in excluded and precision == AUTO}
+    precisions = [each for each in list_precisions(precision) if each not in excluded]
+    if not time_budget_s > 0:
+        raise ConfigError(f"time_budget_s is {time_budget_s}; give a number of seconds above 0")
+    if tune_allocator:
+        keep_freed_memory()
+    flattened = flatten_model(model, sample_inputs)
+    require_reference(flattened)
+    job = Job(flattened, calibration=[flattened.read_samples(each) for each in calibration], tuning_s=tuning_s)
+    key = describe_key(job, backend, precisions, tolerances, is_tuned=tune_allocator)
+    known = decisions.recall(key) if remember else None
+    if known is not None:
+        built = rebuild(job, known, tolerances)
+        if built is not None:
+            yield _announce(known, began_s)
+            return Selection(SelectedModel(built, flattened, known.chosen), known)
+    searching = Search(job, backend, precisions, tolerances, time_budget_s, began_s, key)
+    searching.rejections += [Rejection(f"all of {each}", reason) for each, reason in excluded.items()]
+    decision, built = yield from searching.run()
+    if remember:
+        decisions.remember(decision, name or type(model).__name__)
+    yield _announce(decision, began_s)
+    return Selection(SelectedModel(built, flattened, decision.chosen), decision)
+
+
+class Search:
+    """One search: what was built and measured so far."""
+
+    def __init__(
+        self,
+        job: Job,
+        backend: BackendSelector,
+        precisions: Sequence[str],
+        tolerances: Mapping[str, Tolerance],
+        time_budget_s: float,
+        began_s: float,
+        key: Mapping[str, Any],
+    ) -> None:
+        self.job, self.backend, self.precisions, self.tolerances = job, backend, precisions, tolerances
+        self.time_budget_s, self.began_s, self.key = time_budget_s, began_s, key
+        self.built: dict[Candidate, Built] = {}
+        self.numbers: dict[Candidate, Numbers] = {}
+        self.build_s: dict[Candidate, float] = {}
+        self.times_ms: dict[Candidate, list[float]] = {}
+        self.rejections: list[Rejection] = []
+        self.baseline_ms: list[float] = []
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the search began."""
+        return time.monotonic() - self.began_s
+
+    @property
+    def medians_ms(self) -> dict[Candidate, float]:
+        """Median time of each candidate that runs."""
+        return {each: _median(times) for each, times in self.times_ms.items()}
+
+    def run(self) -> Generator[SelectionEvent, None, tuple[Decision, Built]]:
+        """Try all candidates, time the finalists longer, decide."""
+        candidates, refused = list_candidates(self.job, self.backend, self.precisions)
+        self.rejections += refused
+        if self._is_slow(self.job.flattened.seconds):
+            candidates.sort(key=lambda each: each.backend == BASELINE.backend)
+        for index, candidate in enumerate(candidates):
+            yield CandidateStarted(str(candidate), self.spent_s, index, len(candidates))
+            yield self._try(candidate)
+        self._require_any()
+        yield from self._run_final()
+        self._time_baseline()
+        chosen = choose(self.medians_ms, {each: numbers.relative_error for each, numbers in self.numbers.items()})
+        return self._decide(chosen), self.built[chosen]
+
+    def _try(self, candidate: Candidate) -> SelectionEvent:
+        """Build, check and time one candidate."""
+        before_s = self.spent_s
+        try:
+            self._require_chance(candidate)
+            built = build(find_variant(candidate), self.job)
+            self._check(candidate, built)
+        except BackendError as error:
+            return self._reject(candidate, str(error))
+        self.build_s[candidate] = self.spent_s - before_s
+        self.built[candidate] = built
+        if not self._is_timed_by_one_call(candidate):
+            self._time_shortly(candidate)
+        self._let_go_of_the_slow()
+        median_ms = _median(self.times_ms[candidate])
+        return CandidateMeasured(str(candidate), self.spent_s, median_ms, self.numbers[candidate].relative_error)
+
+    def _require_chance(self, candidate: Candidate) -> None:
+        """Raise `BackendError` where building it is not worth the time that is left."""
+        if self.built and self.spent_s > self.time_budget_s * BUILD_SHARE:
+            raise BackendError(f"not tried: the time budget of {self.time_budget_s:g} s was used up")
+        reason = find_stale_parent(candidate, self.medians_ms)
+        if reason is not None:
+            raise BackendError(reason)
+
+    def _check(self, candidate: Candidate, built: Built) -> None:
+        """Raise `BackendError` for a candidate that is wrong, or not what it says."""
+        serious = [each for each in built.findings if each.is_serious]
+        if serious:
+            raise BackendError(f"it is not what it says: {serious[0]}")
+        numbers = check_numbers(self.job, built, self.tolerances[candidate.precision])
+        reason = judge_numbers(numbers, self.tolerances[candidate.precision])
+        if reason is not None:
+            raise BackendError(reason)
+        self.numbers[candidate] = numbers
+
+    def _reject(self, candidate: Candidate, reason: str) -> SelectionEvent:
+        self.rejections.append(Rejection(str(candidate), reason))
+        return CandidateRejected(str(candidate), self.spent_s, reason)
+
+    def _time_baseline(self) -> None:
+        """Time the model as it was given; in turns with the best, once there is one."""
+        if self._is_slow(self.job.flattened.seconds):
+            self.baseline_ms = [self.job.flattened.seconds * 1000]
+            return
+        sides = {BASELINE: self._call(Built(self.job.flattened.model))}
+        best = self._find_best()
+        if best is not None and best != BASELINE:
+            sides[best] = self._call(self.built[best])
+        self.baseline_ms = measure_in_turns(sides, NUM_SHORT_ROUNDS)[BASELINE]
+
+    def _is_slow(self, seconds: float) -> bool:
+        """Whether the budget has no time for many calls that take so long."""
+        return seconds > SLOW_SHARE * self.time_budget_s
+
+    def _is_timed_by_one_call(self, candidate: Candidate) -> bool:
+        """Whether one call, which is then its measurement, shows that it cannot win, or is all there is time for."""
+        best = self._find_best()
+        once_ms = time_call(self._call(self.built[candidate]))
+        is_hopeless = best is not None and once_ms >= max(HOPELESS * self.medians_ms[best], SLOW_CALL_S * 1000)
+        if not is_hopeless and not self._is_slow(once_ms / 1000):
+            return False
+        self.times_ms[candidate] = [once_ms]
+        return True
+
+    def _time_shortly(self, candidate: Candidate) -> None:
+        """Time a new candidate in turns with the best so far."""
+        sides = {candidate: self._call(self.built[candidate])}
+        best = self._find_best()
+        if best is not None:
+            sides[best] = self._call(self.built[best])
+        for each, times in measure_in_turns(sides, NUM_SHORT_ROUNDS).items():
+            self.times_ms.setdefault(each, []).extend(times)
+
+    def _let_go_of_the_slow(self) -> None:
+        """Free what can no longer win, which holds a copy of the weights each."""
+        best_ms = min(self.medians_ms.values())
+        for each, median_ms in self.medians_ms.items():
+            if median_ms > best_ms * 2:
+                self.built[each] = replace(self.built[each], run=_let_go)
+
+    def _find_best(self) -> Candidate | None:
+        medians_ms = self.medians_ms
+        return min(medians_ms, key=lambda each: medians_ms[each], default=None)
+
+    def _run_final(self) -> Generator[SelectionEvent, None, None]:
+        """Rounds of turns among those that could still win, the slower half leaving after each."""
+        finalists = keep_fastest(self.medians_ms, margin=FINALIST_MARGIN)
+        while len(finalists) > 1 and self.spent_s < self.time_budget_s:
+            yield FinalStarted(str(finalists[0]), self.spent_s, len(finalists))
+            left_s = self.time_budget_s - self.spent_s
+            num_rounds = plan_rounds(finalists, self.medians_ms, left_s / 2)
+            sides = {each: self._call(self.built[each]) for each in finalists}
+            fresh = measure_in_turns(sides, num_rounds, deadline_s=time.perf_counter() + left_s / 2)
+            for each, times in fresh.items():
+                self.times_ms[each] = times
+            finalists = keep_fastest({each: _median(fresh[each]) for each in finalists}, margin=FINALIST_MARGIN)
+
+    def _call(self, built: Built) -> Callable[[], object]:
+        inputs = self.job.inputs
+
+        def call() -> object:
+            with torch.no_grad():
+                answers = built.run(*inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
+            return answers
+
+        return call
+
+    def _require_any(self) -> None:
+        if not self.built:
+            reasons = "; ".join(f"{each.candidate}: {each.reason}" for each in self.rejections)
+            raise BackendError(
+                f"nothing that is allowed (backend {self.backend}, precision {' or '.join(self.precisions)}) runs this "
+                f"model correctly: {reasons}"
+            )
+
+    def _decide(self, chosen: Candidate) -> Decision:
+        measurements = [
+            Measurement(
+                each,
+                self.numbers[each],
+                tuple(self.times_ms[each]),
+                self.build_s[each],
+                tuple(str(finding) for finding in self.built[each].findings),
+                self.built[each].notes,
+            )
+            for each in sorted(self.medians_ms, key=lambda each: self.medians_ms[each])
+        ]
+        for finding in self.built[chosen].findings:
+            warnings.warn(f"{chosen}: {finding}", stacklevel=6)
+        baseline_ms = _median(self.baseline_ms)
+        return Decision(chosen, baseline_ms, tuple(measurements), tuple(self.rejections), self.spent_s, self.key)
+
+
+def list_candidates(
+    job: Job, backend: BackendSelector, precisions: Sequence[str]
+) -> tuple[list[Candidate], list[Rejection]]:
+    """Candidates in the order to try, and what is refused before anything is built.
+
+    Raises `BackendError` when a backend is asked for by name that cannot be used here.
+    """
+    if backend != BackendSelector.AUTO:
+        BACKENDS[backend].require_available()
+    names = list(BACKENDS) if backend == BackendSelector.AUTO else [str(backend)]
+    candidates: list[Candidate] = []
+    rejections: list[Rejection] = []
+    for name in names:
+        obstacle = find_backend_obstacle(name, job)
+        if obstacle is not None:
+            rejections.append(Rejection(name, obstacle))
+            continue
+        rejections += [
+            Rejection(f"{name} {precision}", reason)
+            for precision, reason in BACKENDS[name].unsupported.items()
+            if precision in precisions
+        ]
+        for variant in BACKENDS[name].variants:
+            if variant.precision in precisions:
+                candidate = Candidate(name, variant.name, variant.precision, variant.prior, variant.refines)
+                obstacle = variant.find_obstacle(job.traits)
+                if obstacle is None:
+                    candidates.append(candidate)
+                else:
+                    rejections.append(Rejection(str(candidate), obstacle))
+    return order(candidates), rejections
+
+
+def find_backend_obstacle(name: str, job: Job) -> str | None:
+    """Why no variant of a backend can run here, or `None`."""
+    missing = BACKENDS[name].find_missing()
+    if missing is not None:
+        return str(missing)
+    if job.traits.device not in BACKENDS[name].devices:
+        return f"the sample inputs are on {job.traits.device}, and it runs on {' or '.join(BACKENDS[name].devices)}"
+    return None
+
+
+def find_variant(candidate: Candidate) -> Any:
+    """The variant that a candidate stands for."""
+    return BACKENDS[candidate.backend].find_variant(candidate.precision, candidate.variant)
+
+
+def rebuild(job: Job, decision: Decision, tolerances: Mapping[str, Tolerance]) -> Built | None:
+    """The winner of a remembered decision, checked again; `None` with a warning when it no longer runs correctly."""
+    chosen = decision.chosen
+    try:
+        BACKENDS[chosen.backend].require_available()
+        built = build(find_variant(chosen), job)
+        reason = judge_numbers(check_numbers(job, built, tolerances[chosen.precision]), tolerances[chosen.precision])
+    except (BackendError, ConfigError) as error:
+        reason = str(error)
+    else:
+        if reason is None:
+            return built
+    warnings.warn(f"{chosen} was chosen before and no longer runs ({reason}); all are measured again", stacklevel=4)
+    return None
+
+
+def check_numbers(job: Job, built: Built, tolerance: Tolerance) -> Numbers:
+    """How the answers of `built` compare with FP32 eager: to the samples, then to what int8 is calibrated on.
+
+    The mean over all batches that `CHECK_S` has time for: one row alone, which a batch may be, says little. An answer
+    to the samples that is beyond all bounds needs no others.
+    """
+    began_s = time.monotonic()
+    found = [compare(job.flattened.outputs, _answer(built, job.inputs), tolerance)]
+    if not found[0].is_finite or found[0].relative_error > GROSS * tolerance.relative_error:
+        return found[0]
+    for index, inputs in enumerate(job.further):
+        if time.monotonic() - began_s > CHECK_S:
+            break
+        expected = job.once(("answers", index), partial(_answer, Built(job.flattened.model), inputs))
+        found.append(compare(expected, _answer(built, inputs), tolerance))
+    return merge_numbers(found)
+
+
+def _answer(built: Built, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies, since a runtime may answer the next call in the same memory."""
+    try:
+        with torch.no_grad():
+            return [each.clone() for each in built.run(*inputs)]
+    except Exception as error:
+        raise BackendError(f"it fails on the samples: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def compare(references: Sequence[Tensor], answers: Sequence[Tensor], tolerance: Tolerance) -> Numbers:
+    """The worst over all outputs of relative error, cosine and top-1 agreement. Raises `BackendError` on other
+    shapes."""
+    if [each.shape for each in references] != [each.shape for each in answers]:
+        raise BackendError(
+            f"its answers have shapes {[tuple(each.shape) for each in answers]} instead of "
+            f"{[tuple(each.shape) for each in references]}"
+        )
+    found = [_compare_one(*pair, tolerance) for pair in zip(references, answers, strict=True)]
+    agreements = [each.agreement for each in found if each.agreement is not None]
+    raw = [each.raw_agreement for each in found if each.raw_agreement is not None]
+    return Numbers(
+        relative_error=max(each.relative_error for each in found),
+        cosine=min(each.cosine for each in found),
+        agreement=min(agreements, default=None),
+        raw_agreement=min(raw, default=None),
+        is_finite=all(each.is_finite for each in found),
+    )
+
+
+def _compare_one(reference: Tensor, answer: Tensor, tolerance: Tolerance) -> Numbers:
+    expected, given = reference.detach().double(), answer.detach().double()
+    if not given.isfinite().all():
+        return Numbers(float("inf"), -1.0, None, is_finite=False)
+    size = float(expected.norm())
+    error = float((given - expected).norm())
+    relative = error / size if size > 0 else (0.0 if error == 0 else float("inf"))
+    cosine = (
+        float(torch.nn.functional.cosine_similarity(expected.flatten(), given.flatten(), dim=0)) if size > 0 else 1.0
+    )
+    if relative == 0:
+        cosine = 1.0
+    agreement, raw = _agreement(expected, given, tolerance) if _is_scores(reference) else (None, None)
+    return Numbers(relative, cosine, agreement, raw)
+
+
+def _is_scores(reference: Tensor) -> bool:
+    """Whether an output looks like rows of class scores."""
+    return reference.is_floating_point() and reference.ndim == 2 and reference.shape[1] > 1
+
+
+def _agreement(expected: Tensor, given: Tensor, tolerance: Tolerance) -> tuple[float | None, float]:
+    """Top-1 agreement among rows that an allowed error cannot flip, and among all rows."""
+    same = expected.argmax(1) == given.argmax(1)
+    best = expected.topk(2, dim=1).values
+    spread = expected.std(dim=1, correction=0)
+    is_decided = (best[:, 0] - best[:, 1]) > 2 * tolerance.relative_error * spread
+    raw = float(same.double().mean())
+    return (float(same[is_decided].double().mean()) if is_decided.any() else None), raw
+
+
+def read_backend(backend: BackendSelector | str) -> BackendSelector:
+    """The selector called `backend`; raises `ConfigError` for an unknown name."""
+    try:
+        return BackendSelector(backend)
+    except ValueError:
+        raise ConfigError(explain_unknown("backend", str(backend), [str(each) for each in BackendSelector])) from None
+
+
+def require_reference(flattened: Flattened) -> None:
+    """Raise `ConfigError` for a model that cannot be the reference: not float32, or its answers are not finite."""
+    kinds = {each.dtype for each in flattened.model.parameters() if each.is_floating_point()}
+    if kinds - {torch.float32}:
+        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ConfigError(
+            f"the model's weights are {names}; give it in float32, and say precision= for what it runs in"
+        )
+    if not all(each.isfinite().all() for each in flattened.outputs if each.is_floating_point()):
+        raise ConfigError(
+            "the model answers NaN or infinity to the sample inputs in FP32, so nothing can be compared with it; "
+            "check the samples and the weights"
+        )
+
+
+def describe_key(
+    job: Job,
+    backend: BackendSelector,
+    precisions: Sequence[str],
+    tolerances: Mapping[str, Tolerance],
+    *,
+    is_tuned: bool,
+) -> dict[str, Any]:
+    """Everything that a decision depends on, as plain values."""
+    return {
+        "model": digest_model(job.flattened.model.model),
+        "inputs": [[list(shape), kind] for shape, kind in job.flattened.shapes],
+        "constants": [repr(each) for each in job.flattened.input_leaves if not isinstance(each, Tensor)],
+        "backend": str(backend),
+        "precisions": list(precisions),
+        "tolerances": {name: asdict(tolerances[name]) for name in precisions},
+        "num_calibration": len(job.calibration),
+        "is_allocator_tuned": is_tuned,
+        "tuning_s": job.tuning_s,
+        **decisions.describe_surroundings(torch.get_num_threads()),
+    }
+
+
+def _announce(decision: Decision, began_s: float) -> DecisionMade:
+    spent_s = time.monotonic() - began_s
+    winner = decision.winner
+    return DecisionMade(str(decision.chosen), spent_s, winner.median_ms, decision.baseline_ms, decision.is_remembered)
+
+
+def _median(times_ms: Sequence[float]) -> float:
+    ranked = sorted(times_ms)
+    middle = len(ranked) // 2
+    return ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
+
+
+def _let_go(*inputs: Tensor) -> Sequence[Tensor]:
+    raise AssertionError("a candidate that was let go is never run again")

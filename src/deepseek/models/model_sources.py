@@ -1,0 +1,364 @@
+"""What `load_model` can be given, and the model that is there: a name, a folder, a file.
+
+    "resnet50", "bert-base"     a shape from the zoo (`zoo.py`) or of a text model (`text_zoo.py`), with random weights
+    a folder                    an artifact of ours, a Hugging Face folder, or a TensorFlow SavedModel
+    a file                      .onnx, or .pb and .tflite of TensorFlow
+
+`open_source` decides which it is by looking, once, and gives an `Opened`: a module, or for what only a runtime can run
+a `Program`; sample inputs; and a sentence that says what it is, random weights above all. A name is a name: a folder
+called `gpt2` is given as `./gpt2`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, JsonValue, field_validator
+from torch import Tensor, nn
+
+from deepseek.artifact.format import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, is_plain_name
+from deepseek.artifact.reading import is_artifact, open_artifact, read_tensor_file, read_tensors
+from deepseek.artifact.verifying import SAFETENSORS_SUFFIX, refuse_pickles
+from deepseek.core.caller_warnings import warn_caller
+from deepseek.core.config import Config
+from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError
+from deepseek.core.names import explain_unknown
+from deepseek.models import text_zoo, zoo
+from deepseek.models.architectures import DECODER, TRANSFORMERS, list_architectures
+from deepseek.models.decoder.keymap import FAMILIES, find_twin, import_config, import_tensors
+from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow, run_tensorflow
+from deepseek.models.transformers_models.model import TransformersModel, read_transformers
+from deepseek.models.weight_loading import PRECISIONS, build_without_values, fill_, is_int8
+from deepseek.nn.quantized import replace_with_int8_
+from deepseek.onnx.files import ONNX_SUFFIX, describe_inputs, draw_inputs, read_onnx
+from deepseek.onnx.importing import import_onnx
+
+INT8_KEPT = ("gate", "refine", "far_gate")  # routers and gates of the mask: small, and they decide
+"""Layers of a decoder that stay in float when the others become int8."""
+
+Tensors = dict[str, Tensor]
+
+
+class LoadConfig(Config):
+    """How `load_model` prepares a model."""
+
+    precision: str = "auto"
+    """`fp32`, `fp16`, `bf16`, `int8`; `auto` keeps that of the weights, or with a backend lets measurement choose."""
+    batch_size: int = Field(default=1, ge=1)
+    """Rows of the sample inputs that a backend is measured with."""
+    backend: str | None = None
+    """Who runs the model, a member of `BackendSelector` or its name; none gives the plain module."""
+    sequence_length: int = Field(default=128, ge=1)
+    """Tokens of the sample inputs of a text model."""
+    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """Shapes of sample inputs by name, where a file leaves lengths open: {"images": [1, 3, 320, 320]}."""
+    samples: str | None = None
+    """An .npz file with inputs as they will come: an array [N, ...] for each input, in the model's order, `labels`
+    aside. Backends are measured with them, compared on them, and calibrated for int8. None draws them at random, and
+    then `auto` leaves int8 alone."""
+    weights: str | None = None
+    """A safetensors file or a model folder with trained weights for a model that is given by name."""
+    overrides: dict[str, JsonValue] = Field(default_factory=dict)
+    """Settings of a named model that are changed: {"num_classes": 10}."""
+    time_budget_s: float = Field(default=60.0, gt=0)
+    """Longest time that measuring backends may take, in seconds."""
+    tolerance: float | None = Field(default=None, gt=0)
+    """Largest relative error of a backend's answer against FP32; none is the default of each precision."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _know_precision(cls, value: Any) -> Any:
+        known = ["auto", *PRECISIONS.values()]
+        if value is None:
+            return "auto"
+        if value not in known:
+            raise ValueError(explain_unknown("precision", str(value), known))
+        return value
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("weights", "samples", mode="before")
+    @classmethod
+    def _say_path(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source that was opened: the model, and how to try it."""
+
+    summary: str
+    """What it is and where its weights come from, in one sentence."""
+    model: nn.Module | Program
+    draw_inputs: Callable[[LoadConfig], tuple[Tensor, ...]]
+    """Sample inputs for a config."""
+    name: str
+    """What people call it."""
+
+
+def open_source(source: str | Path, config: LoadConfig, *, verify: bool = True) -> Opened:
+    """The model that `source` names, in evaluation mode on the CPU, with its weights as they are stored.
+
+    Raises `ConfigError` for an unknown name, `ArtifactError` for a path where no model is, and what reading raises.
+    """
+    if isinstance(source, str) and source in KNOWN_NAMES:
+        return _open_name(source, config)
+    path = Path(source)
+    refuse_named_settings(path, config)
+    refuse_pickles(path)
+    for is_kind, read in _KINDS:
+        if is_kind(path):
+            return read(path, config, verify)
+    raise _explain_nothing(source, path)
+
+
+def refuse_named_settings(path: Path, config: LoadConfig) -> None:
+    """Raise where `config` says what only a named model can follow."""
+    for setting, value in (("weights", config.weights), ("overrides", config.overrides)):
+        if value:
+            raise ConfigError(f"{path} brings its own weights and shape, and {setting} was given; leave {setting} out")
+
+
+# ---- names
+
+KNOWN_NAMES = tuple(sorted({*zoo.NAMES, *text_zoo.NAMES}))
+
+
+def _open_name(name: str, config: LoadConfig) -> Opened:
+    is_text = name in text_zoo.MODELS
+    model = (text_zoo if is_text else zoo).build(name, **config.overrides).eval()
+    if config.weights is not None:
+        load_weights_(model, Path(config.weights))
+        origin = f"weights from {config.weights}"
+    else:
+        origin = "random weights"
+        warn_caller(
+            f"{name} has random weights, so its answers mean nothing; give weights=FOLDER_OR_FILE for trained ones"
+        )
+    summary = f"{name}, {'a text model' if is_text else 'from the zoo'}, with {origin}"
+    return Opened(summary, model, lambda used: draw_for(model, used), name)
+
+
+def load_weights_(model: nn.Module, path: Path) -> None:
+    """Replace the parameters of `model`, in place, by those of a safetensors file or model folder.
+
+    Names may be our own or, for text models, those of Hugging Face; vision models have torchvision's. Raises
+    `ArtifactError` where one is missing, left over or of another shape.
+    """
+    tensors = _read_weights(path)
+    if isinstance(model, Decoder):
+        family = find_twin(model.config)
+        if family is not None and not set(tensors) <= set(model.state_dict()):
+            tensors = import_tensors(tensors, family)
+    if isinstance(model, TransformersModel):
+        tensors = _fit_names(model, tensors)
+    fill_(model, tensors, None, source=path)
+
+
+def _read_weights(path: Path) -> Tensors:
+    refuse_pickles(path)
+    if is_artifact(path):
+        return open_artifact(path).tensors()
+    if path.is_dir():
+        return read_tensors(find_weight_files(path))
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist; give a safetensors file or a model folder as weights")
+    return read_tensor_file(path)
+
+
+def _fit_names(model: TransformersModel, tensors: Tensors) -> Tensors:
+    """Tensors under the names of the wrapped model, whether the file is of a bare model or of one with a head."""
+    prefix = f"{getattr(model.model, 'base_model_prefix', '')}."
+    known = set(model.model.state_dict())
+    fitted = {}
+    for name, tensor in tensors.items():
+        choices = (name, name.removeprefix(prefix), prefix + name)
+        fitted["model." + next((choice for choice in choices if choice in known), name)] = tensor
+    computed = [name for name in fitted if name.endswith(".position_ids")]  # tables that old files carry
+    return {name: tensor for name, tensor in fitted.items() if name not in computed}
+
+
+def draw_for(model: nn.Module, config: LoadConfig) -> tuple[Tensor, ...]:
+    """Sample inputs for a model of ours, by its architecture. Raises `ConfigError` where shapes cannot be followed."""
+    if isinstance(model, Decoder | TransformersModel):
+        drawn = text_zoo.draw_tokens(model, config.batch_size, config.sequence_length)
+        names = model.input_names if isinstance(model, TransformersModel) else ("tokens",)
+    else:
+        settings: Any = model.config
+        size = getattr(settings, "image_size", None) or _picture_size(model)
+        drawn = (_draw_pictures(config.batch_size, settings.in_channels, size),)
+        names = ("images",)
+    return tuple(_redraw(name, tensor, config.shapes) for name, tensor in zip(names, drawn, strict=True))
+
+
+def _picture_size(model: nn.Module) -> int:
+    return next(entry.image_size for entry in zoo.MODELS.values() if entry.assemble is type(model))
+
+
+def _draw_pictures(batch_size: int, channels: int, size: int) -> Tensor:
+    return torch.randn(batch_size, channels, size, size, generator=torch.Generator().manual_seed(zoo.SAMPLE_SEED))
+
+
+def _redraw(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """`tensor`, or another of the shape that is wanted, with values in the same range."""
+    shape = shapes.get(name)
+    if shape is None:
+        return tensor
+    if len(shape) != tensor.dim():
+        raise ConfigError(f"shapes.{name} has {len(shape)} lengths and the input has {tensor.dim()}; give as many")
+    generator = torch.Generator().manual_seed(0)
+    if tensor.is_floating_point():
+        return torch.randn(shape, generator=generator)
+    return torch.randint(int(tensor.min()), int(tensor.max()) + 1, shape, generator=generator)
+
+
+# ---- folders
+
+
+def _open_artifact(folder: Path, config: LoadConfig, verify: bool) -> Opened:
+    artifact = open_artifact(folder, verify=verify)
+    manifest = artifact.manifest
+    known = [*list_architectures(), TRANSFORMERS]
+    if manifest.architecture not in known:
+        raise ConfigError(explain_unknown("architecture", manifest.architecture, known))
+    if manifest.precision not in PRECISIONS.values():
+        raise ConfigError(explain_unknown("precision", manifest.precision, PRECISIONS.values()))
+    if manifest.architecture == TRANSFORMERS:
+        model: nn.Module = read_transformers(folder, manifest.architecture_config, None)
+    else:
+        tensors = artifact.tensors()
+        if manifest.layout == "huggingface":
+            model_type = json.loads(artifact.read_bytes(CONFIG_NAME))["model_type"]
+            tensors = import_tensors(tensors, FAMILIES[model_type])
+        model = assemble(manifest.architecture, manifest.architecture_config, tensors, source=folder)
+    summary = f"{folder}, an artifact of architecture {manifest.architecture}, stored in {manifest.precision}"
+    return Opened(summary, model.eval(), lambda used: draw_for(model, used), str(folder))
+
+
+def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source: Path) -> nn.Module:
+    """The model of architecture `name` whose parameters are `tensors` themselves."""
+    architecture = list_architectures()[name]
+    model = build_without_values(lambda: architecture.build(settings))
+    if is_int8(tensors) and name == DECODER:
+        replace_with_int8_(model, INT8_KEPT)
+    fill_(model, tensors, None, source=source)
+    return model
+
+
+def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
+    values = read_json(folder / CONFIG_NAME)
+    if values.get("model_type") in FAMILIES:
+        try:
+            settings, family = import_config(values)
+        except ConfigError as error:
+            warn_caller(f"{folder}: {error}; it is loaded through transformers instead")
+        else:
+            return _open_decoder(folder, settings, import_tensors(read_tensors(find_weight_files(folder)), family))
+    files = find_weight_files(folder)
+    for file in files:
+        read_tensor_file(file)  # refuses what is damaged or a pickle in disguise before another library opens it
+    model = read_transformers(folder, values, None)
+    kind = type(model.model).__name__
+    return Opened(f"{folder}, a {kind} through transformers", model, lambda used: draw_for(model, used), str(folder))
+
+
+def _open_decoder(folder: Path, settings: DecoderConfig, tensors: Tensors) -> Opened:
+    model = assemble(DECODER, settings.to_dict(), tensors, source=folder).eval()
+    return Opened(
+        f"{folder}, a Hugging Face folder as our decoder", model, lambda used: draw_for(model, used), str(folder)
+    )
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The files that the index names, or the one file there is."""
+    if (folder / INDEX_NAME).is_file():
+        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not names or not all(map(is_plain_name, names)):
+            raise CorruptArtifactError(f"{folder / INDEX_NAME} has no weight_map of file names; download it again")
+        paths = [folder / name for name in sorted(names)]
+    else:
+        paths = [folder / WEIGHTS_NAME]
+    for path in paths:
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; a model needs a {SAFETENSORS_SUFFIX} file, download it again")
+    return paths
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of somebody else's."""
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorruptArtifactError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise CorruptArtifactError(f"{path} holds a {type(values).__name__}, expected an object; download it again")
+    return values
+
+
+# ---- files
+
+
+def _open_onnx(path: Path, config: LoadConfig, verify: bool) -> Opened:
+    proto = read_onnx(path)
+    specs = describe_inputs(proto)
+
+    def draw(used: LoadConfig) -> tuple[Tensor, ...]:
+        return draw_inputs(specs, used.shapes, batch_size=used.batch_size, sequence_length=used.sequence_length)
+
+    model = import_onnx(proto, sample_inputs=draw(config), source=str(path))
+    return Opened(f"{path}, an ONNX file converted to PyTorch", model, draw, str(path))
+
+
+def _open_tensorflow(path: Path, config: LoadConfig, verify: bool) -> Opened:
+    program = run_tensorflow(path, config.precision)
+
+    def draw(used: LoadConfig) -> tuple[Tensor, ...]:
+        return draw_inputs(
+            program.inputs, used.shapes, batch_size=used.batch_size, sequence_length=used.sequence_length
+        )
+
+    return Opened(f"{path}, a TensorFlow model run as it is by OpenVINO", program, draw, str(path))
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether `path` is an ONNX file, by its name."""
+    return path.suffix == ONNX_SUFFIX and path.is_file()
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether `path` is a folder with a `config.json`."""
+    return (path / CONFIG_NAME).is_file()
+
+
+_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, LoadConfig, bool], Opened]], ...] = (
+    (is_artifact, _open_artifact),
+    (is_huggingface, _open_huggingface),
+    (is_onnx, _open_onnx),
+    (find_tensorflow, _open_tensorflow),
+)
+
+
+def _explain_nothing(source: str | Path, path: Path) -> Exception:
+    if path.is_dir():
+        return ArtifactError(
+            f"{path} has neither manifest.json nor {CONFIG_NAME} nor {SAVED_MODEL_NAME}, so it holds no model; "
+            "check the path"
+        )
+    if path.is_file():
+        return ArtifactError(
+            f"{path} is a file of a kind that is not read; give a model folder, or a file of .onnx, .pb or .tflite"
+        )
+    if isinstance(source, str) and path.name == source and not path.suffix:
+        unknown = explain_unknown("model", source, KNOWN_NAMES)
+        return ConfigError(f"{unknown}; a folder or file of that name does not exist either")
+    return ArtifactError(f"{path} does not exist; give the folder of an artifact or of a Hugging Face model, or a name")

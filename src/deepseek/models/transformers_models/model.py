@@ -1,0 +1,171 @@
+"""Any model of the library `transformers` as a module that takes tensors in a fixed order and gives one tensor.
+
+`transformers` answers with records of many fields and takes keywords; compilers, runtimes and quantizers want tensors
+in and out. `TransformersModel` is the wrapper: `input_names` in their order, and of the answer the field that matters
+(`logits`, else `last_hidden_state`). BERT, RoBERTa, DistilBERT, ELECTRA, T5 and whatever else the installed library
+knows load through it; a decoder that ours can be is a `Decoder` instead.
+
+Only classes of the installed library are built. Code that a folder brings along (`auto_map`) is never run, and weights
+are read from safetensors only.
+
+Shapes: B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.artifact.format import CONFIG_NAME
+from deepseek.core.caller_warnings import warn_caller
+from deepseek.core.errors import ArtifactError, ConfigError
+from deepseek.core.extras import require
+from deepseek.core.names import explain_unknown
+
+_ANSWERS = ("logits", "last_hidden_state", "start_logits")
+_TEXT_INPUTS = ("input_ids", "attention_mask")
+
+
+class TransformersModel(nn.Module):
+    """A model of `transformers`, called with tensors in the order of `input_names`; answers with one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its `config.json`, with the class that reads it."""
+        values: dict[str, Any] = json.loads(self._settings.to_json_string(use_diff=False))
+        return values | {"architectures": [type(self.model).__name__]}
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Its inputs, in the order of a call; those after the first may be left out, except a decoder's."""
+        main = str(getattr(self.model, "main_input_name", "input_ids"))
+        if main != "input_ids":
+            return (main,)
+        if getattr(self._settings, "is_encoder_decoder", False):
+            return (*_TEXT_INPUTS, "decoder_input_ids")
+        has_segments = (getattr(self._settings, "type_vocab_size", 0) or 0) > 1
+        return (*_TEXT_INPUTS, "token_type_ids") if has_segments else _TEXT_INPUTS
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Logits, or hidden states (B, T, D) of a model without a head."""
+        if len(inputs) > len(self.input_names):
+            raise ConfigError(f"{len(inputs)} inputs were given and the model takes {', '.join(self.input_names)}")
+        given = dict(zip(self.input_names, inputs, strict=False)) | named
+        answer = self.model(**given)
+        for name in _ANSWERS:
+            if getattr(answer, name, None) is not None:
+                return getattr(answer, name)  # type: ignore[no-any-return]
+        raise ConfigError(f"{type(self.model).__name__} answers with none of {', '.join(_ANSWERS)}; load another class")
+
+    def sample_inputs(self, batch_size: int, sequence_length: int) -> tuple[Tensor, ...]:
+        """Random inputs of that many rows and tokens, the same in every call; pictures have the size of the config."""
+        generator = torch.Generator().manual_seed(0)
+        return tuple(self._draw(name, batch_size, sequence_length, generator) for name in self.input_names)
+
+    @property
+    def _settings(self) -> Any:
+        return self.model.config
+
+    def _draw(self, name: str, batch_size: int, length: int, generator: torch.Generator) -> Tensor:
+        if name == "pixel_values":
+            size = getattr(self._settings, "image_size", 224)
+            size = size if isinstance(size, int) else size[-1]
+            channels = getattr(self._settings, "num_channels", 3)
+            return torch.randn(batch_size, channels, size, size, generator=generator)
+        longest = getattr(self._settings, "max_position_embeddings", None) or length
+        shape = (batch_size, min(length, longest))
+        if name == "attention_mask":
+            return torch.ones(shape, dtype=torch.int64)
+        if name == "token_type_ids":
+            return torch.zeros(shape, dtype=torch.int64)
+        return torch.randint(0, self._settings.vocab_size, shape, generator=generator)
+
+
+def build_transformers(values: Mapping[str, Any]) -> TransformersModel:
+    """The model of a `config.json`, with random weights, in evaluation mode."""
+    kind, config = _find_class(values)
+    with quiet():
+        return TransformersModel(kind(config)).eval()
+
+
+def read_transformers(folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None) -> TransformersModel:
+    """The model in the Hugging Face folder `folder`, whose `config.json` holds `values`, in evaluation mode.
+
+    Raises `ArtifactError` where weights are missing or of another shape; those that are left over are warned about.
+    """
+    kind, config = _find_class(values)
+    with quiet():
+        model, report = kind.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _check_report(report, folder)
+    return TransformersModel(model).eval()
+
+
+def list_settings(model_type: str) -> list[str]:
+    """The names of the settings that a config of this model type has."""
+    transformers = require("transformers", extra="models")
+    return sorted(transformers.AutoConfig.for_model(model_type).to_dict())
+
+
+def _find_class(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The class of `transformers` that a `config.json` names, and its config."""
+    transformers = require("transformers", extra="models")
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    model_type = str(values.get("model_type"))
+    if values.get("auto_map") and model_type not in known:
+        raise ConfigError(
+            f"{CONFIG_NAME} asks to run code of its own (auto_map), which is never done; choose another model"
+        )
+    if model_type not in known:
+        raise ConfigError(explain_unknown("Hugging Face model type", model_type, known))
+    names = values.get("architectures") or []
+    kind = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ConfigError(
+            f"{CONFIG_NAME} has architectures={names!r}, which names no model class of transformers "
+            f"{transformers.__version__}; mend it"
+        )
+    settings = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
+    return kind, transformers.AutoConfig.for_model(model_type, **settings)
+
+
+def _check_report(report: Any, folder: Path) -> None:
+    missing = sorted(str(each) for each in report["missing_keys"])
+    shapes = sorted(str(each) for each in report["mismatched_keys"])
+    if missing or shapes:
+        problem = f"without {', '.join(missing[:3])}" if missing else f"with other shapes in {', '.join(shapes[:3])}"
+        raise ArtifactError(f"the weights in {folder} come {problem}; download it again or mend its {CONFIG_NAME}")
+    unused = sorted(str(each) for each in report["unexpected_keys"])
+    if unused:
+        warn_caller(f"{folder} holds weights that its model has no place for: {', '.join(unused[:3])}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """`transformers` shows no progress bars and logs errors only inside; what was set before is set again after."""
+    logging = require("transformers", extra="models").utils.logging
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

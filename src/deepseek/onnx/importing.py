@@ -1,0 +1,213 @@
+"""An ONNX graph as a `torch.fx.GraphModule` with parameters, for compilers, quantizers and training.
+
+    model = import_onnx(read_onnx(path))       opsets 11 to 23
+
+Operator by operator, each through its row in `operators.OPERATORS`. What ONNX itself defines through other operators
+(attention, rotary embedding, ...) and functions inside the file are written out first. Convolutions, batch norms,
+layer norms, embeddings and linear maps become the modules of torch, under the names that their weights have in the
+file, so that passes which look for modules find them. An operator that has no row is refused by name and opset; the
+file may then still run as it is (`running.py`).
+
+The module is in evaluation mode and computes in the dtypes of the file. Weights that the file stores in int8 with a
+scale are widened: the int8 arithmetic of such a file is only had by the runtimes that take it as it is.
+Specification: https://onnx.ai/onnx/operators/. Tested against ONNX's own node tests and ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from deepseek.core.errors import ConfigError, CorruptArtifactError, DeepSeekError
+from deepseek.core.extras import require
+from deepseek.onnx.files import UnsupportedOperatorError, describe_inputs, draw_inputs, opset_of, to_torch
+from deepseek.onnx.graph_builder import Drawing, Value
+from deepseek.onnx.operators import OPERATORS
+from deepseek.onnx.operators.node import Operator
+
+
+def import_onnx(
+    model: Any, *, sample_inputs: Sequence[Tensor] | None = None, source: str = "the ONNX model"
+) -> fx.GraphModule:
+    """The `ModelProto` `model` in PyTorch, in evaluation mode; `sample_inputs` tell the lengths it leaves open.
+
+    The module takes the inputs of the file in order and gives its output, or a tuple of them. Raises
+    `UnsupportedOperatorError`, a `ConfigError`, for an operator that has no twin here, and `ConfigError` where the
+    sample inputs do not fit.
+    """
+    opset = opset_of(model, source)
+    model = _write_out(model)
+    specs = describe_inputs(model)
+    samples = sample_inputs if sample_inputs is not None else draw_inputs(specs)
+    if len(samples) != len(specs):
+        names = ", ".join(spec.name for spec in specs)
+        raise ConfigError(f"{source} takes {len(specs)} inputs ({names}) and {len(samples)} were given; give each")
+    drawing = Drawing()
+    values: dict[str, Value] = {"": None}
+    for spec, sample in zip(specs, samples, strict=True):
+        values[spec.name] = drawing.add_input(spec.name, sample)
+    for tensor in model.graph.initializer:
+        values[tensor.name] = drawing.name_weight(_read_weight(tensor, source), tensor.name)
+    for node in model.graph.node:
+        values |= _draw_node(drawing, node, values, opset, source)
+    missing = [each.name for each in model.graph.output if each.name not in values]
+    if missing:
+        raise CorruptArtifactError(f"{source} promises the output {missing[0]!r}, which nothing gives; export it again")
+    return _finish(drawing, [values[each.name] for each in model.graph.output])
+
+
+def _read_weight(tensor: Any, source: str) -> Tensor:
+    try:
+        return to_torch(tensor)
+    except ValueError as error:
+        raise CorruptArtifactError(f"{source}: weight {tensor.name!r} is damaged ({error}); copy it again") from error
+
+
+def list_unsupported(model: Any) -> list[str]:
+    """Operators of the `ModelProto` `model` that have no row here, sorted."""
+    nodes = _write_out(model).graph.node
+    return sorted({_full_name(node) for node in nodes if not _is_known(node)})
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What errors say of an operator."""
+
+    name: str
+    opset: int
+    source: str
+
+    def explain(self, problem: str) -> str:
+        return (
+            f"{self.source}: {self.name} of opset {self.opset} cannot be converted to PyTorch: {problem}; "
+            "run the file as it is with backend='onnxruntime' or 'openvino'"
+        )
+
+
+def _draw_node(drawing: Drawing, node: Any, values: Mapping[str, Value], opset: int, source: str) -> dict[str, Value]:
+    said = _Node(f"operator {_full_name(node)}" + (f" ({node.name})" if node.name else ""), opset, source)
+    if not _is_known(node):
+        raise UnsupportedOperatorError(said.explain("it is not in the table of operators"))
+    unset = [name for name in node.input if name not in values]
+    if unset:
+        raise CorruptArtifactError(f"{source}: {said.name} reads {unset[0]!r}, which nothing gives; export it again")
+    op = Operator(node.op_type, node.name, opset, _attributes(node), len([name for name in node.output if name]))
+    try:
+        given = OPERATORS[node.op_type](drawing, op, *(values[name] for name in node.input))
+    except UnsupportedOperatorError as error:
+        raise UnsupportedOperatorError(said.explain(str(error))) from error
+    except DeepSeekError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+        problem = str(error).strip().partition("\n")[0]
+        raise UnsupportedOperatorError(said.explain(f"{type(error).__name__}, {problem}")) from error
+    if node.op_type == "Identity" and isinstance(given, Tensor):  # how exporters store equal weights once
+        given = drawing.name_weight(given.clone(), node.output[0])
+    results = given if isinstance(given, tuple) else (given,)
+    return {name: result for name, result in zip(node.output, results, strict=False) if name}
+
+
+def _is_known(node: Any) -> bool:
+    return node.domain in ("", "ai.onnx") and node.op_type in OPERATORS
+
+
+def _full_name(node: Any) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else str(node.op_type)
+
+
+def _write_out(model: Any) -> Any:
+    """`model` with its functions, and the operators that ONNX defines by others and that have no row, written out."""
+    inliner = require("onnx.inliner", extra="compile")
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    unknown = [node for node in model.graph.node if not _is_known(node)]
+    if not unknown:
+        return model
+    model = _with_types_and_defaults(model)
+    names = sorted({(node.domain, node.op_type) for node in unknown})
+    try:
+        return inliner.inline_selected_functions(model, names, inline_schema_functions=True)
+    except RuntimeError:  # one of them is not defined by others after all: it is then refused by name
+        return model
+
+
+def _with_types_and_defaults(model: Any) -> Any:
+    """A copy in which values have types, and operators that will be written out have all of their attributes.
+
+    Functions of ONNX depend on the types, and what it leaves out of a written-out operator is not its default.
+    """
+    onnx = require("onnx", extra="compile")
+    model = onnx.shape_inference.infer_shapes(model)
+    versions = {each.domain: each.version for each in model.opset_import}
+    for node in model.graph.node:
+        if _is_known(node) or not onnx.defs.has(node.op_type, node.domain):
+            continue
+        schema = onnx.defs.get_schema(node.op_type, versions.get(node.domain, 1), node.domain)
+        given = {each.name for each in node.attribute}
+        defaults = [each.default_value for each in schema.attributes.values()]
+        node.attribute.extend(each for each in defaults if each.name and each.name not in given)
+    return model
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    helper = require("onnx", extra="compile").helper
+    return {each.name: helper.get_attribute_value(each) for each in node.attribute}
+
+
+def _finish(drawing: Drawing, outputs: list[Value]) -> fx.GraphModule:
+    results = [drawing.placed(value) for value in outputs]
+    drawing.graph.output(results[0] if len(results) == 1 else tuple(results))
+    model = fx.GraphModule(drawing.root, drawing.graph)
+    model.graph.eliminate_dead_code()
+    model.delete_all_unused_submodules()
+    _fold_biases(model)
+    return model.eval()
+
+
+def _fold_biases(model: fx.GraphModule) -> None:
+    """x @ W + b, which ONNX writes as two operators, becomes one linear layer with a bias."""
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or node.target is not torch.add or len(node.args) != 2:
+            continue
+        for linear, bias in (node.args, node.args[::-1]):
+            if _takes_bias(model, linear, bias, node):
+                layer, values = model.get_submodule(linear.target), _read(model, bias.target)
+                layer.bias = nn.Parameter(values.detach())
+                node.replace_all_uses_with(linear)
+                model.graph.erase_node(node)
+                break
+    model.graph.eliminate_dead_code()
+    for name in _unread_tensors(model):
+        owner, _, leaf = name.rpartition(".")
+        delattr(model.get_submodule(owner), leaf)
+    model.recompile()
+
+
+def _takes_bias(model: fx.GraphModule, linear: Any, bias: Any, addition: fx.Node) -> bool:
+    is_linear = isinstance(linear, fx.Node) and linear.op == "call_module" and list(linear.users) == [addition]
+    if not is_linear or not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        return False
+    layer = model.get_submodule(str(linear.target))
+    if not isinstance(layer, nn.Linear) or "bias" in dict(layer.named_parameters()):
+        return False
+    values = _read(model, str(bias.target))
+    return values.shape == (layer.out_features,) and values.dtype is layer.weight.dtype
+
+
+def _read(model: nn.Module, path: str) -> Tensor:
+    owner, _, leaf = path.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _unread_tensors(model: fx.GraphModule) -> list[str]:
+    """Parameters and buffers that stand alone in the module and that no node reads any more."""
+    read = {node.target for node in model.graph.nodes if node.op == "get_attr"}
+    called = {node.target for node in model.graph.nodes if node.op == "call_module"}
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    return [name for name in names if name not in read and name.rpartition(".")[0] not in called]

@@ -1,0 +1,269 @@
+"""Operators that work element by element: activations, arithmetic, comparisons, casts.
+
+Those that exporters use to compute shapes also work on `Lengths`, number by number.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek.onnx import functions
+from deepseek.onnx.files import UnsupportedOperatorError, torch_dtype
+from deepseek.onnx.graph_builder import Drawing, Lengths, Value, as_lengths
+from deepseek.onnx.operators.node import Function, Operator, Result
+
+
+def _unary(function: Callable[..., Any], **keywords: Any) -> Function:
+    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
+        return drawing.call(function, x, **keywords)
+
+    return draw
+
+
+def _activation(function: Callable[..., Any], **attributes: float) -> Function:
+    """A function whose keywords are attributes of ONNX; `attributes` are their defaults."""
+
+    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
+        return drawing.call(function, x, **{name: op.get(name, default) for name, default in attributes.items()})
+
+    return draw
+
+
+def _gelu(drawing: Drawing, op: Operator, x: Value) -> Result:
+    return drawing.call(F.gelu, x, approximate=op.get("approximate", "none"))
+
+
+def _identity(drawing: Drawing, op: Operator, x: Value, *_: Value) -> Result:
+    return x
+
+
+def _dropout(drawing: Drawing, op: Operator, x: Value, ratio: Value = None, training: Value = None) -> Result:
+    if training is not None and bool(drawing.constant(training, "training mode")):
+        raise UnsupportedOperatorError("dropout that is active is not followed")
+    return (x, drawing.call(torch.ones_like, x, dtype=torch.bool)) if op.num_outputs > 1 else x
+
+
+def _clip(drawing: Drawing, op: Operator, x: Value, low: Value = None, high: Value = None) -> Result:
+    if low is None and high is None:
+        return x
+    bounds = [None if each is None else _bound(drawing, each) for each in (low, high)]
+    return drawing.call(torch.clamp, x, *bounds)
+
+
+def _bound(drawing: Drawing, value: Value) -> Any:
+    """A bound of Clip as a plain number where it is known, so that the call says it."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else drawing.tensor(value)
+
+
+def _prelu(drawing: Drawing, op: Operator, x: Value, slope: Value) -> Result:
+    return drawing.call(functions.prelu, x, slope)
+
+
+def _binary(function: Callable[..., Any], on_numbers: Callable[..., Any] | None = None) -> Function:
+    def draw(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
+        if on_numbers is not None and drawing.is_lengths(x, y):
+            return _each(drawing, on_numbers, x, y)
+        return drawing.call(function, x, y)
+
+    return draw
+
+
+def _each(drawing: Drawing, function: Callable[..., Any], *values: Value) -> Value:
+    """`function` number by number over lengths; those of one are repeated."""
+    lists = [drawing.numbers(value, "operand") for value in values]
+    is_scalar = all(is_scalar_value(value) for value in values)
+    longest = max(map(len, lists))
+    if any(len(each) not in (1, longest) for each in lists):
+        raise UnsupportedOperatorError("vectors of lengths that do not match are combined")
+    rows = zip(*(each * longest if len(each) == 1 else each for each in lists), strict=True)
+    return as_lengths((drawing.call(function, *row) for row in rows), is_scalar=is_scalar)
+
+
+def is_scalar_value(value: Value) -> bool:
+    return value.is_scalar if isinstance(value, Lengths) else isinstance(value, Tensor) and value.dim() == 0
+
+
+def _equal(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
+    if drawing.is_lengths(x, y):
+        return _equal_lengths(drawing, x, y)
+    return drawing.call(torch.eq, x, y)
+
+
+def _equal_lengths(drawing: Drawing, x: Value, y: Value) -> Value:
+    """A length is never negative, so `shape == -1`, which exporters write to expand, is known now."""
+    lists = [drawing.numbers(value, "operand") for value in (x, y)]
+    longest = max(map(len, lists))
+    pairs = zip(*(each * longest if len(each) == 1 else each for each in lists), strict=True)
+    answers = [
+        False if any(isinstance(each, int) and each < 0 for each in pair) else drawing.call(operator.eq, *pair)
+        for pair in pairs
+    ]
+    return as_lengths(answers, is_scalar=is_scalar_value(x) and is_scalar_value(y))
+
+
+def _where(drawing: Drawing, op: Operator, condition: Value, x: Value, y: Value) -> Result:
+    is_small = isinstance(condition, Lengths) or (isinstance(condition, Tensor) and condition.dim() < 2)
+    if is_small and drawing.is_lengths(condition, x, y):
+        return _each(drawing, functions.choose, condition, x, y)
+    return drawing.call(torch.where, condition, x, y)
+
+
+def _variadic(function: Callable[..., Any], on_numbers: Callable[..., Any] | None = None) -> Function:
+    """An operator of any number of inputs, as a chain of `function`."""
+    pair = _binary(function, on_numbers)
+
+    def draw(drawing: Drawing, op: Operator, first: Value, *others: Value) -> Result:
+        value: Any = first
+        for other in others:
+            value = pair(drawing, op, value, other)
+        return value
+
+    return draw
+
+
+def _mean(drawing: Drawing, op: Operator, *values: Value) -> Result:
+    return drawing.call(torch.div, _variadic(torch.add, operator.add)(drawing, op, *values), len(values))
+
+
+def _div(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
+    is_real = drawing.sample(x).is_floating_point()
+    if drawing.is_lengths(x, y):
+        return _each(drawing, operator.truediv if is_real else operator.floordiv, x, y)
+    return drawing.call(torch.div, x, y, rounding_mode=None if is_real else "trunc")
+
+
+def _mod(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
+    if drawing.is_lengths(x, y):
+        return _each(drawing, operator.mod, x, y)
+    return drawing.call(torch.fmod if op.get("fmod", 0) else torch.remainder, x, y)
+
+
+def _pow(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
+    exponent = y.item() if isinstance(y, Tensor) and y.numel() == 1 and y.dim() == 0 else y
+    return drawing.call(functions.power, x, exponent)
+
+
+def _each_number(function: Callable[..., Any], on_numbers: Callable[..., Any]) -> Function:
+    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
+        if isinstance(x, Lengths):
+            return _each(drawing, on_numbers, x)
+        return drawing.call(function, x)
+
+    return draw
+
+
+def _cast(drawing: Drawing, op: Operator, x: Value) -> Result:
+    dtype = torch_dtype(op.get("to", 0))
+    return _cast_to(drawing, x, dtype)
+
+
+def _cast_like(drawing: Drawing, op: Operator, x: Value, like: Value) -> Result:
+    return _cast_to(drawing, x, drawing.sample(like).dtype)
+
+
+def _cast_to(drawing: Drawing, x: Value, dtype: torch.dtype) -> Result:
+    if isinstance(x, Lengths):
+        kind = float if dtype.is_floating_point else bool if dtype is torch.bool else int
+        return _each(drawing, kind, x)
+    if drawing.sample(x).dtype is dtype:
+        return x
+    return drawing.call(functions.cast, x, dtype)
+
+
+def _isinf(drawing: Drawing, op: Operator, x: Value) -> Result:
+    signs = (op.get("detect_negative", 1), op.get("detect_positive", 1))
+    tests = {(1, 1): torch.isinf, (1, 0): torch.isneginf, (0, 1): torch.isposinf}
+    return drawing.call(tests.get(signs, functions.nowhere), x)
+
+
+def _softmax(function: Callable[..., Any]) -> Function:
+    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
+        if op.opset >= 13:
+            return drawing.call(function, x, dim=op.get("axis", -1))
+        axis = op.get("axis", 1) % drawing.rank(x)
+        if axis == drawing.rank(x) - 1:
+            return drawing.call(function, x, dim=-1)
+        return drawing.call(functions.softmax_of_rows, x, axis, function is torch.log_softmax)
+
+    return draw
+
+
+ELEMENTWISE: dict[str, Function] = {
+    "Identity": _identity,
+    "Dropout": _dropout,
+    "Relu": _unary(F.relu),
+    "Sigmoid": _unary(torch.sigmoid),
+    "Tanh": _unary(torch.tanh),
+    "Erf": _unary(torch.erf),
+    "Softplus": _unary(F.softplus),
+    "Softsign": _unary(F.softsign),
+    "Mish": _unary(F.mish),
+    "HardSwish": _unary(F.hardswish),
+    "HardSigmoid": _activation(functions.hard_sigmoid, alpha=0.2, beta=0.5),
+    "LeakyRelu": _activation(functions.leaky_relu, alpha=0.01),
+    "Elu": _activation(F.elu, alpha=1.0),
+    "Celu": _activation(F.celu, alpha=1.0),
+    "Selu": _activation(functions.selu, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875),
+    "ThresholdedRelu": _activation(functions.thresholded_relu, alpha=1.0),
+    "Gelu": _gelu,
+    "PRelu": _prelu,
+    "Clip": _clip,
+    "Softmax": _softmax(torch.softmax),
+    "LogSoftmax": _softmax(torch.log_softmax),
+    "Abs": _unary(torch.abs),
+    "Neg": _unary(torch.neg),
+    "Exp": _unary(torch.exp),
+    "Log": _unary(torch.log),
+    "Sqrt": _unary(torch.sqrt),
+    "Reciprocal": _unary(torch.reciprocal),
+    "Round": _unary(torch.round),
+    "Sign": _unary(torch.sign),
+    "Sin": _unary(torch.sin),
+    "Cos": _unary(torch.cos),
+    "Tan": _unary(torch.tan),
+    "Asin": _unary(torch.asin),
+    "Acos": _unary(torch.acos),
+    "Atan": _unary(torch.atan),
+    "Sinh": _unary(torch.sinh),
+    "Cosh": _unary(torch.cosh),
+    "Asinh": _unary(torch.asinh),
+    "Acosh": _unary(torch.acosh),
+    "Atanh": _unary(torch.atanh),
+    "Floor": _each_number(torch.floor, math.floor),
+    "Ceil": _each_number(torch.ceil, math.ceil),
+    "IsNaN": _unary(torch.isnan),
+    "IsInf": _isinf,
+    "Not": _each_number(torch.logical_not, operator.not_),
+    "Add": _binary(torch.add, operator.add),
+    "Sub": _binary(torch.sub, operator.sub),
+    "Mul": _binary(torch.mul, operator.mul),
+    "Div": _div,
+    "Mod": _mod,
+    "Pow": _pow,
+    "Min": _variadic(torch.minimum, functions.smaller),
+    "Max": _variadic(torch.maximum, functions.larger),
+    "Sum": _variadic(torch.add, operator.add),
+    "Mean": _mean,
+    "And": _binary(torch.logical_and, functions.both),
+    "Or": _binary(torch.logical_or, functions.either),
+    "Xor": _binary(torch.logical_xor),
+    "BitwiseAnd": _binary(torch.bitwise_and),
+    "BitwiseOr": _binary(torch.bitwise_or),
+    "BitwiseXor": _binary(torch.bitwise_xor),
+    "BitwiseNot": _unary(torch.bitwise_not),
+    "Equal": _equal,
+    "Greater": _binary(torch.gt, operator.gt),
+    "GreaterOrEqual": _binary(torch.ge, operator.ge),
+    "Less": _binary(torch.lt, operator.lt),
+    "LessOrEqual": _binary(torch.le, operator.le),
+    "Where": _where,
+    "Cast": _cast,
+    "CastLike": _cast_like,
+}

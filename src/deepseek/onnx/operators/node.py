@@ -1,0 +1,34 @@
+"""One node of an ONNX graph as the functions that draw it see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from deepseek.onnx.files import UnsupportedOperatorError
+
+Result: TypeAlias = Any  # a Value or a tuple of them; what fx gives is not typed
+Function: TypeAlias = "Callable[..., Result]"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One node of an ONNX graph."""
+
+    op_type: str
+    name: str
+    opset: int
+    attributes: Mapping[str, Any]
+    num_outputs: int = 1
+
+    def get(self, name: str, default: Any) -> Any:
+        """An attribute; text as `str`."""
+        value = self.attributes.get(name, default)
+        return value.decode() if isinstance(value, bytes) else value
+
+    def allow(self, **followed: Any) -> None:
+        """Raise unless each attribute named here is left out or has the one value that is followed."""
+        for name, value in followed.items():
+            if self.get(name, value) != value:
+                raise UnsupportedOperatorError(f"{name}={self.get(name, value)!r} is not followed, only {value!r}")

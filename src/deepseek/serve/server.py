@@ -1,0 +1,270 @@
+"""Running the server: bind, warm up, answer until a signal, drain, stop.
+
+    serve(model, tokenizer, config)               blocks until SIGTERM (returns) or Ctrl-C (KeyboardInterrupt)
+    with running_server(model, tokenizer) as s:   the same in a thread, at `s.url`; for tests and notebooks
+
+The address is bound when the `Server` is made, so that a port in use is known at once and port 0 by its number. While
+it drains, the server takes no new connections and `/readyz` fails; requests that are running go on for
+`shutdown_timeout_s`, and what is open then ends with an error that says so. A second Ctrl-C does not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import math
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, TypeAlias
+
+from deepseek.core.errors import AddressInUseError, ConfigError
+from deepseek.core.events import Event
+from deepseek.core.extras import require
+from deepseek.data.tokenizing import Tokenizer
+from deepseek.models.decoder.model import Decoder
+from deepseek.serve.config import ServeConfig
+from deepseek.serve.engine import Engine
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from deepseek.serve.app import Service
+
+_GRACE_S = 5.0  # for error answers to reach their clients after the drain ran out of time
+_BACKLOG = 2048  # connections that the system holds while the server is busy
+_POLL_S = 0.05
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where a client reaches a server that listens everywhere
+
+
+@dataclass(frozen=True)
+class ServerStarted(Event):
+    """The server is ready; `url` is where, and the API is below `url`/v1."""
+
+    url: str
+    host: str
+    port: int
+    model_name: str
+
+
+@dataclass(frozen=True)
+class ServerStopping(Event):
+    """The server takes no more requests; `num_open` sequences may go on for `timeout_s`."""
+
+    reason: str
+    num_open: int
+    timeout_s: float
+
+
+Listener: TypeAlias = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Listen to nothing."""
+
+
+def serve(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    config: ServeConfig | None = None,
+    *,
+    api_key: str | None = None,
+    listen: Listener = ignore,
+) -> None:
+    """Serve `model` until SIGTERM or Ctrl-C, then drain; call it from the main thread.
+
+    `listen` hears `ServerStarted` and `ServerStopping`. With an `api_key`, `/v1` wants it as a bearer token. Returns
+    after SIGTERM and raises `KeyboardInterrupt` after Ctrl-C. Raises `AddressInUseError` when the port is taken, and
+    `ConfigError` when the address is not this machine's or when model, tokenizer and config contradict each other.
+    """
+    server = Server(model, tokenizer, config or ServeConfig(), api_key=api_key, listen=listen)
+    previous = {number: signal.signal(number, server.handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if server.stop_reason == signal.SIGINT.name:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def running_server(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    config: ServeConfig | None = None,
+    *,
+    api_key: str | None = None,
+    listen: Listener = ignore,
+) -> Iterator[Server]:
+    """A ready server in a background thread, on a free port unless `config` names one; drained at the end."""
+    server = Server(model, tokenizer, config or ServeConfig(port=0), api_key=api_key, listen=listen)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="deepseek-http") as pool:
+        running = pool.submit(server.run)
+        try:
+            server.wait_until_ready(running)
+            yield server
+        finally:
+            server.stop("the block ended")
+            running.result()
+
+
+class Server:
+    """One listening address with an engine behind it: made, run once, stopped from any thread."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        config: ServeConfig,
+        *,
+        api_key: str | None = None,
+        listen: Listener = ignore,
+    ) -> None:
+        self.config = config
+        self.service = build_service(Engine(model, tokenizer, config), config, api_key)
+        self.stop_reason: str | None = None
+        self._listen = listen
+        self._ready = threading.Event()
+        self._uvicorn = _build_uvicorn(self.service)
+        self._socket = bind(config.host, config.port)
+        self.port: int = self._socket.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        """Where clients find the server; the API is below `url`/v1."""
+        host = _LOOPBACK.get(self.config.host, self.config.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    def run(self) -> None:
+        """Serve until `stop`, then drain. Blocks."""
+        with (
+            contextlib.closing(self._socket),
+            asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner,
+        ):
+            runner.run(self._run())
+
+    def stop(self, reason: str) -> None:
+        """Begin to drain; a second call changes nothing."""
+        self.stop_reason = self.stop_reason or reason
+
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Drain; on a second Ctrl-C, leave at once."""
+        if self.stop_reason is not None and number == signal.SIGINT:
+            self._uvicorn.force_exit = True
+        self.stop(signal.Signals(number).name)
+
+    def wait_until_ready(self, running: Future[None]) -> None:
+        """Block until requests are served; raises what `run` raised if it ended before."""
+        while not self._ready.wait(_POLL_S):
+            if running.done():
+                running.result()
+                return
+
+    async def _run(self) -> None:
+        self.service.thread.start()
+        serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._socket]))
+        try:
+            await self._serve(serving)
+            await self._drain(serving)
+        finally:
+            self._uvicorn.should_exit = True
+            await asyncio.to_thread(self.service.thread.stop)
+            await serving
+
+    async def _serve(self, serving: asyncio.Task[None]) -> None:
+        """Announce the server once it is ready, and wait for the word to stop."""
+        while self.stop_reason is None and not serving.done():
+            self.service.thread.raise_if_never_ready()
+            if self._uvicorn.started and self.service.is_ready and not self._ready.is_set():
+                self._listen(ServerStarted(self.url, self.config.host, self.port, self.config.model_name))
+                self._ready.set()
+            await asyncio.sleep(_POLL_S)
+
+    async def _drain(self, serving: asyncio.Task[None]) -> None:
+        """Let requests finish for a while, then end them."""
+        self.service.is_draining = True
+        engine, timeout_s = self.service.thread.engine, self.config.shutdown_timeout_s
+        self._listen(ServerStopping(self.stop_reason or "", engine.num_running + engine.num_waiting, timeout_s))
+        self._uvicorn.should_exit = True
+        await asyncio.wait((serving,), timeout=timeout_s)
+        self.service.thread.fail_all("the server is shutting down and this request took too long; send it again")
+
+
+def build_service(engine: Engine, config: ServeConfig, api_key: str | None = None) -> Service:
+    """The engine, its thread and its metrics, ready to be started; `MissingExtraError` without the serve libraries."""
+    for library in ("uvicorn", "starlette", "prometheus_client"):
+        require(library, extra="serve")
+    from deepseek.serve.app import Service
+    from deepseek.serve.engine_thread import EngineThread
+    from deepseek.serve.metrics import Metrics
+
+    if api_key is not None and not (api_key.strip() and api_key.isascii()):
+        raise ConfigError("the API key is empty or has characters beyond ASCII; choose another, or none at all")
+    metrics = Metrics(config.model_name)
+    metrics.watch(engine)
+    thread = EngineThread(engine, stall_timeout_s=config.stall_timeout_s, observe=metrics.observe)
+    return Service(thread, metrics, config, api_key)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens on `host` and `port`; port 0 is a free one.
+
+    Raises `AddressInUseError` when another process has the port, and `ConfigError` when the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"host {host!r} is not known ({error}); give an address of this machine") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _explain(error, host, port) from error
+    return listener
+
+
+def _explain(error: OSError, host: str, port: int) -> AddressInUseError | ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return AddressInUseError(
+            f"port {port} on {host} is used by another process; choose another port, or 0 for a free one"
+        )
+    advice = {
+        errno.EACCES: "this user may not listen there; choose a port from 1024 on",
+        errno.EADDRNOTAVAIL: "this is no address of this machine; choose 127.0.0.1 or 0.0.0.0",
+    }
+    return ConfigError(f"cannot listen on {host} port {port}: {advice.get(error.errno or 0, str(error))}")
+
+
+def _build_uvicorn(service: Service) -> uvicorn.Server:
+    import uvicorn
+
+    from deepseek.serve.app import build_app
+
+    class Quiet(uvicorn.Server):
+        """Signals are handled by `serve`, so that a drained server ends with the exit status of a success."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Quiet(
+        uvicorn.Config(
+            build_app(service),
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(service.config.shutdown_timeout_s + _GRACE_S),
+        )
+    )

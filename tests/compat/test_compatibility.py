@@ -1,0 +1,172 @@
+"""Machines of every kind are judged by their values, and this one by asking it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.version import Version
+
+import deepseek
+from deepseek.cli.verbs.check_compatibility import check_compatibility as run
+from deepseek.compat.compatibility import Check, check_compatibility, get_version_info, is_at_least
+from deepseek.compat.machine_probe import Gpu, Machine, probe_machine
+
+LAPTOP = Machine(python="3.11.7", torch="2.13.0+cpu", memory_bytes=16 * 10**9, compilers=("g++",))
+SERVER = Machine(
+    python="3.12.1",
+    torch="2.13.0+cu118",
+    torch_cuda="11.8",
+    cuda_driver="535.104.05",
+    nccl="2.21.5",
+    gpus=(Gpu(name="A100-80GB", memory_bytes=80 * 10**9, compute_capability="8.0"),),
+    memory_bytes=512 * 10**9,
+    cpu_features=("AVX-512", "VNNI"),
+    compilers=("g++", "nvcc"),
+    shared_memory_bytes=64 * 10**9,
+    num_file_descriptors=65536,
+    has_kubeconfig=True,
+    kubernetes="1.29.3",
+)
+
+
+def line(machine: Machine, name: str) -> Check:
+    return next(each for each in check_compatibility(machine) if each.name == name)
+
+
+def test_a_server_runs_every_generation() -> None:
+    checks = check_compatibility(SERVER)
+    assert [each for each in checks if each.status == "failing"] == []
+    assert sum(each.name.startswith("can run") for each in checks) == 10
+
+
+def test_a_laptop_hears_what_5_0_and_4_0_would_need() -> None:
+    assert "CUDA 11.6 or later" in str(line(LAPTOP, "can run 5.0").next_step)
+    assert "KUBECONFIG" in str(line(LAPTOP, "can run 4.0").next_step)
+    assert line(LAPTOP, "can run 2.3").status == "ok"
+
+
+def test_every_line_that_is_not_ok_has_a_next_step() -> None:
+    small = LAPTOP.override(
+        {"torch": None, "compilers": [], "shared_memory_bytes": 64_000_000, "num_file_descriptors": 256}
+    )
+    for machine in (LAPTOP, SERVER, small):
+        assert all(each.next_step for each in check_compatibility(machine) if each.status != "ok")
+    assert {each.name for each in check_compatibility(small) if each.status == "failing"} >= {
+        "torch", "compilers", "shared memory", "file descriptors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "is_bad"),
+    [
+        ("11.7", "460.32.03", True),
+        ("11.7", "470.57.02", False),
+        ("11.6", "460.32.03", False),
+        ("11.8", "460.32.03", False),
+    ],
+)
+def test_the_known_bad_pair_of_the_documents_is_a_rule(cuda: str, driver: str, is_bad: bool) -> None:
+    checks = check_compatibility(SERVER.override({"torch_cuda": cuda, "cuda_driver": driver}))
+    bad = [each for each in checks if "CUDA_ERROR_INVALID_VALUE" in each.seen]
+    assert bool(bad) == is_bad
+    if is_bad:
+        assert "CUDA 11.6, or a driver of at least 470.57.02" in str(bad[0].next_step)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "next_step"),
+    [
+        ({"torch_cuda": "11.3"}, "can run 5.0", "CUDA 11.6 or later"),
+        ({"torch_cuda": "11.3"}, "can run 1.3", "CUDA 11.6 or ROCm 5.2"),
+        ({"nccl": "2.11.4"}, "can run 1.3", "NCCL 2.12"),
+        ({"cuda_driver": "450.1"}, "can run 5.0", "driver 470.57.02"),
+        ({"kubernetes": "1.21.9"}, "can run 4.0", "1.22"),
+        ({"kubernetes": None}, "Kubernetes", "kubectl version"),
+        ({"torch_cuda": None}, "torch build", "CUDA or ROCm build"),
+        ({"python": "3.9.2"}, "Python", "3.11"),
+    ],
+)
+def test_requirements_of_the_documents_are_checked(change: dict[str, object], name: str, next_step: str) -> None:
+    found = line(SERVER.override(change), name)
+    assert found.status == "failing"
+    assert next_step in str(found.next_step)
+
+
+def test_rocm_can_stand_in_where_the_documents_say_so() -> None:
+    amd = SERVER.override({"torch_cuda": None, "torch_rocm": "5.5", "cuda_driver": None})
+    assert line(amd, "can run 1.3").status == "ok"
+    assert line(amd, "can run 5.0").status == "failing"
+
+
+versions = st.lists(st.integers(0, 30), min_size=1, max_size=4).map(lambda parts: ".".join(map(str, parts)))
+
+
+@given(versions, versions)
+def test_versions_compare_as_packaging_does(a: str, b: str) -> None:
+    assert is_at_least(a, b) == (Version(a) >= Version(b))
+
+
+def test_this_machine_is_told_as_other_sources_tell_it() -> None:
+    machine = probe_machine()
+    assert machine.python == platform.python_version()
+    assert machine.torch == torch.__version__
+    assert machine.memory_bytes == pytest.approx(psutil.virtual_memory().total, rel=0.01)
+    assert machine.num_file_descriptors == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert bool(machine.gpus) == torch.cuda.is_available()
+
+
+def fake_program(folder: Path, name: str, text: str, status: int = 0) -> None:
+    (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_drivers_and_clusters_are_asked_through_their_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_program(tmp_path, "nvidia-smi", "535.104.05, NVIDIA A100-SXM4-80GB, 81920, 8.0\nbroken line")
+    fake_program(tmp_path, "kubectl", json.dumps({"serverVersion": {"gitVersion": "v1.29.3"}}))
+    (tmp_path / "config").write_text("")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    machine = probe_machine()
+    assert (machine.cuda_driver, machine.kubernetes) == ("535.104.05", "1.29.3")
+    assert machine.gpus == (Gpu(name="NVIDIA A100-SXM4-80GB", memory_bytes=81920 << 20, compute_capability="8.0"),)
+
+
+@pytest.mark.parametrize(("text", "status"), [("not json", 0), ("[]", 0), ("{}", 1)])
+def test_a_program_that_answers_nonsense_counts_as_absent(
+    text: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_program(tmp_path, "nvidia-smi", text, status)
+    fake_program(tmp_path, "kubectl", text, status)
+    (tmp_path / "config").write_text("")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    machine = probe_machine()
+    assert (machine.cuda_driver, machine.kubernetes, machine.gpus) == (None, None, ())
+    assert line(machine, "Kubernetes").status == "failing"
+
+
+def test_version_info_tells_the_truth_about_this_machine() -> None:
+    info = get_version_info()
+    assert set(info) == {"version", "cuda_version", "recommended_gpu", "new_features"}
+    assert info["version"] == deepseek.__version__
+    has_cuda = torch.cuda.is_available()
+    assert info["cuda_version"] == (torch.version.cuda if has_cuda else None)
+    assert (info["recommended_gpu"] is not None) == has_cuda
+    assert "hardware-aware scheduling" in info["new_features"]
+
+
+def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    assert "can run 5.0" in capsys.readouterr().out
+    run(json=True)
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert {each["status"] for each in checks} <= {"ok", "absent", "failing"}

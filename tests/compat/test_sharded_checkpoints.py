@@ -1,0 +1,176 @@
+"""Files are converted like dicts, in shards that the safetensors library reads, and bad files are named."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
+
+from deepseek.compat.headers import INDEX_NAME, read_checkpoint, read_header
+from deepseek.compat.sharded_checkpoints import convert_files
+from deepseek.compat.version_converter import VersionConverter
+from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError
+from tests.compat.models import build, logits
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: each for path in sorted(folder.glob("*.safetensors")) for name, each in load_file(path).items()}
+
+
+def save_model(model: torch.nn.Module, folder: Path) -> Path:
+    """A model as generation 5.0 has it on disk, with its config."""
+    folder.mkdir()
+    save_file({name: each.clone() for name, each in model.state_dict().items()}, folder / "model.safetensors")
+    model.config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "resnet"])
+def test_files_are_converted_like_dicts(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    source = save_model(model, tmp_path / "source")
+    converter = VersionConverter("5.0", "3.5")
+    seen: list[tuple[int, int]] = []
+    report = convert_files(
+        converter, source, tmp_path / "out", max_shard_bytes=4000, on_progress=lambda *each: seen.append(each)
+    )
+    expected = converter.convert(model.state_dict())
+    found = load_folder(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert set(report.actions) == set(expected.report.actions)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert seen[-1][0] == seen[-1][1] == sum(each.numel() * each.element_size() for each in expected.values())
+
+
+def test_sharded_and_single_files_and_back_load_in_transformers(tmp_path: Path) -> None:
+    model = build("llama")
+    source = save_model(model, tmp_path / "source")
+    convert_files(VersionConverter("5.0", "4.0"), source, tmp_path / "sharded", max_shard_bytes=3000)
+    convert_files(VersionConverter("4.0", "2.0"), tmp_path / "sharded", tmp_path / "single")
+    assert [path.name for path in sorted((tmp_path / "single").iterdir())] == ["config.json", "model.safetensors"]
+    convert_files(VersionConverter("2.0", "5.0"), tmp_path / "single", tmp_path / "back", max_shard_bytes=3000)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_quantised_model_with_odd_sizes_is_read_by_the_library(tmp_path: Path) -> None:
+    weights = {"a.weight": torch.randn(3, 5), "b.weight": torch.randn(5, 3), "b.bias": torch.randn(5)}
+    save_file(weights, tmp_path / "in.safetensors")
+    convert_files(VersionConverter("1.0", "1.0-quant"), tmp_path / "in.safetensors", tmp_path / "out")
+    expected = VersionConverter("1.0", "1.0-quant").convert(weights)
+    found = load_folder(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_empty_tensors_and_scalars_survive(tmp_path: Path) -> None:
+    weights = {"none": torch.empty(0, 3), "one": torch.tensor(2.5), "flags": torch.tensor([True, False])}
+    save_file(weights, tmp_path / "in.safetensors")
+    convert_files(VersionConverter("2.0", "5.0"), tmp_path / "in.safetensors", tmp_path / "out")
+    found = load_folder(tmp_path / "out")
+    assert all(torch.equal(found[name], weights[name]) and found[name].shape == weights[name].shape for name in weights)
+
+
+def test_an_existing_folder_is_never_written_over(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "in.safetensors")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="out exists"):
+        convert_files(VersionConverter("2.0", "5.0"), tmp_path / "in.safetensors", tmp_path / "out")
+
+
+def test_a_failing_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
+    save_file({"w": torch.tensor([1e6])}, tmp_path / "in.safetensors")
+    with pytest.raises(ArtifactError, match="beyond the range"):
+        convert_files(VersionConverter("2.0", "3.5", dtype="fp16"), tmp_path / "in.safetensors", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+# --- Bad files ---
+
+GOOD = save({"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)})
+
+
+def with_header(header: object, data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated"),
+        (b"\x01\x02", "truncated"),
+        (GOOD[:-1], "copy it again"),
+        (GOOD[:20], "truncated"),
+        (GOOD + b"\x00", "copy it again"),
+        (struct.pack("<Q", 2**63) + b"{}", "announces a header of 9223372036854775808"),
+        (struct.pack("<Q", 2) + b"[]", "expected a JSON object, found list"),
+        (struct.pack("<Q", 1) + b"\xff", "not JSON"),
+        (struct.pack("<Q", 100_000) + b"[" * 100_000, "not JSON"),
+        (with_header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\x00" * 8), "does not fit"),
+        (with_header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"\x00" * 4), "does not fit"),
+        (with_header({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, b"\x00" * 4), "known dtype"),
+        (with_header({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"\x00" * 4), "known dtype"),
+        (with_header({"w": {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}}, b"\x00" * 4), "known dtype"),
+        (with_header({"w": 3}), "known dtype"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_fault(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match=message):
+        read_header(path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_damaged_bytes_are_read_or_refused_and_never_crash(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(GOOD)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        tensors = {name: place.read() for name, place in read_header(path).items()}
+    except CorruptArtifactError:
+        return
+    expected = load_file(path)
+    assert tensors.keys() == expected.keys()
+    for name, each in expected.items():
+        assert tensors[name].reshape(-1).view(torch.uint8).tolist() == each.reshape(-1).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"w": "missing.safetensors"}, "which is missing"),
+        ({"w": "../in.safetensors"}, "expected a file beside it"),
+        ({"w": 3}, "expected a file beside it"),
+        ([], "expected a JSON object"),
+    ],
+)
+def test_a_bad_index_is_refused(weight_map: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CorruptArtifactError, match=message):
+        read_checkpoint(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CorruptArtifactError, match=r"w stands in b\.safetensors and in a\.safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_folder_without_weights_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no safetensors file"):
+        read_checkpoint(tmp_path)

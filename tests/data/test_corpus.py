@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek.core.errors import DataError
+from deepseek.core.events import Event
+from deepseek.data.config import DataConfig
+from deepseek.data.corpus import TokenizerReady, load_data, prepare_data
+from deepseek.data.sources import Corpus
+from deepseek.data.token_cache import CacheReady
+from deepseek.data.tokenizing import save_tokenizer, train_tokenizer
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.txt").write_text(f"file number {number} of sixty\n" * 5, encoding="utf-8")
+    return folder
+
+
+def _config(text: Path, **settings: Any) -> DataConfig:
+    return DataConfig(**{"sources": (str(text),), "vocab_size": 270, "heldout_fraction": 0.2} | settings)
+
+
+def _reused(events: list[Event]) -> list[bool]:
+    return [event.is_reused for event in events if isinstance(event, TokenizerReady | CacheReady)]
+
+
+def test_both_parts_are_tokenized_with_a_tokenizer_of_the_training_part(text: Path, tmp_path: Path) -> None:
+    config = _config(text)
+    events = list(prepare_data(config, tmp_path / "data"))
+    data = load_data(config, tmp_path / "data")
+    train, heldout = Corpus((str(text),)).split(0.2)
+    expected = train_tokenizer([document.text for document in train], vocab_size=270)
+    assert data.tokenizer.digest == expected.digest
+    assert data.heldout is not None
+    assert data.train.document(0).tolist()[:-1] == expected.encode(next(iter(train)).text)
+    assert data.heldout.document(0).tolist()[:-1] == expected.encode(next(iter(heldout)).text)
+    assert data.train.num_documents + data.heldout.num_documents == 60
+    assert _reused(events) == [False, False, False]
+
+
+def test_the_second_time_everything_is_there(text: Path, tmp_path: Path) -> None:
+    list(prepare_data(_config(text), tmp_path / "data"))
+    assert _reused(list(prepare_data(_config(text), tmp_path / "data"))) == [True, True, True]
+
+
+def test_changed_training_text_changes_everything(text: Path, tmp_path: Path) -> None:
+    list(prepare_data(_config(text), tmp_path / "data"))
+    for number in range(60):
+        (text / f"{number}.txt").write_text(f"other words {number}\n" * 9, encoding="utf-8")
+    assert _reused(list(prepare_data(_config(text), tmp_path / "data"))) == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", b"{"), ("trained_on.json", b""), ("tokenizer.json", None), ("tokenizer.json", "other")],
+)
+def test_a_damaged_tokenizer_is_trained_again_with_a_warning(
+    text: Path, tmp_path: Path, name: str, content: bytes | str | None
+) -> None:
+    config, folder = _config(text), tmp_path / "data" / "tokenizer"
+    list(prepare_data(config, tmp_path / "data"))
+    expected = load_data(config, tmp_path / "data").tokenizer.digest
+    if content is None:
+        (folder / name).unlink()
+    elif isinstance(content, str):
+        save_tokenizer(train_tokenizer(["zz zz"], vocab_size=258), folder)
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.warns(UserWarning, match="trained again"):
+        list(prepare_data(config, tmp_path / "data"))
+    assert load_data(config, tmp_path / "data").tokenizer.digest == expected
+
+
+def test_a_given_tokenizer_is_used_and_does_not_pass_for_a_trained_one(text: Path, tmp_path: Path) -> None:
+    given = train_tokenizer(["given given"], vocab_size=260)
+    save_tokenizer(given, tmp_path / "given")
+    config = _config(text, tokenizer=str(tmp_path / "given"))
+    list(prepare_data(config, tmp_path / "data"))
+    assert load_data(config, tmp_path / "data").tokenizer.digest == given.digest
+    list(prepare_data(_config(text), tmp_path / "data"))
+    assert load_data(_config(text), tmp_path / "data").tokenizer.digest != given.digest
+
+
+def test_heldout_sources_leave_the_training_text_whole(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "exam.txt").write_text("questions", encoding="utf-8")
+    config = _config(text, heldout_sources=(str(tmp_path / "exam.txt"),))
+    list(prepare_data(config, tmp_path / "data"))
+    data = load_data(config, tmp_path / "data")
+    assert data.heldout is not None
+    assert (data.train.num_documents, data.heldout.num_documents) == (60, 1)
+
+
+def test_nothing_needs_to_be_held_out(text: Path, tmp_path: Path) -> None:
+    list(prepare_data(_config(text), tmp_path / "data"))
+    config = _config(text, heldout_fraction=0)
+    list(prepare_data(config, tmp_path / "data"))
+    data = load_data(config, tmp_path / "data")
+    assert data.heldout is None
+    assert data.train.num_documents == 60
+
+
+def test_a_single_file_says_how_it_can_be_split(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("a b c d\n" * 50, encoding="utf-8")
+    config = _config(tmp_path / "book.txt", vocab_size=260)
+    with pytest.raises(DataError, match="cut long files with document_separator"):
+        list(prepare_data(config, tmp_path / "data"))
+    list(prepare_data(config.override({"document_separator": "\n"}), tmp_path / "data"))
+
+
+def test_a_missing_corpus_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no file"):
+        list(prepare_data(_config(tmp_path / "nowhere"), tmp_path / "data"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_somebody_elses_tokenizer_folder_is_left_alone(text: Path, tmp_path: Path) -> None:
+    save_tokenizer(train_tokenizer(["mine"], vocab_size=257), tmp_path / "data" / "tokenizer")
+    (tmp_path / "data" / "tokenizer" / "vocab.json").write_text("{}", encoding="utf-8")
+    config = _config(text, tokenizer=str(tmp_path / "data" / "tokenizer"))
+    with pytest.raises(DataError, match=r"holds 'vocab\.json', which is not ours"):
+        list(prepare_data(config, tmp_path / "data"))

@@ -1,0 +1,30 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOM = Path(__file__).parents[2] / "src" / "deepseek" / "planning"
+# These two ask the machine or a module; everything else is numbers.
+IMPURE = {"machines/measurement.py", "models/from_module.py"}
+PURE = sorted({path.relative_to(ROOM).as_posix() for path in ROOM.rglob("*.py")} - IMPURE)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_planner_is_numbers_only(name):
+    libraries = set()
+    for node in ast.walk(ast.parse((ROOM / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            libraries |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            libraries.add((node.module or "").partition(".")[0])
+    assert libraries <= {*sys.stdlib_module_names, "deepseek", "numpy"} - {"subprocess", "socket"}
+
+
+def test_planning_and_predicting_load_no_torch():
+    names = ("published_runs", "search.planner", "scaling", "strategies", "naming", "machines.measurement")
+    code = "import sys, {}; sys.exit('torch' in sys.modules)".format(
+        ", ".join(f"deepseek.planning.{name}" for name in names)
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
