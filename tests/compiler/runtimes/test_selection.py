@@ -445,7 +445,7 @@ def test_one_row_alone_does_not_refuse_what_is_right_in_the_mean_unless_it_is_fa
 
 def test_a_precision_that_is_excluded_is_not_tried_and_says_why_unless_it_is_asked_for():
     model, samples = nn.Linear(64, 64).eval(), torch.randn(4, 64)
-    excluded = {"int8": "it is not wanted", "bf16": "nor this"}
+    excluded = {"int8": "it is not wanted", "bf16": "nor this", "fp16": "nor that"}
     found = select(model, samples, backend="eager", excluded=excluded, remember=False)
     assert {each.candidate.precision for each in found.decision.measurements} == {"fp32"}
     assert ("all of int8", "it is not wanted") in [(each.candidate, each.reason) for each in found.decision.rejections]
