@@ -208,7 +208,8 @@ def judge_choices(runs: Sequence[MeasuredRun], seconds: Array) -> list[Choice]:
 
 def _name_plan(each: MeasuredRun) -> tuple[object, ...]:
     """What makes a plan one that was run before: all published inputs, and the program with its age."""
-    return (*(each.row[name] or "0" for name in INPUT_KEYS), each.run.plan)
+    run = each.run
+    return (*(each.row[name] or "0" for name in INPUT_KEYS), run.plan, run.software, run.model.frozen_weights)
 
 
 def _summarise(source: str, values: list[tuple[float, float, float]]) -> Choice:

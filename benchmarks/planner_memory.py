@@ -14,7 +14,7 @@ from benchmarks.measuring import Bar, Row, parse_arguments, report
 from deepseek.distributed.plan import Plan
 from deepseek.planning.models.model_shape import ModelShape
 from tests.planning.plain_decoder import measure_step
-from tests.planning.test_planner_memory import HELD, PLAIN, predict_items
+from tests.planning.test_planner_memory import HELD, predict_items
 
 LAYERS, WIDTHS, VOCABULARIES, MICRO_BATCHES = (2, 6), (128, 384), (512, 4096), (1, 4)
 
@@ -39,9 +39,7 @@ def compare(layers: int, width: int, vocabulary: int, micro_batch: int, is_recom
     )
     measured, _ = measure_step(shape, micro_batch, is_recomputing=is_recomputing)
     again = "full" if is_recomputing else "none"
-    items = predict_items(
-        shape, Plan(micro_batch_size=micro_batch, recomputation=again, software=PLAIN), 2 * micro_batch
-    )
+    items = predict_items(shape, Plan(micro_batch_size=micro_batch, recomputation=again), 2 * micro_batch)
     ratio = sum(items[name] for name in HELD) / measured
     name = f"{layers} layers of {width}, vocabulary {vocabulary}, micro-batch {micro_batch}, {again} recomputation"
     return Row(name, ratio, ratio, ratio, f"{measured / 1e6:.0f} MB held")

@@ -39,7 +39,9 @@ CASES = {
 
 def predict_items(shape, plan, batch):
     cluster = Cluster.of("A100-SXM-80GB", gpus_per_node=plan.num_devices)
-    columns = stack_cases([describe_case(shape, cluster, plan, batch)]).with_columns(communicator_bytes=np.zeros(1))
+    columns = stack_cases([describe_case(shape, cluster, plan, batch, PLAIN)]).with_columns(
+        communicator_bytes=np.zeros(1)
+    )
     return {name: float(value[0]) for name, value in measure_memory(columns).items()}
 
 
@@ -48,7 +50,7 @@ def ratios():
     found = {}
     for name, (shape, micro_batch, is_recomputing) in CASES.items():
         peak, state = measure_step(shape, micro_batch, is_recomputing=is_recomputing)
-        plan = Plan(micro_batch_size=micro_batch, recomputation="full" if is_recomputing else "none", software=PLAIN)
+        plan = Plan(micro_batch_size=micro_batch, recomputation="full" if is_recomputing else "none")
         items = predict_items(shape, plan, 2 * micro_batch)
         found[name] = (sum(items[each] for each in HELD) / peak, sum(items[each] for each in STATE) / state)
     return found
@@ -71,7 +73,7 @@ def test_weights_gradients_and_optimizer_are_exact(ratios, name):
 def test_more_micro_batches_hold_no_more_at_once():
     one, three = (measure_step(SMALL, 2, micro_batches=count)[0] for count in (1, 3))
     assert three == pytest.approx(one, rel=0.02)
-    once, often = (predict_items(SMALL, Plan(micro_batch_size=2, software=PLAIN), batch) for batch in (2, 6))
+    once, often = (predict_items(SMALL, Plan(micro_batch_size=2), batch) for batch in (2, 6))
     assert once["activations"] == often["activations"]
 
 
@@ -79,7 +81,7 @@ def test_sharded_training_holds_what_is_predicted():
     shapes = [replace(SMALL, layers=8, kv_heads=2), replace(SMALL, layers=8, hidden=128, head_dim=32, ffn=384)]
     measured = run_ranks(measure_shapes, 2, shapes, 2, 2)
     for place, shape in enumerate(shapes):
-        items = predict_items(shape, Plan(dp=2, zero_stage=3, micro_batch_size=2, software=PLAIN), 4)
+        items = predict_items(shape, Plan(dp=2, zero_stage=3, micro_batch_size=2), 4)
         for peak, state in (ranks[place] for ranks in measured):
             assert sum(items[each] for each in STATE) == pytest.approx(state, rel=0.01)
             assert 0.97 <= sum(items[each] for each in HELD) / peak <= 1.1
@@ -89,7 +91,7 @@ def test_tensors_cut_over_ranks_hold_what_is_predicted():
     shapes = [SMALL, replace(SMALL, layers=8, kv_heads=2)]
     measured = run_ranks(measure_tensor_parallel, 2, shapes, 2, 2)
     for place, shape in enumerate(shapes):
-        items = predict_items(shape, Plan(tp=2, micro_batch_size=2, software=PLAIN), 4)
+        items = predict_items(shape, Plan(tp=2, micro_batch_size=2), 4)
         for peak, state in (ranks[place] for ranks in measured):
             assert sum(items[each] for each in STATE) == pytest.approx(state, rel=0.01)
             assert 0.97 <= sum(items[each] for each in HELD_WITH_MESSAGES) / peak <= 1.1
@@ -99,7 +101,7 @@ def test_stages_of_a_pipeline_hold_no_more_than_is_predicted():
     shapes = [replace(SMALL, layers=8), replace(SMALL, layers=8, hidden=128, head_dim=32, ffn=384)]
     measured = run_ranks(measure_pipeline, 2, shapes, 2, 2, 4)
     for place, shape in enumerate(shapes):
-        items = predict_items(shape, Plan(pp=2, micro_batch_size=2, software=PLAIN), 8)
+        items = predict_items(shape, Plan(pp=2, micro_batch_size=2), 8)
         peak = max(ranks[place][0] for ranks in measured)
         state = max(ranks[place][1] for ranks in measured)
         assert sum(items[each] for each in STATE) == pytest.approx(state, rel=0.01)

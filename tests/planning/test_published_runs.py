@@ -87,7 +87,7 @@ def test_recipes_overlap_the_exchange_of_experts_that_span_boxes():
     row = {"source_ref": "Megatron-Bridge, container 26.04", "model": "Qwen3_235B_a22B", "accel": "H100-SXM-80GB",
            "n_accel": "256", "gbs": "8192", "mbs": "1", "seq_len": "4096", "tp": "2", "pp": "8", "ep": "32", "vp": "4",
            "precision": "fp8", "arch": "moe"}  # fmt: skip
-    overlaps = lambda **change: read_run({**row, **change}).plan.software.overlaps_experts  # noqa: E731
+    overlaps = lambda **change: read_run({**row, **change}).software.overlaps_experts  # noqa: E731
     assert overlaps()
     assert not overlaps(ep="8") and not overlaps(vp="1") and not overlaps(source_ref="Megatron-Bridge, container 25.09")
 

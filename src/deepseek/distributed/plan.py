@@ -15,7 +15,6 @@ from typing import Literal, get_args
 
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
-from deepseek.planning.machines.software import SOFTWARE, Software
 
 Recomputation = Literal["none", "selective", "full"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
@@ -33,9 +32,7 @@ class Plan:
 
     `dp` counts the replicas of the attention weights; experts are spread over `ep * etp` of the `tp * cp * dp` ranks
     of a stage. `shard_group` is how many data-parallel ranks share the weights under ZeRO 3 (0: all of them; a node's
-    worth is what PyTorch calls HSDP). `frozen_weights` trains small adapters only (LoRA): no gradients, no optimizer
-    state and no data-parallel exchange for the weights. `software` holds the traits of the program that runs the
-    plan.
+    worth is what PyTorch calls HSDP).
 
     >>> Plan(tp=8, pp=4, dp=2, micro_batch_size=2).num_devices
     64
@@ -55,8 +52,6 @@ class Plan:
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     shard_group: int = 0
-    frozen_weights: bool = False
-    software: Software = SOFTWARE["modern"]
 
     def __post_init__(self) -> None:
         """Refuse numbers and words that mean nothing for any model."""

@@ -23,7 +23,7 @@ from deepseek.distributed.plan import RECOMPUTATIONS, Plan, Precision, Recomputa
 from deepseek.planning.estimate.columns import Columns, describe_case, stack_cases
 from deepseek.planning.estimate.step import predict_columns
 from deepseek.planning.machines.cluster import Accelerator, Cluster, get_accelerator
-from deepseek.planning.machines.software import find_software, overlaps_experts_across_boxes
+from deepseek.planning.machines.software import MODERN, Software, find_software, overlaps_experts_across_boxes
 from deepseek.planning.models.model_shape import ModelShape, load_model_shapes
 
 MEASURED_COLUMNS = (
@@ -43,11 +43,12 @@ class Run:
     cluster: Cluster
     plan: Plan
     global_batch: int
+    software: Software = MODERN
     assumptions: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, float]:
         """The row of columns that `predict_columns` takes."""
-        return describe_case(self.model, self.cluster, self.plan, self.global_batch)
+        return describe_case(self.model, self.cluster, self.plan, self.global_batch, self.software)
 
 
 class _Reader:
@@ -206,7 +207,7 @@ _PRECISIONS: tuple[tuple[str, Precision], ...] = (
 )  # fmt: skip
 
 
-def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
+def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> tuple[Plan, Software]:
     row = reader.row
     tp, pp, cp = (reader.count(name, 1) for name in ("tp", "pp", "cp"))
     dp = cluster.num_devices // (tp * pp * cp)
@@ -220,7 +221,7 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
         software = replace(software, overlaps_experts=True)
     is_old = software.attention == "unfused"
     sequence_parallel = row.get("seq_parallel") == "1" if row.get("seq_parallel") else tp > 1 and not is_old
-    return Plan(
+    plan = Plan(
         tp=tp,
         pp=pp,
         dp=dp,
@@ -234,9 +235,8 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> Plan:
         virtual_stages=stages,
         sequence_parallel=sequence_parallel,
         precision=_read_precision(reader),
-        frozen_weights="lora" in (row.get("model", "") + row.get("arch", "")).lower(),
-        software=software,
     )
+    return plan, software
 
 
 def _read_virtual_stages(reader: _Reader, program: str, model: ModelShape, pp: int) -> int:
@@ -294,8 +294,10 @@ def read_run(row: Mapping[str, str]) -> Run:
     reader = _Reader(row)
     model = _read_model(reader)
     cluster = _read_cluster(reader)
-    plan = _read_plan(reader, model, cluster)
-    run = Run(_shrink_to_stated_size(reader, model), cluster, plan, reader.count("gbs"))
+    plan, software = _read_plan(reader, model, cluster)
+    trains_adapters = "lora" in (reader.row.get("model", "") + reader.row.get("arch", "")).lower()
+    shape = replace(_shrink_to_stated_size(reader, model), frozen_weights=trains_adapters)
+    run = Run(shape, cluster, plan, reader.count("gbs"), software)
     if _is_silent_on_plan(reader):
         run = _assume_tensor_ranks(reader, run)
     run = _assume_rest(reader, run)

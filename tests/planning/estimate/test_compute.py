@@ -7,15 +7,15 @@ from deepseek.distributed.plan import Plan
 from deepseek.planning.estimate import compute
 from deepseek.planning.estimate.columns import describe_case, stack_cases
 from deepseek.planning.machines.cluster import Cluster
-from deepseek.planning.machines.software import Software
+from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import get_model_shape
 
 NODE = Cluster.of("A100-SXM-80GB")
 SIZES = st.integers(1, 20000)
 
 
-def table(plan=Plan(tp=8), model="SP-22B", cluster=NODE):  # noqa: B008 - plans are frozen
-    return stack_cases([describe_case(get_model_shape(model), cluster, plan, 4)])
+def table(plan=Plan(tp=8), software=MODERN):  # noqa: B008 - plans are frozen
+    return stack_cases([describe_case(get_model_shape("SP-22B"), NODE, plan, 4, software)])
 
 
 def multiply(m, n, k, c=None):
@@ -50,13 +50,13 @@ def test_a_larger_product_is_never_faster(m, n, k, more):
 @pytest.mark.parametrize(
     ("row", "plan", "forward_ms", "backward_ms"),
     [  # Korthikanti et al. 2022, Table 4: GPT 22B, one layer, 8 A100, micro-batch 4; exchanges are priced elsewhere
-        ("no recomputation", Plan(tp=8, micro_batch_size=4, software=Software("unfused")), 7.7, 11.9),
+        ("no recomputation", Plan(tp=8, micro_batch_size=4), 7.7, 11.9),
     ],
 )
 def test_one_layer_takes_what_was_measured(row, plan, forward_ms, backward_ms):
     from deepseek.planning.estimate.step import _time_tensor_parallel
 
-    c = table(plan)
+    c = table(plan, Software("unfused"))
     layer, exchange = compute.time_layer(c), _time_tensor_parallel(c)[0]
     assert 1e3 * (layer.forward_s[0] + exchange) == pytest.approx(forward_ms, rel=0.12), row
     assert 1e3 * (layer.backward_s[0] + exchange) == pytest.approx(backward_ms, rel=0.15), row
@@ -81,7 +81,7 @@ def test_rank_parameters_add_up_to_the_model():
 def test_heads_that_do_not_fill_vector_loads_are_slow():
     software = Software("unfused")
     good, bad = (
-        stack_cases([describe_case(shape, NODE, Plan(tp=8, micro_batch_size=4, software=software), 4)])
+        stack_cases([describe_case(shape, NODE, Plan(tp=8, micro_batch_size=4), 4, software)])
         for shape in (get_model_shape("SP-22B"), get_model_shape("SP-22B").__class__(
             layers=48, hidden=6144, heads=64, ffn=24576, vocabulary=51200, sequence=2048, head_dim=100, gated=False))
     )  # fmt: skip

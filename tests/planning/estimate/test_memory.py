@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from deepseek.distributed.plan import Plan
 from deepseek.planning.estimate.columns import describe_case, stack_cases
 from deepseek.planning.estimate.memory import MEMORY_ITEMS, measure_layer, measure_memory
 from deepseek.planning.machines.cluster import Cluster
-from deepseek.planning.machines.software import SOFTWARE, Software
+from deepseek.planning.machines.software import MODERN, SOFTWARE, Software
 from deepseek.planning.models.model_shape import ModelShape, get_model_shape
 
 UNFUSED = Software("unfused")
@@ -14,12 +16,12 @@ S, B, H, A, T = 2048, 4, 6144, 64, 8
 
 
 def layer_bytes(**plan):
-    return measure_layer(table(Plan(micro_batch_size=B, software=UNFUSED, **plan)))[0]
+    return measure_layer(table(Plan(micro_batch_size=B, **plan), software=UNFUSED))[0]
 
 
-def table(plan, shape=SHAPE, batch=4):
+def table(plan, shape=SHAPE, batch=4, software=MODERN):
     cluster = Cluster.of("A100-SXM-80GB", nodes=max(plan.num_devices // 8, 1), gpus_per_node=min(plan.num_devices, 8))
-    return stack_cases([describe_case(shape, cluster, plan, batch)])
+    return stack_cases([describe_case(shape, cluster, plan, batch, software)])
 
 
 @pytest.mark.parametrize(
@@ -47,8 +49,8 @@ def test_a_layer_keeps_what_megatrons_formula_says(plan, published):
 )
 def test_activations_without_recomputation_are_the_published_ones(name, micro_batch, pp, virtual, gib):
     schedule = "interleaved" if virtual > 1 else "1f1b"
-    plan = Plan(tp=8, pp=pp, micro_batch_size=micro_batch, schedule=schedule, virtual_stages=virtual, software=UNFUSED)
-    activations = measure_memory(table(plan, get_model_shape(name), 4 * pp))["activations"][0]
+    plan = Plan(tp=8, pp=pp, micro_batch_size=micro_batch, schedule=schedule, virtual_stages=virtual)
+    activations = measure_memory(table(plan, get_model_shape(name), 4 * pp, UNFUSED))["activations"][0]
     assert activations / 2**30 == pytest.approx(gib, rel=0.02)
 
 
@@ -63,26 +65,25 @@ def test_activations_without_recomputation_are_the_published_ones(name, micro_ba
     ],
 )
 def test_model_state_is_sharded_by_zero_stage(program, stage, bytes_per_parameter):
-    items = measure_memory(table(Plan(dp=8, zero_stage=stage, software=SOFTWARE[program]), batch=8))
+    items = measure_memory(table(Plan(dp=8, zero_stage=stage), batch=8, software=SOFTWARE[program]))
     state = items["weights"] + items["gradients"] + items["optimizer"]
     assert state[0] == pytest.approx(bytes_per_parameter * SHAPE.num_parameters, rel=2e-3)
 
 
 def test_the_first_stage_of_1f1b_holds_one_micro_batch_per_stage():
-    deep = measure_memory(table(Plan(pp=8, software=UNFUSED), batch=64))["activations"][0]
-    flat = measure_memory(table(Plan(software=UNFUSED), batch=64))["activations"][0]
+    deep = measure_memory(table(Plan(pp=8), batch=64, software=UNFUSED))["activations"][0]
+    flat = measure_memory(table(Plan(), batch=64, software=UNFUSED))["activations"][0]
     assert deep == pytest.approx(flat)
 
 
 def test_gpipe_holds_all_micro_batches():
-    one = measure_memory(table(Plan(pp=8, software=UNFUSED), batch=8))["activations"][0]
-    assert measure_memory(table(Plan(pp=8, schedule="gpipe", software=UNFUSED), batch=32))["activations"][
-        0
-    ] == pytest.approx(4 * one)
+    one = measure_memory(table(Plan(pp=8), batch=8, software=UNFUSED))["activations"][0]
+    four = measure_memory(table(Plan(pp=8, schedule="gpipe"), batch=32, software=UNFUSED))["activations"][0]
+    assert four == pytest.approx(4 * one)
 
 
 def test_full_recomputation_keeps_one_input_a_layer_and_one_layer_at_work():
-    items = measure_memory(table(Plan(tp=8, micro_batch_size=B, recomputation="full", software=UNFUSED)))
+    items = measure_memory(table(Plan(tp=8, micro_batch_size=B, recomputation="full"), software=UNFUSED))
     inputs = SHAPE.layers * 2 * S * B * H
     assert items["activations"][0] == pytest.approx(inputs + layer_bytes(tp=8))
 
@@ -94,7 +95,7 @@ def test_experts_are_divided_by_expert_parallelism():
 
 
 def test_frozen_weights_need_no_gradients_and_no_optimizer():
-    items = measure_memory(table(Plan(dp=8, frozen_weights=True), batch=8))
+    items = measure_memory(table(Plan(dp=8), replace(SHAPE, frozen_weights=True), batch=8))
     assert items["gradients"][0] == items["optimizer"][0] == 0
 
 

@@ -174,8 +174,8 @@ def test_hidden_communication_costs_its_exposed_share_and_the_rest_is_waited_for
 def time_experts(*, ep, top_k, is_once, cluster=None):
     model = replace(get_model_shape("Mixtral-8x7B"), experts=64, top_k=top_k)
     software = Software(sends_tokens_once=is_once)
-    plan = Plan(dp=ep, ep=ep, micro_batch_size=8, software=software)
-    columns = stack_cases([describe_case(model, cluster or cluster_for(plan), plan, ep * 8)])
+    plan = Plan(dp=ep, ep=ep, micro_batch_size=8)
+    columns = stack_cases([describe_case(model, cluster or cluster_for(plan), plan, ep * 8, software)])
     free = columns.with_columns(collective_s=np.zeros(1), scale_up_alpha_s=np.zeros(1), network_alpha_s=np.zeros(1))
     return float(predict_times(free)["expert_parallel"][0])
 
@@ -198,8 +198,7 @@ def test_selective_recomputation_repeats_what_the_program_says():
     plan = Plan(recomputation="selective", micro_batch_size=2)
     times = {}
     for name in ("NeMo", "torchtitan"):
-        chosen = replace(plan, software=SOFTWARE[name])
-        columns = stack_cases([describe_case(SMALL, cluster_for(chosen), chosen, 2)])
+        columns = stack_cases([describe_case(SMALL, cluster_for(plan), plan, 2, SOFTWARE[name])])
         times[name] = predict_times(columns)
         layer = time_layer(columns)
         again = layer.attention_s if name == "NeMo" else layer.memory_s + 0.25 * layer.matmul_s
@@ -221,8 +220,9 @@ def test_a_shared_embedding_is_added_up_between_the_ends_of_a_pipeline():
 
 def time_recipe(**traits):
     model = get_model_shape("Qwen3-30B-A3B")
-    plan = Plan(ep=traits.pop("ep", 8), dp=8, micro_batch_size=1, software=replace(SOFTWARE["NeMo"], **traits))
-    return predict(model, Cluster.of("GB200", nodes=2, gpus_per_node=4), plan, 8).time_items_s
+    plan = Plan(ep=traits.pop("ep", 8), dp=8, micro_batch_size=1)
+    software = replace(SOFTWARE["NeMo"], **traits)
+    return predict(model, Cluster.of("GB200", nodes=2, gpus_per_node=4), plan, 8, software=software).time_items_s
 
 
 def test_replayed_parts_of_a_layer_spare_the_host_and_whole_iterations_more():

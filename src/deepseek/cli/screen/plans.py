@@ -15,6 +15,7 @@ from deepseek.planning.estimate.columns import describe_case, stack_cases
 from deepseek.planning.estimate.simulation import Timeline, simulate
 from deepseek.planning.estimate.step import list_stage_work
 from deepseek.planning.machines.cluster import Cluster
+from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape
 from deepseek.planning.scaling import ScalingCurve, describe_plan_shortly
 from deepseek.planning.search.planner import Candidate, PlanningResult
@@ -150,11 +151,13 @@ def show_check(result: PlanningResult, checked: Checked) -> None:
     )
 
 
-def draw_picture(model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int, path: Path) -> None:
+def draw_picture(
+    model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int, path: Path, software: Software = MODERN
+) -> None:
     """The timeline of a plan's pipeline; a plan without one is a single row."""
     count = plan.count_micro_batches(global_batch)
     drawn = min(count, _ROUNDS_DRAWN * plan.pp)
-    works = list_stage_work(stack_cases([describe_case(model, cluster, plan, global_batch)]))
+    works = list_stage_work(stack_cases([describe_case(model, cluster, plan, global_batch, software)]))
     timeline = simulate(plan.schedule, works, drawn, virtual_stages=plan.virtual_stages)
     shown = f"the first {drawn} of {count} micro-batches" if drawn < count else f"{count} micro-batches"
     title = f"{model.name or 'model'}: {describe_plan_shortly(plan)}, {shown}"

@@ -313,7 +313,7 @@ def _print_result(result: PlanningResult, top: int, *, as_json: bool) -> None:
 def _draw(request: Request, result: PlanningResult, path: Path) -> None:
     from deepseek.cli.screen.plans import draw_picture
 
-    draw_picture(request.model, request.cluster, result.best.plan, request.global_batch, path)
+    draw_picture(request.model, request.cluster, result.best.plan, request.global_batch, path, result.software)
     print(f"timeline: {path}", file=sys.stderr)
 
 

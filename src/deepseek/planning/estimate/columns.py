@@ -17,7 +17,7 @@ from deepseek.core.names import explain_unknown
 from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.machines.constants import NAMES, Constants
-from deepseek.planning.machines.software import ATTENTIONS
+from deepseek.planning.machines.software import ATTENTIONS, MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape, OperatorList
 
 Array = NDArray[np.float64]
@@ -27,11 +27,11 @@ MODEL_COLUMNS = (
     "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocabulary", "sequence", "experts", "top_k",
     "expert_ffn", "shared_experts", "moe_layers", "tied_embeddings", "is_latent", "q_lora_rank", "kv_lora_rank",
     "qk_nope_dim", "qk_rope_dim", "v_head_dim", "mtp_layers", "attention_parameters", "dense_mlp_parameters",
-    "expert_parameters", "embedding_parameters", "capacity_factor",
+    "expert_parameters", "embedding_parameters", "capacity_factor", "frozen_weights",
 )  # fmt: skip
 PLAN_COLUMNS = (
     "tp", "pp", "dp", "ep", "cp", "etp", "zero_stage", "micro_batch_size", "virtual_stages", "sequence_parallel",
-    "shard_group", "frozen_weights",
+    "shard_group",
 )  # fmt: skip
 SOFTWARE_COLUMNS = (
     "is_compiled", "overlaps_gradients", "overlaps_tensors", "overlaps_experts", "overlaps_input_gradients",
@@ -82,10 +82,14 @@ def describe_plan(plan: Plan) -> dict[str, float]:
     values = {name: float(getattr(plan, name)) for name in PLAN_COLUMNS}
     values["recomputation"] = float(RECOMPUTATIONS.index(plan.recomputation))
     values["schedule"] = float(SCHEDULES.index(plan.schedule))
-    values |= {name: float(getattr(plan.software, name)) for name in SOFTWARE_COLUMNS}
-    values["attention"] = float(ATTENTIONS.index(plan.software.attention))
     values["operand_bytes"] = OPERAND_BYTES[plan.precision]
     return values
+
+
+def describe_software(software: Software) -> dict[str, float]:
+    """The traits of a program, by column; the attention kernel becomes its index in the list of choices."""
+    values = {name: float(getattr(software, name)) for name in SOFTWARE_COLUMNS}
+    return {**values, "attention": float(ATTENTIONS.index(software.attention))}
 
 
 def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
@@ -119,30 +123,41 @@ def describe_constants(constants: Constants) -> dict[str, float]:
     return {name: getattr(constants, name) for name in NAMES}
 
 
-def describe_case(model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int) -> dict[str, float]:
+def describe_case(
+    model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int, software: Software = MODERN
+) -> dict[str, float]:
     """Everything one prediction needs, by column."""
     return {
         **describe_model(model),
         **describe_cluster(cluster, plan.precision),
         **describe_constants(cluster.nodes[0].accelerator.constants),
         **describe_plan(plan),
+        **describe_software(software),
         "global_batch": float(global_batch),
     }
 
 
-def describe_operators(model: OperatorList, cluster: Cluster, plan: Plan, global_batch: int) -> dict[str, float]:
+def describe_operators(
+    model: OperatorList, cluster: Cluster, plan: Plan, global_batch: int, software: Software = MODERN
+) -> dict[str, float]:
     """Everything one prediction of a traced list needs, by column; its sizes stay in the list."""
     return {
         **describe_cluster(cluster, plan.precision),
         **describe_constants(cluster.nodes[0].accelerator.constants),
         **describe_plan(plan),
+        **describe_software(software),
         "num_parameters": float(model.num_parameters),
         "global_batch": float(global_batch),
     }
 
 
 def spread_plans(
-    model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int, varied: Mapping[str, Array]
+    model: ModelShape,
+    cluster: Cluster,
+    plan: Plan,
+    global_batch: int,
+    varied: Mapping[str, Array],
+    software: Software = MODERN,
 ) -> Columns:
     """A table over one model and cluster: `plan` everywhere, but for the `varied` columns (one entry per candidate).
 
@@ -157,7 +172,7 @@ def spread_plans(
     unknown = set(varied) - set(PLAN_COLUMNS) - {"recomputation", "schedule"}
     if unknown:
         raise ConfigError(explain_unknown("plan column", min(unknown), (*PLAN_COLUMNS, "recomputation", "schedule")))
-    return stack_cases([describe_case(model, cluster, plan, global_batch)]).with_columns(**varied)
+    return stack_cases([describe_case(model, cluster, plan, global_batch, software)]).with_columns(**varied)
 
 
 def stack_cases(cases: Sequence[Mapping[str, float]]) -> Columns:

@@ -27,6 +27,7 @@ from deepseek.planning.estimate.memory import measure_memory
 from deepseek.planning.estimate.simulation import StageWork, Timeline, simulate
 from deepseek.planning.feasibility import validate
 from deepseek.planning.machines.cluster import Cluster
+from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape, OperatorList
 
 _SELECTIVE, _FULL = 1.0, 2.0  # places in plan.RECOMPUTATIONS
@@ -307,13 +308,15 @@ def predict(
     plan: Plan,
     global_batch: int,
     *,
+    software: Software = MODERN,
     is_checked: bool = True,
     has_timeline: bool = False,
 ) -> Prediction:
     """Time and memory of one step of `model` on `cluster` under `plan`, with `global_batch` sequences.
 
-    Raises `ConfigError` where the plan cannot run; `is_checked=False` skips that, for published runs whose stages are
-    uneven. Of unequal devices the slowest and smallest count.
+    `software` holds the traits of the program that runs the plan. Raises `ConfigError` where the plan cannot run;
+    `is_checked=False` skips that, for published runs whose stages are uneven. Of unequal devices the slowest and
+    smallest count.
 
     >>> from deepseek.planning.models.model_shape import get_model_shape
     >>> plan = Plan(tp=4, pp=2, dp=1, micro_batch_size=1, sequence_parallel=True)
@@ -323,15 +326,15 @@ def predict(
     if is_checked:
         validate(plan, model, cluster, global_batch)
     if isinstance(model, OperatorList):
-        columns = stack_cases([describe_operators(model, cluster, plan, global_batch)])
+        columns = stack_cases([describe_operators(model, cluster, plan, global_batch, software)])
         times, memory = _time_operators(columns, model), _measure_operators(columns, model)
     else:
-        columns = stack_cases([describe_case(model, cluster, plan, global_batch)])
+        columns = stack_cases([describe_case(model, cluster, plan, global_batch, software)])
         times, memory = predict_times(columns), measure_memory(columns)
     seconds = {name: float(value[0]) for name, value in times.items()}
     num_bytes = {name: float(value[0]) for name, value in memory.items()}
     is_over = sum(num_bytes.values()) > float(columns.device_memory_bytes[0])
-    timeline = draw_timeline(model, cluster, plan, global_batch) if has_timeline else None
+    timeline = draw_timeline(model, cluster, plan, global_batch, software) if has_timeline else None
     return Prediction(sum(seconds.values()), seconds, sum(num_bytes.values()), num_bytes, is_over, timeline)
 
 
@@ -377,7 +380,9 @@ def _measure_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
     }
 
 
-def draw_timeline(model: ModelShape | OperatorList, cluster: Cluster, plan: Plan, global_batch: int) -> Timeline | None:
+def draw_timeline(
+    model: ModelShape | OperatorList, cluster: Cluster, plan: Plan, global_batch: int, software: Software = MODERN
+) -> Timeline | None:
     """The pipeline's events of one step, or `None` without one; stages are as uneven as layers and head make them.
 
     >>> from deepseek.planning.models.model_shape import get_model_shape
@@ -387,7 +392,7 @@ def draw_timeline(model: ModelShape | OperatorList, cluster: Cluster, plan: Plan
     """
     if isinstance(model, OperatorList) or plan.pp == 1:
         return None
-    columns = stack_cases([describe_case(model, cluster, plan, global_batch)])
+    columns = stack_cases([describe_case(model, cluster, plan, global_batch, software)])
     stages = list_stage_work(columns)
     count = plan.count_micro_batches(global_batch)
     return simulate(plan.schedule, stages, count, virtual_stages=plan.virtual_stages)

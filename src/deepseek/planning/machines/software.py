@@ -2,7 +2,7 @@
 
 A plan of the same numbers costs differently where scores are written to memory, where gradients wait for the whole
 backward pass, or where Python issues every kernel. These are facts about programs and their age, so they are a value of
-their own: `Software` goes into a `Plan`, and `find_software` looks up what a named program of a given date does.
+their own: `Software` travels beside a `Plan`, and `find_software` looks up what a named program of a given date does.
 Published runs name their program and date. The traits are yes or no, and come from the programs' papers and code.
 """
 
@@ -137,6 +137,8 @@ SOFTWARE: dict[str, Software] = {
     "MegaScale": Software(overlaps_tensors=True),
     "modern": Software(sends_tokens_once=True, narrows_shards=True),
 }
+MODERN = SOFTWARE["modern"]
+"""What is assumed of a program that nobody named."""
 # What a description says -> the program; the first row that matches wins.
 _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"maxtext|paxml|\bxla\b|\bjax\b", "XLA"),

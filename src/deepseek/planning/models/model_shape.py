@@ -30,6 +30,8 @@ class ModelShape:
     experts, and of the others every `moe_every`-th has. Latent attention (DeepSeek-V2) is on when `kv_lora_rank` is
     not 0. `mtp_layers` are extra prediction layers that exist in training only. `capacity_factor` is how many places an
     expert has, relative to an equal share of the tokens: places are computed whether tokens fill them or not.
+    `frozen_weights` trains small adapters only (LoRA): no gradients, no optimizer state and no data-parallel exchange
+    for the weights.
 
     >>> round(ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256,
     ...                  sequence=8192).num_parameters / 1e9, 2)
@@ -60,6 +62,7 @@ class ModelShape:
     v_head_dim: int = 0
     mtp_layers: int = 0
     capacity_factor: float = 1.0
+    frozen_weights: bool = False
     name: str = ""
 
     def __post_init__(self) -> None:

@@ -127,6 +127,7 @@ def plan_mixed(model: ModelShape, cluster: Cluster, global_batch: int, limits: L
             "unequal devices: items are those of even shares on the slowest kind; the front is over "
             "the plans that were dealt",
         ),
+        software=space.software,
         placement=placements[tuple(chosen.rows[0])],
     )
 

@@ -28,6 +28,7 @@ from deepseek.planning.estimate.memory import measure_memory
 from deepseek.planning.estimate.step import predict, predict_times
 from deepseek.planning.feasibility import explain_misfit
 from deepseek.planning.machines.cluster import Cluster
+from deepseek.planning.machines.software import Software
 from deepseek.planning.models.model_shape import ModelShape, OperatorList
 from deepseek.planning.search.balancing import Placement
 from deepseek.planning.search.space import (
@@ -99,7 +100,10 @@ class RunnerUp:
 
 @dataclass(frozen=True)
 class PlanningResult:
-    """What the search found. `rejected_layouts` counts ways of dealing devices, `rejected_candidates` whole plans."""
+    """What the search found. `rejected_layouts` counts ways of assigning devices, `rejected_candidates` whole plans.
+
+    `software` are the traits of the program that the plans were estimated for.
+    """
 
     best: Candidate
     front: tuple[Candidate, ...]
@@ -109,6 +113,7 @@ class PlanningResult:
     rejected_layouts: dict[str, int]
     rejected_candidates: dict[str, int]
     assumptions: tuple[str, ...]
+    software: Software
     placement: Placement | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,14 +146,15 @@ def plan(
 ) -> PlanningResult:
     """Find the fastest plan for `model` on `cluster` with `global_batch` sequences a step.
 
-    `space` narrows the choices, `on_progress(done, total)` is told how many candidates are priced. On a cluster of
-    unequal devices the result's `placement` says which stage or replica gets how much. Raises `ConfigError` when
-    nothing fits, with what would make it fit, or when limits contradict each other.
+        `space` narrows the choices, `on_progress(done, total)` is told how many candidates are priced. On a cluster of
+        unequal devices the result's `placement` says which stage or replica gets how much. Raises `ConfigError` when
+        nothing fits, with what would make it fit, or when limits contradict each other.
 
-    >>> from deepseek.planning.models.model_shape import get_model_shape
-    >>> found = plan(get_model_shape("Llama3-8B"), Cluster.of("H100-SXM-80GB"), global_batch=16)
-    >>> found.best.plan.num_devices, len(found.runners_up)
-    (8, 10)
+        >>> from deepseek.planning.machines.software import Software
+    from deepseek.planning.models.model_shape import get_model_shape
+        >>> found = plan(get_model_shape("Llama3-8B"), Cluster.of("H100-SXM-80GB"), global_batch=16)
+        >>> found.best.plan.num_devices, len(found.runners_up)
+        (8, 10)
     """
     limits, space = limits or Limits(), space or Space()
     check_request(cluster, global_batch, limits)
@@ -327,6 +333,7 @@ def _report(
         rejected_layouts=dict(+layouts),
         rejected_candidates=dict(+rejected),
         assumptions=list_assumptions(cluster, space),
+        software=space.software,
     )
 
 
@@ -413,11 +420,9 @@ def _plan_operators(
         for stage in (stage for stage in space.zero_stages if stage == 0 or (stage < 3 and devices > 1)):
             if not space.allows("micro_batch_sizes", size):
                 continue
-            each = Plan(
-                dp=devices, zero_stage=stage, micro_batch_size=size, precision=space.precision, software=space.software
-            )
+            each = Plan(dp=devices, zero_stage=stage, micro_batch_size=size, precision=space.precision)
             assert explain_misfit(each, model, cluster, global_batch) is None
-            found.append(_price_operators(model, cluster, each, global_batch))
+            found.append(_price_operators(model, cluster, each, global_batch, space.software))
     fitting = [each for each in found if each.memory_bytes <= budget]
     rejected["memory: with activations and buffers"] = len(found) - len(fitting)
     if not fitting:
@@ -445,11 +450,14 @@ def _plan_operators(
         rejected_layouts=dict(+layouts),
         rejected_candidates=dict(+rejected),
         assumptions=list_assumptions(cluster, space),
+        software=space.software,
     )
 
 
-def _price_operators(model: OperatorList, cluster: Cluster, each: Plan, global_batch: int) -> Candidate:
-    predicted = predict(model, cluster, each, global_batch)
+def _price_operators(
+    model: OperatorList, cluster: Cluster, each: Plan, global_batch: int, software: Software
+) -> Candidate:
+    predicted = predict(model, cluster, each, global_batch, software=software)
     power = sum(device.power_w for device in cluster.accelerators)
     busy = sum(predicted.time_items_s.get(name, 0.0) for name in BUSY_ITEMS)
     joules = power * (busy + WAITING_POWER * (predicted.step_time_s - busy)) if power else None

@@ -25,7 +25,7 @@ from deepseek.core.names import explain_unknown
 from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan, Precision, Schedule
 from deepseek.planning.estimate.columns import Columns, spread_plans
 from deepseek.planning.machines.cluster import Cluster
-from deepseek.planning.machines.software import SOFTWARE, Software
+from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape
 
 Table = NDArray[np.int32]
@@ -56,7 +56,7 @@ class Space:
     schedules: tuple[str, ...] = SCHEDULES
     virtual_stages: tuple[int, ...] = ()
     precision: Precision = "bf16"
-    software: Software = SOFTWARE["modern"]
+    software: Software = MODERN
 
     def __post_init__(self) -> None:
         """Refuse choices that mean nothing for any model."""
@@ -267,9 +267,9 @@ def _cross(family: Family, is_kept: NDArray[np.bool_]) -> Table:
 
 def make_columns(table: Table, model: ModelShape, cluster: Cluster, global_batch: int, space: Space) -> Columns:
     """The columns that `predict_columns` reads, one row per candidate."""
-    base = Plan(precision=space.precision, software=space.software)
+    base = Plan(precision=space.precision)
     varied = {name: table[:, place].astype(np.float64) for place, name in enumerate(KNOBS)}
-    return spread_plans(model, cluster, base, global_batch, varied)
+    return spread_plans(model, cluster, base, global_batch, varied, space.software)
 
 
 def make_plan(row: NDArray[np.int32], space: Space) -> Plan:
@@ -290,5 +290,4 @@ def make_plan(row: NDArray[np.int32], space: Space) -> Plan:
         sequence_parallel=bool(values["sequence_parallel"]),
         precision=space.precision,
         shard_group=values["shard_group"],
-        software=space.software,
     )
