@@ -2,7 +2,7 @@
 #   make quickstart   install, then train, quantize and serve a small language model on this machine
 #   make test         install, then the whole test suite
 #   make test-slow    the longer soaks
-#   make lint         style, types, floors
+#   make lint         style, types, the house: floors, circles, reach, names
 #   make format       mend what lint says and a program can
 #   make docs         write docs/reference anew from the code
 #   make peers        what the benchmarks compare with and the tests do not need
@@ -33,6 +33,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_rooms.py
 
 format: install
 	$(BIN)/ruff check --fix .
