@@ -1,4 +1,4 @@
-"""Boundaries and groups against trying everything; fits against known coefficients; plans that do not swing."""
+"""Boundaries and groups against trying everything; plans that do not swing."""
 
 import itertools
 import math
@@ -9,10 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.compiler.dynamic_shapes.buckets import (
-    Cost,
     bucket_of,
     choose_boundaries,
-    fit_cost,
     group_rows,
     is_worth_replanning,
     padding_cost,
@@ -134,30 +132,6 @@ def test_two_plans_never_take_turns():
             boundaries, changes = new.boundaries, changes + 1
     assert boundaries == (12, 104, 300)
     assert changes == 2
-
-
-def test_a_fit_finds_the_coefficients_that_made_the_times():
-    true = Cost(overhead=2e-3, token=3e-6, pair=4e-9)
-    generator = random.Random(0)
-    samples = []
-    for _ in range(200):
-        rows, length = generator.randint(1, 16), generator.randint(4, 512)
-        samples.append((rows, length, true(rows, length) * generator.uniform(0.99, 1.01)))
-    fit = fit_cost(samples)
-    assert math.isclose(fit.overhead, true.overhead, rel_tol=0.05)
-    assert math.isclose(fit.token, true.token, rel_tol=0.05)
-    assert math.isclose(fit.pair, true.pair, rel_tol=0.2)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 99), st.floats(1e-6, 1)), min_size=3, max_size=12))
-def test_a_fit_never_falls_with_size(samples):
-    fit = fit_cost(samples)
-    assert fit is None or min(fit.overhead, fit.token, fit.pair) >= 0
-
-
-def test_one_size_fits_nothing():
-    assert fit_cost([(4, 8, 1.0)] * 50) is None
 
 
 def test_padding_cost_is_that_of_the_plan():

@@ -9,7 +9,7 @@ exactly. Is a new answer worth leaving the old one for? `is_worth_replanning` sa
 compilations and a margin on top, so that a plan does not swing with every batch. And how should the rows of one batch
 be grouped? `group_rows` cuts the sorted lengths into runs, each padded to its own longest row, at the least cost.
 
-Costs come from `fit_cost`, least squares over times that were measured. Because a cost never falls with length, the
+Costs come from `cost_fit.py`, least squares over times that were measured. Because a cost never falls with length, the
 cost of a run of lengths obeys the quadrangle inequality (Yao 1980), so each layer of the dynamic program is solved by
 divide and conquer: K boundaries out of n lengths cost O(K n log n), 3 ms for 8 out of 500.
 """
@@ -32,8 +32,6 @@ REPLAN_MARGIN = 0.1
 REPLAN_PATIENCE = 256
 # Cuts are looked for at this many lengths of one batch at most, which keeps grouping under a millisecond.
 _MAX_CUTS = 48
-# Times that outliers are dropped and the rest is fitted again.
-_NUM_TRIMS = 2
 
 
 @dataclass(frozen=True)
@@ -169,30 +167,6 @@ def group_rows(lengths: Sequence[int], cost: Callable[[int, int], float]) -> lis
     return [(cuts[start], cuts[stop]) for start, stop in _walk_back(came_from)]
 
 
-def fit_cost(samples: Sequence[tuple[int, int, float]]) -> Cost | None:
-    """Least squares of `Cost` over `(rows, length, seconds)`, with no coefficient below zero.
-
-    Errors are relative to the time measured, so that long batches do not drown short ones, and times of more than
-    twice what the rest says are left out: something else ran. `None` where the samples show fewer than three different
-    sizes, or nothing that grows with size.
-    """
-    fit = _fit(samples)
-    for _ in range(_NUM_TRIMS):
-        if fit is not None:
-            kept = [each for each in samples if each[2] <= 2 * fit(each[0], each[1])]
-            fit = _fit(kept) or fit
-    return fit
-
-
-def _fit(samples: Sequence[tuple[int, int, float]]) -> Cost | None:
-    if len({(rows, length) for rows, length, _ in samples}) < 3:
-        return None
-    terms = [((1 / s, rows * length / s, rows * length**2 / s), 1.0) for rows, length, s in samples if s > 0]
-    fits = [_solve(terms, kept) for count in (3, 2, 1) for kept in itertools.combinations(range(3), count)]
-    valid = [fit for fit in fits if fit is not None and min(fit) >= 0 and fit[1] + fit[2] > 0]
-    return Cost(*min(valid, key=lambda fit: _squared_error(terms, fit))) if valid else None
-
-
 def _layers(
     lengths: Sequence[int], totals: Sequence[float], costs: Sequence[float], max_buckets: int
 ) -> list[tuple[tuple[int, ...], float]]:
@@ -247,28 +221,3 @@ def _walk_back(came_from: Sequence[int]) -> list[tuple[int, int]]:
         pairs.append((came_from[stop], stop))
         stop = came_from[stop]
     return pairs[::-1]
-
-
-def _solve(terms: Sequence[tuple[tuple[float, ...], float]], kept: tuple[int, ...]) -> tuple[float, ...] | None:
-    """The least-squares coefficients with only the terms `kept`, by Gaussian elimination of the normal equations."""
-    scale = [math.sqrt(math.fsum(row[i] ** 2 for row, _ in terms)) or 1.0 for i in kept]
-    rows = [
-        [math.fsum(r[i] * r[j] for r, _ in terms) / (scale[a] * scale[b]) for b, j in enumerate(kept)]
-        + [math.fsum(r[i] * y for r, y in terms) / scale[a]]
-        for a, i in enumerate(kept)
-    ]
-    for pivot in range(len(kept)):
-        if abs(rows[pivot][pivot]) < 1e-9:
-            return None
-        for other in range(len(kept)):
-            if other != pivot:
-                factor = rows[other][pivot] / rows[pivot][pivot]
-                rows[other] = [x - factor * y for x, y in zip(rows[other], rows[pivot], strict=True)]
-    fit = [0.0] * 3
-    for index, i in enumerate(kept):
-        fit[i] = rows[index][-1] / rows[index][index] / scale[index]
-    return tuple(fit)
-
-
-def _squared_error(terms: Sequence[tuple[tuple[float, ...], float]], fit: Sequence[float]) -> float:
-    return math.fsum((sum(a * b for a, b in zip(row, fit, strict=True)) - y) ** 2 for row, y in terms)

@@ -34,11 +34,11 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from deepseek.compiler.dynamic_shapes.execution import DynamicGraph, find_backend
-from deepseek.compiler.dynamic_shapes.options import Explanation, Options
+from deepseek.compiler.dynamic_shapes.options import DynamicOptions, Explanation
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 
-__all__ = ["DynamicGraph", "Explanation", "Options", "dynamic_graph"]
+__all__ = ["DynamicGraph", "DynamicOptions", "Explanation", "dynamic_graph"]
 
 T = TypeVar("T")
 
@@ -80,17 +80,17 @@ def dynamic_graph(target: Any = None, /, **options: Any) -> Any:
     >>> len(double.explain().compilations)
     1
     """
-    known = {each.name for each in fields(Options)}
+    known = {each.name for each in fields(DynamicOptions)}
     for name in options:
         if name not in known:
             raise ConfigError(explain_unknown("option of dynamic_graph", name, known))
-    chosen = Options(**options)
+    chosen = DynamicOptions(**options)
     if target is None:
         return lambda given: _decorate(given, chosen)
     return _decorate(target, chosen)
 
 
-def _decorate(target: Any, options: Options) -> Any:
+def _decorate(target: Any, options: DynamicOptions) -> Any:
     find_backend(options.backend)
     if isinstance(target, nn.Module):
         return _decorate_module(target, options)
@@ -108,7 +108,7 @@ def _decorate(target: Any, options: Options) -> Any:
     return DynamicGraph(target, options)
 
 
-def _decorate_module(module: nn.Module, options: Options) -> nn.Module:
+def _decorate_module(module: nn.Module, options: DynamicOptions) -> nn.Module:
     if isinstance(module.__dict__.get("forward"), DynamicGraph):
         raise ConfigError(f"this {type(module).__name__} is a dynamic graph already; make it one once")
     _check_names(module.forward, options)
@@ -119,7 +119,7 @@ def _decorate_module(module: nn.Module, options: Options) -> nn.Module:
     return module
 
 
-def _decorate_class(kind: type, options: Options) -> type:
+def _decorate_class(kind: type, options: DynamicOptions) -> type:
     if not issubclass(kind, nn.Module):
         raise ConfigError(f"class {kind.__name__} is no nn.Module; dynamic_graph takes functions and modules")
     _check_names(kind.forward, options)
@@ -135,7 +135,7 @@ def _decorate_class(kind: type, options: Options) -> type:
     return kind
 
 
-def _check_names(function: Callable[..., Any], options: Options) -> None:
+def _check_names(function: Callable[..., Any], options: DynamicOptions) -> None:
     """Every argument that the options name exists."""
     parameters = inspect.signature(function).parameters
     is_open = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())

@@ -31,7 +31,7 @@ from deepseek.compiler.dynamic_shapes.buckets import SYMBOLIC, Way, group_rows
 from deepseek.compiler.dynamic_shapes.codegen import compile_graph, start_probing
 from deepseek.compiler.dynamic_shapes.compiled_cache import CompiledStore, digest_of
 from deepseek.compiler.dynamic_shapes.length_policy import Compiled, LengthPlanner, Piece
-from deepseek.compiler.dynamic_shapes.options import Explanation, Options
+from deepseek.compiler.dynamic_shapes.options import DynamicOptions, Explanation
 from deepseek.compiler.dynamic_shapes.padding import (
     InputRole,
     PaddingRefusedError,
@@ -106,7 +106,7 @@ class _Batch:
 class DynamicGraph:
     """A function, or the forward pass of a module, that is compiled for changing shapes. Made by `dynamic_graph`."""
 
-    def __init__(self, function: Callable[..., Any], options: Options, owner: nn.Module | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], options: DynamicOptions, owner: nn.Module | None = None) -> None:
         self._function, self._options, self._owner = function, options, owner
         self._start()
 
@@ -539,7 +539,7 @@ def find_backend(backend: str | Backend) -> Backend:
 
 
 @contextlib.contextmanager
-def _compiling(options: Options) -> Iterator[None]:
+def _compiling(options: DynamicOptions) -> Iterator[None]:
     """Sizes that happen to be equal are not taken for one, and torch's own bound does not come before ours."""
     patch_shapes: Any = torch.fx.experimental._config.patch  # type: ignore[attr-defined]
     limit = max(torch._dynamo.config.recompile_limit, 8 * (options.max_compilations + 1))

@@ -21,9 +21,9 @@ from deepseek.compiler.dynamic_shapes.buckets import (
     Way,
     bucket_of,
     choose_boundaries,
-    fit_cost,
     is_worth_replanning,
 )
+from deepseek.compiler.dynamic_shapes.cost_fit import fit_cost
 
 Strategy = Literal["auto", "symbolic", "bucketed"]
 # Calls after which boundaries are planned, and after which auto tries one.

@@ -14,7 +14,7 @@ from deepseek.core.names import explain_unknown
 
 
 @dataclass(frozen=True)
-class Options:
+class DynamicOptions:
     """How a function is run for changing shapes; the arguments of `dynamic_graph`, which explains them."""
 
     mask: str | None = None

@@ -109,11 +109,6 @@ class Refusal:
 Match = Candidate | Refusal | None
 
 
-def only_reader(node: Node) -> Node | None:
-    """The one node that reads `node`; `None` where there are several or none."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def why_not_movable(candidate: Candidate) -> str | None:
     """Why the inputs of a candidate cannot be read at another of its places; `None` where they can."""
     first, last = candidate.replaced[0], candidate.replaced[-1]

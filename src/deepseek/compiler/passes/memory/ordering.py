@@ -1,7 +1,7 @@
 """When each buffer of a graph is alive, in which order the steps need least memory, and who may write over whom.
 
-Pure policy: a graph is steps that read and create named buffers of known size; nothing here knows of tensors. What
-`memory.py` builds from a captured graph comes in, an order and reuses go out.
+Pure policy: a graph is steps that read and create named buffers of known size; nothing here knows of tensors. `peak.py`
+builds the steps from a captured graph and applies the order and the reuses to it.
 
 * `profile` gives the bytes alive while each step runs: everything created and still to be read, and the step's scratch.
 * `reorder` finds the order of least peak. The bytes alive after a set of steps depend on the set alone, so the best
@@ -10,14 +10,12 @@ Pure policy: a graph is steps that read and create named buffers of known size; 
   helps. With that, chains of hundreds of steps with narrow branches are solved exactly; where the number of sets grows
   over a limit, a beam search gives a good order, and the answer says that it is not proven best.
 * `reuse` lets a step write its result into an input of the same size that nobody reads later.
-* `plan_buffers` packs buffers into one arena, largest first into the lowest free place, and says how far the result is
-  from the lower bound (the peak itself).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deepseek.core.errors import ConfigError
@@ -71,15 +69,6 @@ class Lifetime:
 
     first: int
     last: int
-
-
-@dataclass(frozen=True)
-class Arena:
-    """Places of buffers in one block of memory."""
-
-    offsets_bytes: Mapping[str, int]
-    total_bytes: int
-    lower_bound_bytes: int
 
 
 def find_lifetimes(graph: BufferGraph, reused: Mapping[str, str] | None = None) -> dict[str, Lifetime]:
@@ -169,43 +158,6 @@ def reuse(graph: BufferGraph) -> dict[str, str]:
                 reused[step.name] = name
                 break
     return reused
-
-
-def plan_buffers(graph: BufferGraph, reused: Mapping[str, str] | None = None, *, alignment_bytes: int = 64) -> Arena:
-    """Offsets at which buffers that are alive together do not overlap."""
-    lifetimes = find_lifetimes(graph, reused)
-    offsets: dict[str, int] = {}
-    by_size = sorted(lifetimes, key=lambda name: (-graph.sizes_bytes[name], lifetimes[name].first, name))
-    for name in by_size:
-        taken = [
-            (offsets[other], offsets[other] + graph.sizes_bytes[other])
-            for other in offsets
-            if _overlap(lifetimes[name], lifetimes[other])
-        ]
-        offsets[name] = _lowest_gap(taken, graph.sizes_bytes[name], alignment_bytes)
-    total = max((offsets[name] + graph.sizes_bytes[name] for name in offsets), default=0)
-    return Arena(offsets, total, _peak_of_buffers(graph, lifetimes))
-
-
-def _overlap(one: Lifetime, two: Lifetime) -> bool:
-    return one.first <= two.last and two.first <= one.last
-
-
-def _lowest_gap(taken: Iterable[tuple[int, int]], size: int, alignment: int) -> int:
-    offset = 0
-    for begin, end in sorted(taken):
-        if offset + size <= begin:
-            break
-        offset = max(offset, -(-end // alignment) * alignment)
-    return offset
-
-
-def _peak_of_buffers(graph: BufferGraph, lifetimes: Mapping[str, Lifetime]) -> int:
-    alive = [0] * len(graph.steps)
-    for name, lifetime in lifetimes.items():
-        for place in range(lifetime.first, lifetime.last + 1):
-            alive[place] += graph.sizes_bytes[name]
-    return max(alive, default=0)
 
 
 def _owners(graph: BufferGraph, reused: Mapping[str, str]) -> dict[str, str]:

@@ -26,12 +26,10 @@ from torch.fx.node import map_arg
 from deepseek.compiler.passes.effects import find_written, has_effects, is_aten, is_opaque, is_view
 from deepseek.compiler.passes.fusion.graphs import read_attribute
 from deepseek.compiler.passes.memory.ordering import (
-    Arena,
     BufferGraph,
     Step,
     arrange,
     find_peak,
-    plan_buffers,
     reorder,
     reuse,
 )
@@ -64,14 +62,12 @@ class MemoryReport:
     """Whether no order has a lower peak."""
     num_in_place: int
     """Operators that write into one of their inputs now."""
-    arena_bytes: int
-    """One block that would hold all buffers at planned places; at least the peak without scratch."""
 
     def __str__(self) -> str:
         best = "the least there is" if self.is_order_optimal else "not proven least"
         return (
             f"peak {self.peak_before_bytes:,} bytes; reordered {self.peak_reordered_bytes:,} ({best}); "
-            f"{self.num_in_place} operators in place {self.peak_in_place_bytes:,}; arena {self.arena_bytes:,}"
+            f"{self.num_in_place} operators in place {self.peak_in_place_bytes:,}"
         )
 
 
@@ -137,14 +133,12 @@ def lower_peak(graph_module: fx.GraphModule, inputs: Sequence[Any], *, is_traini
     reused = reuse(arranged)
     move_nodes_(graph_module, order.names)
     write_in_place_(graph_module, reused)
-    arena: Arena = plan_buffers(arranged, reused)
     return MemoryReport(
         find_peak(graph),
         order.peak_bytes,
         find_peak(arranged, reused),
         order.is_optimal,
         len(reused),
-        arena.total_bytes,
     )
 
 
