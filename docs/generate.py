@@ -24,7 +24,6 @@ from deepseek.bench.comparison import BenchConfig
 from deepseek.cli import VERBS, build_app
 from deepseek.compat.generations import load_table
 from deepseek.compat.migration.rules import load_rules
-from deepseek.compat.rendering import render_generations, render_rules
 from deepseek.compress.quality import Comparison
 from deepseek.core.config import Config
 from deepseek.data.config import DataConfig
@@ -40,6 +39,10 @@ from deepseek.nn.moe import MoEConfig
 from deepseek.optim.optimizers import OptimizerConfig
 from deepseek.serve.config import EngineConfig, ServeConfig
 from deepseek.train.config import TrainConfig
+
+# Its neighbor is found also when this file is loaded by its path, as a test does.
+sys.path.insert(0, str(Path(__file__).parent))
+from rendering import render_generations, render_rules
 
 FOLDER = Path(__file__).parent / "reference"
 

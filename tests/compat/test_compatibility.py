@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import resource
-from pathlib import Path
-
-import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -16,11 +9,12 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import deepseek
-from deepseek.cli.verbs.check_compatibility import check_compatibility as run
 from deepseek.compat.compatibility import Check, check_compatibility, get_version_info, is_at_least
-from deepseek.compat.machine_probe import Gpu, Machine, probe_machine
+from deepseek.compat.machine_probe import Gpu, Machine
 
 LAPTOP = Machine(python="3.11.7", torch="2.13.0+cpu", memory_bytes=16 * 10**9, compilers=("g++",))
+
+
 SERVER = Machine(
     python="3.12.1",
     torch="2.13.0+cu118",
@@ -115,45 +109,6 @@ def test_versions_compare_as_packaging_does(a: str, b: str) -> None:
     assert is_at_least(a, b) == (Version(a) >= Version(b))
 
 
-def test_this_machine_is_told_as_other_sources_tell_it() -> None:
-    machine = probe_machine()
-    assert machine.python == platform.python_version()
-    assert machine.torch == torch.__version__
-    assert machine.memory_bytes == pytest.approx(psutil.virtual_memory().total, rel=0.01)
-    assert machine.num_file_descriptors == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    assert bool(machine.gpus) == torch.cuda.is_available()
-
-
-def fake_program(folder: Path, name: str, text: str, status: int = 0) -> None:
-    (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
-    (folder / name).chmod(0o755)
-
-
-def test_drivers_and_clusters_are_asked_through_their_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_program(tmp_path, "nvidia-smi", "535.104.05, NVIDIA A100-SXM4-80GB, 81920, 8.0\nbroken line")
-    fake_program(tmp_path, "kubectl", json.dumps({"serverVersion": {"gitVersion": "v1.29.3"}}))
-    (tmp_path / "config").write_text("")
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-    machine = probe_machine()
-    assert (machine.cuda_driver, machine.kubernetes) == ("535.104.05", "1.29.3")
-    assert machine.gpus == (Gpu(name="NVIDIA A100-SXM4-80GB", memory_bytes=81920 << 20, compute_capability="8.0"),)
-
-
-@pytest.mark.parametrize(("text", "status"), [("not json", 0), ("[]", 0), ("{}", 1)])
-def test_a_program_that_answers_nonsense_counts_as_absent(
-    text: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_program(tmp_path, "nvidia-smi", text, status)
-    fake_program(tmp_path, "kubectl", text, status)
-    (tmp_path / "config").write_text("")
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-    machine = probe_machine()
-    assert (machine.cuda_driver, machine.kubernetes, machine.gpus) == (None, None, ())
-    assert line(machine, "Kubernetes").status == "failing"
-
-
 def test_version_info_tells_the_truth_about_this_machine() -> None:
     info = get_version_info()
     assert set(info) == {"version", "cuda_version", "recommended_gpu", "new_features"}
@@ -162,11 +117,3 @@ def test_version_info_tells_the_truth_about_this_machine() -> None:
     assert info["cuda_version"] == (torch.version.cuda if has_cuda else None)
     assert (info["recommended_gpu"] is not None) == has_cuda
     assert "hardware-aware scheduling" in info["new_features"]
-
-
-def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    run()
-    assert "can run 5.0" in capsys.readouterr().out
-    run(json=True)
-    checks = json.loads(capsys.readouterr().out)["checks"]
-    assert {each["status"] for each in checks} <= {"ok", "absent", "failing"}

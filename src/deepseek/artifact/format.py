@@ -1,4 +1,4 @@
-"""What an artifact is on disk: one folder that carries a model and the record of how it got there.
+"""The artifact on disk: one folder that carries a model and the record of how it got there.
 
     model/
       manifest.json                     this file: who, from what, and the sha256 of every other file
@@ -36,7 +36,7 @@ _CHECKSUM_KEY = "manifest_sha256"
 
 
 class FileRecord(Config):
-    """What one file was when it was written."""
+    """Size and checksum of one file when it was written."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hex SHA-256 of its bytes."""
@@ -45,7 +45,7 @@ class FileRecord(Config):
 
 
 class Description(Config):
-    """What whoever writes an artifact says about it; the rest of the manifest is measured."""
+    """The part of a manifest that the writer of an artifact states; the rest is measured."""
 
     architecture: str
     """Name of the architecture, as models register it: `decoder`."""
@@ -94,7 +94,7 @@ class Manifest(Description):
         return hashlib.sha256(_canonical(table)).hexdigest()
 
     def to_json(self) -> bytes:
-        """The bytes of `manifest.json`, sealed with their own SHA-256."""
+        """Serialize to the bytes of `manifest.json`, sealed with their own SHA-256."""
         values = self.to_dict()
         try:
             return json.dumps({_CHECKSUM_KEY: _checksum(values)} | values, indent=1, allow_nan=False).encode()
@@ -150,5 +150,5 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def _canonical(values: dict[str, Any]) -> bytes:
-    """One byte string per value, whatever the order of its keys."""
+    """Serialize a value to one byte string, whatever the order of its keys."""
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()

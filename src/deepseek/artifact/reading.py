@@ -1,6 +1,6 @@
 """Opening an artifact: the manifest first, then every file against it, then tensors that stay on the disk.
 
-`read_manifest` is for whoever only wants to know what a folder holds; it needs no torch. `open_artifact` verifies and
+`read_manifest` says what a folder holds and needs no torch. `open_artifact` verifies and
 gives an `Artifact`, whose tensors are views of memory-mapped files: they cost address space until something reads
 them, and the pages are private, so that training on them changes memory and never the file.
 """
@@ -35,7 +35,7 @@ class Artifact:
     manifest: Manifest
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, memory-mapped. Raises `CorruptArtifactError` where a file cannot be parsed."""
+        """Map all tensors into memory, by name. Raises `CorruptArtifactError` where a file cannot be parsed."""
         weights = [name for name in self.manifest.files if name.endswith(SAFETENSORS_SUFFIX)]
         return read_tensors(self.folder / name for name in weights)
 
@@ -44,7 +44,7 @@ class Artifact:
         return name in self.manifest.files
 
     def read_bytes(self, name: str) -> bytes:
-        """The bytes of one file, `tokenizer.json` for example. Raises `ArtifactError` for one that is not listed."""
+        """Read one file, `tokenizer.json` for example. Raises `ArtifactError` for a file that is not listed."""
         if not self.has_file(name):
             raise ArtifactError(f"{self.folder}: {explain_unknown('file', name, self.manifest.files)}")
         return (self.folder / name).read_bytes()
@@ -64,7 +64,7 @@ def open_artifact(folder: str | Path, *, verify: bool = True) -> Artifact:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of the artifact in `folder`, checked against its own checksum; no other file is read."""
+    """Read the manifest of the artifact in `folder`, checked against its own checksum; no other file is read."""
     folder = Path(folder)
     refuse_pickles(folder)
     if not folder.is_dir():
@@ -82,7 +82,7 @@ def is_artifact(folder: str | Path) -> bool:
 
 
 def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """The tensors of several safetensors files, memory-mapped; a name may stand in one file only."""
+    """Map the tensors of several safetensors files into memory; a name may stand in one file only."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         found = read_tensor_file(path)
@@ -94,7 +94,7 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def read_tensor_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, memory-mapped."""
+    """Map the tensors of one safetensors file into memory."""
     from safetensors import SafetensorError, safe_open
 
     if is_pickle(path):

@@ -1,10 +1,10 @@
-"""Telling whether the files of a folder are the ones that were written, and that none of them is a pickle.
+"""Verify that the files of a folder are the ones that were written, and that none of them is a pickle.
 
 Called when an artifact is opened and when a checkpoint is resumed. Sizes are compared first, since a truncated file is
 the commonest damage and costs nothing to see; then every byte is hashed, about one second a gigabyte.
 
-A pickle is a program: reading one runs whatever its author chose. So none is ever opened here, and one that is offered
-as a model is refused by its name or by its first bytes.
+A pickle is a program: reading it runs any code its author chose. So none is ever opened here, and a model
+in a pickle is refused by its name or by its first bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _ADVICE = "convert it with `safetensors` in an environment you trust, and give t
 
 
 def measure_files(folder: Path) -> dict[str, FileRecord]:
-    """The record of every file in `folder`, by name."""
-    files = sorted(each for each in folder.iterdir() if each.is_file())
-    return {each.name: FileRecord(sha256=sha256_of(each), num_bytes=each.stat().st_size) for each in files}
+    """Record size and checksum of every file in `folder`, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: FileRecord(sha256=sha256_of(path), num_bytes=path.stat().st_size) for path in files}
 
 
 def verify_files(folder: Path, records: Mapping[str, FileRecord]) -> None:
@@ -64,7 +64,7 @@ def verify_no_strangers(folder: Path, records: Mapping[str, FileRecord]) -> None
 def refuse_pickles(path: Path) -> None:
     """Raise `UnsafeFileError` where `path` is a pickle, or a folder whose only weights are pickles."""
     if path.is_dir():
-        pickles = sorted(each for each in path.iterdir() if each.suffix in PICKLE_SUFFIXES)
+        pickles = sorted(child for child in path.iterdir() if child.suffix in PICKLE_SUFFIXES)
         if pickles and not any(path.glob("*" + SAFETENSORS_SUFFIX)):
             raise UnsafeFileError(f"{pickles[0]} is a pickle, which may run any code when it is read; {_ADVICE}")
     elif path.is_file() and (path.suffix in PICKLE_SUFFIXES or is_pickle(path)):

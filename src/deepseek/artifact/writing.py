@@ -91,7 +91,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def split(sizes_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names in files of at most `max_shard_bytes`, in order; a tensor larger than that has a file of its own.
+    """Divide names over files of at most `max_shard_bytes`, in order; a tensor larger than that has a file of its own.
 
     >>> split({"a": 4, "b": 5, "c": 2, "d": 20, "e": 1}, 10)
     [['a', 'b'], ['c'], ['d'], ['e']]
@@ -125,7 +125,7 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes:
 
 
 def _prepare(name: str, tensor: Tensor) -> Tensor:
-    """A plain, dense, contiguous CPU tensor that owns the whole of its memory."""
+    """Return a plain, dense, contiguous CPU tensor that owns the whole of its memory."""
     _refuse_unstorable(name, tensor)
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     owns_memory = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -1,13 +1,13 @@
-"""Where checkpoints stand: one folder per step inside the run's checkpoint folder.
+"""Checkpoints on disk: one folder per step inside the run's checkpoint folder.
 
     checkpoints/
       step-00000400/
       step-00000500/
         state.safetensors     every tensor of the state, once
-        state.json            the step, and the nested state with names in place of tensors
+        state.json            the step, and the nested state with names instead of tensors
         checksums.json        sha256 and size of the two
 
-Folders appear whole, by a rename. What a kill leaves behind are hidden neighbours, which the next save removes: a
+Folders appear whole, by a rename. A kill leaves hidden neighbors behind, which the next save removes: a
 `.step-00000600.1a2b3c4d.tmp` on its way in, or an `.old` that was being replaced, which counts as a checkpoint while
 its successor is not there. Any number of processes may read while one saves.
 """
@@ -35,7 +35,7 @@ _LEFTOVER = re.compile(r"\.(step-\d{8,})\.[0-9a-f]{8}\.(tmp|old)")
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """The folder of one step's checkpoint.
+    """Return the folder of one step's checkpoint.
 
     >>> str(step_folder(Path("checkpoints"), 500))
     'checkpoints/step-00000500'
@@ -46,7 +46,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a folder's name says it holds; None for a folder that is no checkpoint.
+    """Return the step that a folder's name says it holds; None for a folder that is no checkpoint.
 
     >>> step_of(Path("step-00000500")), step_of(Path(".step-00000500.1a2b3c4d.old")), step_of(Path("notes"))
     (500, 500, None)
@@ -58,10 +58,10 @@ def step_of(path: Path) -> int | None:
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """Checkpoints by step, oldest first, whether their bytes hold or not."""
+    """List checkpoints by step, oldest first, whether their bytes hold or not."""
     if not folder.is_dir():
         return {}
-    # A name with a dot sorts first, so that a checkpoint takes the place of the one it replaced.
+    # A name with a dot sorts first, so that a checkpoint supersedes the one it replaced.
     named = [(step_of(path), path) for path in sorted(folder.iterdir()) if path.is_dir()]
     return dict(sorted({step: path for step, path in named if step is not None}.items()))
 
@@ -89,7 +89,7 @@ def write_checksums(path: Path, records: dict[str, FileRecord]) -> None:
 
 
 def read_checksums(path: Path) -> dict[str, FileRecord]:
-    """The file table of a checkpoint; `CorruptArtifactError` where it is damaged or does not list both files."""
+    """Read the file table of a checkpoint; `CorruptArtifactError` where it is damaged or does not list both files."""
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
         version, table = int(values["schema_version"]), dict(values["files"])

@@ -1,4 +1,4 @@
-"""Finding the newest checkpoint that can be trusted, and reading it.
+"""Find the newest checkpoint that can be trusted, and read it.
 
 A run that starts calls `newest_valid`: every file is hashed before it is believed, a damaged checkpoint is skipped with
 a warning that names it, and the one before it is used. Nothing there means a fresh start; only damaged ones is an
@@ -44,7 +44,7 @@ class Checkpoint:
 
 
 def newest_valid(folder: str | Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` whose checksums hold, or None where there are no checkpoints.
+    """Read the newest checkpoint in `folder` whose checksums hold; None where there are no checkpoints.
 
     Warns with `DamagedCheckpointWarning` for each that is skipped. Raises `CheckpointError` when all are damaged, and
     `UnsupportedSchemaError` for one of a newer deepseek, which is not damaged and must not be skipped.

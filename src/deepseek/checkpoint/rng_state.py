@@ -1,4 +1,4 @@
-"""The state of every random number generator that training draws from, as plain values for a checkpoint.
+"""The state of every random number generator that training uses, as plain values for a checkpoint.
 
 Python's `random`, numpy's global generator, torch's CPU generator and, where the machine has them, those of its CUDA
 devices. Generators that code makes for itself are that code's own state.
@@ -22,7 +22,7 @@ class RandomStateWarning(UserWarning):
 
 
 def capture_rng() -> dict[str, Any]:
-    """The generators' states, from nested tuples of numbers and tensors.
+    """Return the generators' states as nested tuples of numbers and tensors.
 
     >>> state = capture_rng()
     >>> first = random.random()

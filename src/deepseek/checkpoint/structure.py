@@ -1,7 +1,7 @@
 """A nested training state as JSON and tensors, and back, bit for bit and without a pickle.
 
 `flatten` takes what `state_dict` methods return: dicts (also with int keys, as optimizers have), lists, tuples,
-numbers, strings, None and tensors of any dtype. JSON has no tuples, int keys or infinities, so everything it cannot
+numbers, strings, None and tensors of any dtype. JSON has no tuples, int keys or infinities, so a value it cannot
 hold as it is becomes an object with one key that says what it is:
 
     {"step": 7, 0: (1.5, inf), "w": tensor}  ->
@@ -37,13 +37,13 @@ def flatten(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
 
 
 def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `flatten` was given, from what it returned.
+    """Rebuild the state that `flatten` was given from what it returned.
 
     >>> unflatten({"dict": [["step", 7], ["betas", {"tuple": [0.9, 0.95]}]]}, {})
     {'step': 7, 'betas': (0.9, 0.95)}
     """
     if isinstance(structure, list):
-        return [unflatten(each, tensors) for each in structure]
+        return [unflatten(value, tensors) for value in structure]
     if not isinstance(structure, dict):
         return structure
     ((kind, content),) = structure.items()
@@ -52,7 +52,7 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 _DECODERS: dict[str, Callable[[Any, Mapping[str, Tensor]], Any]] = {
     "dict": lambda pairs, tensors: {key: unflatten(value, tensors) for key, value in pairs},
-    "tuple": lambda items, tensors: tuple(unflatten(each, tensors) for each in items),
+    "tuple": lambda items, tensors: tuple(unflatten(value, tensors) for value in items),
     "float": lambda text, tensors: float(text),
     "tensor": lambda name, tensors: tensors[name],
     "complex_tensor": lambda name, tensors: torch.view_as_complex(tensors[name]),
@@ -94,11 +94,11 @@ def _encode(value: Any, path: tuple[Any, ...], tensors: _Tensors) -> Any:
     if kind is float:
         return value if math.isfinite(value) else {"float": repr(value)}
     if kind is list:
-        return [_encode(each, (*path, index), tensors) for index, each in enumerate(value)]
+        return [_encode(item, (*path, index), tensors) for index, item in enumerate(value)]
     if kind in (tuple, torch.Size):
-        return {"tuple": [_encode(each, (*path, index), tensors) for index, each in enumerate(value)]}
+        return {"tuple": [_encode(item, (*path, index), tensors) for index, item in enumerate(value)]}
     if kind in (dict, OrderedDict):
-        return {"dict": [[_encode_key(key, path), _encode(each, (*path, key), tensors)] for key, each in value.items()]}
+        return {"dict": [[_encode_key(key, path), _encode(item, (*path, key), tensors)] for key, item in value.items()]}
     if isinstance(value, Tensor):
         return _encode_tensor(value, path, tensors)
     raise CheckpointError(

@@ -3,7 +3,7 @@
 `deepseek advise` and users of the Python function come here. The rules are rows of the table, strongest first; the
 first one whose conditions hold, and whose generation no exclusion names, decides. The other rows that hold are the
 runners-up. What would change the answer is found by asking again: every value at which some rule starts or stops to
-hold is put in place of the given one, one setting at a time.
+hold replaces the given one, one setting at a time.
 
 A value that is left open (`None`) meets no condition, so an open question gets the mildest answer that is true.
 """
@@ -23,7 +23,7 @@ from deepseek.core.units import format_bytes, format_count
 
 
 class Question(Config):
-    """What is known about a model and the place it is to run in."""
+    """What is known about a model and about the hardware and team that are to run it."""
 
     params: float | None = Field(default=None, gt=0)
     """Parameters of the model."""
@@ -40,7 +40,7 @@ class Question(Config):
 
 
 class Reason(Config):
-    """A generation and the rule that speaks for it or, among those ruled out, against it."""
+    """A generation and the rule for it or, where it is ruled out, against it."""
 
     generation: str
     rule: str
@@ -104,8 +104,8 @@ def advise(
 
 
 def _rank(question: Question, table: Table) -> list[SelectionRule]:
-    """The rules that hold and are not ruled out, strongest first; the last row of the table always is among them."""
-    excluded = {each.generation for each in _excluded(question, table)}
+    """List the rules that hold and are not ruled out, strongest first; the last row of the table always is one."""
+    excluded = {reason.generation for reason in _excluded(question, table)}
     return [
         rule for rule in table.selection if _holds(rule.conditions, question, table) and rule.recommend not in excluded
     ]
@@ -152,7 +152,7 @@ def _hardware_class(name: str | None, table: Table) -> str | None:
 
 
 def _changes(question: Question, table: Table, answer: str) -> Iterator[Change]:
-    """For each setting the nearest other value of each kind that leads to another generation, once for each."""
+    """Yield, per setting, the nearest other value that leads to another generation; each generation once."""
     seen = {answer}
     for setting, value, shown in _alternatives(question, table):
         decided = _rank(question.override({setting: value}), table)[0]
@@ -162,21 +162,21 @@ def _changes(question: Question, table: Table, answer: str) -> Iterator[Change]:
 
 
 def _alternatives(question: Question, table: Table) -> Iterator[tuple[str, float | str, str]]:
-    """Values on both sides of every border that a rule draws, the nearest to the given value first."""
+    """Yield values on both sides of every threshold of a rule, the nearest to the given value first."""
     rules = [rule.conditions for rule in table.selection]
-    params = {border for rule in rules for border in (rule.params_from, rule.params_below) if border}
+    params = {threshold for rule in rules for threshold in (rule.params_from, rule.params_below) if threshold}
     memory = {
-        border
+        threshold
         for rule in rules
-        for border in (rule.gpu_memory_below, rule.gpu_memory_up_to, rule.gpu_memory_above)
-        if border
+        for threshold in (rule.gpu_memory_below, rule.gpu_memory_up_to, rule.gpu_memory_above)
+        if threshold
     }
-    for border in sorted(params, key=lambda each: abs(each - (question.params or 0))):
-        yield "params", border, f"{format_count(border)} or more"
-        yield "params", border * 0.999, f"less than {format_count(border)}"
-    for border in sorted(memory, key=lambda each: abs(each - (question.gpu_memory_bytes or 0))):
-        yield "gpu_memory_bytes", border * 1.001, f"more than {format_bytes(border)}"
-        yield "gpu_memory_bytes", border * 0.999, f"less than {format_bytes(border)}"
+    for threshold in sorted(params, key=lambda value: abs(value - (question.params or 0))):
+        yield "params", threshold, f"{format_count(threshold)} or more"
+        yield "params", threshold * 0.999, f"less than {format_count(threshold)}"
+    for threshold in sorted(memory, key=lambda value: abs(value - (question.gpu_memory_bytes or 0))):
+        yield "gpu_memory_bytes", threshold * 1.001, f"more than {format_bytes(threshold)}"
+        yield "gpu_memory_bytes", threshold * 0.999, f"less than {format_bytes(threshold)}"
     for setting, values in (
         ("latency", ["realtime", "batch"]),
         ("scale", ["single", "cluster"]),

@@ -24,7 +24,7 @@ _MIN_FILE_DESCRIPTORS = 4096
 
 
 class Check(Config):
-    """One line: what was looked at, what was seen, and what to do about it."""
+    """One line of the report: a property, what was seen, and what to do about it."""
 
     name: str
     seen: str
@@ -34,14 +34,18 @@ class Check(Config):
 
 
 def check_compatibility(machine: Machine | None = None) -> tuple[Check, ...]:
-    """All lines for `machine`, or for the one this runs on."""
+    """Judge `machine`, or the one this runs on, property by property and generation by generation."""
     machine = machine or probe_machine()
-    released = [each for each in load_table().generations if each.status == "released"]
-    return (*_check_machine(machine), *_known_bad(machine), *(_check_generation(each, machine) for each in released))
+    released = [generation for generation in load_table().generations if generation.status == "released"]
+    return (
+        *_check_machine(machine),
+        *_known_bad(machine),
+        *(_check_generation(generation, machine) for generation in released),
+    )
 
 
 def get_version_info() -> dict[str, Any]:
-    """What runs here: `version`, `cuda_version`, `recommended_gpu` and `new_features`.
+    """Describe what runs here: `version`, `cuda_version`, `recommended_gpu` and `new_features`.
 
     `cuda_version` is the runtime of torch where a CUDA device can be used, else `None`; `recommended_gpu` is the device
     of this machine with the most memory, else `None`; `new_features` are those of the current generation.
@@ -49,13 +53,13 @@ def get_version_info() -> dict[str, Any]:
     from deepseek import __version__
 
     machine = probe_machine()
-    gpus = sorted(machine.gpus, key=lambda each: each.memory_bytes)
-    features = [each.text for each in find_generation(CURRENT_GENERATION).capabilities.features]
+    gpus = sorted(machine.gpus, key=lambda gpu: gpu.memory_bytes)
+    features = [feature.text for feature in find_generation(CURRENT_GENERATION).capabilities.features]
     return {
         "version": __version__,
         "cuda_version": machine.torch_cuda if gpus else None,
         "recommended_gpu": gpus[-1].name if gpus else None,
-        "new_features": [each for each in features if "TVM" not in each or "TVM" in machine.runtimes],
+        "new_features": [feature for feature in features if "TVM" not in feature or "TVM" in machine.runtimes],
     }
 
 
@@ -72,7 +76,7 @@ def is_at_least(version: str, least: str) -> bool:
 
 def _numbers(version: str) -> list[int]:
     match = re.match(r"v?([0-9]+(?:\.[0-9]+)*)", version)
-    return [int(each) for each in match[1].split(".")] if match else [0]
+    return [int(number) for number in match[1].split(".")] if match else [0]
 
 
 def _check_machine(machine: Machine) -> Iterator[Check]:
@@ -132,7 +136,7 @@ def _check_limits(machine: Machine) -> Iterator[Check]:
 
 
 def _known_bad(machine: Machine) -> Iterator[Check]:
-    """Pairs that the documents know to fail."""
+    """Yield the pairs of CUDA and driver that the documents know to fail."""
     for bad in load_table().known_bad:
         is_cuda = machine.torch_cuda is not None and _numbers(machine.torch_cuda)[:2] == _numbers(bad.cuda)
         if is_cuda and machine.cuda_driver and not is_at_least(machine.cuda_driver, bad.driver_below):
@@ -141,7 +145,7 @@ def _known_bad(machine: Machine) -> Iterator[Check]:
 
 
 def _check_generation(generation: Generation, machine: Machine) -> Check:
-    """Whether the machine meets what the documents ask for; several unmet ones are told together."""
+    """Whether the machine meets what the documents ask for; several unmet ones are reported together."""
     name, missing = f"can run {generation.name}", list(_missing(generation, machine))
     if not missing:
         return Check(name=name, seen="yes", status="ok")
@@ -167,7 +171,7 @@ def _missing(generation: Generation, machine: Machine) -> Iterator[tuple[str, st
         yield "no Kubernetes cluster", f"set KUBECONFIG to a cluster of Kubernetes {needs.kubernetes} or later"
     elif needs.kubernetes and machine.kubernetes and not is_at_least(machine.kubernetes, needs.kubernetes):
         yield f"Kubernetes {machine.kubernetes}", f"upgrade the cluster to {needs.kubernetes} or later"
-    largest = max((each.memory_bytes for each in machine.gpus), default=machine.memory_bytes)
+    largest = max((gpu.memory_bytes for gpu in machine.gpus), default=machine.memory_bytes)
     if needs.gpu_memory_gb and largest < needs.gpu_memory_gb * 1e9:
         yield f"{format_bytes(largest)} of memory", f"needs {needs.gpu_memory_gb:g} GB; the quantised form needs less"
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Action:
-    """One line of a report: what was done to which tensors, and what they are called now."""
+    """One line of a report: a change, the tensors it was made to, and their new names."""
 
     kind: Kind
     sources: tuple[str, ...]
@@ -45,13 +45,13 @@ class Stage:
 
     @property
     def operations(self) -> list[Operation]:
-        """Each operation once, in the order of its first source."""
-        return [each for name, each in self.by_source.items() if each.sources[0] == name]
+        """List each operation once, in the order of its first source."""
+        return [operation for name, operation in self.by_source.items() if operation.sources[0] == name]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that has been thought through."""
+    """A conversion, planned to the last tensor."""
 
     stages: tuple[Stage, ...]
     specs: Specs
@@ -59,12 +59,12 @@ class Plan:
 
     @property
     def actions(self) -> tuple[Action, ...]:
-        """What is done, for a report."""
-        operations = [each for stage in self.stages for each in stage.operations]
-        return tuple(Action(each.kind, each.sources, tuple(each.targets)) for each in operations)
+        """List what is done, for a report."""
+        operations = [operation for stage in self.stages for operation in stage.operations]
+        return tuple(Action(operation.kind, operation.sources, tuple(operation.targets)) for operation in operations)
 
     def run(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The converted tensors one by one, in the order of `specs`."""
+        """Yield the converted tensors one by one, in the order of `specs`."""
         pull = _Pull(self.stages, read)
         for name in self.specs:
             yield name, pull.fetch(len(self.stages), name)
@@ -79,7 +79,7 @@ class _Pull:
     waiting: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def fetch(self, depth: int, name: str) -> Tensor:
-        """The tensor called `name` after the first `depth` stages."""
+        """Return the tensor called `name` after the first `depth` stages."""
         if depth == 0:
             return self.read(name)
         operation = self.stages[depth - 1].by_target.get(name)
@@ -87,7 +87,7 @@ class _Pull:
             return self.fetch(depth - 1, name)
         if (depth, name) not in self.waiting:
             results = operation.run([self.fetch(depth - 1, source) for source in operation.sources])
-            self.waiting |= {(depth, each): result for each, result in zip(operation.targets, results, strict=True)}
+            self.waiting |= {(depth, target): result for target, result in zip(operation.targets, results, strict=True)}
         return self.waiting.pop((depth, name))
 
 
@@ -101,7 +101,9 @@ def make_plan(
     """
     stages = []
     for step in changes:
-        claims = [(each.transform.name, op) for each in step for op in each.transform.plan(specs, each.direction)]
+        claims = [
+            (change.transform.name, op) for change in step for op in change.transform.plan(specs, change.direction)
+        ]
         if claims:
             stages.append(_make_stage(specs, claims))
             specs = stages[-1].specs
@@ -112,10 +114,10 @@ def make_plan(
 
 
 def _goal(spec: TensorSpec, dtypes: Sequence[str], dtype: str | None) -> str | None:
-    """The dtype that a tensor has to be cast to, `None` when it may stay."""
+    """Return the dtype that a tensor has to be cast to, `None` when it may stay."""
     if not spec.is_float:
         return None
-    floats = [each for each in dtypes if each in FLOAT_DTYPES]
+    floats = [dtype_name for dtype_name in dtypes if dtype_name in FLOAT_DTYPES]
     goal = dtype or (spec.dtype if spec.dtype in floats else floats[0])
     return None if goal == spec.dtype else goal
 

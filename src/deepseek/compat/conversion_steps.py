@@ -34,19 +34,19 @@ RENAME_POSITIONS = Rename(
 )
 FUSE_LLAMA = Fuse(
     "Q, K, V of Llama",
-    tuple(f"{{prefix}}self_attn.{each}_proj.{{kind}}" for each in "qkv"),
+    tuple(f"{{prefix}}self_attn.{part}_proj.{{kind}}" for part in "qkv"),
     "{prefix}self_attn.qkv_proj.{kind}",
     first_size_from="{prefix}self_attn.o_proj.weight",
 )
 FUSE_BERT = Fuse(
     "Q, K, V of BERT",
-    tuple(f"{{prefix}}attention.self.{each}.{{kind}}" for each in ("query", "key", "value")),
+    tuple(f"{{prefix}}attention.self.{part}.{{kind}}" for part in ("query", "key", "value")),
     "{prefix}attention.self.query_key_value.{kind}",
 )
 # GPT-2 stores its matrices as (in, out), so Q, K and V stand side by side in the last dimension.
 FUSE_GPT2 = Fuse(
     "Q, K, V of GPT-2",
-    tuple(f"{{prefix}}h.{{i}}.attn.{each}_proj.{{kind}}" for each in "qkv"),
+    tuple(f"{{prefix}}h.{{i}}.attn.{part}_proj.{{kind}}" for part in "qkv"),
     "{prefix}h.{i}.attn.c_attn.{kind}",
     dim=-1,
 )
@@ -55,7 +55,7 @@ FUSE_GATE_UP = Fuse(
 )
 STACK_GATE_UP = Stack(
     "gate and up projections of the experts",
-    tuple(f"{{prefix}}block_sparse_moe.experts.{{expert}}.{each}.weight" for each in ("w1", "w3")),
+    tuple(f"{{prefix}}block_sparse_moe.experts.{{expert}}.{part}.weight" for part in ("w1", "w3")),
     "{prefix}mlp.experts.gate_up_proj",
 )
 STACK_DOWN = Stack(
@@ -116,11 +116,11 @@ class Step:
     @property
     def inverse(self) -> Step:
         """The way back."""
-        return Step(self.target, self.source, tuple(each.inverse for each in reversed(self.changes)))
+        return Step(self.target, self.source, tuple(change.inverse for change in reversed(self.changes)))
 
 
 def _forward(*transforms: Transform) -> tuple[Change, ...]:
-    return tuple(Change(each, "forward") for each in transforms)
+    return tuple(Change(transform, "forward") for transform in transforms)
 
 
 STEPS: tuple[Step, ...] = (
@@ -137,13 +137,16 @@ STEPS: tuple[Step, ...] = (
     Step(
         "4.0",
         "5.0",
-        (*(Change(each, "backward") for each in (FUSE_LLAMA, FUSE_BERT, FUSE_GATE_UP)), *_forward(RENAME_RESNET)),
+        (
+            *(Change(transform, "backward") for transform in (FUSE_LLAMA, FUSE_BERT, FUSE_GATE_UP)),
+            *_forward(RENAME_RESNET),
+        ),
     ),
 )
 
 
 def find_path(source: str, target: str, steps: Sequence[Step] = STEPS) -> tuple[Step, ...]:
-    """The fewest steps from one generation to another, each walked either way.
+    """Find the fewest steps from one generation to another; a step may be walked either way.
 
     Raises `ConfigError` where there is no way, with the generations that can be reached.
 
@@ -166,7 +169,7 @@ def find_path(source: str, target: str, steps: Sequence[Step] = STEPS) -> tuple[
 
 
 def net_changes(path: Sequence[Step]) -> tuple[tuple[Change, ...], ...]:
-    """The changes of each step, without those that a later step of the same path takes back."""
+    """Return the changes of each step, without those that a later step of the same path undoes."""
     changes = [[*step.changes] for step in path]
     for early in range(len(changes)):
         for change in list(changes[early]):
@@ -175,26 +178,30 @@ def net_changes(path: Sequence[Step]) -> tuple[tuple[Change, ...], ...]:
                     changes[early].remove(change)
                     changes[late].remove(change.inverse)
                     break
-    return tuple(tuple(each) for each in changes)
+    return tuple(tuple(step) for step in changes)
 
 
 def identify(specs: Specs, steps: Sequence[Step] = STEPS) -> tuple[str, ...]:
-    """The generations whose layout the weights can have, oldest first; all of them when no name tells.
+    """Return the generations whose layout the weights can have, oldest first; all of them when no name decides.
 
     None at all means half converted weights. Raises `ArtifactError` for groups with a part missing.
     """
     forms: dict[str, dict[str, Direction]] = {steps[0].source: {}}
     for step in steps:
         # A transform that was made can only be taken back: that is the direction in which evidence is looked for.
-        made = {each.transform.name: each.inverse.direction for each in step.changes}
+        made = {change.transform.name: change.inverse.direction for change in step.changes}
         forms.setdefault(step.target, {**forms[step.source], **made})
-    transforms = {each.transform.name: each.transform for step in steps for each in step.changes}
-    judged = [each for each in transforms.values() if each.is_evidence]
-    found = {(each.name, way): bool(each.plan(specs, way)) for each in judged for way in ("forward", "backward")}
+    transforms = {change.transform.name: change.transform for step in steps for change in step.changes}
+    judged = [transform for transform in transforms.values() if transform.is_evidence]
+    found = {
+        (transform.name, way): bool(transform.plan(specs, way))
+        for transform in judged
+        for way in ("forward", "backward")
+    }
     return tuple(
         generation
         for generation, form in forms.items()
-        if not any(found[each.name, _other(form.get(each.name, "forward"))] for each in judged)
+        if not any(found[transform.name, _other(form.get(transform.name, "forward"))] for transform in judged)
     )
 
 

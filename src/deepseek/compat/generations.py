@@ -1,9 +1,9 @@
 """The table of generations: what each one brought, needs, reads and writes, with the document that says so.
 
-A *generation* is a named set of capabilities together with a config schema and a checkpoint layout. The documents tell
+A *generation* is a named set of capabilities together with a config schema and a checkpoint layout. The documents give
 several histories of the versions 1 to 5; the table is their union, and where two disagree both numbers stand with their
 source. The facts are data, in `generations.yaml` beside this file; this file is their type and the way to look one up.
-`advising` picks from the table, `converting` follows its layouts, `rendering` turns it into a page of the docs.
+`advice` picks from the table, `version_converter` follows its layouts, and `docs/rendering.py` makes a page of it.
 
 Cost: the file is read once, on the first look-up (tens of milliseconds); importing this module reads nothing.
 """
@@ -41,7 +41,7 @@ class Claim(Config):
         match = _CLAIM.fullmatch(value)
         if match is None:
             raise ValueError(f"claim {value!r} names no document; end it with one, for example [D1]")
-        return {"text": match["text"], "documents": [each.strip() for each in match["documents"].split(",")]}
+        return {"text": match["text"], "documents": [document.strip() for document in match["documents"].split(",")]}
 
     @model_serializer
     def _write(self) -> str:
@@ -79,7 +79,7 @@ class Requirements(Config):
 
 
 class Capabilities(Config):
-    """What a generation can do."""
+    """The abilities of a generation."""
 
     precisions: tuple[Precision, ...]
     distribution: str
@@ -164,7 +164,7 @@ class Generation(Config):
 
 
 class Upgrade(Config):
-    """What the documents say about one way up; `*` stands for any generation."""
+    """The documents' advice for one upgrade; `*` stands for any generation."""
 
     source: str = Field(alias="from")
     target: str = Field(alias="to")
@@ -226,14 +226,14 @@ class Table(Config):
 
     @model_validator(mode="after")
     def _check_names(self) -> Table:
-        known = [name for each in self.generations for name in (each.name, *each.aliases)]
+        known = [name for generation in self.generations for name in (generation.name, *generation.aliases)]
         twice = sorted({name for name in known if known.count(name) > 1})
         if twice:
             raise ValueError(f"generation {twice[0]!r} stands in the table twice; give each name once")
         used = [rule.recommend for rule in self.selection]
         used += [name for rule in self.exclusions for name in rule.excludes]
-        used += [name for each in self.upgrades for name in (each.source, each.target) if name != "*"]
-        for name in [*used, *(each.generation for each in self.known_bad)]:
+        used += [name for upgrade in self.upgrades for name in (upgrade.source, upgrade.target) if name != "*"]
+        for name in [*used, *(pair.generation for pair in self.known_bad)]:
             if name not in known:
                 raise ValueError(explain_unknown("generation", name, known))
         return self
@@ -241,12 +241,12 @@ class Table(Config):
 
 @functools.cache
 def load_table() -> Table:
-    """The facts of all generations, read and checked once."""
+    """Read and check the facts of all generations, once."""
     return Table.from_file(Path(__file__).with_name("generations.yaml"))
 
 
 def find_generation(name: str) -> Generation:
-    """The row of a generation by any name users write: `v2.3`, `2.3`, `1.x`, `4.2`.
+    """Find the row of a generation by any name users write: `v2.3`, `2.3`, `1.x`, `4.2`.
 
     Raises `ConfigError` for an unknown one, with the known ones.
 
@@ -254,14 +254,14 @@ def find_generation(name: str) -> Generation:
     '4.0'
     """
     wanted = name.strip().lower().removeprefix("v")
-    by_name = {each: row for row in load_table().generations for each in (row.name, *row.aliases)}
+    by_name = {known_name: row for row in load_table().generations for known_name in (row.name, *row.aliases)}
     if wanted not in by_name:
         raise ConfigError(explain_unknown("generation", name, by_name))
     return by_name[wanted]
 
 
 def profile(name: str) -> Profile:
-    """The options that make the engine run as generation `name` did.
+    """Return the options that make the engine run as generation `name` did.
 
     Raises `ConfigError` for an unknown generation, and for one that is planned and has no options yet.
 
@@ -270,7 +270,7 @@ def profile(name: str) -> Profile:
     """
     generation = find_generation(name)
     if generation.profile is None:
-        known = [each.name for each in load_table().generations if each.profile]
+        known = [row.name for row in load_table().generations if row.profile]
         raise ConfigError(
             f"generation {generation.name} is planned and has no profile; choose one of {', '.join(known)}"
         )

@@ -28,8 +28,8 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the bytes of one tensor are."""
+class StoredTensor:
+    """One tensor of a file: its position and its spec."""
 
     path: Path
     start: int
@@ -49,7 +49,7 @@ class Place:
         return torch.frombuffer(content, dtype=torch_dtype(self.spec.dtype)).view(self.spec.shape)
 
 
-def read_header(path: Path) -> dict[str, Place]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one safetensors file by name.
 
     Raises `CorruptArtifactError` for a truncated file, a header that is too long or malformed, and offsets that
@@ -66,7 +66,7 @@ def read_header(path: Path) -> dict[str, Place]:
     data_start = _LENGTH_BYTES + length
     spans = {name: _read_entry(path, name, entry) for name, entry in header.items()}
     expected = 0
-    for name, (spec, begin, end) in sorted(spans.items(), key=lambda each: each[1][1:]):
+    for name, (spec, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
         if begin != expected or end - begin != spec.num_bytes:
             raise CorruptArtifactError(
                 f"{path}: the data of {name} is at {begin} to {end}, which does not fit its shape"
@@ -76,10 +76,10 @@ def read_header(path: Path) -> dict[str, Place]:
         raise CorruptArtifactError(
             f"{path} holds {size} bytes, its header describes {data_start + expected}; copy it again"
         )
-    return {name: Place(path, data_start + begin, spec) for name, (spec, begin, _) in spans.items()}
+    return {name: StoredTensor(path, data_start + begin, spec) for name, (spec, begin, _) in spans.items()}
 
 
-def read_checkpoint(path: Path) -> dict[str, Place]:
+def read_checkpoint(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a file, or of a folder with one file or an index of several, in the order of the shards."""
     if not path.is_dir():
         return read_header(path)
@@ -87,16 +87,16 @@ def read_checkpoint(path: Path) -> dict[str, Place]:
     files = _indexed_files(index) if index.exists() else sorted(path.glob("*.safetensors"))
     if not files:
         raise ArtifactError(f"{path} holds no safetensors file; name a checkpoint file or the folder of one")
-    places: dict[str, Place] = {}
+    stored: dict[str, StoredTensor] = {}
     for file in files:
         found = read_header(file)
-        twice = sorted(places.keys() & found.keys())
+        twice = sorted(stored.keys() & found.keys())
         if twice:
             raise CorruptArtifactError(
-                f"{twice[0]} stands in {file.name} and in {places[twice[0]].path.name}; remove one of them"
+                f"{twice[0]} stands in {file.name} and in {stored[twice[0]].path.name}; remove one of them"
             )
-        places |= found
-    return places
+        stored |= found
+    return stored
 
 
 def _indexed_files(index: Path) -> list[Path]:

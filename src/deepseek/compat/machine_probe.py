@@ -1,6 +1,6 @@
-"""What this machine is: asked once, into one frozen value, so that judging it needs no machine.
+"""Describe this machine once, in one frozen value, so that judging it needs no machine.
 
-Nothing here raises for what is absent; an absent thing is `None`. Other programs (`nvidia-smi`, `kubectl`) are asked
+Nothing here raises for an absent thing: it is `None`. Other programs (`nvidia-smi`, `kubectl`) are asked
 with a time limit, and `kubectl` only where a kubeconfig says that there is a cluster.
 """
 
@@ -34,7 +34,7 @@ class Gpu(Config):
 
 
 class Machine(Config):
-    """Everything that the rules of `checking` look at."""
+    """The properties that the rules of `compatibility` look at."""
 
     python: str
     torch: str | None = None
@@ -56,7 +56,7 @@ class Machine(Config):
 
 
 def probe_machine() -> Machine:
-    """This machine, as it is now. Costs the import of torch, and seconds where a driver or a cluster is asked."""
+    """Describe this machine as it is now. Costs the import of torch, and seconds for a driver or a cluster."""
     has_kubeconfig = _kubeconfig().exists()
     return Machine(
         python=platform.python_version(),
@@ -64,7 +64,7 @@ def probe_machine() -> Machine:
         **_nvidia(),
         memory_bytes=describe_machine()["memory_bytes"],
         cpu_features=_cpu_features(),
-        compilers=tuple(each for each in COMPILERS if shutil.which(each)),
+        compilers=tuple(compiler for compiler in COMPILERS if shutil.which(compiler)),
         shared_memory_bytes=_shared_memory_bytes(),
         num_file_descriptors=_num_file_descriptors(),
         runtimes=tuple(name for module, name in RUNTIMES.items() if importlib.util.find_spec(module)),
@@ -126,7 +126,7 @@ def _kubernetes() -> str | None:
 
 
 def _ask(command: list[str]) -> str:
-    """What a program prints; nothing when it is absent, fails or takes too long."""
+    """Return what a program prints; nothing when it is absent, fails or takes too long."""
     if shutil.which(command[0]) is None:
         return ""
     try:

@@ -3,7 +3,7 @@
     convert_files(VersionConverter("v2.0", "v5.0"), Path("old"), Path("new"))
 
 The plan gives names, dtypes and shapes of all results before the first byte is read, so the headers of the new files
-are written first and every tensor goes straight to its place. What is in memory at any time is one group: a layer's
+are written first and every tensor goes straight to its position. What is in memory at any time is one group: a layer's
 projections, or a layer's experts. The new folder appears whole or not at all (`core.storage.new_folder`).
 """
 
@@ -40,13 +40,13 @@ def convert_files(
     """Write the checkpoint in `source` (a safetensors file, or a folder) to the new folder `target`, converted.
 
     The destination's layout decides between one file and shards of at most `max_shard_bytes` with an index; other files
-    of a source folder are copied. `on_progress` is told bytes done and in all. Raises `ConfigError` when `target`
+    of a source folder are copied. `on_progress` receives bytes done and in all. Raises `ConfigError` when `target`
     exists, `ArtifactError` for what cannot be converted, and `StorageError` for what the disk refuses.
     """
     if target.exists():
         raise ConfigError(f"{target} exists; a conversion never writes over anything, choose another folder")
-    places = read_checkpoint(source)
-    plan, report = converter.plan({name: place.spec for name, place in places.items()})
+    stored = read_checkpoint(source)
+    plan, report = converter.plan({name: tensor.spec for name, tensor in stored.items()})
     layout = converter.target.layout
     is_single = layout is not None and layout.container == "single"
     shards = _divide(plan.specs, None if is_single else max_shard_bytes)
@@ -55,7 +55,7 @@ def convert_files(
         owners: dict[str, _Shard] = {}
         for file, specs in shards.items():
             owners |= dict.fromkeys(specs, _Shard(folder / file, specs))
-        for name, tensor in plan.run(lambda name: places[name].read()):
+        for name, tensor in plan.run(lambda name: stored[name].read()):
             owners[name].write(name, tensor)
             done_bytes += plan.specs[name].num_bytes
             on_progress(done_bytes, all_bytes)
@@ -70,7 +70,7 @@ class _Shard:
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         # Wide elements first keeps each aligned to its size, as readers that map the file need it.
-        ordered = sorted(specs.items(), key=lambda each: -ITEM_BYTES[each[1].dtype])
+        ordered = sorted(specs.items(), key=lambda item: -ITEM_BYTES[item[1].dtype])
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         begin = 0
         for name, spec in ordered:
@@ -85,7 +85,7 @@ class _Shard:
         self.starts = {name: data_start + header[name]["data_offsets"][0] for name in specs}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor into its place."""
+        """Write one tensor at its position."""
         import torch
 
         with self.path.open("r+b") as file:
@@ -105,7 +105,9 @@ def _divide(specs: Mapping[str, TensorSpec], max_shard_bytes: int | None) -> dic
         filled += spec.num_bytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
-    return {f"model-{each:05d}-of-{len(shards):05d}.safetensors": shard for each, shard in enumerate(shards, start=1)}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)
+    }
 
 
 def _write_index(folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], total_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What is known about a tensor before its bytes are read: its dtype and its shape.
+"""Tensors before their bytes are read: dtype and shape.
 
 Conversions are planned on these alone, so that a plan for hundreds of gigabytes costs the headers of its files.
 Dtypes carry the names of safetensors (`F32`, `BF16`), which need no torch.
@@ -45,7 +45,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensor in memory and in a file."""
+        """Return the size of the tensor in memory and in a file."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
@@ -55,7 +55,7 @@ class TensorSpec:
 
 
 def describe(name: str, tensor: object) -> TensorSpec:
-    """The spec of a torch tensor. Raises `ArtifactError` for anything else and for dtypes no file can hold."""
+    """Return the spec of a torch tensor. Raises `ArtifactError` for anything else and for dtypes no file can hold."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):
@@ -70,7 +70,7 @@ def describe(name: str, tensor: object) -> TensorSpec:
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of a safetensors name."""
+    """Return the torch dtype of a safetensors name."""
     import torch
 
     found = getattr(torch, _TORCH_NAMES[dtype])
@@ -79,7 +79,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def parse_dtype(name: str) -> str:
-    """The safetensors name of a floating dtype as users write it: `bf16`, `bfloat16`, `torch.bfloat16`, `BF16`.
+    """Return the safetensors name of a floating dtype as users write it: `bf16`, `bfloat16`, `torch.bfloat16`, `BF16`.
 
     >>> parse_dtype("bfloat16"), parse_dtype("fp16")
     ('BF16', 'F16')

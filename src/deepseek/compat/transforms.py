@@ -6,9 +6,10 @@
     Quantize  floating matrices, or int8 with a scale for each row
     Drop      buffers that are computed anew when the model is built; no way back
 
-A transform looks at the specs of all tensors and returns the *operations* it would run; `steps.py` says between which
-generations it applies, `planning.py` chains them. Names are matched by templates: `{prefix}` stands for any modules
-before (also none), `{kind}` for weight or bias, `{rest}` for anything, and any other word for a number.
+A transform looks at the specs of all tensors and returns the *operations* it would run; `conversion_steps.py` says
+between which generations it applies, `conversion_paths.py` chains them. Names are matched by templates: `{prefix}`
+stands for any modules before (also none), `{kind}` for weight or bias, `{rest}` for anything, and any other word for a
+number.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ class Transform(Protocol):
 
     @property
     def name(self) -> str:
-        """What a message calls it."""
+        """Name the change in messages."""
 
     @property
     def is_evidence(self) -> bool:
-        """Whether finding one form says which generation wrote the weights."""
+        """Whether one form is evidence for the generation that wrote the weights."""
 
     def plan(self, specs: Specs, direction: Direction) -> list[Operation]:
-        """The operations for all tensors that stand in the form that `direction` leaves."""
+        """Plan the operations for all tensors in the form that `direction` leaves."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Rename:
     is_evidence: bool = True
 
     def plan(self, specs: Specs, direction: Direction) -> list[Operation]:
-        """One operation for each tensor that a row names."""
+        """Plan one operation per tensor that a row names."""
         old, sign = (0, 1) if direction == "forward" else (1, -1)
         if self.requires and not any(_compile(self.requires[old]).fullmatch(name) for name in specs):
             return []
@@ -100,7 +101,7 @@ class Fuse:
     is_evidence: bool = True
 
     def plan(self, specs: Specs, direction: Direction) -> list[Operation]:
-        """One operation for each group."""
+        """Plan one operation per group."""
         return list(self._merge(specs) if direction == "forward" else self._split(specs))
 
     def _merge(self, specs: Specs) -> Iterator[Operation]:
@@ -131,7 +132,7 @@ class Fuse:
         if self.first_size_from:
             anchor = _fill(self.first_size_from, group)
             if anchor not in specs:
-                raise ArtifactError(f"{whole} cannot be split without {anchor}, which tells the number of query rows")
+                raise ArtifactError(f"{whole} cannot be split without {anchor}, which gives the number of query rows")
             first = _size(anchor, specs[anchor], -1)
         rest, left_over = divmod(total - first, len(self.parts) - 1)
         if left_over or rest <= 0:
@@ -157,7 +158,7 @@ class Stack:
     is_evidence: bool = True
 
     def plan(self, specs: Specs, direction: Direction) -> list[Operation]:
-        """One operation for each layer."""
+        """Plan one operation per layer."""
         return list(self._merge(specs) if direction == "forward" else self._split(specs))
 
     def _merge(self, specs: Specs) -> Iterator[Operation]:
@@ -172,7 +173,7 @@ class Stack:
                 raise _half_converted([name for name in names if name in specs][:1], other)
             one = _joined(names, [specs[name] for name in names[: len(self.parts)]], dim=0)
             if len(one.shape) != 2 or any(
-                specs[name] != specs[names[each % len(self.parts)]] for each, name in enumerate(names)
+                specs[name] != specs[names[index % len(self.parts)]] for index, name in enumerate(names)
             ):
                 raise ArtifactError(
                     f"the experts of {prefix or 'the model'} are not matrices of one shape and dtype; check the file"
@@ -219,7 +220,7 @@ class Quantize:
     is_evidence: bool = True
 
     def plan(self, specs: Specs, direction: Direction) -> list[Operation]:
-        """One operation for each matrix."""
+        """Plan one operation per matrix."""
         matrices = [
             name
             for name, spec in specs.items()
@@ -233,7 +234,9 @@ class Quantize:
     def _pack(self, name: str, spec: TensorSpec) -> Operation:
         scale = TensorSpec("F32", (spec.shape[0], *(1 for _ in spec.shape[1:])))
         targets = {name: TensorSpec("I8", spec.shape), f"{name}_scale": scale}
-        return Operation("quantized", (name,), targets, lambda each: _quantize(name, each[0]), moves_elements=False)
+        return Operation(
+            "quantized", (name,), targets, lambda tensors: _quantize(name, tensors[0]), moves_elements=False
+        )
 
     def _unpack(self, name: str, specs: Specs) -> Operation:
         if f"{name}_scale" not in specs:
@@ -251,7 +254,7 @@ class Drop:
     is_evidence: bool = False
 
     def plan(self, specs: Specs, direction: Direction) -> list[Operation]:
-        """One operation without a result for each such tensor; nothing on the way back."""
+        """Plan one operation without a result per such tensor; nothing on the way back."""
         if direction == "backward":
             return []
         patterns = [_compile(template) for template in self.templates]
@@ -260,7 +263,7 @@ class Drop:
 
 
 def cast(name: str, spec: TensorSpec, dtype: str) -> Operation:
-    """The operation that casts one tensor."""
+    """Plan the cast of one tensor."""
 
     def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         result = tensors[0].to(torch_dtype(dtype))
@@ -285,12 +288,12 @@ def _dequantize(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _compile(template: str) -> re.Pattern[str]:
-    """The regular expression of a template."""
+    """Compile a template into a regular expression."""
     pieces = re.split(r"\{(\w+)\}", template)
     return re.compile(
         "".join(
-            f"(?P<{piece}>{_PLACEHOLDERS.get(piece, '[0-9]+')})" if each % 2 else re.escape(piece)
-            for each, piece in enumerate(pieces)
+            f"(?P<{piece}>{_PLACEHOLDERS.get(piece, '[0-9]+')})" if index % 2 else re.escape(piece)
+            for index, piece in enumerate(pieces)
         )
     )
 
@@ -300,7 +303,7 @@ def _fill(template: str, group: Mapping[str, str]) -> str:
 
 
 def _groups(templates: Sequence[str], specs: Specs) -> list[dict[str, str]]:
-    """Every assignment of the placeholders under which some template names a tensor, in order of appearance."""
+    """List every assignment of the placeholders under which some template names a tensor, in order of appearance."""
     patterns = [_compile(template) for template in templates]
     found = {}
     for name in specs:
@@ -315,7 +318,7 @@ def _shift(group: dict[str, str], shifts: Mapping[str, int], sign: int) -> dict[
 
 
 def _joined(names: Sequence[str], parts: Sequence[TensorSpec], dim: int) -> TensorSpec:
-    """The spec of `parts` joined along `dim`, which must agree in everything else."""
+    """Return the spec of `parts` joined along `dim`; they must agree in everything else."""
     first = parts[0]
     if any(part.dtype != first.dtype or _resized(part, dim, 0) != _resized(first, dim, 0) for part in parts):
         seen = ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)

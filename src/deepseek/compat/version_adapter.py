@@ -42,12 +42,12 @@ class VersionAdapter:
 
     @property
     def flash_attn(self) -> Callable[..., Any] | None:
-        """The model's fused attention, `None` where it has none."""
+        """Return the model's fused attention, `None` where it has none."""
         attribute = getattr(self.model, "flash_attn", None)
         return attribute if callable(attribute) else None
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the model answers when it is called as the generation's code calls it."""
+        """Call the model as the generation's code calls it, and return its answer."""
         entry_point = _ENTRY_POINTS.get(self.generation.name)
         fused = self.flash_attn if entry_point == "flash_attn" else None
         if entry_point is not None and fused is None:

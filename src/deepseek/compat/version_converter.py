@@ -3,10 +3,11 @@
     weights = VersionConverter("v2.0", "v3.5").convert(model.state_dict())
     weights.report.merged
 
-The converter walks the shortest path of registered steps (`steps.py`); a change that a later step of the path takes
-back is not made at all. Whether the weights really are of the source generation is checked by their names: all in the
-destination's form pass through with a warning, a mixture is refused. Moves of elements are bit-exact; casts and
-quantisation are the only lossy changes, and both are reported. `sharding.py` does the same for folders of files.
+The converter walks the shortest path of registered steps (`conversion_steps.py`); a change that a later step of the
+path undoes is not made at all. Whether the weights really are of the source generation is checked by their names: all
+in the destination's form pass through with a warning, a mixture is refused. Moves of elements are bit-exact; casts and
+quantisation are the only lossy changes, and both are reported. `sharded_checkpoints.py` does the same for folders of
+files.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did, tensor by tensor."""
+    """The record of a conversion, tensor by tensor."""
 
     path: tuple[str, ...]
     """The generations walked through, first to last."""
@@ -38,13 +39,13 @@ class ConversionReport:
     """What was warned about."""
 
     def of_kind(self, *kinds: Kind) -> tuple[Action, ...]:
-        """The actions of some kinds."""
-        return tuple(each for each in self.actions if each.kind in kinds)
+        """Return the actions of some kinds."""
+        return tuple(action for action in self.actions if action.kind in kinds)
 
     @property
     def renamed(self) -> dict[str, str]:
         """Old name to new name, through all steps' renames one by one."""
-        return {each.sources[0]: each.targets[0] for each in self.of_kind("renamed")}
+        return {action.sources[0]: action.targets[0] for action in self.of_kind("renamed")}
 
     @property
     def split(self) -> tuple[Action, ...]:
@@ -64,7 +65,7 @@ class ConversionReport:
     @property
     def dropped(self) -> tuple[str, ...]:
         """Tensors that the destination does not hold."""
-        return tuple(each.sources[0] for each in self.of_kind("dropped"))
+        return tuple(action.sources[0] for action in self.of_kind("dropped"))
 
 
 class ConvertedWeights(dict[str, "Tensor"]):
@@ -103,21 +104,21 @@ class VersionConverter:
 
     @property
     def path(self) -> tuple[str, ...]:
-        """The generations on the way, both ends included."""
+        """List the generations on the way, both ends included."""
         return (self.source.name, *(step.target for step in self.steps))
 
     def plan(self, specs: Specs) -> tuple[Plan, ConversionReport]:
-        """What `convert` would do to tensors of these names, dtypes and shapes."""
+        """Plan what `convert` would do to tensors of these names, dtypes and shapes."""
         changes = net_changes(self.steps)
-        notes = list(_check_forms(specs, [each for step in changes for each in step], self))
+        notes = list(_check_forms(specs, [change for step in changes for change in step], self))
         plan = make_plan(specs, changes, self.dtypes, self.dtype)
-        dropped = [each.sources[0] for each in plan.actions if each.kind == "dropped"]
+        dropped = [action.sources[0] for action in plan.actions if action.kind == "dropped"]
         if dropped:
             notes.append(f"dropped {', '.join(dropped)}: models of generation {self.target.name} compute them")
         return plan, ConversionReport(self.path, plan.actions, tuple(notes))
 
     def convert(self, weights: Mapping[str, Tensor], *, optimizer: Mapping[str, Any] | None = None) -> ConvertedWeights:
-        """The same model as `weights`, in the destination's form, with a report of what was done.
+        """Return the same model as `weights` in the destination's form, with a report of the changes.
 
         `weights` is a flat state dict and stays as it is. `optimizer` is `{"state": {name: {...}}, "param_groups": []}`
         keyed by parameter names, as torch.distributed.checkpoint.state_dict gives it; its entries follow their
@@ -133,9 +134,9 @@ class VersionConverter:
 
 def _check_forms(specs: Specs, changes: Sequence[Change], converter: VersionConverter) -> Iterator[str]:
     """Compare the names with both ends; yields a note when the weights already have the destination's form."""
-    judged = [each for each in changes if each.transform.is_evidence]
-    old = [each.transform.name for each in judged if each.transform.plan(specs, each.direction)]
-    new = [each.transform.name for each in judged if each.transform.plan(specs, each.inverse.direction)]
+    judged = [change for change in changes if change.transform.is_evidence]
+    old = [change.transform.name for change in judged if change.transform.plan(specs, change.direction)]
+    new = [change.transform.name for change in judged if change.transform.plan(specs, change.inverse.direction)]
     source, target = converter.source.name, converter.target.name
     if old and new:
         raise ArtifactError(
@@ -162,7 +163,7 @@ def _convert_optimizer(optimizer: Mapping[str, Any], plan: Plan) -> dict[str, An
 
 
 def _move_names(names: list[str], stage: Stage) -> list[str]:
-    """A group's parameters under their new names; what was merged belongs to the group of its first part."""
+    """Rename a group's parameters; a merged one belongs to the group of its first part."""
     moved = []
     for name in names:
         operation = stage.by_source.get(name)
@@ -183,7 +184,7 @@ def _move_state(state: dict[str, Any], stage: Stage) -> dict[str, Any]:
             names = ", ".join(operation.sources)
             warnings.warn(f"the optimizer state of {names} does not map one to one and starts anew", stacklevel=4)
             continue
-        columns = {key: _move_values([each[key] for each in entries], operation) for key in entries[0]}
+        columns = {key: _move_values([entry[key] for entry in entries], operation) for key in entries[0]}
         for position, target in enumerate(operation.targets):
             moved[target] = {key: values[position] for key, values in columns.items()}
     return moved
@@ -195,15 +196,15 @@ def _can_move(entries: Sequence[Mapping[str, Any]], operation: Operation, stage:
         return True
     if not operation.moves_elements or len(entries) < len(operation.sources):
         return False
-    if any(set(each) != set(entries[0]) for each in entries):
+    if any(set(entry) != set(entries[0]) for entry in entries):
         return False
     shapes = [stage.before[name].shape for name in operation.sources]
-    columns = [[each[key] for each in entries] for key in entries[0]]
+    columns = [[entry[key] for entry in entries] for key in entries[0]]
     return all(_is_shared(values) or [tuple(getattr(v, "shape", ())) for v in values] == shapes for values in columns)
 
 
 def _move_values(values: Sequence[Any], operation: Operation) -> Sequence[Any]:
-    """One value for each target: the shared number, or moments moved like their parameters."""
+    """Return one value per target: the shared number, or moments moved with their parameters."""
     is_cast = operation.kind == "cast"
     return [values[0]] * len(operation.targets) if is_cast or _is_shared(values) else operation.run(values)
 

@@ -16,7 +16,7 @@ def advise(
     hardware: str | None = None,
     json: bool = False,
 ) -> None:
-    """Recommend a generation for a model and the place it runs in.
+    """Recommend a generation for a model and the hardware it runs on.
 
     Example: deepseek advise --params 7B --gpu-memory 24GB --latency realtime
 
@@ -53,10 +53,12 @@ def advise(
         sys.stdout.write(advice.model_dump_json() + "\n")
         return
     sys.stdout.write(f"Generation {advice.generation}, by rule {advice.rule}: {advice.because}\n")
-    changes = [(f"{each.setting}: {each.value} -> {each.generation}", each.because) for each in advice.changes]
+    changes = [
+        (f"{change.setting}: {change.value} -> {change.generation}", change.because) for change in advice.changes
+    ]
     for title, rows in (
-        ("Runners-up", [(each.generation, each.because) for each in advice.runners_up]),
-        ("Ruled out", [(each.generation, each.because) for each in advice.ruled_out]),
+        ("Runners-up", [(reason.generation, reason.because) for reason in advice.runners_up]),
+        ("Ruled out", [(reason.generation, reason.because) for reason in advice.ruled_out]),
         ("Would change the answer", changes),
     ):
         if rows:

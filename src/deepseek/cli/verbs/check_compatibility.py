@@ -22,7 +22,7 @@ def check_compatibility(*, json: bool = False) -> None:
     if json:
         from json import dumps
 
-        sys.stdout.write(dumps({"checks": [each.to_dict() for each in checks]}, indent=2) + "\n")
+        sys.stdout.write(dumps({"checks": [line.to_dict() for line in checks]}, indent=2) + "\n")
         return
-    rows = [(each.name, each.status, each.seen, each.next_step or "") for each in checks]
+    rows = [(line.name, line.status, line.seen, line.next_step or "") for line in checks]
     show_table("What this machine can run", ("", "", "", ""), list(rows))

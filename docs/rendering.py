@@ -1,22 +1,19 @@
-"""The table of generations and the list of migration rules as pages of the docs.
+"""The table of generations and the list of migration rules as pages of `docs/reference/`.
 
-    python -m deepseek.compat.rendering docs/reference
-
-writes both pages; a test compares them with the data, so that a page cannot say what the data does not.
+`docs/generate.py` (`make docs`) writes both pages; a test compares them with the data, so that a page cannot say what
+the data does not.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from deepseek.compat.generations import Generation, Table, load_table
-from deepseek.compat.migration.rules import ConfigRule, PythonRule, Rules, load_rules
+from deepseek.compat.generations import Generation, Table
+from deepseek.compat.migration.rules import ConfigRule, PythonRule, Rules
 from deepseek.core.config import Config
 
-_NOTE = "<!-- Rendered by `python -m deepseek.compat.rendering docs/reference`; edit the data file, not this page. -->"
+_NOTE = "<!-- Rendered by `make docs`; edit the data file, not this page. -->"
 
 
 def render_generations(table: Table) -> str:
@@ -128,13 +125,3 @@ def _bullets(claims: Iterable[object]) -> str:
 def _table(header: list[str], rows: Iterable[list[Any]]) -> str:
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
-
-
-def main(folder: Path) -> None:
-    """Write the pages into `folder`."""
-    (folder / "generations.md").write_text(render_generations(load_table()), encoding="utf-8")
-    (folder / "migration-rules.md").write_text(render_rules(load_rules()), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
