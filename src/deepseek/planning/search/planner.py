@@ -146,15 +146,14 @@ def plan(
 ) -> PlanningResult:
     """Find the fastest plan for `model` on `cluster` with `global_batch` sequences a step.
 
-        `space` narrows the choices, `on_progress(done, total)` is told how many candidates are priced. On a cluster of
-        unequal devices the result's `placement` says which stage or replica gets how much. Raises `ConfigError` when
-        nothing fits, with what would make it fit, or when limits contradict each other.
+    `space` narrows the choices, `on_progress(done, total)` is told how many candidates are priced. On a cluster of
+    unequal devices the result's `placement` says which stage or replica gets how much. Raises `ConfigError` when
+    nothing fits, with what would make it fit, or when limits contradict each other.
 
-        >>> from deepseek.planning.machines.software import Software
-    from deepseek.planning.models.model_shape import get_model_shape
-        >>> found = plan(get_model_shape("Llama3-8B"), Cluster.of("H100-SXM-80GB"), global_batch=16)
-        >>> found.best.plan.num_devices, len(found.runners_up)
-        (8, 10)
+    >>> from deepseek.planning.models.model_shape import get_model_shape
+    >>> found = plan(get_model_shape("Llama3-8B"), Cluster.of("H100-SXM-80GB"), global_batch=16)
+    >>> found.best.plan.num_devices, len(found.runners_up)
+    (8, 10)
     """
     limits, space = limits or Limits(), space or Space()
     check_request(cluster, global_batch, limits)
