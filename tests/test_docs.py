@@ -193,6 +193,19 @@ def test_the_paths_that_the_pages_name_exist():
             assert (ROOT / path).exists(), path
 
 
+def test_the_log_has_dated_entries_by_subject_newest_first():
+    page = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+    _, *sections = re.split(r"^## ", page, flags=re.MULTILINE)
+    subjects = [section.partition("\n")[0] for section in sections]
+    assert len(set(subjects)) == len(subjects) > 5
+    for subject, section in zip(subjects, sections, strict=True):
+        entries = re.findall(r"^- (.*)", section, flags=re.MULTILINE)
+        dates = [re.match(r"(\d{4}-\d{2}-\d{2}) \S", entry) for entry in entries]
+        assert entries and all(dates), f"{subject}: each entry begins with its date"
+        days = [date[1] for date in dates]
+        assert days == sorted(days, reverse=True), f"{subject}: newest first"
+
+
 # The reference
 
 
