@@ -15,6 +15,7 @@ import pytest
 
 import deepseek as ds
 from deepseek.cli import VERBS
+from deepseek.core.openmp import SPIN_BOUNDS
 from tests.cli.commands import Result, assert_one_sentence, deepseek, environment
 
 Call = Callable[..., Result]
@@ -145,3 +146,11 @@ def test_a_closed_pipe_ends_a_listing_without_a_traceback() -> None:
     )
     os.close(writer)
     assert_one_sentence(Result(done.returncode, "", done.stderr), 1, "whoever read the output has left")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_help_says_what_a_command_sets_in_the_environment(call: Call, arguments: list[str]) -> None:
+    text = " ".join(call(*arguments).out.split())
+    for name, bound in SPIN_BOUNDS.items():
+        assert f"{name}={bound}" in text
+    assert "OMP_WAIT_POLICY" in text

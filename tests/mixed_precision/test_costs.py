@@ -1,6 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
+from deepseek.mixed_precision import costs
 from deepseek.mixed_precision.costs import assume_saving, measure_saving
 
 BF16 = torch.bfloat16
@@ -13,10 +15,27 @@ def test_bytes_are_those_of_the_input_and_the_result_less_the_narrow_weight():
     assert picture.num_bytes == (2 * 3 * 100 + 2 * 8 * 64) * (4 - 2) - 8 * 3 * 9 * 2
 
 
-def test_a_wide_product_is_faster_where_the_processor_has_the_instructions():
-    seconds = [measure_saving(nn.Linear(512, 2048), (512, 512), BF16).seconds for _ in range(3)]
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        assert max(seconds) > 0
+@pytest.mark.parametrize(
+    ("wide_s", "low_s", "expected_s"),
+    [
+        (4.0, 1.0, 3.0),
+        (1.0, 4.0, -3.0),  # 16 bits may cost
+        (4.0, 3.9, 0.0),  # within the noise
+    ],
+)
+def test_seconds_are_those_that_the_layer_takes_in_one_precision_and_the_other(monkeypatch, wide_s, low_s, expected_s):
+    """The layer itself moves the clock, by what its matmul ran in."""
+    now_s = 0.0
+
+    class Timed(nn.Linear):
+        def forward(self, x):
+            nonlocal now_s
+            y = super().forward(x)
+            now_s += {torch.float32: wide_s, BF16: low_s}[y.dtype]
+            return y
+
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now_s)
+    assert measure_saving(Timed(8, 8), (4, 8), BF16).seconds == pytest.approx(expected_s)
 
 
 def test_measuring_leaves_no_trace():

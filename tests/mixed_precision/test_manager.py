@@ -123,10 +123,10 @@ def test_an_optimizer_that_has_stepped_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("has_bf16", "device", "expected"), [(True, "cpu", "bf16"), (False, "cpu", "fp32"), (False, "cuda", "fp16")]
+    ("is_faster", "device", "expected"), [(True, "cpu", "bf16"), (False, "cpu", "fp32"), (False, "cuda", "fp16")]
 )
-def test_auto_takes_what_the_device_has(monkeypatch, has_bf16, device, expected):
-    monkeypatch.setattr("deepseek.mixed_precision.manager.has_native_bf16", lambda device: has_bf16)
+def test_auto_takes_what_pays_on_the_device(monkeypatch, is_faster, device, expected):
+    monkeypatch.setattr("deepseek.mixed_precision.manager.is_bf16_faster", lambda device: is_faster)
     assert resolve_precision("auto", torch.device(device)) == expected
 
 

@@ -29,6 +29,7 @@ from deepseek.models.loading import load_model
 from deepseek.recipes import load_recipe
 from deepseek.recipes.main_job import (
     PROMPTS,
+    SAMPLING,
     CompletionReceived,
     ReportWritten,
     build_report,
@@ -38,6 +39,7 @@ from deepseek.recipes.main_job import (
 )
 from deepseek.serve.config import EngineConfig
 from deepseek.serve.engine import Engine
+from deepseek.serve.sampling import Sampling
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import StepDone
 from tests.cli.commands import write_corpus
@@ -192,7 +194,8 @@ def test_the_server_answered_as_the_engine_does(job: Job) -> None:
     assert [completion.prompt for completion in completions] == list(PROMPTS)
     folder = job.folder / "model-int8"
     engine = Engine(load_model(folder, packed=True), load_tokenizer(folder), EngineConfig(max_num_seqs=1))
-    expected = [engine.generate([prompt], max_tokens=32)[0].text for prompt in PROMPTS]
+    sampling = Sampling(**SAMPLING)
+    expected = [engine.generate([prompt], max_tokens=32, sampling=sampling)[0].text for prompt in PROMPTS]
     assert [completion.text for completion in completions] == expected
     for name in ("first_token_ms", "tokens_per_s"):
         assert job.report["serve"][name] == statistics.median(getattr(each, name) for each in completions)

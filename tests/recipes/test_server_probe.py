@@ -60,11 +60,16 @@ def send(*pieces: bytes, status: int = 200) -> Callable[[BaseHTTPRequestHandler]
 def test_a_streamed_answer_is_put_together_and_timed() -> None:
     with answering(send(event("a"), event("b"), event(""), b"data: [DONE]\n\n")) as (url, bodies):
         completion = complete(url, "def ", max_tokens=7)
+        complete(url, "def ", max_tokens=8, sampling={"temperature": 0.5, "seed": 3})
     assert completion.text == "ab"
     assert completion.prompt == "def "
     assert completion.first_token_ms > 0
     assert completion.tokens_per_s > 0
-    assert bodies == [{"model": "deepseek", "prompt": "def ", "max_tokens": 7, "temperature": 0, "stream": True}]
+    body = {"model": "deepseek", "prompt": "def ", "stream": True}
+    assert bodies == [
+        body | {"max_tokens": 7, "temperature": 0},
+        body | {"max_tokens": 8, "temperature": 0.5, "seed": 3},
+    ]
 
 
 def test_one_token_alone_has_no_rate() -> None:

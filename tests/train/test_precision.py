@@ -42,6 +42,28 @@ def test_a_dynamic_run_that_was_stopped_ends_bit_equal(corpus, tmp_path):
     assert_bit_equal(whole, stopped)
 
 
+def test_auto_is_measured_once_for_a_run_however_often_it_is_stopped(corpus, tmp_path, monkeypatch):
+    """The first process finds bf16 faster, the second, on another machine, does not; the whole run computes in bf16."""
+    for _ in train(make_config(corpus, tmp_path / "whole", precision="bf16")):
+        pass
+    stopped = []
+    for is_faster in (True, False):
+        monkeypatch.setattr(
+            "deepseek.mixed_precision.forward_precision.is_bf16_faster", lambda device, is_=is_faster: is_
+        )
+        for event in (run := train(make_config(corpus, tmp_path / "auto"))):
+            if event.kind == "run_started":
+                stopped.append((event.first_step, event.precision))
+            if event.kind == "step_done" and event.step == 5:
+                run.close()
+                break
+    assert stopped == [(0, "bf16"), (5, "bf16")]
+    assert_bit_equal(tmp_path / "whole", tmp_path / "auto")
+    assert started_in(corpus, tmp_path / "new", num_steps=1) == "fp32"
+    monkeypatch.setenv("DS_AMP_LEVEL", "O0")  # an explicit wish for FP32 is granted
+    assert started_in(corpus, tmp_path / "auto") == "fp32"
+
+
 def started_in(corpus, folder, **changes):
     run = train(make_config(corpus, folder, **changes))
     (precision,) = (event.precision for event in run if event.kind == "run_started")

@@ -31,6 +31,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 import deepseek
 from deepseek.core.errors import ConfigError, DeepSeekError
+from deepseek.core.openmp import SPIN_BOUNDS, bound_spins
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -51,6 +52,12 @@ VERBS = {
     "doctor": "Measure settings of the environment that may pay on this machine.",
 }
 
+_EPILOGUE = (
+    "Every command bounds how long idle OpenMP threads spin, so that it keeps its pace beside other programs: "
+    f"{' '.join(f'{name}={bound}' for name, bound in SPIN_BOUNDS.items())}, "
+    "unless these or OMP_WAIT_POLICY are set. `deepseek doctor` measures what that brings here."
+)
+
 
 class Stopped(KeyboardInterrupt):
     """A signal ended work that a later call goes on with."""
@@ -65,6 +72,7 @@ def build_app(asked: str | None = None) -> App:
     app = App(
         name="deepseek",
         help="One framework that takes a model from training, through compression, to serving.",
+        help_epilogue=_EPILOGUE,
         version=deepseek.__version__,
         default_parameter=Parameter(negative_iterable=()),  # no `--empty-set` beside `--set`
         suppress_keyboard_interrupt=False,
@@ -79,6 +87,7 @@ def build_app(asked: str | None = None) -> App:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
+    bound_spins()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character shows "?"

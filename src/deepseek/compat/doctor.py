@@ -1,11 +1,12 @@
 """Settings of the environment that pay on this machine, each measured before it is recommended.
 
-    for result in diagnose(): print(result.hint, result.before_s, result.after_s)
+    for result in diagnose(): print(result.hint.name, result.before_s, result.after_s, result.hint.line)
 
 glibc gives every large activation back to the kernel and gets it back page by page; keeping the memory made inference
-of a convolutional network two to three times faster where this was first measured. Whether it does here, and whether
-fewer threads or huge pages do, is found by running one small network in fresh processes, with and without each hint
-in turn, since none of them can be taken back in a process. Cost: some seconds for each hint and round.
+of a convolutional network two to three times faster where this was first measured. OpenMP's threads spin while their
+partner is not scheduled, which costs a training step most of its time beside another program. Whether such a setting
+pays here is found by running a small job in fresh processes, with and without each hint in turn, since none of them can
+be taken back in a process. Cost: some seconds for each hint and round.
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
-from deepseek.core.allocator import keep_freed_memory
+from deepseek.core import allocator
 from deepseek.core.errors import ConfigError
+from deepseek.core.machine import describe_machine
 from deepseek.core.names import explain_unknown
+from deepseek.core.openmp import SPIN_BOUNDS
 
 _NUM_ROUNDS = 3
 _NUM_RUNS = 8
+_NUM_STEPS = 30
 # A gain below this is within the noise of a shared machine.
 _LEAST_GAIN = 1.1
+
+
+# What a hint is measured on: passes of a network on a machine as it is, or training steps beside a busy process.
+Job = Literal["network", "steps-beside-another"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,21 @@ class Hint:
     apply: Callable[[], None] = field(default=lambda: None, compare=False)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that must stand before torch is imported."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Variables with which a program of the user's own is started, where they are not those of `environment`."""
+    job: Job = "network"
+
+    @property
+    def line(self) -> str:
+        """The setting as a line of a shell, for programs that do not call `apply_hints`."""
+        return " ".join(
+            ("export", *(f"{name}={value}" for name, value in (self.variables or self.environment).items()))
+        )
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One hint, measured: seconds for one pass without and with it, a number for each round."""
+    """One hint, measured: seconds for one pass or step without and with it, a number for each round."""
 
     hint: Hint
     rounds_before_s: tuple[float, ...]
@@ -70,7 +90,7 @@ class Diagnosis:
 
 
 def _keep_memory() -> None:
-    if not keep_freed_memory():
+    if not allocator.keep_freed_memory():
         raise ConfigError("this C library has no mallopt; the allocator hint is for glibc on Linux")
 
 
@@ -82,28 +102,51 @@ def _halve_threads() -> None:
 
 HINTS: tuple[Hint, ...] = (
     Hint(
-        "allocator", "keep large blocks instead of giving them back", "memory returns to the system late", _keep_memory
+        "allocator",
+        "keep large blocks instead of giving them back",
+        "memory returns to the system late",
+        _keep_memory,
+        variables=allocator.ENVIRONMENT,
     ),
-    Hint("threads", "half the threads, where two share one core", "slower where they do not", _halve_threads),
+    Hint(
+        "threads",
+        "half the threads, where two share one core",
+        "slower where they do not",
+        _halve_threads,
+        variables={"OMP_NUM_THREADS": str(max(1, describe_machine()["num_cores"] // 2))},
+    ),
     Hint(
         "huge-pages",
         "2 MB pages for large tensors",
         "memory in larger pieces; set before torch is imported",
         environment={"THP_MEM_ALLOC_ENABLE": "1"},
     ),
+    Hint(
+        "spins",
+        "threads that wait sleep soon, measured beside a busy process",
+        "nothing measurable alone; the commands of deepseek do it; set before torch is imported",
+        environment=SPIN_BOUNDS,
+        job="steps-beside-another",
+    ),
 )
 
 
 def diagnose(
-    hints: Sequence[Hint] = HINTS, measure: Callable[[Hint | None], float] | None = None, num_rounds: int = _NUM_ROUNDS
+    hints: Sequence[Hint] = HINTS,
+    measure: Callable[[Job, Hint | None], float] | None = None,
+    num_rounds: int = _NUM_ROUNDS,
 ) -> list[Diagnosis]:
-    """Measure every hint against its absence, in turn within each round so that both see the same machine."""
+    """Measure every hint's job with and without it, in turn within each round so that both see the same machine."""
     measure = measure or measure_in_process
-    seconds: dict[str | None, list[float]] = {}
+    before_s: dict[Job, list[float]] = {hint.job: [] for hint in hints}
+    after_s: dict[str, list[float]] = {hint.name: [] for hint in hints}
     for _ in range(num_rounds):
-        for hint in (None, *hints):
-            seconds.setdefault(hint.name if hint else None, []).append(measure(hint))
-    return [Diagnosis(hint, tuple(seconds[None]), tuple(seconds[hint.name])) for hint in hints]
+        for job, durations_s in before_s.items():
+            durations_s.append(measure(job, None))
+            for hint in hints:
+                if hint.job == job:
+                    after_s[hint.name].append(measure(job, hint))
+    return [Diagnosis(hint, tuple(before_s[hint.job]), tuple(after_s[hint.name])) for hint in hints]
 
 
 def apply_hints(names: Sequence[str]) -> None:
@@ -123,10 +166,14 @@ def apply_hints(names: Sequence[str]) -> None:
         hint.apply()
 
 
-def measure_in_process(hint: Hint | None) -> float:
-    """Seconds for one pass of the small network in a fresh process with `hint`."""
-    command = [sys.executable, "-m", "deepseek.compat.doctor", *([hint.name] if hint else [])]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own interpreter
+def measure_in_process(job: Job, hint: Hint | None) -> float:
+    """Seconds for one pass or step of `job` in a fresh process with `hint`, and without the others' variables."""
+    ours = {name for each in HINTS for name in each.environment}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [sys.executable, "-m", "deepseek.compat.doctor", job, *([hint.name] if hint else [])]
+    result = subprocess.run(  # noqa: S603 - our own interpreter
+        command, check=True, env=environment, stdout=subprocess.PIPE, text=True
+    )
     return float(result.stdout)
 
 
@@ -150,6 +197,37 @@ def time_network() -> float:
     return statistics.median(seconds)
 
 
+def time_steps_beside_another() -> float:
+    """Median seconds of a training step of a small network in this process, beside one that keeps a core busy."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(8)))
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    x = torch.randn(512, 256)
+    seconds = []
+    with _busy_process():
+        for _ in range(_NUM_STEPS):
+            started_s = time.perf_counter()
+            optimizer.zero_grad()
+            network(x).square().mean().backward()
+            optimizer.step()
+            seconds.append(time.perf_counter() - started_s)
+    return statistics.median(seconds)
+
+
+@contextmanager
+def _busy_process() -> Iterator[None]:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+_JOBS: dict[str, Callable[[], float]] = {"network": time_network, "steps-beside-another": time_steps_beside_another}
+
 if __name__ == "__main__":
-    apply_hints(sys.argv[1:])
-    sys.stdout.write(f"{time_network()}\n")
+    apply_hints(sys.argv[2:])
+    sys.stdout.write(f"{_JOBS[sys.argv[1]]()}\n")

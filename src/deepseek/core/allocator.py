@@ -17,6 +17,12 @@ import platform
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _NEVER_BYTES = 2**31 - 1
 _GROWTH_BYTES = 64 << 20
+# The same settings for a program that does not call this: glibc reads them when the program starts.
+ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(_NEVER_BYTES),
+    "MALLOC_TOP_PAD_": str(_GROWTH_BYTES),
+}
 
 
 def keep_freed_memory() -> bool:

@@ -11,7 +11,7 @@ At O2 the weights themselves are 16 bits wide and the optimizer updates FP32 mas
 An update smaller than half a 16-bit step would otherwise be lost every time (Micikevicius et al. 2018, section 3.1).
 
 TF32 is a way of multiplying FP32 numbers that NVIDIA GPUs have since Ampere; elsewhere asking for it is an error.
-Speed comes from hardware: on a CPU, bf16 products pay where it has the instructions and FP16 is for trying numerics.
+Speed comes from hardware: on most CPUs with the instructions bf16 matmuls pay, and FP16 is for trying numerics.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.mixed_precision.amp_levels import Level, choose_level
-from deepseek.mixed_precision.forward_precision import has_native_bf16
+from deepseek.mixed_precision.forward_precision import is_bf16_faster
 
 ManagedPrecision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
@@ -43,7 +43,7 @@ _NORMS = (
 class PrecisionManager:
     """Runs `model` under a precision and a level; at O2 its weights are narrowed in place when this is built.
 
-    `precision` is `fp16`, `bf16`, `tf32`, `fp32`, or `auto`: bf16 where the hardware has it, else FP16 on a GPU, else
+    `precision` is `fp16`, `bf16`, `tf32`, `fp32`, or `auto`: bf16 where it is faster, else FP16 on a GPU, else
     FP32. `level` defaults to the environment's `DS_AMP_LEVEL`, else O1. Raises `ConfigError` for a precision that the
     model's device does not have.
 
@@ -140,7 +140,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision not in get_args(ManagedPrecision):
         raise ConfigError(explain_unknown("precision", precision, get_args(ManagedPrecision)))
     if precision == "auto":
-        if has_native_bf16(device):
+        if is_bf16_faster(device):
             return "bf16"
         return "fp16" if device.type == "cuda" else "fp32"
     if precision == "tf32" and not has_tf32(device):

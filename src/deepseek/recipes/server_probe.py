@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from deepseek.core.errors import PermanentError
 _START_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 60.0  # for each piece of an answer
 _STOP_TIMEOUT_S = 30.0
+GREEDY: Mapping[str, float] = {"temperature": 0}
 _END_OF_STREAM = "[DONE]"
 
 
@@ -39,11 +40,13 @@ class Completion:
     tokens_per_s: float
 
 
-def probe_server(model: Path, prompts: Sequence[str], *, max_tokens: int = 48) -> Iterator[Completion]:
+def probe_server(
+    model: Path, prompts: Sequence[str], *, max_tokens: int = 48, sampling: Mapping[str, float] = GREEDY
+) -> Iterator[Completion]:
     """Start a server of `model`, ask it for each of `prompts`, and stop it; raises when it does not end cleanly."""
     with server_process(model) as url:
         for prompt in prompts:
-            yield complete(url, prompt, max_tokens=max_tokens)
+            yield complete(url, prompt, max_tokens=max_tokens, sampling=sampling)
 
 
 @contextmanager
@@ -66,11 +69,14 @@ def server_process(model: Path, *, start_timeout_s: float = _START_TIMEOUT_S) ->
             raise PermanentError(f"the server ended with status {status} and 0 was expected; see its messages above")
 
 
-def complete(url: str, prompt: str, *, max_tokens: int) -> Completion:
-    """Stream one greedy completion of `prompt` from the server at `url`; `PermanentError` when it does not arrive."""
+def complete(url: str, prompt: str, *, max_tokens: int, sampling: Mapping[str, float] = GREEDY) -> Completion:
+    """Stream one completion of `prompt` from the server at `url`; `PermanentError` when it does not arrive.
+
+    `sampling` goes into the body as it is: `temperature`, `top_p`, `seed`.
+    """
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_ANSWER_TIMEOUT_S)
-    body = {"model": "deepseek", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    body = {"model": "deepseek", "prompt": prompt, "max_tokens": max_tokens, "stream": True, **sampling}
     began_s = time.perf_counter()
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})

@@ -176,6 +176,9 @@ def resume(run: Run) -> None:
     run.loader.load_state_dict(state["loader"])
     if run.dynamic is not None:
         run.dynamic.load_state_dict(state["precision"])
+    if run.config.precision == "auto" and choose_level(run.config.ds_amp_level) == "O1":
+        # The process that began has measured, maybe on another machine; one run computes in one precision.
+        run.precision = state.get("forward_precision", run.precision)
     restore_rng(state["rng"])
     run.step = run.saved_step = checkpoint.step
 
@@ -212,6 +215,7 @@ def save_checkpoint(run: Run) -> CheckpointSaved:
         "optimizer": run.optimizer.state_dict(),
         "loader": run.loader.state_dict(),
         "rng": capture_rng(),
+        "forward_precision": run.precision,
     }
     if run.dynamic is not None:
         state["precision"] = run.dynamic.state_dict()
