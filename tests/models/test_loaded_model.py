@@ -1,263 +1,209 @@
-"""`load_model` with a backend: who runs the model, and what is said about it."""
+"""What `load_model` returns is used like the module it loaded, whatever people do with modules."""
 
+import copy
+import inspect
+import pickle
 import warnings
 
-import numpy
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
-from deepseek import BackendSelector
-from deepseek.core.errors import ConfigError, DeepSeekError, UnsafeFileError
-from deepseek.models import loaded_model, zoo
-from deepseek.models.loading import LoadedModel, load_model, save_model
-from tests.models import minilm
-from tests.models.tensorflow_files import write_saved_model
+import deepseek as ds
+from deepseek.core.errors import ConfigError
+from deepseek.models import zoo
+from deepseek.models.loaded_model import LoadedModel, LoadedModule, RunModel, plain_module
+from deepseek.models.loading import load_model, save_model
 
-QUICK = {"time_budget_s": 1.0}
-TINY = {"overrides": {"width": 8, "num_classes": 10}}
+SETTINGS = {"overrides": {"width": 8, "num_classes": 10}, "shapes": {"images": (2, 3, 64, 64)}}
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Decisions of these tests are kept apart."""
     monkeypatch.setenv("DEEPSEEK_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def folder(tmp_path):
+def load(config=None):
     torch.manual_seed(0)
-    save_model(zoo.build("resnet18", **TINY["overrides"]).eval(), tmp_path / "resnet")
-    return tmp_path / "resnet"
-
-
-def without_warnings(*arguments, **options):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load_model(*arguments, **options)
-
-
-def test_a_backend_answers_as_the_plain_model_does_and_explains_itself(folder):
-    loaded = load_model(folder, {"backend": BackendSelector.EAGER, "precision": "fp32", "batch_size": 4} | QUICK)
-    assert isinstance(loaded, LoadedModel)
-    (images,) = loaded.sample_inputs
-    assert images.shape == (4, 3, 224, 224)
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded(images), load_model(folder)(images), rtol=1e-3, atol=1e-3)
-    said = loaded.explain()
-    assert "sample inputs: (4, 3, 224, 224)" in said
-    assert "an artifact of architecture resnet" in said and "eager" in said and "ms" in said
-    assert isinstance(loaded.module, zoo.ResNet)
-
-
-@pytest.mark.parametrize("name", ["eager", "EAGER", BackendSelector.EAGER])
-def test_a_backend_is_a_member_or_its_name(folder, name):
-    config = {"backend": name, "precision": "fp32", "shapes": {"images": (1, 3, 64, 64)}} | QUICK
-    loaded = load_model(folder, config)
-    assert loaded.sample_inputs[0].shape == (1, 3, 64, 64)
-
-
-def test_random_weights_are_said_in_the_explanation_too():
-    config = {"backend": "eager", "precision": "fp32", "shapes": {"images": (1, 3, 64, 64)}} | TINY | QUICK
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        loaded = load_model("resnet18", config)
-    assert [each.filename for each in seen if "random weights" in str(each.message)] == [__file__]
-    assert "resnet18, from the zoo, with random weights" in loaded.explain()
-
-
-def test_an_artifact_stored_in_bf16_is_measured_in_float_first(folder, tmp_path):
-    save_model(load_model(folder), tmp_path / "narrow", precision="bf16")
-    config = {"backend": "eager", "precision": "fp32", "shapes": {"images": (1, 3, 64, 64)}} | QUICK
-    assert load_model(tmp_path / "narrow", config)(torch.zeros(1, 3, 64, 64)).dtype is torch.float32
-
-
-def test_every_backend_that_is_tried_is_told(folder):
-    events = []
-    config = {"backend": "eager", "precision": "fp32", "shapes": {"images": (1, 3, 64, 64)}} | QUICK
-    load_model(folder, config, on_event=events.append)
-    assert any("eager" in each.candidate for each in events)
-
-
-@pytest.mark.parametrize("name", ["eagre", "cudda"])
-def test_an_unknown_backend_is_answered_with_the_nearest(folder, name):
-    with pytest.raises(ConfigError, match=f"unknown backend '{name}'; did you mean"):
-        load_model(folder, {"backend": name})
-
-
-@pytest.mark.parametrize("name", ["tensorrt", "cuda", "rocm", "gaudi", "ascend"])
-def test_hardware_that_is_not_here_is_refused_with_what_it_needs(folder, name):
-    if name in ("cuda", "tensorrt") and torch.cuda.is_available():
-        pytest.skip("it is here")
-    with pytest.raises(DeepSeekError, match=f"(?i){name}.*needs"):
-        load_model(folder, {"backend": name} | QUICK)
-
-
-def test_a_packed_model_has_a_layout_of_its_own(folder):
-    with pytest.raises(ConfigError, match="leave one of them out"):
-        load_model(folder, {"backend": "eager"}, packed=True)
-    with pytest.raises(ConfigError, match="only a Decoder can be packed"):
-        load_model(folder, packed=True)
-
-
-# ---- half precision
-
-
-def test_half_precision_where_nothing_computes_in_it_is_said_and_replaced(folder, monkeypatch):
-    monkeypatch.setattr(loaded_model, "has_half_arithmetic", lambda: False)
-    config = loaded_model.LoadConfig(precision="fp16", backend="auto")
-    with pytest.warns(UserWarning, match="bf16 is used instead"):
-        assert loaded_model.choose_half(config).precision == "bf16"
-    named = loaded_model.LoadConfig(precision="fp16", backend="eager")
-    assert loaded_model.choose_half(named) == named  # a named backend answers for itself
-    monkeypatch.setattr(loaded_model, "has_half_arithmetic", lambda: True)
-    assert loaded_model.choose_half(config) == config
-
-
-def test_plain_half_precision_is_loaded_and_warned_about(folder, monkeypatch):
-    monkeypatch.setattr("deepseek.models.loading.has_half_arithmetic", lambda: False)
-    with pytest.warns(UserWarning, match="can store but not compute in quickly"):
-        model = load_model(folder, precision="fp16")
-    assert {each.dtype for each in model.parameters()} == {torch.float16}
-    monkeypatch.setattr("deepseek.models.loading.has_half_arithmetic", lambda: True)
-    load_model(folder, precision="fp16")
-
-
-def test_int8_without_a_backend_is_explained(folder):
-    with pytest.raises(ConfigError, match="only together with a backend"):
-        load_model(folder, precision="int8")
-
-
-# ---- ONNX
-
-
-def write_onnx(path, node, shape, weights=None, *, domain="", opset=17):
-    graph = helper.make_graph(
-        [node],
-        "test",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(each, name) for name, each in (weights or {}).items()],
-    )
-    opsets = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(domain, 1)] if domain else [])
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    return path
+        warnings.simplefilter("ignore")  # of random weights
+        return load_model("resnet18", SETTINGS | (config or {}))
 
 
 @pytest.fixture
-def linear_file(tmp_path):
-    weight = numpy.random.default_rng(0).standard_normal((16, 8)).astype("f")
-    node = helper.make_node("Gemm", ["x", "w"], ["y"])
-    return write_onnx(tmp_path / "linear.onnx", node, ["n", 16], {"w": weight}), torch.from_numpy(weight)
+def loaded():
+    return load()
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_runtime_takes_an_onnx_file_as_it_is(linear_file, backend):
-    path, weight = linear_file
-    loaded = load_model(path, {"backend": backend, "batch_size": 3})
-    x = torch.randn(5, 16)
-    torch.testing.assert_close(loaded(x), x @ weight, rtol=1e-4, atol=1e-4)
-    assert loaded.sample_inputs[0].shape == (3, 16)
-    assert f"as it is, by {backend}" in loaded.explain() and loaded.module is None
+@pytest.fixture(scope="module")
+def run_model(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return load({"backend": "openvino", "precision": "fp32", "time_budget_s": 1})
 
 
-def test_a_file_in_pytorch_goes_to_the_backends_of_modules(linear_file):
-    path, weight = linear_file
-    loaded = load_model(path, {"backend": "eager", "precision": "fp32", "batch_size": 2} | QUICK)
-    x = loaded.sample_inputs[0]
-    torch.testing.assert_close(loaded(x), x @ weight, rtol=1e-3, atol=1e-3)
-    assert "converted to PyTorch" in loaded.explain()
+# ---- a face of the module
 
 
-def test_auto_compares_the_file_as_it_is_with_the_converted_one(linear_file):
-    path, weight = linear_file
-    loaded = without_warnings(path, {"backend": "auto", "batch_size": 2, "time_budget_s": 0.5})
-    x = loaded.sample_inputs[0]
-    torch.testing.assert_close(loaded(x), x @ weight, rtol=0.1, atol=0.3)
-    said = loaded.explain()
-    assert all(f"{name}: " in said for name in ("onnxruntime", "openvino", "converted"))
+def test_it_is_one_kind_of_thing_with_a_module_and_an_explanation(loaded, run_model):
+    for model in (loaded, run_model):
+        assert isinstance(model, LoadedModel) and isinstance(model, nn.Module)
+        assert isinstance(model.module, zoo.ResNet)
+        assert "resnet18, from the zoo, with random weights" in model.explain()
+        assert "sample inputs: (2, 3, 64, 64)" in model.explain()
+        torch.testing.assert_close(model(IMAGES), model.module(IMAGES), rtol=1e-3, atol=1e-3)
 
 
-def test_a_file_that_cannot_be_converted_runs_as_it_is_with_a_warning(tmp_path):
-    path = write_onnx(tmp_path / "det.onnx", helper.make_node("Det", ["x"], ["y"]), [2, 3, 3])
-    with pytest.raises(ConfigError, match="Det of opset 17"):
-        load_model(path)
-    with pytest.raises(ConfigError, match="Det of opset 17"):
-        load_model(path, {"backend": "eager"} | QUICK)
-    with pytest.warns(UserWarning, match="Det of opset 17 .* only runtimes that take the file"):
-        loaded = load_model(path, {"backend": "auto"})
-    x = torch.randn(2, 3, 3)
-    torch.testing.assert_close(loaded(x), torch.linalg.det(x), rtol=1e-4, atol=1e-4)
-    assert loaded.module is None and "is the fastest" in loaded.explain()
+def test_names_of_weights_and_children_are_those_of_the_module(loaded):
+    module = loaded.module
+    assert list(loaded.state_dict()) == list(module.state_dict())
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in module.named_parameters()]
+    assert [name for name, _ in loaded.named_modules()] == [name for name, _ in module.named_modules()]
+    assert list(loaded.children()) == list(module.children())
+    assert loaded.get_submodule("layer1.0") is module.layer1[0]
+    assert list(loaded.modules()) == list(module.modules())
+    assert loaded.config is module.config
 
 
-@pytest.mark.parametrize("opset", [9, 24])
-def test_a_file_of_an_opset_that_is_not_converted_runs_as_it_is(tmp_path, opset):
-    path = write_onnx(tmp_path / "relu.onnx", helper.make_node("Relu", ["x"], ["y"]), [2, 3], opset=opset)
-    with pytest.raises(ConfigError, match=f"opset {opset} and 11 to 23 are converted .*backend='onnxruntime'"):
-        load_model(path)
-    loaded = load_model(path, {"backend": "onnxruntime"})
-    torch.testing.assert_close(loaded(torch.tensor([[-1.0, 0, 1]] * 2)), torch.tensor([[0.0, 0, 1]] * 2))
-    with pytest.warns(UserWarning, match=f"opset {opset} .*only runtimes"):
-        assert load_model(path, {"backend": "auto"}).module is None
+def test_inside_another_module_names_go_on_as_they_would_with_the_module(loaded):
+    whole = nn.Sequential(loaded, nn.ReLU())
+    plain = nn.Sequential(loaded.module, nn.ReLU())
+    assert list(whole.state_dict()) == list(plain.state_dict())
+    other = {name: torch.zeros_like(tensor) for name, tensor in plain.state_dict().items()}
+    whole.load_state_dict(other)
+    assert not any(tensor.any() for tensor in loaded.module.state_dict().values())
 
 
-def test_a_file_that_no_runtime_takes_is_explained(tmp_path):
-    node = helper.make_node("Gelu2", ["x"], ["y"], domain="com.example")
-    path = write_onnx(tmp_path / "gelu.onnx", node, [2], domain="com.example")
-    with pytest.raises(DeepSeekError, match="ONNX Runtime cannot run"):
-        load_model(path, {"backend": "onnxruntime"})
-    with pytest.raises(DeepSeekError, match="Gelu2"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load_model(path, {"backend": "auto"})
+def test_the_usual_feature_extractor_of_its_children_computes_what_the_module_does(loaded):
+    features = nn.Sequential(*list(loaded.children())[:-1])
+    assert features(IMAGES).shape == nn.Sequential(*list(loaded.module.children())[:-1])(IMAGES).shape
+    assert not torch.equal(features(IMAGES), IMAGES)
 
 
-def test_a_runtime_never_sees_a_file_whose_weights_lie_outside(tmp_path):
-    path = write_onnx(
-        tmp_path / "m.onnx", helper.make_node("Add", ["x", "w"], ["y"]), [4], {"w": numpy.ones(4, dtype="f")}
-    )
-    model = onnx.load(path)
-    tensor = model.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../w")
-    path.write_bytes(model.SerializeToString())
-    for config in ({}, {"backend": "onnxruntime"}, {"backend": "openvino"}, {"backend": "auto"}):
-        with pytest.raises(UnsafeFileError, match="outside its own folder"):
-            load_model(path, config)
+def test_a_layer_that_is_replaced_is_replaced_in_the_module(loaded):
+    loaded.fc = nn.Linear(loaded.fc.in_features, 3)
+    assert loaded.module.fc is loaded.fc
+    assert loaded(IMAGES).shape == loaded.module(IMAGES).shape == (2, 3)
+    loaded.note = "mine"
+    assert loaded.module.note == "mine"
+    del loaded.note
+    assert not hasattr(loaded.module, "note")
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_real_int8_weights_run_as_they_are(backend):
-    loaded = load_model(minilm.find_int8_onnx(), {"backend": backend, "batch_size": 2, "sequence_length": 12})
-    tokens_BT, mask_BT, _ = loaded.sample_inputs
-    assert tokens_BT.shape == (2, 12) and bool(mask_BT.all())
-    with torch.inference_mode():
-        torch.testing.assert_close(
-            loaded(*loaded.sample_inputs),
-            load_model(minilm.find_int8_onnx())(*loaded.sample_inputs),
-            rtol=1e-3,
-            atol=1e-3,
-        )
+def test_training_and_evaluation_reach_the_module_and_are_read_from_it(loaded):
+    assert loaded.train() is loaded
+    assert loaded.training and loaded.module.training and loaded.module.bn1.training
+    loaded.module.eval()
+    assert not loaded.training
+    nn.Sequential(loaded).train()
+    assert loaded.module.training
 
 
-# ---- TensorFlow
+def test_a_step_of_training_moves_the_weights_that_the_module_has(loaded):
+    alone = copy.deepcopy(loaded.module)
+    for model in (loaded, alone):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.train()(IMAGES).square().mean().backward()
+        optimizer.step()
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(loaded.module.state_dict()[name], tensor, msg=name)
 
 
-def test_a_tensorflow_model_has_one_runtime(tmp_path):
-    weight = numpy.eye(4, 3, dtype="f")
-    path = write_saved_model(tmp_path / "saved", weight, numpy.zeros(3, dtype="f"))
-    for backend in ("auto", "openvino"):
-        loaded = load_model(path, {"backend": backend, "batch_size": 2})
-        assert loaded.sample_inputs[0].shape == (2, 4)
-        torch.testing.assert_close(loaded(torch.ones(1, 4)), torch.ones(1, 3))
-        assert "by openvino in fp32" in loaded.explain()
-    with pytest.raises(ConfigError, match="run by openvino only and backend 'onnxruntime' was asked for"):
-        load_model(path, {"backend": "onnxruntime"})
+def test_hooks_work_from_either_side(loaded):
+    seen = []
+    for model in (loaded, loaded.module):
+        model.register_forward_hook(lambda *_: seen.append(1))
+    loaded(IMAGES)
+    loaded.module(IMAGES)
+    assert len(seen) == 4
 
 
-def test_a_precision_that_a_runtime_cannot_give_is_refused(tmp_path):
-    path = write_saved_model(tmp_path / "saved", numpy.eye(4, 3, dtype="f"), numpy.zeros(3, dtype="f"))
-    with pytest.raises(ConfigError, match="fp32, bf16 or fp16 and int8 was asked for"):
-        load_model(path, {"precision": "int8"})
+def test_casting_and_moving_reach_the_module(loaded):
+    assert loaded.double() is loaded
+    assert {each.dtype for each in loaded.module.parameters()} == {torch.float64}
+    assert loaded(IMAGES.double()).dtype is torch.float64
+    loaded.to("meta")
+    assert all(each.is_meta for each in loaded.module.parameters())
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_a_model_of_its_own(loaded, make):
+    other = make(loaded)
+    assert isinstance(other, LoadedModule) and other.explain() == loaded.explain()
+    expected = loaded(IMAGES)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(other(IMAGES), expected)
+    other.fc = nn.Linear(other.fc.in_features, 4)
+    assert other(IMAGES).shape == (2, 4) and loaded(IMAGES).shape == (2, 10)
+
+
+def test_other_tools_of_torch_take_it(loaded):
+    expected = loaded(IMAGES)
+    compiled = torch.compile(loaded, backend="eager", fullgraph=True)
+    exported = torch.export.export(loaded, (IMAGES,), strict=False)
+    averaged = torch.optim.swa_utils.AveragedModel(loaded)
+    for model in (compiled, exported.module(), averaged):
+        torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    assert set(exported.state_dict) == set(loaded.module.state_dict())
+
+
+def test_our_own_tools_take_it(loaded, tmp_path):
+    expected = loaded(IMAGES)
+    save_model(loaded, tmp_path / "model")
+    torch.testing.assert_close(load_model(tmp_path / "model")(IMAGES), expected)
+    jitted = ds.jit(loaded, backend="eager")
+    torch.testing.assert_close(jitted(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(loaded, zoo.ResNet) and inspect.unwrap(loaded) is loaded.module
+    assert inspect.signature(loaded.forward) == inspect.signature(loaded.module.forward)
+
+
+def test_a_name_that_it_does_not_have_is_missed_in_the_name_of_the_module(loaded):
+    with pytest.raises(AttributeError, match="'ResNet' object has no attribute 'layer9'"):
+        _ = loaded.layer9
+
+
+# ---- run by a backend
+
+
+def test_a_change_of_the_module_never_shows_in_the_answers_of_a_backend():
+    model = load({"backend": "openvino", "precision": "fp32", "time_budget_s": 1})
+    before = model(IMAGES)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.add_(0.5)
+    torch.testing.assert_close(model(IMAGES), before, rtol=0, atol=0)
+    assert not torch.allclose(model.module(IMAGES), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.train(),
+        lambda model: model.half(),
+        lambda model: model.to("meta"),
+        lambda model: model.load_state_dict(model.module.state_dict()),
+    ],
+)
+def test_what_would_change_the_weights_of_a_backend_is_refused_with_the_way_out(run_model, change):
+    with pytest.raises(ConfigError, match=r"run by openvino .* use \.module"):
+        change(run_model)
+    assert run_model.eval() is run_model
+
+
+def test_a_layer_of_a_model_that_a_backend_runs_is_reached_through_its_module_only(run_model):
+    assert isinstance(run_model, RunModel)
+    with pytest.raises(AttributeError, match=r"use \.module\.fc"):
+        _ = run_model.fc
+    assert list(run_model.state_dict()) == []
+
+
+def test_the_plain_module_is_unwrapped_wherever_one_is_needed(loaded, run_model):
+    assert plain_module(loaded) is loaded.module
+    assert plain_module(run_model) is run_model.module
+    linear = nn.Linear(2, 2)
+    assert plain_module(linear) is linear
+    with pytest.raises(ConfigError, match="has no module of torch"):
+        plain_module(RunModel(linear, run_model.origin, None))

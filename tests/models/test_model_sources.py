@@ -18,9 +18,9 @@ from deepseek.core.machine import describe_machine
 from deepseek.models import text_zoo, zoo
 from deepseek.models.architectures import list_architectures, name_architecture
 from deepseek.models.decoder.model import Decoder
+from deepseek.models.loaded_model import RunModel
 from deepseek.models.loading import load_model, save_model
 from deepseek.models.model_sources import KNOWN_NAMES, LoadConfig, draw_for
-from deepseek.models.programs import Program
 from deepseek.models.transformers_models.model import TransformersModel
 from tests.models.tensorflow_files import write_frozen_graph, write_saved_model, write_tflite
 
@@ -416,7 +416,7 @@ def tensorflow_path(request, tmp_path):
 def test_a_tensorflow_model_runs_without_tensorflow(tensorflow_path):
     assert "tensorflow" not in sys.modules
     program = load_model(tensorflow_path)
-    assert isinstance(program, Program) and program.runtime == "openvino"
+    assert isinstance(program, RunModel) and program.module is None and program.choice == "openvino"
     x = torch.randn(2, 4)
     expected = torch.relu(x @ torch.from_numpy(WEIGHT_IO) + torch.from_numpy(BIAS_O))
     torch.testing.assert_close(program(x), expected, rtol=1e-6, atol=1e-6)  # fp32, as it says

@@ -108,7 +108,7 @@ def test_a_wrapped_model_answers_with_one_tensor_for_tensors_in_order(model_type
     kind, settings = EXAMPLES[model_type]
     torch.manual_seed(0)
     model = build_transformers({"model_type": model_type, "architectures": [kind]} | settings)
-    inputs = model.sample_inputs(2, 7)
+    inputs = model.draw_inputs(2, 7)
     assert len(inputs) == len(model.input_names) and inputs[0].shape[0] == 2
     with torch.inference_mode():
         theirs = model.model(**dict(zip(model.input_names, inputs, strict=True)))
@@ -126,14 +126,14 @@ def test_its_config_builds_the_same_model_again():
     assert again.config == model.config
     again.load_state_dict(model.state_dict())
     with torch.inference_mode():
-        torch.testing.assert_close(again(*model.sample_inputs(1, 5)), model(*model.sample_inputs(1, 5)))
+        torch.testing.assert_close(again(*model.draw_inputs(1, 5)), model(*model.draw_inputs(1, 5)))
 
 
 def test_too_many_inputs_are_refused():
     kind, settings = EXAMPLES["vit"]
     model = build_transformers({"model_type": "vit", "architectures": [kind]} | settings)
     with pytest.raises(ConfigError, match="the model takes pixel_values"):
-        model(*model.sample_inputs(1, 1), torch.ones(1))
+        model(*model.draw_inputs(1, 1), torch.ones(1))
 
 
 def test_loading_leaves_the_settings_of_transformers_as_they_were():

@@ -1,233 +1,205 @@
-"""A model as a backend runs it: `load_model` with a backend ends here.
+"""What `load_model` returns: a model that is called, says what it is and who runs it, and holds its plain module.
 
-    module, Program  ->  sample inputs  ->  compiler.select, or a runtime on the file itself  ->  LoadedModel
+    model = load_model("runs/classifier")                  LoadedModule, used like the `nn.Module` it loaded
+    model = load_model("resnet50", {"backend": "auto"})    RunModel, answered by the backend that was chosen
+    model.explain(), model.sample_inputs, model.module
 
-What is a module goes to `select`, which measures. An ONNX file has two ways: a runtime takes the file as it is, with
-whatever int8 is in it, or it is converted and goes the way of modules; `auto` tries both and takes the faster one. A
-TensorFlow file has the one runtime that reads it.
+Both are `nn.Module`s. A `LoadedModule` is a second face of the module it loaded: it shares that module's parameters,
+buffers, children and hooks, so that it is trained, copied, saved, wrapped and changed like it, under the same names (a
+wrapper that held the module as a child would put `module.` before every name, which is how checkpoints of
+`DistributedDataParallel` come to not load). What only the module has (`config`, `fc`, ...) is reached through it.
+
+A `RunModel` answers with the weights it was made of: what happens to `module` afterwards never shows in its answers,
+and what would change weights is refused. `module` is `None` for a file that only a runtime can run.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
-import torch
 from torch import Tensor, nn
 
-from deepseek.compiler.runtimes.selection import SelectionEvent, read_backend, select
-from deepseek.core.caller_warnings import warn_caller
-from deepseek.core.errors import ConfigError, PermanentError
-from deepseek.models.model_sources import LoadConfig, Opened, is_onnx, open_source
-from deepseek.models.programs import RUNTIMES, Program, run_onnx
-from deepseek.models.sample_file import Batch, read_samples
-from deepseek.onnx.files import UnsupportedOperatorError, draw_inputs, read_onnx
+from deepseek.core.errors import ConfigError
 
-AUTO = "auto"
-Listener = Callable[[SelectionEvent], None] | None
-_UNCALIBRATED = "it is calibrated on inputs, and these were drawn at random; give samples, an .npz file of real ones"
-_FILE_TOLERANCE = 0.05  # of a file that a runtime runs as it is, against the same file in PyTorch
-_ROUNDS = 7
+Batch = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model as the chosen backend runs it; called like the model itself."""
+class Origin:
+    """Where a loaded model comes from, and how it came to be run."""
 
     summary: str
     """What it is and where its weights come from, random ones above all."""
-    run: Callable[..., Any]
-    """What a call runs."""
-    sample_inputs: tuple[Tensor, ...]
-    """The inputs that it was measured with."""
+    draw_inputs: Callable[[], Batch]
+    """Make the inputs that it was, or would be, measured with."""
     reason: str
     """Why this backend, with what was measured and refused."""
     choice: str
-    """The backend that was taken, in a few words."""
-    module: nn.Module | None = None
-    """The plain module, for training and for saving; none for a file that only a runtime can run."""
+    """The backend that runs it, in a few words."""
+    folder: Path | None = None
+    """The folder with its tokenizer and other files, if it came from one."""
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """The answer of the model."""
-        return self.run(*inputs, **named)
+
+class LoadedModel(nn.Module):
+    """A model that was loaded; called like the model itself."""
+
+    def __init__(self, module: nn.Module | None, origin: Origin) -> None:
+        super().__init__()
+        self.origin = origin
+        vars(self)["_plain"] = module  # beside the children, not among them
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The plain module, for training and for saving; `None` for a file that only a runtime can run."""
+        plain: nn.Module | None = vars(self)["_plain"]
+        return plain
+
+    @property
+    def summary(self) -> str:
+        """What it is and where its weights come from."""
+        return self.origin.summary
+
+    @property
+    def reason(self) -> str:
+        """Why it is run this way, with what was measured and refused."""
+        return self.origin.reason
+
+    @property
+    def choice(self) -> str:
+        """The backend that runs it, in a few words."""
+        return self.origin.choice
+
+    @property
+    def sample_inputs(self) -> Batch:
+        """The inputs that it was measured with, or would be: the same in every call."""
+        return self.origin.draw_inputs()
 
     def explain(self) -> str:
-        """What the model is, who runs it, what it was measured with, and why."""
-        shapes = ", ".join(str(tuple(each.shape)) for each in self.sample_inputs)
+        """Say what the model is, who runs it, what it is measured with, and why."""
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.sample_inputs)
         return f"{self.summary}\nsample inputs: {shapes}\n{self.reason}"
 
+    def extra_repr(self) -> str:
+        return f"{self.summary}; run by {self.choice}"
 
-def run_on_backend(
-    source: str | Path, settings: LoadConfig, *, verify: bool = True, on_event: Listener = None
-) -> LoadedModel:
-    """The model that `source` names, run by the backend of `settings`.
 
-    Raises `ConfigError` for an unknown backend and for one that cannot take the source, and `BackendError` for one that
-    is not here or runs the model wrongly.
+class LoadedModule(LoadedModel):
+    """A loaded module as it is, run by torch: a second face of it, with the same parameters, children and hooks.
+
+    `isinstance` takes it for what the module is, as it does the proxies of `wrapt` and `unittest.mock`, and `modules()`
+    lists the module in its place. `__wrapped__` is the module, as Python has it for functions: `inspect.unwrap` gives
+    what a compiler wants to see.
     """
-    read_backend(str(settings.backend))
-    settings = choose_half(settings)
-    if is_onnx(Path(source)):
-        return _load_onnx(Path(source), settings, on_event)
-    opened = open_source(source, settings, verify=verify)
-    if isinstance(opened.model, Program):
-        return _load_program(opened, settings)
-    return _select(opened, opened.model, settings, on_event)
 
+    def __init__(self, module: nn.Module, origin: Origin) -> None:
+        super().__init__(module, origin)
+        own = vars(self)
+        own.update({name: value for name, value in vars(module).items() if name in own})
+        del own["training"]  # a plain value, which cannot be shared: asked of the module each time
+        own["__wrapped__"] = module
 
-def choose_half(settings: LoadConfig) -> LoadConfig:
-    """fp16 where no unit computes in it: `auto` takes bf16 and says so, a named backend answers for itself."""
-    if settings.precision != "fp16" or settings.backend != AUTO or has_half_arithmetic():
-        return settings
-    warn_caller(
-        "fp16 was asked for and neither a GPU nor fp16 instructions are here; bf16 is used instead, which rounds to 8 "
-        "bits where fp16 rounds to 11: ask for bf16 or fp32 to choose yourself"
-    )
-    return settings.override({"precision": "bf16"})
+    @property
+    def module(self) -> nn.Module:
+        """The plain module."""
+        plain: nn.Module = vars(self)["__wrapped__"]
+        return plain
 
+    @property
+    def __class__(self) -> type:
+        return type(vars(self).get("__wrapped__", self))
 
-def _load_program(opened: Opened, settings: LoadConfig) -> LoadedModel:
-    assert isinstance(opened.model, Program)
-    if settings.backend not in (AUTO, opened.model.runtime):
-        raise ConfigError(
-            f"{opened.name} is run by {opened.model.runtime} only and backend {settings.backend!r} was asked for; "
-            f"give '{AUTO}', or convert the model to ONNX"
-        )
-    program = opened.model
-    inputs = _take_inputs(opened.draw_inputs(settings), settings)[0]
-    return LoadedModel(opened.summary, program, inputs, program.explain(), program.runtime)
+    @__class__.setter
+    def __class__(self, kind: type) -> None:  # by which FSDP makes a module shard itself
+        self.module.__class__ = kind
 
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]  # with the signature of the module's own
+        """The forward pass of the module."""
+        return self.module.forward
 
-def _select(opened: Opened, model: nn.Module, settings: LoadConfig, on_event: Listener) -> LoadedModel:
-    inputs, *further = _take_inputs(opened.draw_inputs(settings), settings)
-    assert settings.backend is not None
-    if settings.precision == "int8" and settings.samples is None:
-        warn_caller(
-            "int8 is calibrated on inputs that were drawn at random, which may be nothing like yours; give samples, an "
-            ".npz file of real ones"
-        )
-    selection = select(
-        model.float(),
-        inputs,
-        backend=settings.backend,
-        precision=settings.precision,
-        time_budget_s=settings.time_budget_s,
-        tolerance=settings.tolerance,
-        calibration=(inputs, *further) if further else (),
-        name=opened.name,
-        excluded={} if settings.samples else {"int8": _UNCALIBRATED},
-        on_event=on_event,
-    )
-    return LoadedModel(
-        opened.summary, selection.model, inputs, selection.explain(), str(selection.decision.chosen), model
-    )
+    def __getattr__(self, name: str) -> Any:
+        module = vars(self).get("__wrapped__")
+        if module is None or (name.startswith("__") and name.endswith("__")):
+            return super().__getattr__(name)
+        return getattr(module, name)
 
-
-def _load_onnx(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedModel:
-    """An ONNX file: by a runtime as it is, converted, or for `auto` whichever is faster."""
-    runs_as_it_is = settings.precision == "auto" or (settings.precision, settings.backend) == ("fp32", "openvino")
-    if settings.backend in RUNTIMES and runs_as_it_is:
-        read_onnx(path)  # refuses what is damaged, and weights outside the folder
-        program = run_onnx(path, str(settings.backend), settings.precision)
-        return LoadedModel(
-            f"{path}, an ONNX file", program, _take_for_program(program, settings), program.explain(), program.runtime
-        )
-    try:
-        opened = open_source(path, settings)
-    except UnsupportedOperatorError as error:
-        if settings.backend != AUTO or not runs_as_it_is:
-            raise
-        warn_caller(f"{error}: that is what is done now, and only runtimes that take the file are compared")
-        return _fastest_program(path, settings, None)
-    assert isinstance(opened.model, nn.Module)
-    loaded = _select(opened, opened.model, settings, on_event)
-    return _fastest_program(path, settings, loaded) if settings.backend == AUTO and runs_as_it_is else loaded
-
-
-def _fastest_program(path: Path, settings: LoadConfig, converted: LoadedModel | None) -> LoadedModel:
-    """The fastest of the installed runtimes on the file itself and, where there is one, the converted model."""
-    programs, refused = _open_programs(path)
-    if not programs and converted is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise ConfigError(f"nothing here runs {path} ({reasons}); export it again for one of them")
-    inputs = converted.sample_inputs if converted else _take_for_program(next(iter(programs.values())), settings)
-    reference: Any = converted.module if converted else next(iter(programs.values()))
-    runners: dict[str, Callable[..., Any]] = {}
-    for name, program in programs.items():
-        error = _relative_error(program, reference, inputs)
-        if error <= (settings.tolerance or _FILE_TOLERANCE):
-            runners[name] = program
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "__wrapped__" not in vars(self) or name in vars(self) or name.startswith("_"):
+            super().__setattr__(name, value)
         else:
-            refused[name] = f"relative error {error:.3g}"
-    if converted:
-        runners["converted"] = converted.run
-    medians_ms = _time(runners, inputs)
-    best = min(medians_ms, key=lambda name: medians_ms[name])
-    reason = _explain_choice(best, medians_ms, refused) + (f"\nconverted: {converted.reason}" if converted else "")
-    summary = converted.summary if converted and best == "converted" else f"{path}, an ONNX file run as it is"
-    return LoadedModel(summary, runners[best], inputs, reason, best, converted.module if converted else None)
+            setattr(self.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self):
+            super().__delattr__(name)
+        else:
+            delattr(self.module, name)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """List the modules of the module, itself first."""
+        yield from self.module.named_modules(memo, prefix, remove_duplicate)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the module to training or evaluation."""
+        self.module.train(mode)
+        return self
+
+    def __reduce__(self) -> tuple[type[Self], tuple[nn.Module, Origin]]:
+        return type(self), (self.module, self.origin)  # copies have a module of their own to be the face of
 
 
-def _open_programs(path: Path) -> tuple[dict[str, Program], dict[str, str]]:
-    """The file on every runtime that takes it, and why the others do not."""
-    programs, refused = {}, {}
-    for name in RUNTIMES:
-        try:
-            programs[name] = run_onnx(path, name)
-        except PermanentError as error:
-            refused[name] = str(error)
-    return programs, refused
+class RunModel(LoadedModel):
+    """A loaded model as a backend runs it: with the weights it was made of, and without gradients."""
+
+    def __init__(self, run: Callable[..., Any], origin: Origin, module: nn.Module | None) -> None:
+        super().__init__(module, origin)
+        vars(self).update(run=run, training=False)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return the answer of the model."""
+        return vars(self)["run"](*inputs, **named)
+
+    def train(self, mode: bool = True) -> Self:
+        """Refuse training; evaluation is what it is in."""
+        if mode:
+            self._refuse("trained")
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
+        """Refuse another device or dtype."""
+        self._refuse("moved or cast")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse other weights."""
+        self._refuse("given other weights")
+
+    def __getattr__(self, name: str) -> Any:
+        plain = vars(self).get("_plain")
+        if not name.startswith("_") and plain is not None and hasattr(plain, name):
+            raise AttributeError(
+                f"{name!r} belongs to the plain module, and this model is run by {self.choice}; use .module.{name}"
+            )
+        return super().__getattr__(name)
+
+    def _refuse(self, done: str) -> NoReturn:
+        instead = "load the file again" if self.module is None else "use .module, and load_model again to measure it"
+        raise ConfigError(
+            f"this model is run by {self.choice} with the weights it was made of and cannot be {done}; {instead}"
+        )
 
 
-def _explain_choice(best: str, medians_ms: Mapping[str, float], refused: Mapping[str, str]) -> str:
-    ranked = sorted(medians_ms, key=lambda name: medians_ms[name])
-    lines = [f"{name}: {medians_ms[name]:.2f} ms" for name in ranked]
-    lines += [f"{name} refused: {reason}" for name, reason in refused.items()]
-    return f"{best} is the fastest ({'; '.join(lines)})"
+def plain_module(model: nn.Module) -> nn.Module:
+    """Return the module that a loaded model holds, and any other module as it is.
 
-
-def _take_for_program(program: Program, settings: LoadConfig) -> Batch:
-    drawn = draw_inputs(
-        program.inputs, settings.shapes, batch_size=settings.batch_size, sequence_length=settings.sequence_length
-    )
-    return _take_inputs(drawn, settings)[0]
-
-
-def _take_inputs(drawn: Batch, settings: LoadConfig) -> list[Batch]:
-    """Batches of the user's samples, or the one that was drawn."""
-    return read_samples(Path(settings.samples), drawn) if settings.samples else [drawn]
-
-
-@torch.inference_mode()
-def _relative_error(program: Program, reference: Any, inputs: tuple[Tensor, ...]) -> float:
-    """The largest norm of the difference over the norm of the reference's answer, of all outputs."""
-    pairs = zip(_listed(program(*inputs)), _listed(reference(*inputs)), strict=True)
-    return max(
-        float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-12)) for ours, theirs in pairs
-    )
-
-
-def _listed(answer: Any) -> list[Tensor]:
-    return list(answer) if isinstance(answer, tuple | list) else [answer]
-
-
-@torch.inference_mode()
-def _time(runners: Mapping[str, Callable[..., Any]], inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Median milliseconds of a call of each, in turns, after one call to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for round_ in range(_ROUNDS + 1):
-        for name, run in runners.items():
-            began = time.perf_counter()
-            run(*inputs)
-            if round_:
-                times[name].append((time.perf_counter() - began) * 1000)
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
-def has_half_arithmetic() -> bool:
-    """Whether this machine computes in fp16 as fast as in fp32: it has a GPU, or a CPU with instructions for it."""
-    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    Raises `ConfigError` for a file that only a runtime can run, which has none.
+    """
+    if not isinstance(model, LoadedModel):
+        return model
+    if model.module is None:
+        raise ConfigError(f"{model.summary}, has no module of torch; give a model that was converted or loaded as one")
+    return model.module

@@ -1,17 +1,17 @@
 """From a name, folder or file to a model and back: `load_model` opens it, `save_model` writes an artifact.
 
-    load_model("runs/model")                                    the plain module, in evaluation mode
+    load_model("runs/model")                                    the module, in evaluation mode
     load_model("resnet50", {"precision": "fp16", "batch_size": 64, "backend": BackendSelector.AUTO})
                                                                 what runs it fastest here; `explain()` says why
 
-What can be given is in `sources.py`. Without a backend the answer is the `nn.Module` itself (a `Program` for a
-TensorFlow file, which only a runtime can run); with one it is a `LoadedModel` that is called the same way.
+What can be given is in `model_sources.py`. What comes back is a `LoadedModel` (`loaded_model.py`), which is called like
+the model, and without a backend used like the module it loaded in every other way as well.
 
-A decoder that has a twin at Hugging Face (Llama, GPT-2, Mixtral) is written under the twin's names with its
-`config.json`, so that `transformers` opens the same folder, as is any model that `transformers` defines; all others are
-written under our own names. Either way the manifest carries the exact config. Weights that ask for another precision,
-and those of GPT-2 and Mixtral folders, which are stored turned, are copied once; all others are the mapped file itself.
-An int8 decoder is one whose layers `make_int8_` replaced; it comes back with the same layers.
+A decoder that has a counterpart at Hugging Face (Llama, GPT-2, Mixtral) is written under its names with `config.json`,
+so that `transformers` opens the same folder, as is any model that `transformers` defines; all others are written under
+our own names. Either way the manifest carries the exact config. Weights that ask for another precision, and those of
+GPT-2 and Mixtral folders, which are stored transposed, are copied once; all others are the mapped file itself. An int8
+decoder is one whose layers `make_int8_` replaced; it comes back with the same layers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,9 +34,10 @@ from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError
 from deepseek.data.tokenizing import Tokenizer, save_tokenizer
 from deepseek.models.architectures import DECODER, TRANSFORMERS, name_architecture
+from deepseek.models.backend_loading import has_half_arithmetic, run_on_backend
 from deepseek.models.decoder.keymap import Family, export_config, export_tensors, find_twin
 from deepseek.models.decoder.model import Decoder, DecoderConfig
-from deepseek.models.loaded_model import LoadedModel, has_half_arithmetic, run_on_backend
+from deepseek.models.loaded_model import LoadedModel, LoadedModule, Origin, RunModel, plain_module
 from deepseek.models.model_sources import INT8_KEPT, LoadConfig, open_source
 from deepseek.models.programs import Program
 from deepseek.models.transformers_models.model import TransformersModel
@@ -65,8 +67,8 @@ def load_model(
     verify: bool = True,
     packed: bool = False,
     on_event: Callable[[SelectionEvent], None] | None = None,
-) -> Any:
-    """The model that `source` names, in evaluation mode on the CPU: an `nn.Module`, or with a backend a `LoadedModel`.
+) -> LoadedModel:
+    """Load the model that `source` names, in evaluation mode on the CPU.
 
     `source` is a name (`resnet50`, `bert-base`, ...), the folder of an artifact, of Hugging Face or of a TensorFlow
     SavedModel, or an ONNX, `.pb` or `.tflite` file. `config` is a `LoadConfig` or its settings as a dict; `precision`
@@ -87,7 +89,7 @@ def load_model(
     ...     load_model(folder + "/model")(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 10])
     """
-    settings = _settle(config, precision=precision, weights=weights)
+    settings = _settings_of(config, precision=precision, weights=weights)
     if settings.backend is not None:
         if packed:
             raise ConfigError(
@@ -95,22 +97,33 @@ def load_model(
             )
         return run_on_backend(source, settings, verify=verify, on_event=on_event)
     opened = open_source(source, settings, verify=verify)
+    draw = partial(opened.draw_inputs, settings)
     if isinstance(opened.model, Program):
-        return opened.model
-    model = _as_precision(opened.model, settings.precision, source)
-    if packed and not isinstance(model, Decoder):
-        raise ConfigError(f"{source} is a {type(model).__name__} and only a Decoder can be packed; leave packed out")
-    return pack_(model) if packed else model
+        program = opened.model
+        return RunModel(program, Origin(opened.summary, draw, program.explain(), program.runtime), None)
+    module = _as_precision(opened.model, settings.precision, source)
+    if packed:
+        module = _as_packed(module, source)
+    return LoadedModule(module, Origin(opened.summary, draw, _PLAIN, "torch"))
+
+
+_PLAIN = "as it was loaded, by torch; give a backend, for example auto, to have what is fastest here"
+
+
+def _as_packed(module: nn.Module, source: str | Path) -> nn.Module:
+    if not isinstance(module, Decoder):
+        raise ConfigError(f"{source} is a {type(module).__name__} and only a Decoder can be packed; leave packed out")
+    return pack_(module)
 
 
 def load_decoder(
     source: str | Path, *, precision: str | None = None, verify: bool = True, packed: bool = False
 ) -> Decoder:
     """Like `load_model`, for work that needs our decoder; raises `ConfigError` where `source` is another model."""
-    model = load_model(source, precision=precision, verify=verify, packed=packed)
-    if not isinstance(model, Decoder):
-        raise ConfigError(f"{source} holds a {type(model).__name__} and a Decoder is needed here; give a text decoder")
-    return model
+    module = load_model(source, precision=precision, verify=verify, packed=packed).module
+    if not isinstance(module, Decoder):
+        raise ConfigError(f"{source} holds a {type(module).__name__} and a Decoder is needed here; give a text decoder")
+    return module
 
 
 def save_model(
@@ -133,6 +146,7 @@ def save_model(
     into the manifest as they are. Raises `ArtifactError` for another model and where `folder` holds something already,
     and `StorageError` for what the disk refuses; either way `folder` is as it was.
     """
+    model = plain_module(model)
     architecture = name_architecture(model)
     tensors, settings, files, is_foreign = _WRITERS.get(architecture, _write_plain)(
         model, dtype_of(precision), tokenizer
@@ -162,13 +176,13 @@ def make_int8_(model: Decoder) -> Decoder:
 
 def count_stored_bytes(model: nn.Module) -> int:
     """Bytes of the weights of `model` in an artifact, as they are now."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model, None).values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(plain_module(model), None).values())
 
 
 # ---- precision
 
 
-def _settle(
+def _settings_of(
     config: LoadConfig | Mapping[str, Any] | None, *, precision: str | None, weights: str | Path | None
 ) -> LoadConfig:
     """One config from the two places where a user may say things."""

@@ -12,8 +12,9 @@ called `gpt2` is given as `./gpt2`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ from deepseek.models import text_zoo, zoo
 from deepseek.models.architectures import DECODER, TRANSFORMERS, list_architectures
 from deepseek.models.decoder.keymap import FAMILIES, find_twin, import_config, import_tensors
 from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.models.loaded_model import plain_module
 from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow, run_tensorflow
 from deepseek.models.transformers_models.model import TransformersModel, read_transformers
 from deepseek.models.weight_loading import PRECISIONS, build_without_values, fill_, is_int8
 from deepseek.nn.quantized import replace_with_int8_
-from deepseek.onnx.files import ONNX_SUFFIX, describe_inputs, draw_inputs, read_onnx
+from deepseek.onnx.files import ONNX_SUFFIX, InputSpec, describe_inputs, draw_inputs, read_onnx
 from deepseek.onnx.importing import import_onnx
 
 INT8_KEPT = ("gate", "refine", "far_gate")  # routers and gates of the mask: small, and they decide
@@ -145,7 +147,7 @@ def _open_name(name: str, config: LoadConfig) -> Opened:
             f"{name} has random weights, so its answers mean nothing; give weights=FOLDER_OR_FILE for trained ones"
         )
     summary = f"{name}, {'a text model' if is_text else 'from the zoo'}, with {origin}"
-    return Opened(summary, model, lambda used: draw_for(model, used), name)
+    return Opened(summary, model, partial(draw_for, model), name)
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
@@ -189,6 +191,7 @@ def _fit_names(model: TransformersModel, tensors: Tensors) -> Tensors:
 
 def draw_for(model: nn.Module, config: LoadConfig) -> tuple[Tensor, ...]:
     """Sample inputs for a model of ours, by its architecture. Raises `ConfigError` where shapes cannot be followed."""
+    model = plain_module(model)
     if isinstance(model, Decoder | TransformersModel):
         drawn = text_zoo.draw_tokens(model, config.batch_size, config.sequence_length)
         names = model.input_names if isinstance(model, TransformersModel) else ("tokens",)
@@ -241,7 +244,7 @@ def _open_artifact(folder: Path, config: LoadConfig, verify: bool) -> Opened:
             tensors = import_tensors(tensors, FAMILIES[model_type])
         model = assemble(manifest.architecture, manifest.architecture_config, tensors, source=folder)
     summary = f"{folder}, an artifact of architecture {manifest.architecture}, stored in {manifest.precision}"
-    return Opened(summary, model.eval(), lambda used: draw_for(model, used), str(folder))
+    return Opened(summary, model.eval(), partial(draw_for, model), str(folder))
 
 
 def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source: Path) -> nn.Module:
@@ -268,14 +271,12 @@ def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
         read_tensor_file(file)  # refuses what is damaged or a pickle in disguise before another library opens it
     model = read_transformers(folder, values, None)
     kind = type(model.model).__name__
-    return Opened(f"{folder}, a {kind} through transformers", model, lambda used: draw_for(model, used), str(folder))
+    return Opened(f"{folder}, a {kind} through transformers", model, partial(draw_for, model), str(folder))
 
 
 def _open_decoder(folder: Path, settings: DecoderConfig, tensors: Tensors) -> Opened:
     model = assemble(DECODER, settings.to_dict(), tensors, source=folder).eval()
-    return Opened(
-        f"{folder}, a Hugging Face folder as our decoder", model, lambda used: draw_for(model, used), str(folder)
-    )
+    return Opened(f"{folder}, a Hugging Face folder as our decoder", model, partial(draw_for, model), str(folder))
 
 
 def find_weight_files(folder: Path) -> list[Path]:
@@ -312,22 +313,20 @@ def _open_onnx(path: Path, config: LoadConfig, verify: bool) -> Opened:
     proto = read_onnx(path)
     specs = describe_inputs(proto)
 
-    def draw(used: LoadConfig) -> tuple[Tensor, ...]:
-        return draw_inputs(specs, used.shapes, batch_size=used.batch_size, sequence_length=used.sequence_length)
-
+    draw = partial(draw_for_specs, specs)
     model = import_onnx(proto, sample_inputs=draw(config), source=str(path))
     return Opened(f"{path}, an ONNX file converted to PyTorch", model, draw, str(path))
 
 
+def draw_for_specs(specs: Sequence[InputSpec], config: LoadConfig) -> tuple[Tensor, ...]:
+    """Sample inputs for a file, by what it says of its inputs."""
+    return draw_inputs(specs, config.shapes, batch_size=config.batch_size, sequence_length=config.sequence_length)
+
+
 def _open_tensorflow(path: Path, config: LoadConfig, verify: bool) -> Opened:
     program = run_tensorflow(path, config.precision)
-
-    def draw(used: LoadConfig) -> tuple[Tensor, ...]:
-        return draw_inputs(
-            program.inputs, used.shapes, batch_size=used.batch_size, sequence_length=used.sequence_length
-        )
-
-    return Opened(f"{path}, a TensorFlow model run as it is by OpenVINO", program, draw, str(path))
+    summary = f"{path}, a TensorFlow model run as it is by OpenVINO"
+    return Opened(summary, program, partial(draw_for_specs, program.inputs), str(path))
 
 
 def is_onnx(path: Path) -> bool:

@@ -114,7 +114,7 @@ def configure(name: str, **overrides: JsonValue) -> DecoderConfig | dict[str, An
 def draw_tokens(model: nn.Module, batch_size: int, sequence_length: int) -> tuple[Tensor, ...]:
     """Inputs to try a text model with, the same in every call."""
     if isinstance(model, TransformersModel):
-        return model.sample_inputs(batch_size, sequence_length)
+        return model.draw_inputs(batch_size, sequence_length)
     assert isinstance(model, Decoder)
     shape = (batch_size, min(sequence_length, model.config.max_length))
     return (torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)),)

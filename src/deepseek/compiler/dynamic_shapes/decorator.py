@@ -93,7 +93,7 @@ def dynamic_graph(target: Any = None, /, **options: Any) -> Any:
 def _decorate(target: Any, options: DynamicOptions) -> Any:
     find_backend(options.backend)
     if isinstance(target, nn.Module):
-        return _decorate_module(target, options)
+        return _decorate_module(inspect.unwrap(target), options)  # of a loaded model, the module that it is a face of
     if isinstance(target, type):
         return _decorate_class(target, options)
     if not callable(target):

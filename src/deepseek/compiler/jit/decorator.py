@@ -141,7 +141,7 @@ def _jit(target: Any, settings: Settings) -> Any:
     if isinstance(target, Jitted):
         return target
     if isinstance(target, nn.Module):
-        return _jit_module(target, settings)
+        return _jit_module(inspect.unwrap(target), settings)  # of a loaded model, the module that it is a face of
     if inspect.isclass(target):
         return _jit_class(target, settings)
     if isinstance(target, types.MethodType):

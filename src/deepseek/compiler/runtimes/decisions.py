@@ -21,7 +21,7 @@ from deepseek.core.errors import ConfigError, StorageError
 from deepseek.core.machine import describe_machine, describe_versions
 from deepseek.core.storage import find_cache_folder, write_file
 
-VERSION = 1
+VERSION = 2
 LIBRARIES = ("torch", "torchao", "onnxruntime", "onnx", "onnxscript", "openvino", "nncf", "apache-tvm", "tensorrt")
 
 
@@ -108,6 +108,7 @@ def from_dict(values: Mapping[str, Any]) -> Decision:
         spent_s=float(values["spent_s"]),
         key=dict(values["key"]),
         is_remembered=True,
+        reference=str(values["reference"]),
     )
     if all(each.candidate != decision.chosen for each in decision.measurements):
         raise ValueError("the chosen candidate was never measured")

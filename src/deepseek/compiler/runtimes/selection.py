@@ -15,12 +15,14 @@ Cost: the time budget, once per model, shape, precision, machine and library ver
 
 from __future__ import annotations
 
+import copy
+import inspect
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,11 +30,12 @@ from torch import Tensor, nn
 
 from deepseek.compiler.runtimes import decisions
 from deepseek.compiler.runtimes.backends import BACKENDS
-from deepseek.compiler.runtimes.backends.flat_signature import Flattened, flatten_model
-from deepseek.compiler.runtimes.backends.interface import BackendError, Built, Job, build
+from deepseek.compiler.runtimes.backends.flat_signature import Flattened, flatten_model, require_model
+from deepseek.compiler.runtimes.backends.interface import BackendError, Built, Job, Variant, build, first_line
 from deepseek.compiler.runtimes.digests import digest_model
+from deepseek.compiler.runtimes.selection_options import SelectionOptions
 from deepseek.compiler.runtimes.selection_policy import (
-    AUTO,
+    AS_WRITTEN,
     BackendSelector,
     Candidate,
     Decision,
@@ -44,20 +47,26 @@ from deepseek.compiler.runtimes.selection_policy import (
     find_stale_parent,
     judge_numbers,
     keep_fastest,
-    list_precisions,
     merge_numbers,
     order,
     plan_rounds,
-    read_tolerances,
 )
 from deepseek.compiler.runtimes.selection_report import explain
 from deepseek.compiler.runtimes.timing import SLOW_CALL_S, measure_in_turns, time_call
 from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
-from deepseek.core.names import explain_unknown
 
-__all__ = ["BackendSelector", "Selection", "SelectionEvent", "Tolerance", "compare", "search", "select"]
+__all__ = [
+    "BackendSelector",
+    "Selection",
+    "SelectionEvent",
+    "SelectionOptions",
+    "Tolerance",
+    "compare",
+    "search",
+    "select",
+]
 
 BASELINE = Candidate("eager", "plain", "fp32", prior=0)
 BUILD_SHARE = 0.75
@@ -168,49 +177,26 @@ class SelectedModel:
 def select(
     model: nn.Module,
     sample_inputs: Any,
+    options: SelectionOptions | None = None,
     *,
-    backend: BackendSelector | str = BackendSelector.AUTO,
-    precision: str = AUTO,
-    time_budget_s: float = 60.0,
-    tolerance: Tolerance | Mapping[str, Tolerance] | float | None = None,
-    calibration: Sequence[Any] = (),
-    name: str | None = None,
-    remember: bool = True,
-    tune_allocator: bool = False,
-    tuning_s: float = 0.0,
-    excluded: Mapping[str, str] = MappingProxyType({}),
     on_event: Callable[[SelectionEvent], None] | None = None,
+    **settings: Any,
 ) -> Selection:
-    """The fastest correct way of running `model` on inputs like `sample_inputs`.
+    """Find the fastest correct way of running `model` on inputs like `sample_inputs`, as `options` say.
 
-    `sample_inputs` is a tensor, a tuple of positional arguments or a dict of keywords. `precision` is `auto` (all
-    allowed), `fp32`, `bf16`, `fp16` or `int8`. `tolerance` bounds the error against FP32: a relative error, a
-    `Tolerance`, or one for each precision. `calibration` holds further inputs like the samples: int8 is calibrated on
-    them (default: on the samples), and answers to them are compared as well, for as long as `CHECK_S`. `name` is what
-    `deepseek explain` calls the model. `tune_allocator` keeps freed memory in this process, which helps eager mode.
-    `excluded` names precisions that `auto` must not take, and why.
+    `sample_inputs` is a tensor, a tuple of positional arguments or a dict of keywords. `settings` are fields of
+    `SelectionOptions` that replace those of `options`. The model is copied first: what happens to its weights
+    afterwards shows in none of the answers.
 
-    Raises `ConfigError` for missing samples, a model in training mode or not in float32, or one that answers NaN or
-    infinity; `BackendError` when the backend asked for is not here, or nothing that is allowed runs correctly.
+    Raises `ConfigError` for an unknown setting, missing samples, a model in training mode or not in float32, or one
+    that answers NaN or infinity; `BackendError` when the backend asked for is not here, or nothing that is allowed runs
+    correctly.
 
     >>> chosen = select(nn.Linear(4, 2).eval(), torch.ones(1, 4), backend="eager", remember=False)
     >>> chosen.decision.chosen.backend, tuple(chosen.model(torch.ones(1, 4)).shape)
     ('eager', (1, 2))
     """
-    steps = search(
-        model,
-        sample_inputs,
-        backend=backend,
-        precision=precision,
-        time_budget_s=time_budget_s,
-        tolerance=tolerance,
-        calibration=calibration,
-        name=name,
-        remember=remember,
-        tune_allocator=tune_allocator,
-        tuning_s=tuning_s,
-        excluded=excluded,
-    )
+    steps = search(model, sample_inputs, (options or SelectionOptions()).override(settings))
     while True:
         try:
             event = next(steps)
@@ -222,69 +208,59 @@ def select(
 
 
 def search(
-    model: nn.Module,
-    sample_inputs: Any,
-    *,
-    backend: BackendSelector | str,
-    precision: str,
-    time_budget_s: float,
-    tolerance: Tolerance | Mapping[str, Tolerance] | float | None,
-    calibration: Sequence[Any],
-    name: str | None,
-    remember: bool,
-    tune_allocator: bool,
-    tuning_s: float,
-    excluded: Mapping[str, str] = MappingProxyType({}),
+    model: nn.Module, sample_inputs: Any, options: SelectionOptions
 ) -> Generator[SelectionEvent, None, Selection]:
     """`select` as a generator of events that returns the selection."""
     began_s = time.monotonic()
-    backend = read_backend(backend)
-    tolerances = read_tolerances(tolerance)
-    excluded = {each: excluded[each] for each in list_precisions(AUTO) if each in excluded and precision == AUTO}
-    precisions = [each for each in list_precisions(precision) if each not in excluded]
-    if not time_budget_s > 0:
-        raise ConfigError(f"time_budget_s is {time_budget_s}; give a number of seconds above 0")
-    if tune_allocator:
+    if options.tune_allocator:
         keep_freed_memory()
-    flattened = flatten_model(model, sample_inputs)
+    flattened = flatten_model(copy_frozen(model), sample_inputs)
     require_reference(flattened)
-    job = Job(flattened, calibration=[flattened.read_samples(each) for each in calibration], tuning_s=tuning_s)
-    key = describe_key(job, backend, precisions, tolerances, is_tuned=tune_allocator)
-    known = decisions.recall(key) if remember else None
+    calibration = [flattened.read_samples(samples) for samples in options.calibration]
+    job = Job(flattened, calibration=calibration, tuning_s=options.tuning_s)
+    key = describe_key(job, options)
+    known = decisions.recall(key) if options.remember else None
     if known is not None:
-        built = rebuild(job, known, tolerances)
+        built = rebuild(job, known, options)
         if built is not None:
             yield _announce(known, began_s)
             return Selection(SelectedModel(built, flattened, known.chosen), known)
-    searching = Search(job, backend, precisions, tolerances, time_budget_s, began_s, key)
-    searching.rejections += [Rejection(f"all of {each}", reason) for each, reason in excluded.items()]
-    decision, built = yield from searching.run()
-    if remember:
-        decisions.remember(decision, name or type(model).__name__)
+    decision, built = yield from Search(job, options, key, began_s).run()
+    if options.remember:
+        decisions.remember(decision, options.name or type(inspect.unwrap(model)).__name__)
     yield _announce(decision, began_s)
     return Selection(SelectedModel(built, flattened, decision.chosen), decision)
+
+
+def copy_frozen(model: nn.Module) -> nn.Module:
+    """A copy of `model` that nobody else holds, so that no backend shares weights with what is trained on.
+
+    OpenVINO keeps some constants where torch has them and copies others: weights that changed under it gave answers of
+    neither the old model nor the new one.
+    """
+    require_model(model)
+    plain: nn.Module = inspect.unwrap(model)
+    try:
+        return copy.deepcopy(plain)
+    except Exception as error:
+        raise ConfigError(
+            f"the {type(model).__name__} cannot be copied ({first_line(error)}), and a backend must own its weights; "
+            "give a module that copy.deepcopy takes"
+        ) from error
 
 
 class Search:
     """One search: what was built and measured so far."""
 
-    def __init__(
-        self,
-        job: Job,
-        backend: BackendSelector,
-        precisions: Sequence[str],
-        tolerances: Mapping[str, Tolerance],
-        time_budget_s: float,
-        began_s: float,
-        key: Mapping[str, Any],
-    ) -> None:
-        self.job, self.backend, self.precisions, self.tolerances = job, backend, precisions, tolerances
-        self.time_budget_s, self.began_s, self.key = time_budget_s, began_s, key
+    def __init__(self, job: Job, options: SelectionOptions, key: Mapping[str, Any], began_s: float) -> None:
+        self.job, self.options, self.key, self.began_s = job, options, key, began_s
+        self.tolerances = options.tolerances
+        self.time_budget_s = options.time_budget_s
         self.built: dict[Candidate, Built] = {}
         self.numbers: dict[Candidate, Numbers] = {}
         self.build_s: dict[Candidate, float] = {}
         self.times_ms: dict[Candidate, list[float]] = {}
-        self.rejections: list[Rejection] = []
+        self.rejections = [Rejection(f"all of {name}", reason) for name, reason in options.exclusions.items()]
         self.baseline_ms: list[float] = []
 
     @property
@@ -295,14 +271,14 @@ class Search:
     @property
     def medians_ms(self) -> dict[Candidate, float]:
         """Median time of each candidate that runs."""
-        return {each: _median(times) for each, times in self.times_ms.items()}
+        return {each: statistics.median(times) for each, times in self.times_ms.items()}
 
     def run(self) -> Generator[SelectionEvent, None, tuple[Decision, Built]]:
         """Try all candidates, time the finalists longer, decide."""
-        candidates, refused = list_candidates(self.job, self.backend, self.precisions)
+        candidates, refused = list_candidates(self.job, self.options)
         self.rejections += refused
         if self._is_slow(self.job.flattened.seconds):
-            candidates.sort(key=lambda each: each.backend == BASELINE.backend)
+            candidates.sort(key=lambda candidate: candidate.backend == BASELINE.backend)
         for index, candidate in enumerate(candidates):
             yield CandidateStarted(str(candidate), self.spent_s, index, len(candidates))
             yield self._try(candidate)
@@ -317,7 +293,7 @@ class Search:
         before_s = self.spent_s
         try:
             self._require_chance(candidate)
-            built = build(find_variant(candidate), self.job)
+            built = build(find_variant(candidate, self.options), self.job)
             self._check(candidate, built)
         except BackendError as error:
             return self._reject(candidate, str(error))
@@ -326,7 +302,7 @@ class Search:
         if not self._is_timed_by_one_call(candidate):
             self._time_shortly(candidate)
         self._let_go_of_the_slow()
-        median_ms = _median(self.times_ms[candidate])
+        median_ms = statistics.median(self.times_ms[candidate])
         return CandidateMeasured(str(candidate), self.spent_s, median_ms, self.numbers[candidate].relative_error)
 
     def _require_chance(self, candidate: Candidate) -> None:
@@ -408,7 +384,9 @@ class Search:
             fresh = measure_in_turns(sides, num_rounds, deadline_s=time.perf_counter() + left_s / 2)
             for each, times in fresh.items():
                 self.times_ms[each] = times
-            finalists = keep_fastest({each: _median(fresh[each]) for each in finalists}, margin=FINALIST_MARGIN)
+            finalists = keep_fastest(
+                {each: statistics.median(fresh[each]) for each in finalists}, margin=FINALIST_MARGIN
+            )
 
     def _call(self, built: Built) -> Callable[[], object]:
         inputs = self.job.inputs
@@ -426,8 +404,8 @@ class Search:
         if not self.built:
             reasons = "; ".join(f"{each.candidate}: {each.reason}" for each in self.rejections)
             raise BackendError(
-                f"nothing that is allowed (backend {self.backend}, precision {' or '.join(self.precisions)}) runs this "
-                f"model correctly: {reasons}"
+                f"nothing that is allowed (backend {self.options.backend}, precision "
+                f"{' or '.join(self.options.precisions)}) runs this model correctly: {reasons}"
             )
 
     def _decide(self, chosen: Candidate) -> Decision:
@@ -444,23 +422,29 @@ class Search:
         ]
         for finding in self.built[chosen].findings:
             warnings.warn(f"{chosen}: {finding}", stacklevel=6)
-        baseline_ms = _median(self.baseline_ms)
-        return Decision(chosen, baseline_ms, tuple(measurements), tuple(self.rejections), self.spent_s, self.key)
+        baseline_ms = statistics.median(self.baseline_ms)
+        return Decision(
+            chosen,
+            baseline_ms,
+            tuple(measurements),
+            tuple(self.rejections),
+            self.spent_s,
+            self.key,
+            reference=self.options.reference,
+        )
 
 
-def list_candidates(
-    job: Job, backend: BackendSelector, precisions: Sequence[str]
-) -> tuple[list[Candidate], list[Rejection]]:
+def list_candidates(job: Job, options: SelectionOptions) -> tuple[list[Candidate], list[Rejection]]:
     """Candidates in the order to try, and what is refused before anything is built.
 
     Raises `BackendError` when a backend is asked for by name that cannot be used here.
     """
-    if backend != BackendSelector.AUTO:
-        BACKENDS[backend].require_available()
-    names = list(BACKENDS) if backend == BackendSelector.AUTO else [str(backend)]
-    candidates: list[Candidate] = []
+    if options.backend != BackendSelector.AUTO:
+        BACKENDS[options.backend].require_available()
+    names = list(BACKENDS) if options.backend == BackendSelector.AUTO else [str(options.backend)]
+    candidates = [_candidate(name, variant) for name, variant in options.alternatives.items()]
     rejections: list[Rejection] = []
-    for name in names:
+    for name in names if options.precision != AS_WRITTEN else ():
         obstacle = find_backend_obstacle(name, job)
         if obstacle is not None:
             rejections.append(Rejection(name, obstacle))
@@ -468,17 +452,21 @@ def list_candidates(
         rejections += [
             Rejection(f"{name} {precision}", reason)
             for precision, reason in BACKENDS[name].unsupported.items()
-            if precision in precisions
+            if precision in options.precisions
         ]
         for variant in BACKENDS[name].variants:
-            if variant.precision in precisions:
-                candidate = Candidate(name, variant.name, variant.precision, variant.prior, variant.refines)
+            if variant.precision in options.precisions:
+                candidate = _candidate(name, variant)
                 obstacle = variant.find_obstacle(job.traits)
                 if obstacle is None:
                     candidates.append(candidate)
                 else:
                     rejections.append(Rejection(str(candidate), obstacle))
     return order(candidates), rejections
+
+
+def _candidate(backend: str, variant: Variant) -> Candidate:
+    return Candidate(backend, variant.name, variant.precision, variant.prior, variant.refines)
 
 
 def find_backend_obstacle(name: str, job: Job) -> str | None:
@@ -491,18 +479,23 @@ def find_backend_obstacle(name: str, job: Job) -> str | None:
     return None
 
 
-def find_variant(candidate: Candidate) -> Any:
+def find_variant(candidate: Candidate, options: SelectionOptions) -> Variant:
     """The variant that a candidate stands for."""
+    if candidate.precision == AS_WRITTEN:
+        alternatives = options.alternatives
+        if candidate.backend not in alternatives:
+            raise BackendError(f"{candidate.backend} does not run the file as it is here")
+        return alternatives[candidate.backend]
     return BACKENDS[candidate.backend].find_variant(candidate.precision, candidate.variant)
 
 
-def rebuild(job: Job, decision: Decision, tolerances: Mapping[str, Tolerance]) -> Built | None:
+def rebuild(job: Job, decision: Decision, options: SelectionOptions) -> Built | None:
     """The winner of a remembered decision, checked again; `None` with a warning when it no longer runs correctly."""
-    chosen = decision.chosen
+    chosen, tolerance = decision.chosen, options.tolerances[decision.chosen.precision]
     try:
         BACKENDS[chosen.backend].require_available()
-        built = build(find_variant(chosen), job)
-        reason = judge_numbers(check_numbers(job, built, tolerances[chosen.precision]), tolerances[chosen.precision])
+        built = build(find_variant(chosen, options), job)
+        reason = judge_numbers(check_numbers(job, built, tolerance), tolerance)
     except (BackendError, ConfigError) as error:
         reason = str(error)
     else:
@@ -590,14 +583,6 @@ def _agreement(expected: Tensor, given: Tensor, tolerance: Tolerance) -> tuple[f
     return (float(same[is_decided].double().mean()) if is_decided.any() else None), raw
 
 
-def read_backend(backend: BackendSelector | str) -> BackendSelector:
-    """The selector called `backend`; raises `ConfigError` for an unknown name."""
-    try:
-        return BackendSelector(backend)
-    except ValueError:
-        raise ConfigError(explain_unknown("backend", str(backend), [str(each) for each in BackendSelector])) from None
-
-
 def require_reference(flattened: Flattened) -> None:
     """Raise `ConfigError` for a model that cannot be the reference: not float32, or its answers are not finite."""
     kinds = {each.dtype for each in flattened.model.parameters() if each.is_floating_point()}
@@ -613,24 +598,19 @@ def require_reference(flattened: Flattened) -> None:
         )
 
 
-def describe_key(
-    job: Job,
-    backend: BackendSelector,
-    precisions: Sequence[str],
-    tolerances: Mapping[str, Tolerance],
-    *,
-    is_tuned: bool,
-) -> dict[str, Any]:
+def describe_key(job: Job, options: SelectionOptions) -> dict[str, Any]:
     """Everything that a decision depends on, as plain values."""
+    tried = (*options.precisions, *((AS_WRITTEN,) if options.alternatives else ()))
     return {
         "model": digest_model(job.flattened.model.model),
         "inputs": [[list(shape), kind] for shape, kind in job.flattened.shapes],
-        "constants": [repr(each) for each in job.flattened.input_leaves if not isinstance(each, Tensor)],
-        "backend": str(backend),
-        "precisions": list(precisions),
-        "tolerances": {name: asdict(tolerances[name]) for name in precisions},
+        "constants": [repr(leaf) for leaf in job.flattened.input_leaves if not isinstance(leaf, Tensor)],
+        "backend": str(options.backend),
+        "precisions": list(options.precisions),
+        "further": {name: variant.name for name, variant in options.alternatives.items()},
+        "tolerances": {name: asdict(options.tolerances[name]) for name in tried},
         "num_calibration": len(job.calibration),
-        "is_allocator_tuned": is_tuned,
+        "is_allocator_tuned": options.tune_allocator,
         "tuning_s": job.tuning_s,
         **decisions.describe_surroundings(torch.get_num_threads()),
     }
@@ -640,12 +620,6 @@ def _announce(decision: Decision, began_s: float) -> DecisionMade:
     spent_s = time.monotonic() - began_s
     winner = decision.winner
     return DecisionMade(str(decision.chosen), spent_s, winner.median_ms, decision.baseline_ms, decision.is_remembered)
-
-
-def _median(times_ms: Sequence[float]) -> float:
-    ranked = sorted(times_ms)
-    middle = len(ranked) // 2
-    return ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
 
 
 def _let_go(*inputs: Tensor) -> Sequence[Tensor]:

@@ -25,6 +25,8 @@ from deepseek.core.names import explain_unknown
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+AS_WRITTEN = "as written"
+"""The precision of a file that a runtime runs as it is: whatever stands in it."""
 NOISE = 0.02
 """Medians nearer than this share of the faster one are the same speed; the more exact candidate is then taken."""
 
@@ -96,6 +98,7 @@ DEFAULT_TOLERANCES: Mapping[str, Tolerance] = {
     "bf16": Tolerance(relative_error=0.06, cosine=0.998, agreement=1.0),
     "fp16": Tolerance(relative_error=0.01, cosine=0.9999, agreement=1.0),
     "int8": Tolerance(relative_error=0.25, cosine=0.97, agreement=0.95),
+    AS_WRITTEN: Tolerance(relative_error=0.05, cosine=0.998, agreement=1.0),
 }
 
 
@@ -135,17 +138,31 @@ class Decision:
 
     chosen: Candidate
     baseline_ms: float
-    """Median time of a call of the model as it was given, eager FP32."""
+    """Median time of a call of the model as it was given."""
     measurements: tuple[Measurement, ...]
     rejections: tuple[Rejection, ...]
     spent_s: float
     key: Mapping[str, object] = field(default_factory=dict)
     is_remembered: bool = False
+    reference: str = "eager FP32"
+    """What the model as it was given is called."""
 
     @property
     def winner(self) -> Measurement:
         """The measurement of the chosen candidate."""
         return next(each for each in self.measurements if each.candidate == self.chosen)
+
+
+def read_backend(backend: BackendSelector | str) -> BackendSelector:
+    """The selector called `backend`; raises `ConfigError` for an unknown name.
+
+    >>> read_backend("openvino")
+    <BackendSelector.OPENVINO: 'openvino'>
+    """
+    try:
+        return BackendSelector(backend)
+    except ValueError:
+        raise ConfigError(explain_unknown("backend", str(backend), [str(each) for each in BackendSelector])) from None
 
 
 def list_precisions(precision: str) -> tuple[str, ...]:
@@ -156,6 +173,8 @@ def list_precisions(precision: str) -> tuple[str, ...]:
     """
     if precision == AUTO:
         return PRECISIONS
+    if precision == AS_WRITTEN:
+        return (AS_WRITTEN,)
     if precision not in PRECISIONS:
         raise ConfigError(explain_unknown("precision", precision, (AUTO, *PRECISIONS)))
     return (precision,)
@@ -166,16 +185,16 @@ def read_tolerances(tolerance: Tolerance | Mapping[str, Tolerance] | float | Non
     if tolerance is None:
         return dict(DEFAULT_TOLERANCES)
     if isinstance(tolerance, Mapping):
-        unknown = [name for name in tolerance if name not in PRECISIONS]
+        unknown = [name for name in tolerance if name not in DEFAULT_TOLERANCES]
         if unknown:
             raise ConfigError(explain_unknown("precision", unknown[0], PRECISIONS))
         return {**DEFAULT_TOLERANCES, **tolerance}
     if isinstance(tolerance, Tolerance):
-        return dict.fromkeys(PRECISIONS, tolerance)
+        return dict.fromkeys(DEFAULT_TOLERANCES, tolerance)
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ConfigError(f"tolerance is {tolerance}; give a relative error above 0, for example 0.01")
     cosine = max(-1.0, 1 - float(tolerance) ** 2)
-    return dict.fromkeys(PRECISIONS, Tolerance(float(tolerance), cosine, agreement=0.0))
+    return dict.fromkeys(DEFAULT_TOLERANCES, Tolerance(float(tolerance), cosine, agreement=0.0))
 
 
 def merge_numbers(found: Sequence[Numbers]) -> Numbers:
@@ -214,7 +233,8 @@ def judge_numbers(numbers: Numbers, tolerance: Tolerance) -> str | None:
 
 def order(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Candidates in the order to try: the likeliest winner first, so that a small budget still finds it."""
-    return sorted(candidates, key=lambda each: (each.prior, PRECISIONS.index(each.precision), str(each)))
+    rank = {name: index for index, name in enumerate(DEFAULT_TOLERANCES)}
+    return sorted(candidates, key=lambda each: (each.prior, rank[each.precision], str(each)))
 
 
 def is_worth_more(median_ms: float, best_ms: float, *, margin: float) -> bool:

@@ -20,7 +20,7 @@ def summarize(decision: Decision) -> str:
     speed = decision.baseline_ms / winner.median_ms
     source = "remembered" if decision.is_remembered else f"measured in {decision.spent_s:.0f} s"
     return (
-        f"{decision.chosen}: {winner.median_ms:.3g} ms a call, {speed:.2f} times eager FP32 "
+        f"{decision.chosen}: {winner.median_ms:.3g} ms a call, {speed:.2f} times {decision.reference} "
         f"({decision.baseline_ms:.3g} ms); {source}, {len(decision.measurements)} candidates ran, "
         f"{len(decision.rejections)} were refused"
     )

@@ -67,8 +67,8 @@ class TransformersModel(nn.Module):
                 return getattr(answer, name)  # type: ignore[no-any-return]
         raise ConfigError(f"{type(self.model).__name__} answers with none of {', '.join(_ANSWERS)}; load another class")
 
-    def sample_inputs(self, batch_size: int, sequence_length: int) -> tuple[Tensor, ...]:
-        """Random inputs of that many rows and tokens, the same in every call; pictures have the size of the config."""
+    def draw_inputs(self, batch_size: int, sequence_length: int) -> tuple[Tensor, ...]:
+        """Draw random inputs of that many rows and tokens, the same in every call; images have the size of the config."""
         generator = torch.Generator().manual_seed(0)
         return tuple(self._draw(name, batch_size, sequence_length, generator) for name in self.input_names)
 

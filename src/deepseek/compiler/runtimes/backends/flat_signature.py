@@ -188,7 +188,7 @@ def flatten_model(model: nn.Module, samples: Any) -> Flattened:
     Raises `ConfigError` for a model that is not a module in evaluation mode, and for samples without a tensor.
     """
     args, kwargs = split_samples(samples)
-    _require_model(model)
+    require_model(model)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     inputs = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
     if not inputs:
@@ -240,7 +240,8 @@ def trace_outputs(
     return tuple(kept.values()), tuple(sources)
 
 
-def _require_model(model: Any) -> None:
+def require_model(model: Any) -> None:
+    """Raise `ConfigError` for what is no module in evaluation mode."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model is {_show(model)}; give a torch.nn.Module (wrap a function in one)")
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
