@@ -68,7 +68,7 @@ class TransformersModel(nn.Module):
         raise ConfigError(f"{type(self.model).__name__} answers with none of {', '.join(_ANSWERS)}; load another class")
 
     def draw_inputs(self, batch_size: int, sequence_length: int) -> tuple[Tensor, ...]:
-        """Draw random inputs of that many rows and tokens, the same in every call; images have the size of the config."""
+        """Draw random inputs of that many rows and tokens, always the same; images have the size of the config."""
         generator = torch.Generator().manual_seed(0)
         return tuple(self._draw(name, batch_size, sequence_length, generator) for name in self.input_names)
 
