@@ -38,8 +38,9 @@ from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow,
 from deepseek.models.transformers_models.model import TransformersModel, read_transformers
 from deepseek.models.weight_loading import PRECISIONS, build_without_values, fill_, is_int8
 from deepseek.nn.quantized import replace_with_int8_
-from deepseek.onnx.files import ONNX_SUFFIX, InputSpec, describe_inputs, draw_inputs, read_onnx
+from deepseek.onnx.files import ONNX_SUFFIX, read_onnx
 from deepseek.onnx.importing import import_onnx
+from deepseek.onnx.sample_inputs import InputSpec, build_inputs, describe_inputs
 
 INT8_KEPT = ("gate", "refine", "far_gate")  # routers and gates of the mask: small, and they decide
 """Layers of a decoder that stay in float when the others become int8."""
@@ -320,7 +321,7 @@ def _open_onnx(path: Path, config: LoadConfig, verify: bool) -> Opened:
 
 def draw_for_specs(specs: Sequence[InputSpec], config: LoadConfig) -> tuple[Tensor, ...]:
     """Sample inputs for a file, by what it says of its inputs."""
-    return draw_inputs(specs, config.shapes, batch_size=config.batch_size, sequence_length=config.sequence_length)
+    return build_inputs(specs, config.shapes, batch_size=config.batch_size, sequence_length=config.sequence_length)
 
 
 def _open_tensorflow(path: Path, config: LoadConfig, verify: bool) -> Opened:

@@ -28,7 +28,7 @@ from deepseek.compiler.runtimes.backends.onnxruntime import make_session
 from deepseek.compiler.runtimes.backends.openvino import require_openvino
 from deepseek.core.errors import ConfigError, CorruptArtifactError, MissingExtraError, UnsafeFileError
 from deepseek.core.names import explain_unknown
-from deepseek.onnx.files import InputSpec
+from deepseek.onnx.sample_inputs import InputSpec
 
 _AS_WRITTEN = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # OpenVINO rounds nothing that the file does not round
 SAVED_MODEL_NAME = "saved_model.pb"

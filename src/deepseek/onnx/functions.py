@@ -1,6 +1,7 @@
-"""ONNX operators that take more than one call of torch: what a node of an imported graph runs.
+"""ONNX operators that take more than one call of torch, as functions, so that each stays one node of the graph.
 
-Each function is named after what it computes; arguments are in the order of ONNX, axes are whole numbers.
+The translations in `operators` put them into the graph. Each is named after what it computes; arguments are in the
+order of ONNX, axes are whole numbers.
 """
 
 from __future__ import annotations
@@ -14,37 +15,37 @@ from torch import Tensor
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as `dtype`."""
+    """Return `x` as `dtype`."""
     return x.to(dtype)
 
 
 def choose(condition: Any, x: Any, y: Any) -> Any:
-    """`x` where `condition` holds, for plain numbers."""
+    """Return `x` where `condition` holds, else `y`, for plain numbers."""
     return x if condition else y
 
 
 def both(x: Any, y: Any) -> bool:
-    """Whether two plain truth values hold."""
+    """Return whether two plain truth values hold."""
     return bool(x) and bool(y)
 
 
 def either(x: Any, y: Any) -> bool:
-    """Whether one of two plain truth values holds."""
+    """Return whether one of two plain truth values holds."""
     return bool(x) or bool(y)
 
 
 def larger(x: Any, y: Any) -> Any:
-    """The larger of two plain numbers."""
+    """Return the larger of two plain numbers."""
     return max(x, y)
 
 
 def smaller(x: Any, y: Any) -> Any:
-    """The smaller of two plain numbers."""
+    """Return the smaller of two plain numbers."""
     return min(x, y)
 
 
 def nowhere(x: Tensor) -> Tensor:
-    """False everywhere."""
+    """Return False everywhere."""
     return torch.zeros_like(x, dtype=torch.bool)
 
 
@@ -52,38 +53,38 @@ def nowhere(x: Tensor) -> Tensor:
 
 
 def hard_sigmoid(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """alpha x + beta between 0 and 1."""
+    """Compute alpha x + beta, clipped to 0 and 1."""
     return torch.clamp(alpha * x + beta, 0, 1)
 
 
 def leaky_relu(x: Tensor, alpha: float) -> Tensor:
-    """x, or alpha x below zero."""
+    """Compute x, or alpha x below zero."""
     return F.leaky_relu(x, alpha)
 
 
 def selu(x: Tensor, alpha: float, gamma: float) -> Tensor:
-    """gamma x, or gamma alpha (e^x - 1) below zero."""
+    """Compute gamma x, or gamma alpha (e^x - 1) below zero."""
     return gamma * F.elu(x, alpha)
 
 
 def thresholded_relu(x: Tensor, alpha: float) -> Tensor:
-    """x, or zero up to alpha."""
+    """Compute x, or zero up to alpha."""
     return F.threshold(x, alpha, 0)
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    """x, or slope x below zero; the slope is broadcast from the right, as everywhere in ONNX."""
+    """Compute x, or slope x below zero; the slope is broadcast from the right, as everywhere in ONNX."""
     return torch.where(x < 0, slope * x, x)
 
 
 def softmax_of_rows(x: Tensor, axis: int, is_log: bool) -> Tensor:
-    """Softmax as opsets before 13 define it: over all that follows `axis`, taken as one row."""
+    """Compute softmax as opsets before 13 define it: over all that follows `axis`, taken as one row."""
     rows = x.flatten(axis)
     return (torch.log_softmax(rows, -1) if is_log else torch.softmax(rows, -1)).reshape(x.shape)
 
 
 def power(x: Tensor, exponent: Any) -> Tensor:
-    """x to the `exponent`, in the dtype of x."""
+    """Raise x to the `exponent`, in the dtype of x."""
     return torch.pow(x, exponent).to(x.dtype)
 
 
@@ -91,7 +92,7 @@ def power(x: Tensor, exponent: Any) -> Tensor:
 
 
 def flatten(x: Tensor, axis: int) -> Tensor:
-    """A matrix: what comes before `axis`, and what follows."""
+    """Flatten to a matrix: what comes before `axis`, and what follows."""
     return (
         x.reshape(x.shape[:axis].numel(), -1)
         if x.numel()
@@ -100,49 +101,49 @@ def flatten(x: Tensor, axis: int) -> Tensor:
 
 
 def split_evenly(x: Tensor, num_parts: int, axis: int) -> tuple[Tensor, ...]:
-    """Equal parts, the last one shorter where they do not fit."""
+    """Split into equal parts, the last one shorter where they do not fit."""
     return torch.split(x, -(-x.shape[axis] // num_parts), axis)
 
 
 def expand(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`x` broadcast against a shape, in both directions."""
+    """Broadcast `x` against a shape, in both directions."""
     rank = max(x.dim(), len(lengths))
     own, wanted = [1] * (rank - x.dim()) + list(x.shape), [1] * (rank - len(lengths)) + list(lengths)
     return x.expand([length if want == 1 else want for length, want in zip(own, wanted, strict=True)])
 
 
 def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
-    """Slices of `x` along `axis`; negative indices count from the end."""
+    """Take slices of `x` along `axis`; negative indices count from the end."""
     indices = torch.where(indices < 0, indices + x.shape[axis], indices)
     shape = [*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]]
     return x.index_select(axis, indices.reshape(-1)).reshape(shape)
 
 
 def cut_backwards(x: Tensor, dim: int, first: int, last: int, stride: int) -> Tensor:
-    """`x[first:last:stride]` along `dim` for a negative stride."""
-    places = range(x.shape[dim])[slice(first, None if last < -x.shape[dim] else last, stride)]
-    return x.index_select(dim, torch.tensor(list(places), dtype=torch.int64, device=x.device))
+    """Cut `x[first:last:stride]` along `dim` for a negative stride."""
+    positions = range(x.shape[dim])[slice(first, None if last < -x.shape[dim] else last, stride)]
+    return x.index_select(dim, torch.tensor(list(positions), dtype=torch.int64, device=x.device))
 
 
 def pad_from_inside(x: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:
-    """`x` continued beyond both ends of `dim` with what it holds: its edge, its mirror image, or from the other end."""
+    """Continue `x` beyond both ends of `dim` with its edge, its mirror image, or from the other end."""
     length = x.shape[dim]
-    places = torch.arange(-before, length + after, device=x.device)
+    positions = torch.arange(-before, length + after, device=x.device)
     if mode == "edge":
-        places = places.clamp(0, length - 1)
+        positions = positions.clamp(0, length - 1)
     elif mode == "wrap":
-        places = places % length
+        positions = positions % length
     elif length > 1:  # reflect: there and back again without the ends, a saw-tooth of period 2 (length - 1)
-        places = (length - 1) - ((places % (2 * (length - 1))) - (length - 1)).abs()
+        positions = (length - 1) - ((positions % (2 * (length - 1))) - (length - 1)).abs()
     else:
-        places = torch.zeros_like(places)
-    return x.index_select(dim, places)
+        positions = torch.zeros_like(positions)
+    return x.index_select(dim, positions)
 
 
 def pad_same(
     x: Tensor, kernel: list[int], strides: list[int], dilations: list[int], is_upper: bool, fill: float
 ) -> Tensor:
-    """Padding that gives ceil(length / stride) windows; the odd one goes to the end with `is_upper`."""
+    """Pad for ceil(length / stride) windows; the odd one goes to the end with `is_upper`."""
     flat: list[int] = []
     rows = zip(x.shape[2:], kernel, strides, dilations, strict=True)
     for length, size, stride, dilation in reversed(list(rows)):
@@ -154,7 +155,7 @@ def pad_same(
 
 
 def depth_to_space(x_BCHW: Tensor, size: int, mode: str) -> Tensor:
-    """Channels to blocks of pixels."""
+    """Move channels to blocks of pixels."""
     if mode == "CRD":
         return F.pixel_shuffle(x_BCHW, size)
     batch, channels, height, width = x_BCHW.shape
@@ -163,14 +164,14 @@ def depth_to_space(x_BCHW: Tensor, size: int, mode: str) -> Tensor:
 
 
 def space_to_depth(x_BCHW: Tensor, size: int) -> Tensor:
-    """Blocks of pixels to channels."""
+    """Move blocks of pixels to channels."""
     batch, channels, height, width = x_BCHW.shape
     blocks = x_BCHW.reshape(batch, channels, height // size, size, width // size, size)
     return blocks.permute(0, 3, 5, 1, 2, 4).reshape(batch, channels * size**2, height // size, width // size)
 
 
 def gather_elements(x: Tensor, indices: Tensor, axis: int) -> Tensor:
-    """One element of `x` along `axis` for every index."""
+    """Take one element of `x` along `axis` for every index."""
     return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices).long())
 
 
@@ -178,37 +179,37 @@ _SCATTERS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 
 def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, axis: int, reduction: str) -> Tensor:
-    """`x` with one element along `axis` replaced, or combined by `reduction`, for every index."""
-    places = torch.where(indices < 0, indices + x.shape[axis], indices).long()
+    """Replace one element of `x` along `axis`, or combine it by `reduction`, for every index."""
+    positions = torch.where(indices < 0, indices + x.shape[axis], indices).long()
     if reduction == "none":
-        return x.scatter(axis, places, updates)
-    return x.scatter_reduce(axis, places, updates, _SCATTERS[reduction])
+        return x.scatter(axis, positions, updates)
+    return x.scatter_reduce(axis, positions, updates, _SCATTERS[reduction])
 
 
 def gather_nd(x: Tensor, indices: Tensor, batch_dims: int) -> Tensor:
-    """Slices of `x` at the coordinates in the last dimension of `indices`, for each of the leading `batch_dims`."""
+    """Take slices of `x` at the coordinates in the last dimension of `indices`, per row of the leading `batch_dims`."""
     depth, batch = indices.shape[-1], list(x.shape[:batch_dims])
-    rows, places = x.reshape(-1, *x.shape[batch_dims:]), indices.reshape(-1, *indices.shape[batch_dims:])
-    number = torch.arange(rows.shape[0], device=x.device).reshape(-1, *[1] * (places.dim() - 2))
-    picked = rows[(number.expand(places.shape[:-1]), *places.unbind(-1))] if depth else rows
+    rows, positions = x.reshape(-1, *x.shape[batch_dims:]), indices.reshape(-1, *indices.shape[batch_dims:])
+    row_index = torch.arange(rows.shape[0], device=x.device).reshape(-1, *[1] * (positions.dim() - 2))
+    picked = rows[(row_index.expand(positions.shape[:-1]), *positions.unbind(-1))] if depth else rows
     return picked.reshape(batch + list(indices.shape[batch_dims:-1]) + list(x.shape[batch_dims + depth :]))
 
 
 def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, is_sum: bool) -> Tensor:
-    """`x` with the slices at the coordinates in the last dimension of `indices` replaced or added to."""
+    """Replace slices of `x` at the coordinates in the last dimension of `indices`, or add to them."""
     return x.index_put(tuple(indices.unbind(-1)), updates, accumulate=is_sum)
 
 
 def eye_like(x: Tensor, diagonal: int, dtype: torch.dtype) -> Tensor:
-    """Ones on a diagonal, in the shape of a matrix."""
+    """Return ones on a diagonal, in the shape of a matrix."""
     rows, columns = (torch.arange(length, device=x.device) for length in x.shape)
     return (columns == rows[:, None] + diagonal).to(dtype)
 
 
 def one_hot(indices: Tensor, depth: int, off_on: Tensor, axis: int) -> Tensor:
-    """The second of two values where an index points, the first elsewhere."""
-    places = torch.arange(depth, device=indices.device)
-    is_there = torch.remainder(indices, depth).unsqueeze(-1) == places
+    """Return the second of two values where an index points, the first elsewhere."""
+    positions = torch.arange(depth, device=indices.device)
+    is_there = torch.remainder(indices, depth).unsqueeze(-1) == positions
     in_range = (indices >= -depth) & (indices < depth)
     values = torch.where(is_there & in_range.unsqueeze(-1), off_on[1], off_on[0])
     return values.movedim(-1, axis)
@@ -218,34 +219,34 @@ def one_hot(indices: Tensor, depth: int, off_on: Tensor, axis: int) -> Tensor:
 
 
 def product(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
-    """The product over `dims`."""
-    for dim in sorted((each % x.dim() for each in dims), reverse=True):
+    """Multiply over `dims`."""
+    for dim in sorted((dim % x.dim() for dim in dims), reverse=True):
         x = x.prod(dim, keepdim=keepdim)
     return x
 
 
 def norm_1(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
-    """The sum of absolute values."""
+    """Sum absolute values."""
     return x.abs().sum(dims, keepdim=keepdim) if dims else x.abs()
 
 
 def norm_2(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
-    """The root of the sum of squares."""
+    """Compute the root of the sum of squares."""
     return sum_of_squares(x, dims, keepdim).to(x.dtype if x.is_floating_point() else torch.float32).sqrt().to(x.dtype)
 
 
 def sum_of_squares(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
-    """The sum of squares."""
+    """Sum squares."""
     return (x * x).sum(dims, keepdim=keepdim) if dims else x * x
 
 
 def log_of_sum(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
-    """The logarithm of the sum."""
+    """Compute the logarithm of the sum."""
     return (x.sum(dims, keepdim=keepdim) if dims else x).log()
 
 
 def log_sum_exp(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
-    """The logarithm of the sum of exponentials."""
+    """Compute the logarithm of the sum of exponentials."""
     return x.logsumexp(dims, keepdim=keepdim) if dims else x
 
 
@@ -253,7 +254,7 @@ PLAIN_REDUCTIONS = (torch.mean, torch.sum, torch.amax, torch.amin, product, log_
 
 
 def cumsum(x: Tensor, dim: int, is_exclusive: bool, is_reversed: bool) -> Tensor:
-    """Running sums along `dim`, from the end where reversed, without the own element where exclusive."""
+    """Compute running sums along `dim`, from the end where reversed, without the own element where exclusive."""
     x = x.flip(dim) if is_reversed else x
     sums = x.cumsum(dim, dtype=x.dtype)
     sums = sums - x if is_exclusive else sums
@@ -264,7 +265,7 @@ def cumsum(x: Tensor, dim: int, is_exclusive: bool, is_reversed: bool) -> Tensor
 
 
 def gemm(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """alpha a b + beta c."""
+    """Compute alpha a b + beta c."""
     scaled = a @ b if alpha == 1 else alpha * (a @ b)
     if c is None or beta == 0:
         return scaled.to(a.dtype)
@@ -272,7 +273,7 @@ def gemm(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> T
 
 
 def layer_norm(x: Tensor, axis: int, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
-    """Layer norm over all from `axis` on, with a scale that is broadcast."""
+    """Normalize over all dimensions from `axis` on, with a scale that is broadcast."""
     y = F.layer_norm(x, x.shape[axis:], eps=eps) * scale
     return y if shift is None else y + shift
 
@@ -280,7 +281,7 @@ def layer_norm(x: Tensor, axis: int, scale: Tensor, shift: Tensor | None, eps: f
 def layer_norm_with_statistics(
     x: Tensor, axis: int, scale: Tensor, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm over all from `axis` on, the mean, and one over the deviation."""
+    """Return the layer norm over all dimensions from `axis` on, the mean, and one over the deviation."""
     dims = list(range(axis, x.dim()))
     mean = x.mean(dims, keepdim=True)
     inverse = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + eps)
@@ -288,18 +289,18 @@ def layer_norm_with_statistics(
 
 
 def rms_norm(x: Tensor, axis: int, scale: Tensor, eps: float) -> Tensor:
-    """x over the root of its mean square, from `axis` on."""
+    """Divide x by the root of its mean square, from `axis` on."""
     return F.rms_norm(x, x.shape[axis:], eps=eps) * scale
 
 
 def lp_normalize(x: Tensor, order: int, axis: int) -> Tensor:
-    """x over its norm along `axis`; zero where that is zero."""
+    """Divide x by its norm along `axis`; zero where that is zero."""
     norm = x.abs().sum(axis, keepdim=True) if order == 1 else (x * x).sum(axis, keepdim=True).sqrt()
     return torch.where(norm == 0, torch.zeros_like(x), x / norm)
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, bias: float) -> Tensor:
-    """x over a power of the mean square of its neighbours among the channels (Krizhevsky et al. 2012)."""
+    """Divide x by a power of the mean square of its neighbors among the channels (Krizhevsky et al. 2012)."""
     before = (size - 1) // 2
     squares = F.pad(x * x, [0, 0] * (x.dim() - 2) + [before, size - 1 - before])
     sums = squares.unfold(1, size, 1).sum(-1)
@@ -310,7 +311,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, bias: f
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype, axis: int) -> Tensor:
-    """round(x / scale) + zero, kept inside `dtype`; ties go to even numbers."""
+    """Compute round(x / scale) + zero, kept inside `dtype`; ties go to even numbers."""
     scale, zero = along(scale, x, axis), None if zero is None else along(zero, x, axis)
     bounds = torch.iinfo(dtype)
     steps = torch.round(x / scale)
@@ -319,21 +320,21 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype, 
 
 
 def dequantize(x: Tensor, scale: Tensor, zero: Tensor | None, axis: int) -> Tensor:
-    """(x - zero) scale."""
+    """Compute (x - zero) scale."""
     scale, zero = along(scale, x, axis), None if zero is None else along(zero, x, axis)
     steps = x.to(torch.int32) if zero is None else x.to(torch.int32) - zero.to(torch.int32)
     return steps.to(scale.dtype) * scale
 
 
 def along(values: Tensor, x: Tensor, axis: int) -> Tensor:
-    """A vector of one value per index of `axis`, shaped to be broadcast over `x`."""
+    """Shape a vector of one value per index of `axis` to be broadcast over `x`."""
     if values.dim() == 0 or values.numel() == 1:
         return values.reshape(())
     return values.reshape([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
 
 
 def quantize_dynamically(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bytes over the range of `x`, which includes zero; their scale; their zero point."""
+    """Return bytes over the range of `x`, which includes zero; their scale; their zero point."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -342,7 +343,7 @@ def quantize_dynamically(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None, b_zero: Tensor | None) -> Tensor:
-    """The product of two matrices of bytes as int32; in doubles, which hold every such sum exactly."""
+    """Multiply two matrices of bytes to int32; in doubles, which hold every such sum exactly."""
     wide_a, wide_b = a.double(), b.double()
     if a_zero is not None:
         wide_a = wide_a - (a_zero.double().unsqueeze(-1) if a_zero.dim() else a_zero.double())
@@ -351,13 +352,13 @@ def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None, b_zero: Tensor |
     return (wide_a @ wide_b).to(torch.int32)
 
 
-def centre(x: Tensor, zero: Tensor | None, axis: int) -> Tensor:
-    """x - zero as doubles, which hold every sum of products of bytes exactly."""
+def center(x: Tensor, zero: Tensor | None, axis: int) -> Tensor:
+    """Compute x - zero in doubles, which hold every sum of products of bytes exactly."""
     return x.double() if zero is None else x.double() - along(zero.double(), x, axis)
 
 
 def requantize(sums: Tensor, x_scale: Tensor, w_scale: Tensor, y_scale: Tensor, y_zero: Tensor, axis: int) -> Tensor:
-    """Sums of products of steps as steps of the output."""
+    """Turn sums of products of steps into steps of the output."""
     scale = x_scale.double() * along(w_scale.double(), sums, axis) / y_scale.double()
     bounds = torch.iinfo(y_zero.dtype)
     return (torch.round(sums * scale) + y_zero.double()).clamp(bounds.min, bounds.max).to(y_zero.dtype)
@@ -373,5 +374,5 @@ def qlinear_matmul(
     y_scale: Tensor,
     y_zero: Tensor,
 ) -> Tensor:
-    """A product of quantized matrices, quantized."""
+    """Multiply quantized matrices and quantize the result."""
     return requantize(matmul_integer(a, b, a_zero, b_zero).double(), a_scale, b_scale, y_scale, y_zero, -1)

@@ -1,6 +1,6 @@
-"""Drawing an fx graph while an ONNX graph is read: constants are computed at once, lengths are followed one by one.
+"""Building an fx graph while an ONNX graph is read: constants are computed at once, lengths are followed one by one.
 
-A value of the ONNX graph is one of three things here, and `Drawing` hides which from the operators:
+A value of the ONNX graph is one of three things here, and `GraphBuilder` hides which from the operators:
 
     Tensor      known now: a weight, or computed from weights; nothing of it goes into the graph until a node needs it
     fx.Node     known when the model runs
@@ -40,13 +40,13 @@ class Lengths:
 Value: TypeAlias = "Tensor | fx.Node | Lengths | None"
 
 
-class Drawing:
-    """The graph as far as it has been drawn, and the module that will hold its parameters."""
+class GraphBuilder:
+    """The graph as far as it has been translated, and the module that will hold its parameters."""
 
     def __init__(self) -> None:
         self.root = nn.Module()
         self.graph = fx.Graph()
-        self._places: dict[int, tuple[Tensor, fx.Node]] = {}  # the tensor is kept so that its id stays its own
+        self._readers: dict[int, tuple[Tensor, fx.Node]] = {}  # the tensor is kept so that its id stays its own
         self._names: dict[int, tuple[Tensor, str]] = {}
         self._paths: set[str] = set()
         self._device: fx.Node | None = None
@@ -54,7 +54,7 @@ class Drawing:
     # ---- what goes in
 
     def add_input(self, name: str, sample: Tensor) -> fx.Node:
-        """A new argument of the model."""
+        """Add an argument to the model."""
         node = self.graph.placeholder(re.sub(r"\W", "_", name))
         node.meta["sample"] = sample.to("meta")
         return node
@@ -64,22 +64,22 @@ class Drawing:
         self._names[id(tensor)] = (tensor, name)
         return tensor
 
-    # ---- drawing
+    # ---- building
 
     def call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """The value of `function`: at once where all is known, else a node."""
+        """Return the value of `function`: computed at once where all is known, else a node."""
         arguments, keywords = tuple(map(self._plain, arguments)), {k: self._plain(v) for k, v in keywords.items()}
         if not _has_node((arguments, keywords)):
             return function(*arguments, **keywords)
-        arguments = fx.node.map_aggregate(arguments, self.placed)
-        keywords = fx.node.map_aggregate(keywords, self.placed)
+        arguments = fx.node.map_aggregate(arguments, self.materialize)
+        keywords = fx.node.map_aggregate(keywords, self.materialize)
         sample = function(*fx.node.map_aggregate(arguments, _sample), **fx.node.map_aggregate(keywords, _sample))
         node = self.graph.call_function(function, arguments, keywords)
         node.meta["sample"] = sample
         return node
 
     def call_module(self, module: nn.Module, name: str, x: Value) -> Any:
-        """The value of `module`, which is put under `name`; `x` is a tensor."""
+        """Return the value of `module` at the tensor `x`; the module is put under `name`."""
         x = self._plain(x)
         if not isinstance(x, fx.Node):
             with torch.no_grad():
@@ -87,21 +87,21 @@ class Drawing:
         path = self._free_path(name)
         self._owner(path).add_module(path.rpartition(".")[2], module)
         node = self.graph.call_module(path, (x,))
-        state = {key: each.to("meta") for key, each in module.state_dict().items()}
+        state = {key: tensor.to("meta") for key, tensor in module.state_dict().items()}
         node.meta["sample"] = torch.func.functional_call(module.eval(), state, (_sample(x),))
         return node
 
     def item(self, node: Any, index: int) -> Any:
-        """One of several outputs."""
+        """Return one of several outputs."""
         return self.call(operator.getitem, node, index)
 
-    def placed(self, value: Any) -> Any:
-        """A tensor that is known as the node that reads it from the module; lengths as one that is made."""
+    def materialize(self, value: Any) -> Any:
+        """Return a node for `value`: one that reads a known tensor from the module, or makes one of lengths."""
         value = self.tensor(value) if isinstance(value, Lengths) else value
-        return self._place(value) if isinstance(value, Tensor) else value
+        return self._read_node(value) if isinstance(value, Tensor) else value
 
-    def make(self, function: Callable[..., Tensor], *arguments: Any, dtype: torch.dtype) -> Any:
-        """A new tensor: now where its arguments are known, else where the inputs of the model are."""
+    def create(self, function: Callable[..., Tensor], *arguments: Any, dtype: torch.dtype) -> Any:
+        """Create a tensor: now where its arguments are known, else on the device of the model's inputs."""
         if not _has_node(arguments):
             return function(*arguments, dtype=dtype)
         return self.call(function, *arguments, dtype=dtype, device=self.device())
@@ -109,7 +109,7 @@ class Drawing:
     # ---- asking
 
     def sample(self, value: Value) -> Tensor:
-        """What `value` looks like for the sample inputs: a tensor whose shape and dtype count."""
+        """Return what `value` is for the sample inputs: a tensor whose shape and dtype count."""
         if isinstance(value, Lengths):
             value = self.tensor(value)
         assert value is not None
@@ -118,21 +118,21 @@ class Drawing:
         return found
 
     def rank(self, value: Value) -> int:
-        """Number of dimensions."""
+        """Return the number of dimensions."""
         return self.sample(value).dim()
 
     def shape(self, value: Value) -> list[Any]:
-        """The lengths of a tensor; nodes, where the tensor is one."""
+        """Return the lengths of a tensor; nodes, where the tensor is one."""
         if isinstance(value, Tensor):
             return list(value.shape)
         return [self.length(value, dim) for dim in range(self.rank(value))]
 
     def length(self, value: Value, dim: int) -> Any:
-        """One length of a tensor; a node, where the tensor is one."""
+        """Return one length of a tensor; a node, where the tensor is one."""
         return self.call(_length, value, dim)
 
     def device(self) -> Any:
-        """The device of the model's inputs, for operators that make tensors."""
+        """Return the device of the model's inputs, for operators that create tensors."""
         if self._device is None:
             first = next((node for node in self.graph.nodes if node.op == "placeholder"), None)
             if first is None:
@@ -141,28 +141,28 @@ class Drawing:
         return self._device
 
     def tensor(self, value: Value) -> Any:
-        """`value` as a tensor or a node that gives one."""
+        """Return `value` as a tensor or a node that gives one."""
         if not isinstance(value, Lengths):
             return value
         dtype = _dtype_of(value.numbers)
         content = value.numbers[0] if value.is_scalar else list(value.numbers)
-        return self.make(torch.tensor, content, dtype=dtype)
+        return self.create(torch.tensor, content, dtype=dtype)
 
     def constant(self, value: Value, what: str) -> Tensor:
-        """`value`, which must be known now; `what` names it in the error."""
+        """Return `value`, which must be known now; `what` names it in the error."""
         if not isinstance(value, Tensor):
             raise UnsupportedOperatorError(f"its {what} is computed while the model runs, and must be a constant")
         return value
 
     def numbers(self, value: Value, what: str) -> list[Any]:
-        """The elements of a vector or scalar of numbers, each known now or a node."""
+        """Return the elements of a vector or scalar of numbers, each known now or a node."""
         if isinstance(value, Lengths):
             return list(value.numbers)
         values = self.constant(value, what).reshape(-1).tolist()
         return list(values)
 
     def is_lengths(self, *values: Value) -> bool:
-        """Whether `values` can be computed number by number: lengths among short constants."""
+        """Return whether `values` can be computed number by number: lengths among short constants."""
         has_lengths = any(isinstance(value, Lengths) for value in values)
         return has_lengths and all(
             isinstance(value, Lengths) or (isinstance(value, Tensor) and value.dim() < 2 and value.numel() < 64)
@@ -176,9 +176,9 @@ class Drawing:
             return self.tensor(value)
         return value
 
-    def _place(self, tensor: Tensor) -> fx.Node:
-        if id(tensor) in self._places:
-            return self._places[id(tensor)][1]
+    def _read_node(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) in self._readers:
+            return self._readers[id(tensor)][1]
         _, name = self._names.get(id(tensor), (tensor, ""))
         path = self._free_path(name or "constant")
         owner, leaf = self._owner(path), path.rpartition(".")[2]
@@ -188,16 +188,16 @@ class Drawing:
             owner.register_buffer(leaf, tensor)
         node = self.graph.get_attr(path)
         node.meta["sample"] = tensor.to("meta")
-        self._places[id(tensor)] = (tensor, node)
+        self._readers[id(tensor)] = (tensor, node)
         return node
 
     def name_of(self, tensor: Value, default: str) -> str:
-        """What the file calls the weight `tensor`, without its last part; `default` where it has no name."""
+        """Return the file's name of the weight `tensor` without its last part; `default` where it has none."""
         _, name = self._names.get(id(tensor), (tensor, ""))
         return name.rpartition(".")[0] or default
 
     def _free_path(self, name: str) -> str:
-        """A place in the module for `name`: its dots are kept where they can be modules."""
+        """Return a path in the module for `name` that is free: its dots are kept where they can be modules."""
         parts = [re.sub(r"\W", "_", part) for part in name.split(".") if part]
         path = ".".join(parts) if parts else "value"
         if any(part[0].isdigit() for part in parts[-1:]) and len(parts) == 1:
@@ -211,15 +211,15 @@ class Drawing:
         return path
 
     def _is_free(self, path: str) -> bool:
-        """No value stands at `path`, above it or below it, nor a name that modules have themselves."""
+        """Return whether nothing stands at `path`, above it or below it, and modules have no such name themselves."""
         parts = path.split(".")
         above = {".".join(parts[:depth]) for depth in range(1, len(parts))}
-        is_taken = path in self._paths or any(each.startswith(path + ".") for each in self._paths)
+        is_taken = path in self._paths or any(taken.startswith(path + ".") for taken in self._paths)
         own = dir(nn.Module)
         return not is_taken and not (above & self._paths) and not any(part in own for part in parts)
 
     def _owner(self, path: str) -> nn.Module:
-        """The module that holds the last part of `path`, made as needed."""
+        """Return the module that holds the last part of `path`, created as needed."""
         owner = self.root
         for part in path.split(".")[:-1]:
             if not hasattr(owner, part):
@@ -229,7 +229,7 @@ class Drawing:
 
 
 def as_lengths(numbers: Iterable[Number], *, is_scalar: bool = False) -> Value:
-    """`numbers` as a value: a tensor where all of them are known."""
+    """Return `numbers` as a value: a tensor where all of them are known."""
     kept = tuple(numbers)
     if any(isinstance(number, fx.Node) for number in kept):
         return Lengths(kept, is_scalar)
@@ -238,9 +238,9 @@ def as_lengths(numbers: Iterable[Number], *, is_scalar: bool = False) -> Value:
 
 def _dtype_of(numbers: Sequence[Number]) -> torch.dtype:
     samples = [number.meta["sample"] if isinstance(number, fx.Node) else number for number in numbers]
-    if any(isinstance(each, float) for each in samples):
+    if any(isinstance(sample, float) for sample in samples):
         return torch.float32
-    return torch.bool if samples and all(isinstance(each, bool) for each in samples) else torch.int64
+    return torch.bool if samples and all(isinstance(sample, bool) for sample in samples) else torch.int64
 
 
 def _length(x: Tensor, dim: int) -> int:

@@ -6,7 +6,7 @@ Operator by operator, each through its row in `operators.OPERATORS`. What ONNX i
 (attention, rotary embedding, ...) and functions inside the file are written out first. Convolutions, batch norms,
 layer norms, embeddings and linear maps become the modules of torch, under the names that their weights have in the
 file, so that passes which look for modules find them. An operator that has no row is refused by name and opset; the
-file may then still run as it is (`running.py`).
+file may then still run as it is on a runtime that takes ONNX.
 
 The module is in evaluation mode and computes in the dtypes of the file. Weights that the file stores in int8 with a
 scale are widened: the int8 arithmetic of such a file is only had by the runtimes that take it as it is.
@@ -24,40 +24,43 @@ from torch import Tensor, fx, nn
 
 from deepseek.core.errors import ConfigError, CorruptArtifactError, DeepSeekError
 from deepseek.core.extras import require
-from deepseek.onnx.files import UnsupportedOperatorError, describe_inputs, draw_inputs, opset_of, to_torch
-from deepseek.onnx.graph_builder import Drawing, Value
+from deepseek.onnx.files import UnsupportedOperatorError, opset_of, to_torch
+from deepseek.onnx.graph_builder import GraphBuilder, Value
 from deepseek.onnx.operators import OPERATORS
 from deepseek.onnx.operators.node import Operator
+from deepseek.onnx.sample_inputs import build_inputs, describe_inputs
 
 
 def import_onnx(
     model: Any, *, sample_inputs: Sequence[Tensor] | None = None, source: str = "the ONNX model"
 ) -> fx.GraphModule:
-    """The `ModelProto` `model` in PyTorch, in evaluation mode; `sample_inputs` tell the lengths it leaves open.
+    """Translate the `ModelProto` `model` to PyTorch, in evaluation mode; `sample_inputs` say what it leaves open.
 
-    The module takes the inputs of the file in order and gives its output, or a tuple of them. Raises
-    `UnsupportedOperatorError`, a `ConfigError`, for an operator that has no twin here, and `ConfigError` where the
-    sample inputs do not fit.
+    The module takes the inputs of the file in order and returns its output, or a tuple of them. Raises
+    `UnsupportedOperatorError`, a `ConfigError`, for an operator that has no counterpart here, and `ConfigError` where
+    the sample inputs do not fit.
     """
     opset = opset_of(model, source)
     model = _write_out(model)
     specs = describe_inputs(model)
-    samples = sample_inputs if sample_inputs is not None else draw_inputs(specs)
+    samples = sample_inputs if sample_inputs is not None else build_inputs(specs)
     if len(samples) != len(specs):
         names = ", ".join(spec.name for spec in specs)
-        raise ConfigError(f"{source} takes {len(specs)} inputs ({names}) and {len(samples)} were given; give each")
-    drawing = Drawing()
+        raise ConfigError(
+            f"{source} takes {len(specs)} inputs ({names}) and {len(samples)} were given; give one for each"
+        )
+    builder = GraphBuilder()
     values: dict[str, Value] = {"": None}
     for spec, sample in zip(specs, samples, strict=True):
-        values[spec.name] = drawing.add_input(spec.name, sample)
+        values[spec.name] = builder.add_input(spec.name, sample)
     for tensor in model.graph.initializer:
-        values[tensor.name] = drawing.name_weight(_read_weight(tensor, source), tensor.name)
+        values[tensor.name] = builder.name_weight(_read_weight(tensor, source), tensor.name)
     for node in model.graph.node:
-        values |= _draw_node(drawing, node, values, opset, source)
-    missing = [each.name for each in model.graph.output if each.name not in values]
+        values |= _translate_node(builder, node, values, opset, source)
+    missing = [output.name for output in model.graph.output if output.name not in values]
     if missing:
         raise CorruptArtifactError(f"{source} promises the output {missing[0]!r}, which nothing gives; export it again")
-    return _finish(drawing, [values[each.name] for each in model.graph.output])
+    return _finish(builder, [values[output.name] for output in model.graph.output])
 
 
 def _read_weight(tensor: Any, source: str) -> Tensor:
@@ -68,7 +71,7 @@ def _read_weight(tensor: Any, source: str) -> Tensor:
 
 
 def list_unsupported(model: Any) -> list[str]:
-    """Operators of the `ModelProto` `model` that have no row here, sorted."""
+    """List the operators of the `ModelProto` `model` that have no row here, sorted."""
     nodes = _write_out(model).graph.node
     return sorted({_full_name(node) for node in nodes if not _is_known(node)})
 
@@ -88,7 +91,9 @@ class _Node:
         )
 
 
-def _draw_node(drawing: Drawing, node: Any, values: Mapping[str, Value], opset: int, source: str) -> dict[str, Value]:
+def _translate_node(
+    builder: GraphBuilder, node: Any, values: Mapping[str, Value], opset: int, source: str
+) -> dict[str, Value]:
     said = _Node(f"operator {_full_name(node)}" + (f" ({node.name})" if node.name else ""), opset, source)
     if not _is_known(node):
         raise UnsupportedOperatorError(said.explain("it is not in the table of operators"))
@@ -97,7 +102,7 @@ def _draw_node(drawing: Drawing, node: Any, values: Mapping[str, Value], opset: 
         raise CorruptArtifactError(f"{source}: {said.name} reads {unset[0]!r}, which nothing gives; export it again")
     op = Operator(node.op_type, node.name, opset, _attributes(node), len([name for name in node.output if name]))
     try:
-        given = OPERATORS[node.op_type](drawing, op, *(values[name] for name in node.input))
+        given = OPERATORS[node.op_type](builder, op, *(values[name] for name in node.input))
     except UnsupportedOperatorError as error:
         raise UnsupportedOperatorError(said.explain(str(error))) from error
     except DeepSeekError:
@@ -106,7 +111,7 @@ def _draw_node(drawing: Drawing, node: Any, values: Mapping[str, Value], opset: 
         problem = str(error).strip().partition("\n")[0]
         raise UnsupportedOperatorError(said.explain(f"{type(error).__name__}, {problem}")) from error
     if node.op_type == "Identity" and isinstance(given, Tensor):  # how exporters store equal weights once
-        given = drawing.name_weight(given.clone(), node.output[0])
+        given = builder.name_weight(given.clone(), node.output[0])
     results = given if isinstance(given, tuple) else (given,)
     return {name: result for name, result in zip(node.output, results, strict=False) if name}
 
@@ -120,7 +125,7 @@ def _full_name(node: Any) -> str:
 
 
 def _write_out(model: Any) -> Any:
-    """`model` with its functions, and the operators that ONNX defines by others and that have no row, written out."""
+    """Write out the functions of `model`, and the operators that ONNX defines by others and that have no row here."""
     inliner = require("onnx.inliner", extra="compile")
     if model.functions:
         model = inliner.inline_local_functions(model)
@@ -136,32 +141,32 @@ def _write_out(model: Any) -> Any:
 
 
 def _with_types_and_defaults(model: Any) -> Any:
-    """A copy in which values have types, and operators that will be written out have all of their attributes.
+    """Return a copy in which values have types, and operators that will be written out have all their attributes.
 
     Functions of ONNX depend on the types, and what it leaves out of a written-out operator is not its default.
     """
     onnx = require("onnx", extra="compile")
     model = onnx.shape_inference.infer_shapes(model)
-    versions = {each.domain: each.version for each in model.opset_import}
+    versions = {opset.domain: opset.version for opset in model.opset_import}
     for node in model.graph.node:
         if _is_known(node) or not onnx.defs.has(node.op_type, node.domain):
             continue
         schema = onnx.defs.get_schema(node.op_type, versions.get(node.domain, 1), node.domain)
-        given = {each.name for each in node.attribute}
-        defaults = [each.default_value for each in schema.attributes.values()]
-        node.attribute.extend(each for each in defaults if each.name and each.name not in given)
+        given = {attribute.name for attribute in node.attribute}
+        defaults = [attribute.default_value for attribute in schema.attributes.values()]
+        node.attribute.extend(default for default in defaults if default.name and default.name not in given)
     return model
 
 
 def _attributes(node: Any) -> dict[str, Any]:
     helper = require("onnx", extra="compile").helper
-    return {each.name: helper.get_attribute_value(each) for each in node.attribute}
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def _finish(drawing: Drawing, outputs: list[Value]) -> fx.GraphModule:
-    results = [drawing.placed(value) for value in outputs]
-    drawing.graph.output(results[0] if len(results) == 1 else tuple(results))
-    model = fx.GraphModule(drawing.root, drawing.graph)
+def _finish(builder: GraphBuilder, outputs: list[Value]) -> fx.GraphModule:
+    results = [builder.materialize(value) for value in outputs]
+    builder.graph.output(results[0] if len(results) == 1 else tuple(results))
+    model = fx.GraphModule(builder.root, builder.graph)
     model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
     _fold_biases(model)
@@ -169,7 +174,7 @@ def _finish(drawing: Drawing, outputs: list[Value]) -> fx.GraphModule:
 
 
 def _fold_biases(model: fx.GraphModule) -> None:
-    """x @ W + b, which ONNX writes as two operators, becomes one linear layer with a bias."""
+    """Fold x @ W + b, which ONNX writes as two operators, into one linear layer with a bias."""
     for node in list(model.graph.nodes):
         if node.op != "call_function" or node.target is not torch.add or len(node.args) != 2:
             continue
@@ -206,7 +211,7 @@ def _read(model: nn.Module, path: str) -> Tensor:
 
 
 def _unread_tensors(model: fx.GraphModule) -> list[str]:
-    """Parameters and buffers that stand alone in the module and that no node reads any more."""
+    """List parameters and buffers that stand alone in the module and that no node reads any more."""
     read = {node.target for node in model.graph.nodes if node.op == "get_attr"}
     called = {node.target for node in model.graph.nodes if node.op == "call_module"}
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]

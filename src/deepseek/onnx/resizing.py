@@ -1,8 +1,8 @@
-"""Resize of ONNX, one axis after the other: where each new pixel lies among the old ones, and what is taken there.
+"""Resize of ONNX, one axis after the other: where a new pixel lies among the old ones, and which of them it is made of.
 
 Nearest takes one old pixel, linear two, cubic four, with weights from the distance. All the ways in which ONNX maps
-places (`half_pixel`, `align_corners`, `asymmetric`, ...) are rows of `MAPPINGS`. Interpolation is separable, so axis by
-axis gives what the definition gives for all of them at once.
+positions (`half_pixel`, `align_corners`, `asymmetric`, ...) are rows of `MAPPINGS`. Interpolation is separable, so
+axis by axis gives what the definition gives for all of them at once.
 Definition: https://onnx.ai/onnx/operators/onnx__Resize.html; cubic weights: Keys 1981.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 def _symmetric(new: Tensor, scale: float, old_length: int, new_length: int) -> Tensor:
-    """Half pixels around the middle of the old ones, where the new length is cut off."""
+    """Map half pixels around the middle of the old ones, where the new length is cut off."""
     adjustment = new_length / (scale * old_length)
     offset = old_length / 2 * (1 - adjustment)
     return offset + (new + 0.5) / scale - 0.5
 
 
-# (new places, scale, old length, new length) -> old places
+# (new positions, scale, old length, new length) -> old positions
 MAPPINGS: dict[str, Callable[[Tensor, float, int, int], Tensor]] = {
     "half_pixel": lambda new, scale, old_length, new_length: (new + 0.5) / scale - 0.5,
     "half_pixel_symmetric": _symmetric,
@@ -34,8 +34,8 @@ MAPPINGS: dict[str, Callable[[Tensor, float, int, int], Tensor]] = {
     "asymmetric": lambda new, scale, old_length, new_length: new / scale,
 }
 _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "round_prefer_floor": lambda place: torch.ceil(place - 0.5),
-    "round_prefer_ceil": lambda place: torch.floor(place + 0.5),
+    "round_prefer_floor": lambda position: torch.ceil(position - 0.5),
+    "round_prefer_ceil": lambda position: torch.floor(position + 0.5),
     "floor": torch.floor,
     "ceil": torch.ceil,
 }
@@ -51,24 +51,24 @@ def resize_axis(
     nearest_mode: str,
     cubic_coefficient: float,
 ) -> Tensor:
-    """`x` with another length along `axis`: `wanted` itself, or that many times the old one."""
+    """Resize `x` along `axis` to the length `wanted`, or to that many times the old one."""
     length = x.shape[axis]
     new_length = int(length * wanted) if is_scale else int(wanted)
     scale = float(wanted) if is_scale else new_length / length
     new = torch.arange(new_length, device=x.device, dtype=torch.float64 if not is_scale else torch.float32)
-    places = MAPPINGS[mapping](new, scale, length, new_length)
+    positions = MAPPINGS[mapping](new, scale, length, new_length)
     if mode == "nearest":
-        return _take(x, axis, _ROUNDINGS[nearest_mode](places))
-    first = torch.floor(places)
-    distance = (places - first).to(x.dtype if x.is_floating_point() else torch.float32)
+        return _take(x, axis, _ROUNDINGS[nearest_mode](positions))
+    first = torch.floor(positions)
+    distance = (positions - first).to(x.dtype if x.is_floating_point() else torch.float32)
     taps = _linear(distance) if mode == "linear" else _cubic(distance, cubic_coefficient)
     shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
     parts = [_take(x, axis, first + offset) * weight.reshape(shape) for offset, weight in taps]
     return torch.stack(parts).sum(0).to(x.dtype)
 
 
-def _take(x: Tensor, axis: int, places: Tensor) -> Tensor:
-    return x.index_select(axis, places.clamp(0, x.shape[axis] - 1).long())
+def _take(x: Tensor, axis: int, positions: Tensor) -> Tensor:
+    return x.index_select(axis, positions.clamp(0, x.shape[axis] - 1).long())
 
 
 def _linear(distance: Tensor) -> list[tuple[int, Tensor]]:

@@ -16,186 +16,186 @@ from torch import Tensor
 
 from deepseek.onnx import functions
 from deepseek.onnx.files import UnsupportedOperatorError, torch_dtype
-from deepseek.onnx.graph_builder import Drawing, Lengths, Value, as_lengths
-from deepseek.onnx.operators.node import Function, Operator, Result
+from deepseek.onnx.graph_builder import GraphBuilder, Lengths, Value, as_lengths
+from deepseek.onnx.operators.node import Operator, Result, Translator
 
 
-def _unary(function: Callable[..., Any], **keywords: Any) -> Function:
-    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
-        return drawing.call(function, x, **keywords)
+def _unary(function: Callable[..., Any], **keywords: Any) -> Translator:
+    def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+        return builder.call(function, x, **keywords)
 
-    return draw
-
-
-def _activation(function: Callable[..., Any], **attributes: float) -> Function:
-    """A function whose keywords are attributes of ONNX; `attributes` are their defaults."""
-
-    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
-        return drawing.call(function, x, **{name: op.get(name, default) for name, default in attributes.items()})
-
-    return draw
+    return translate
 
 
-def _gelu(drawing: Drawing, op: Operator, x: Value) -> Result:
-    return drawing.call(F.gelu, x, approximate=op.get("approximate", "none"))
+def _activation(function: Callable[..., Any], **attributes: float) -> Translator:
+    """Translate to a function whose keywords are attributes of ONNX; `attributes` are their defaults."""
+
+    def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+        return builder.call(function, x, **{name: op.get(name, default) for name, default in attributes.items()})
+
+    return translate
 
 
-def _identity(drawing: Drawing, op: Operator, x: Value, *_: Value) -> Result:
+def _gelu(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    return builder.call(F.gelu, x, approximate=op.get("approximate", "none"))
+
+
+def _identity(builder: GraphBuilder, op: Operator, x: Value, *_: Value) -> Result:
     return x
 
 
-def _dropout(drawing: Drawing, op: Operator, x: Value, ratio: Value = None, training: Value = None) -> Result:
-    if training is not None and bool(drawing.constant(training, "training mode")):
+def _dropout(builder: GraphBuilder, op: Operator, x: Value, ratio: Value = None, training: Value = None) -> Result:
+    if training is not None and bool(builder.constant(training, "training mode")):
         raise UnsupportedOperatorError("dropout that is active is not followed")
-    return (x, drawing.call(torch.ones_like, x, dtype=torch.bool)) if op.num_outputs > 1 else x
+    return (x, builder.call(torch.ones_like, x, dtype=torch.bool)) if op.num_outputs > 1 else x
 
 
-def _clip(drawing: Drawing, op: Operator, x: Value, low: Value = None, high: Value = None) -> Result:
+def _clip(builder: GraphBuilder, op: Operator, x: Value, low: Value = None, high: Value = None) -> Result:
     if low is None and high is None:
         return x
-    bounds = [None if each is None else _bound(drawing, each) for each in (low, high)]
-    return drawing.call(torch.clamp, x, *bounds)
+    bounds = [None if bound is None else _bound(builder, bound) for bound in (low, high)]
+    return builder.call(torch.clamp, x, *bounds)
 
 
-def _bound(drawing: Drawing, value: Value) -> Any:
-    """A bound of Clip as a plain number where it is known, so that the call says it."""
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else drawing.tensor(value)
+def _bound(builder: GraphBuilder, value: Value) -> Any:
+    """Return a bound of Clip as a plain number where it is known, so that the call shows it."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else builder.tensor(value)
 
 
-def _prelu(drawing: Drawing, op: Operator, x: Value, slope: Value) -> Result:
-    return drawing.call(functions.prelu, x, slope)
+def _prelu(builder: GraphBuilder, op: Operator, x: Value, slope: Value) -> Result:
+    return builder.call(functions.prelu, x, slope)
 
 
-def _binary(function: Callable[..., Any], on_numbers: Callable[..., Any] | None = None) -> Function:
-    def draw(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
-        if on_numbers is not None and drawing.is_lengths(x, y):
-            return _each(drawing, on_numbers, x, y)
-        return drawing.call(function, x, y)
+def _binary(function: Callable[..., Any], on_numbers: Callable[..., Any] | None = None) -> Translator:
+    def translate(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
+        if on_numbers is not None and builder.is_lengths(x, y):
+            return _by_number(builder, on_numbers, x, y)
+        return builder.call(function, x, y)
 
-    return draw
+    return translate
 
 
-def _each(drawing: Drawing, function: Callable[..., Any], *values: Value) -> Value:
-    """`function` number by number over lengths; those of one are repeated."""
-    lists = [drawing.numbers(value, "operand") for value in values]
+def _by_number(builder: GraphBuilder, function: Callable[..., Any], *values: Value) -> Value:
+    """Apply `function` number by number over lengths; vectors of one number are repeated."""
+    lists = [builder.numbers(value, "operand") for value in values]
     is_scalar = all(is_scalar_value(value) for value in values)
     longest = max(map(len, lists))
-    if any(len(each) not in (1, longest) for each in lists):
+    if any(len(numbers) not in (1, longest) for numbers in lists):
         raise UnsupportedOperatorError("vectors of lengths that do not match are combined")
-    rows = zip(*(each * longest if len(each) == 1 else each for each in lists), strict=True)
-    return as_lengths((drawing.call(function, *row) for row in rows), is_scalar=is_scalar)
+    rows = zip(*(numbers * longest if len(numbers) == 1 else numbers for numbers in lists), strict=True)
+    return as_lengths((builder.call(function, *row) for row in rows), is_scalar=is_scalar)
 
 
 def is_scalar_value(value: Value) -> bool:
     return value.is_scalar if isinstance(value, Lengths) else isinstance(value, Tensor) and value.dim() == 0
 
 
-def _equal(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
-    if drawing.is_lengths(x, y):
-        return _equal_lengths(drawing, x, y)
-    return drawing.call(torch.eq, x, y)
+def _equal(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
+    if builder.is_lengths(x, y):
+        return _equal_lengths(builder, x, y)
+    return builder.call(torch.eq, x, y)
 
 
-def _equal_lengths(drawing: Drawing, x: Value, y: Value) -> Value:
-    """A length is never negative, so `shape == -1`, which exporters write to expand, is known now."""
-    lists = [drawing.numbers(value, "operand") for value in (x, y)]
+def _equal_lengths(builder: GraphBuilder, x: Value, y: Value) -> Value:
+    """Compare lengths; none is negative, so `shape == -1`, which exporters write to expand, is known now."""
+    lists = [builder.numbers(value, "operand") for value in (x, y)]
     longest = max(map(len, lists))
-    pairs = zip(*(each * longest if len(each) == 1 else each for each in lists), strict=True)
+    pairs = zip(*(numbers * longest if len(numbers) == 1 else numbers for numbers in lists), strict=True)
     answers = [
-        False if any(isinstance(each, int) and each < 0 for each in pair) else drawing.call(operator.eq, *pair)
+        False if any(isinstance(number, int) and number < 0 for number in pair) else builder.call(operator.eq, *pair)
         for pair in pairs
     ]
     return as_lengths(answers, is_scalar=is_scalar_value(x) and is_scalar_value(y))
 
 
-def _where(drawing: Drawing, op: Operator, condition: Value, x: Value, y: Value) -> Result:
+def _where(builder: GraphBuilder, op: Operator, condition: Value, x: Value, y: Value) -> Result:
     is_small = isinstance(condition, Lengths) or (isinstance(condition, Tensor) and condition.dim() < 2)
-    if is_small and drawing.is_lengths(condition, x, y):
-        return _each(drawing, functions.choose, condition, x, y)
-    return drawing.call(torch.where, condition, x, y)
+    if is_small and builder.is_lengths(condition, x, y):
+        return _by_number(builder, functions.choose, condition, x, y)
+    return builder.call(torch.where, condition, x, y)
 
 
-def _variadic(function: Callable[..., Any], on_numbers: Callable[..., Any] | None = None) -> Function:
-    """An operator of any number of inputs, as a chain of `function`."""
+def _variadic(function: Callable[..., Any], on_numbers: Callable[..., Any] | None = None) -> Translator:
+    """Translate an operator of any number of inputs to a chain of `function`."""
     pair = _binary(function, on_numbers)
 
-    def draw(drawing: Drawing, op: Operator, first: Value, *others: Value) -> Result:
+    def translate(builder: GraphBuilder, op: Operator, first: Value, *others: Value) -> Result:
         value: Any = first
         for other in others:
-            value = pair(drawing, op, value, other)
+            value = pair(builder, op, value, other)
         return value
 
-    return draw
+    return translate
 
 
-def _mean(drawing: Drawing, op: Operator, *values: Value) -> Result:
-    return drawing.call(torch.div, _variadic(torch.add, operator.add)(drawing, op, *values), len(values))
+def _mean(builder: GraphBuilder, op: Operator, *values: Value) -> Result:
+    return builder.call(torch.div, _variadic(torch.add, operator.add)(builder, op, *values), len(values))
 
 
-def _div(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
-    is_real = drawing.sample(x).is_floating_point()
-    if drawing.is_lengths(x, y):
-        return _each(drawing, operator.truediv if is_real else operator.floordiv, x, y)
-    return drawing.call(torch.div, x, y, rounding_mode=None if is_real else "trunc")
+def _div(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
+    is_real = builder.sample(x).is_floating_point()
+    if builder.is_lengths(x, y):
+        return _by_number(builder, operator.truediv if is_real else operator.floordiv, x, y)
+    return builder.call(torch.div, x, y, rounding_mode=None if is_real else "trunc")
 
 
-def _mod(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
-    if drawing.is_lengths(x, y):
-        return _each(drawing, operator.mod, x, y)
-    return drawing.call(torch.fmod if op.get("fmod", 0) else torch.remainder, x, y)
+def _mod(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
+    if builder.is_lengths(x, y):
+        return _by_number(builder, operator.mod, x, y)
+    return builder.call(torch.fmod if op.get("fmod", 0) else torch.remainder, x, y)
 
 
-def _pow(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
+def _pow(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
     exponent = y.item() if isinstance(y, Tensor) and y.numel() == 1 and y.dim() == 0 else y
-    return drawing.call(functions.power, x, exponent)
+    return builder.call(functions.power, x, exponent)
 
 
-def _each_number(function: Callable[..., Any], on_numbers: Callable[..., Any]) -> Function:
-    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _unary_or_numbers(function: Callable[..., Any], on_numbers: Callable[..., Any]) -> Translator:
+    def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
         if isinstance(x, Lengths):
-            return _each(drawing, on_numbers, x)
-        return drawing.call(function, x)
+            return _by_number(builder, on_numbers, x)
+        return builder.call(function, x)
 
-    return draw
+    return translate
 
 
-def _cast(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _cast(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     dtype = torch_dtype(op.get("to", 0))
-    return _cast_to(drawing, x, dtype)
+    return _cast_to(builder, x, dtype)
 
 
-def _cast_like(drawing: Drawing, op: Operator, x: Value, like: Value) -> Result:
-    return _cast_to(drawing, x, drawing.sample(like).dtype)
+def _cast_like(builder: GraphBuilder, op: Operator, x: Value, reference: Value) -> Result:
+    return _cast_to(builder, x, builder.sample(reference).dtype)
 
 
-def _cast_to(drawing: Drawing, x: Value, dtype: torch.dtype) -> Result:
+def _cast_to(builder: GraphBuilder, x: Value, dtype: torch.dtype) -> Result:
     if isinstance(x, Lengths):
         kind = float if dtype.is_floating_point else bool if dtype is torch.bool else int
-        return _each(drawing, kind, x)
-    if drawing.sample(x).dtype is dtype:
+        return _by_number(builder, kind, x)
+    if builder.sample(x).dtype is dtype:
         return x
-    return drawing.call(functions.cast, x, dtype)
+    return builder.call(functions.cast, x, dtype)
 
 
-def _isinf(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _isinf(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     signs = (op.get("detect_negative", 1), op.get("detect_positive", 1))
     tests = {(1, 1): torch.isinf, (1, 0): torch.isneginf, (0, 1): torch.isposinf}
-    return drawing.call(tests.get(signs, functions.nowhere), x)
+    return builder.call(tests.get(signs, functions.nowhere), x)
 
 
-def _softmax(function: Callable[..., Any]) -> Function:
-    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _softmax(function: Callable[..., Any]) -> Translator:
+    def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
         if op.opset >= 13:
-            return drawing.call(function, x, dim=op.get("axis", -1))
-        axis = op.get("axis", 1) % drawing.rank(x)
-        if axis == drawing.rank(x) - 1:
-            return drawing.call(function, x, dim=-1)
-        return drawing.call(functions.softmax_of_rows, x, axis, function is torch.log_softmax)
+            return builder.call(function, x, dim=op.get("axis", -1))
+        axis = op.get("axis", 1) % builder.rank(x)
+        if axis == builder.rank(x) - 1:
+            return builder.call(function, x, dim=-1)
+        return builder.call(functions.softmax_of_rows, x, axis, function is torch.log_softmax)
 
-    return draw
+    return translate
 
 
-ELEMENTWISE: dict[str, Function] = {
+ELEMENTWISE: dict[str, Translator] = {
     "Identity": _identity,
     "Dropout": _dropout,
     "Relu": _unary(F.relu),
@@ -236,11 +236,11 @@ ELEMENTWISE: dict[str, Function] = {
     "Asinh": _unary(torch.asinh),
     "Acosh": _unary(torch.acosh),
     "Atanh": _unary(torch.atanh),
-    "Floor": _each_number(torch.floor, math.floor),
-    "Ceil": _each_number(torch.ceil, math.ceil),
+    "Floor": _unary_or_numbers(torch.floor, math.floor),
+    "Ceil": _unary_or_numbers(torch.ceil, math.ceil),
     "IsNaN": _unary(torch.isnan),
     "IsInf": _isinf,
-    "Not": _each_number(torch.logical_not, operator.not_),
+    "Not": _unary_or_numbers(torch.logical_not, operator.not_),
     "Add": _binary(torch.add, operator.add),
     "Sub": _binary(torch.sub, operator.sub),
     "Mul": _binary(torch.mul, operator.mul),

@@ -1,4 +1,4 @@
-"""Operators that have weights or windows: products, convolutions, pooling, norms.
+"""Operators that have weights or windows: matmuls, convolutions, pooling, norms.
 
 Where the weights are known they become modules of torch, which passes over graphs look for.
 """
@@ -16,30 +16,30 @@ from torch import Tensor, fx, nn
 
 from deepseek.onnx import functions
 from deepseek.onnx.files import UnsupportedOperatorError
-from deepseek.onnx.graph_builder import Drawing, Value
-from deepseek.onnx.operators.node import Function, Operator, Result
+from deepseek.onnx.graph_builder import GraphBuilder, Value
+from deepseek.onnx.operators.node import Operator, Result, Translator
 
 
-def _matmul(drawing: Drawing, op: Operator, x: Value, y: Value) -> Result:
+def _matmul(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
     is_linear = isinstance(y, Tensor) and y.dim() == 2 and y.is_floating_point() and isinstance(x, fx.Node)
-    if not is_linear or drawing.rank(x) < 2:
-        return drawing.call(torch.matmul, x, y)
+    if not is_linear or builder.rank(x) < 2:
+        return builder.call(torch.matmul, x, y)
     assert isinstance(y, Tensor)
-    return drawing.call_module(_linear(y.t()), drawing.name_of(y, op.name or "matmul"), x)
+    return builder.call_module(_linear(y.t()), builder.name_of(y, op.name or "matmul"), x)
 
 
-def _gemm(drawing: Drawing, op: Operator, a: Value, b: Value, c: Value = None) -> Result:
+def _gemm(builder: GraphBuilder, op: Operator, a: Value, b: Value, c: Value = None) -> Result:
     alpha, beta = op.get("alpha", 1.0), op.get("beta", 1.0)
-    a = drawing.call(torch.t, a) if op.get("transA", 0) else a
+    a = builder.call(torch.t, a) if op.get("transA", 0) else a
     is_plain = isinstance(b, Tensor) and b.is_floating_point() and alpha == 1 and isinstance(a, fx.Node)
     fits = c is None or (isinstance(c, Tensor) and c.dim() == 1 and beta == 1)
     if is_plain and fits:
         assert isinstance(b, Tensor)
         weight = b if op.get("transB", 0) else b.t()
         if c is None or (isinstance(c, Tensor) and c.shape[0] == weight.shape[0]):
-            return drawing.call_module(_linear(weight, c), drawing.name_of(b, op.name or "gemm"), a)
-    b = drawing.call(torch.t, b) if op.get("transB", 0) else b
-    return drawing.call(functions.gemm, a, b, c, alpha, beta)
+            return builder.call_module(_linear(weight, c), builder.name_of(b, op.name or "gemm"), a)
+    b = builder.call(torch.t, b) if op.get("transB", 0) else b
+    return builder.call(functions.gemm, a, b, c, alpha, beta)
 
 
 def _linear(weight_OI: Tensor, bias_O: Any = None) -> nn.Linear:
@@ -50,18 +50,18 @@ def _linear(weight_OI: Tensor, bias_O: Any = None) -> nn.Linear:
     return layer
 
 
-def draw_conv(drawing: Drawing, op: Operator, x: Value, weight: Value, bias: Value = None) -> Result:
-    num_spatial = drawing.rank(x) - 2
+def translate_conv(builder: GraphBuilder, op: Operator, x: Value, weight: Value, bias: Value = None) -> Result:
+    num_spatial = builder.rank(x) - 2
     strides, dilations, group = _window(op, num_spatial)
-    kernel = drawing.sample(weight).shape[2:]
-    x, padding = _pad_window(drawing, op, x, list(kernel), strides, dilations, fill=0.0)
+    kernel = builder.sample(weight).shape[2:]
+    x, padding = _pad_window(builder, op, x, list(kernel), strides, dilations, fill=0.0)
     known = isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
     if known and isinstance(x, fx.Node) and num_spatial in (1, 2, 3):
         assert isinstance(weight, Tensor)
         layer = _conv_layer(weight, bias, strides, padding, dilations, group)
-        return drawing.call_module(layer, drawing.name_of(weight, op.name or "conv"), x)
+        return builder.call_module(layer, builder.name_of(weight, op.name or "conv"), x)
     function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[num_spatial]
-    return drawing.call(function, x, weight, bias, strides, padding, dilations, group)
+    return builder.call(function, x, weight, bias, strides, padding, dilations, group)
 
 
 def _conv_layer(
@@ -85,8 +85,8 @@ def _conv_layer(
     return layer
 
 
-def _conv_transpose(drawing: Drawing, op: Operator, x: Value, weight: Value, bias: Value = None) -> Result:
-    num_spatial = drawing.rank(x) - 2
+def _conv_transpose(builder: GraphBuilder, op: Operator, x: Value, weight: Value, bias: Value = None) -> Result:
+    num_spatial = builder.rank(x) - 2
     strides, dilations, group = _window(op, num_spatial)
     op.allow(auto_pad="NOTSET")
     pads = list(op.get("pads", [0] * 2 * num_spatial))
@@ -94,16 +94,16 @@ def _conv_transpose(drawing: Drawing, op: Operator, x: Value, weight: Value, bia
     extra = list(op.get("output_padding", [0] * num_spatial))
     if "output_shape" in op.attributes:
         raise UnsupportedOperatorError("output_shape is not followed, only pads")
-    extra = [each + start - end for each, start, end in zip(extra, before, after, strict=True)]
-    crop = [max(0, -each) for each in extra]
+    extra = [width + start - end for width, start, end in zip(extra, before, after, strict=True)]
+    crop = [max(0, -width) for width in extra]
     function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[num_spatial]
-    if all(each < max(stride, dilation) for each, stride, dilation in zip(extra, strides, dilations, strict=True)):
-        padding = [max(0, each) for each in extra]
-        y: Value = drawing.call(function, x, weight, bias, strides, before, padding, group, dilations)
+    if all(width < max(step, gap) for width, step, gap in zip(extra, strides, dilations, strict=True)):
+        padding = [max(0, width) for width in extra]
+        y: Value = builder.call(function, x, weight, bias, strides, before, padding, group, dilations)
     else:
         raise UnsupportedOperatorError("pads that differ by a stride or more are not followed")
     for dim, width in enumerate(crop, start=2):
-        y = y if not width else drawing.call(operator.getitem, y, (*[slice(None)] * dim, slice(0, -width)))
+        y = y if not width else builder.call(operator.getitem, y, (*[slice(None)] * dim, slice(0, -width)))
     return y
 
 
@@ -113,7 +113,7 @@ def _window(op: Operator, num_spatial: int) -> tuple[list[int], list[int], int]:
 
 
 def _pad_window(
-    drawing: Drawing,
+    builder: GraphBuilder,
     op: Operator,
     x: Value,
     kernel: list[int],
@@ -122,141 +122,141 @@ def _pad_window(
     *,
     fill: float,
 ) -> tuple[Value, list[int]]:
-    """The input and the padding that torch's layer adds on both sides: what is not the same on both is added here."""
+    """Return the input and the padding that torch adds on both sides; what differs between the sides is added here."""
     num_spatial = len(kernel)
     auto_pad = op.get("auto_pad", "NOTSET")
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         is_upper = auto_pad == "SAME_UPPER"
-        padded = drawing.call(functions.pad_same, x, kernel, strides, dilations, is_upper, fill)
+        padded = builder.call(functions.pad_same, x, kernel, strides, dilations, is_upper, fill)
         return padded, [0] * num_spatial
     pads = [0] * 2 * num_spatial if auto_pad == "VALID" else list(op.get("pads", [0] * 2 * num_spatial))
     before, after = pads[:num_spatial], pads[num_spatial:]
     if before == after and (fill == 0 or all(2 * pad <= size for pad, size in zip(before, kernel, strict=True))):
         return x, before
     flat = [width for pair in reversed(list(zip(before, after, strict=True))) for width in pair]
-    return drawing.call(F.pad, x, flat, value=fill), [0] * num_spatial
+    return builder.call(F.pad, x, flat, value=fill), [0] * num_spatial
 
 
-def _max_pool(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _max_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     if op.num_outputs > 1:
         raise UnsupportedOperatorError("the indices of a pooling are not followed")
     kernel = list(op.get("kernel_shape", []))
     strides, dilations, _ = _window(op, len(kernel))
-    dtype = drawing.sample(x).dtype
+    dtype = builder.sample(x).dtype
     fill = -math.inf if dtype.is_floating_point else float(torch.iinfo(dtype).min)
-    x, padding = _pad_window(drawing, op, x, kernel, strides, dilations, fill=fill)
+    x, padding = _pad_window(builder, op, x, kernel, strides, dilations, fill=fill)
     function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(kernel)]
-    return drawing.call(function, x, kernel, strides, padding, dilations, bool(op.get("ceil_mode", 0)))
+    return builder.call(function, x, kernel, strides, padding, dilations, bool(op.get("ceil_mode", 0)))
 
 
-def _average_pool(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _average_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     kernel = list(op.get("kernel_shape", []))
     strides, dilations, _ = _window(op, len(kernel))
     if set(dilations) != {1}:
         raise UnsupportedOperatorError(f"dilations={dilations} are not followed, only 1")
     ceil, counts_padding = bool(op.get("ceil_mode", 0)), bool(op.get("count_include_pad", 0))
     original = x
-    x, padding = _pad_window(drawing, op, x, kernel, strides, dilations, fill=0.0)
+    x, padding = _pad_window(builder, op, x, kernel, strides, dilations, fill=0.0)
     function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(kernel)]
     is_padded_here = x is not original
     if not is_padded_here and all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True)):
-        return drawing.call(function, x, kernel, strides, padding, ceil, counts_padding)
+        return builder.call(function, x, kernel, strides, padding, ceil, counts_padding)
     if not is_padded_here:
         flat = [pad for pad in reversed(padding) for _ in range(2)]
-        x = drawing.call(F.pad, x, flat)
-    pooled = drawing.call(function, x, kernel, strides, 0, ceil, False)
+        x = builder.call(F.pad, x, flat)
+    pooled = builder.call(function, x, kernel, strides, 0, ceil, False)
     if counts_padding:
         return pooled
-    ones = drawing.call(torch.ones_like, original)
-    share, _ = _pad_window(drawing, op, ones, kernel, strides, dilations, fill=0.0)
+    ones = builder.call(torch.ones_like, original)
+    share, _ = _pad_window(builder, op, ones, kernel, strides, dilations, fill=0.0)
     if not is_padded_here:
-        share = drawing.call(F.pad, ones, flat)
-    return drawing.call(torch.div, pooled, drawing.call(function, share, kernel, strides, 0, ceil, False))
+        share = builder.call(F.pad, ones, flat)
+    return builder.call(torch.div, pooled, builder.call(function, share, kernel, strides, 0, ceil, False))
 
 
-def _global_pool(function: Callable[..., Any]) -> Function:
-    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
-        return drawing.call(function, x, list(range(2, drawing.rank(x))), True)
+def _global_pool(function: Callable[..., Any]) -> Translator:
+    def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+        return builder.call(function, x, list(range(2, builder.rank(x))), True)
 
-    return draw
+    return translate
 
 
 def _batch_norm(
-    drawing: Drawing, op: Operator, x: Value, scale: Value, shift: Value, mean: Value, variance: Value
+    builder: GraphBuilder, op: Operator, x: Value, scale: Value, shift: Value, mean: Value, variance: Value
 ) -> Result:
     if op.num_outputs > 1 or op.get("training_mode", 0):
         raise UnsupportedOperatorError("batch norm in training mode is not followed")
     parts = (scale, shift, mean, variance)
-    eps, rank = op.get("epsilon", 1e-5), drawing.rank(x)
-    if isinstance(x, fx.Node) and all(isinstance(each, Tensor) for each in parts) and 2 <= rank <= 5:
+    eps, rank = op.get("epsilon", 1e-5), builder.rank(x)
+    if isinstance(x, fx.Node) and all(isinstance(part, Tensor) for part in parts) and 2 <= rank <= 5:
         kinds: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-        layer = kinds[rank](drawing.sample(scale).shape[0], eps=eps, device="meta")
-        layer.weight = nn.Parameter(drawing.constant(scale, "scale"))
-        layer.bias = nn.Parameter(drawing.constant(shift, "shift"))
+        layer = kinds[rank](builder.sample(scale).shape[0], eps=eps, device="meta")
+        layer.weight = nn.Parameter(builder.constant(scale, "scale"))
+        layer.bias = nn.Parameter(builder.constant(shift, "shift"))
         layer.running_mean, layer.running_var = mean, variance
         layer.num_batches_tracked = torch.zeros((), dtype=torch.int64)
-        return drawing.call_module(layer, drawing.name_of(scale, op.name or "batch_norm"), x)
-    return drawing.call(F.batch_norm, x, mean, variance, scale, shift, False, 0.0, eps)
+        return builder.call_module(layer, builder.name_of(scale, op.name or "batch_norm"), x)
+    return builder.call(F.batch_norm, x, mean, variance, scale, shift, False, 0.0, eps)
 
 
-def _layer_norm(drawing: Drawing, op: Operator, x: Value, scale: Value, shift: Value = None) -> Result:
-    axis = op.get("axis", -1) % drawing.rank(x)
-    eps, shape = op.get("epsilon", 1e-5), drawing.sample(x).shape[axis:]
+def _layer_norm(builder: GraphBuilder, op: Operator, x: Value, scale: Value, shift: Value = None) -> Result:
+    axis = op.get("axis", -1) % builder.rank(x)
+    eps, shape = op.get("epsilon", 1e-5), builder.sample(x).shape[axis:]
     if op.num_outputs > 1:
-        given = drawing.call(functions.layer_norm_with_statistics, x, axis, scale, shift, eps)
-        return tuple(drawing.item(given, index) for index in range(op.num_outputs))
+        given = builder.call(functions.layer_norm_with_statistics, x, axis, scale, shift, eps)
+        return tuple(builder.item(given, index) for index in range(op.num_outputs))
     known = isinstance(scale, Tensor) and scale.shape == shape and (shift is None or isinstance(shift, Tensor))
     if known and isinstance(x, fx.Node):
         layer = nn.LayerNorm(tuple(shape), eps=eps, bias=shift is not None, device="meta")
-        layer.weight = nn.Parameter(drawing.constant(scale, "scale"))
+        layer.weight = nn.Parameter(builder.constant(scale, "scale"))
         if shift is not None:
-            layer.bias = nn.Parameter(drawing.constant(shift, "shift"))
-        return drawing.call_module(layer, drawing.name_of(scale, op.name or "layer_norm"), x)
-    return drawing.call(functions.layer_norm, x, axis, scale, shift, eps)
+            layer.bias = nn.Parameter(builder.constant(shift, "shift"))
+        return builder.call_module(layer, builder.name_of(scale, op.name or "layer_norm"), x)
+    return builder.call(functions.layer_norm, x, axis, scale, shift, eps)
 
 
-def _rms_norm(drawing: Drawing, op: Operator, x: Value, scale: Value) -> Result:
-    axis = op.get("axis", -1) % drawing.rank(x)
-    return drawing.call(functions.rms_norm, x, axis, scale, op.get("epsilon", 1e-5))
+def _rms_norm(builder: GraphBuilder, op: Operator, x: Value, scale: Value) -> Result:
+    axis = op.get("axis", -1) % builder.rank(x)
+    return builder.call(functions.rms_norm, x, axis, scale, op.get("epsilon", 1e-5))
 
 
-def _instance_norm(drawing: Drawing, op: Operator, x: Value, scale: Value, shift: Value) -> Result:
-    return drawing.call(F.instance_norm, x, None, None, scale, shift, True, 0.0, op.get("epsilon", 1e-5))
+def _instance_norm(builder: GraphBuilder, op: Operator, x: Value, scale: Value, shift: Value) -> Result:
+    return builder.call(F.instance_norm, x, None, None, scale, shift, True, 0.0, op.get("epsilon", 1e-5))
 
 
-def _group_norm(drawing: Drawing, op: Operator, x: Value, scale: Value, shift: Value) -> Result:
+def _group_norm(builder: GraphBuilder, op: Operator, x: Value, scale: Value, shift: Value) -> Result:
     if op.opset < 21:
         raise UnsupportedOperatorError("before opset 21 its scale was one number per group, which is not followed")
-    return drawing.call(F.group_norm, x, op.get("num_groups", 1), scale, shift, op.get("epsilon", 1e-5))
+    return builder.call(F.group_norm, x, op.get("num_groups", 1), scale, shift, op.get("epsilon", 1e-5))
 
 
-def _einsum(drawing: Drawing, op: Operator, *values: Value) -> Result:
-    return drawing.call(torch.einsum, op.get("equation", "").replace(" ", ""), *values)
+def _einsum(builder: GraphBuilder, op: Operator, *values: Value) -> Result:
+    return builder.call(torch.einsum, op.get("equation", "").replace(" ", ""), *values)
 
 
-def _grid_sample(drawing: Drawing, op: Operator, x: Value, grid: Value) -> Result:
+def _grid_sample(builder: GraphBuilder, op: Operator, x: Value, grid: Value) -> Result:
     names = {"linear": "bilinear", "cubic": "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
     mode = names.get(op.get("mode", "linear"), "nearest")
-    if mode == "bicubic" and drawing.rank(x) != 4:
-        raise UnsupportedOperatorError("cubic sampling is followed for pictures only")
+    if mode == "bicubic" and builder.rank(x) != 4:
+        raise UnsupportedOperatorError("cubic sampling is followed for images only")
     padding, aligned = op.get("padding_mode", "zeros"), bool(op.get("align_corners", 0))
-    return drawing.call(F.grid_sample, x, grid, mode=mode, padding_mode=padding, align_corners=aligned)
+    return builder.call(F.grid_sample, x, grid, mode=mode, padding_mode=padding, align_corners=aligned)
 
 
-def _lp_normalize(drawing: Drawing, op: Operator, x: Value) -> Result:
-    return drawing.call(functions.lp_normalize, x, op.get("p", 2), op.get("axis", -1))
+def _lp_normalize(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    return builder.call(functions.lp_normalize, x, op.get("p", 2), op.get("axis", -1))
 
 
-def _lrn(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _lrn(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     settings = (op.get("alpha", 1e-4), op.get("beta", 0.75), op.get("bias", 1.0))
-    return drawing.call(functions.local_response_norm, x, op.get("size", 1), *settings)
+    return builder.call(functions.local_response_norm, x, op.get("size", 1), *settings)
 
 
-LAYERS: dict[str, Function] = {
+LAYERS: dict[str, Translator] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Einsum": _einsum,
-    "Conv": draw_conv,
+    "Conv": translate_conv,
     "ConvTranspose": _conv_transpose,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,

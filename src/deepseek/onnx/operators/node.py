@@ -1,4 +1,4 @@
-"""One node of an ONNX graph as the functions that draw it see it."""
+"""One node of an ONNX graph, as the functions that translate it see it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from deepseek.onnx.files import UnsupportedOperatorError
 
 Result: TypeAlias = Any  # a Value or a tuple of them; what fx gives is not typed
-Function: TypeAlias = "Callable[..., Result]"
+Translator: TypeAlias = "Callable[..., Result]"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Operator:
     num_outputs: int = 1
 
     def get(self, name: str, default: Any) -> Any:
-        """An attribute; text as `str`."""
+        """Return an attribute; text as `str`."""
         value = self.attributes.get(name, default)
         return value.decode() if isinstance(value, bytes) else value
 

@@ -8,44 +8,44 @@ from typing import Any
 import torch
 
 from deepseek.onnx import functions
-from deepseek.onnx.graph_builder import Drawing, Value
-from deepseek.onnx.operators.node import Function, Operator, Result
+from deepseek.onnx.graph_builder import GraphBuilder, Value
+from deepseek.onnx.operators.node import Operator, Result, Translator
 
 
-def _reduction(function: Callable[..., Any]) -> Function:
-    def draw(drawing: Drawing, op: Operator, x: Value, axes: Value = None) -> Result:
-        dims = op.get("axes", None) if axes is None else drawing.numbers(axes, "axes")
+def _reduction(function: Callable[..., Any]) -> Translator:
+    def translate(builder: GraphBuilder, op: Operator, x: Value, axes: Value = None) -> Result:
+        dims = op.get("axes", None) if axes is None else builder.numbers(axes, "axes")
         if not dims:
             if op.get("noop_with_empty_axes", 0):
-                return x if function in functions.PLAIN_REDUCTIONS else drawing.call(function, x, [], True)
-            dims = range(drawing.rank(x))
-        return drawing.call(function, x, list(dims), bool(op.get("keepdims", 1)))
+                return x if function in functions.PLAIN_REDUCTIONS else builder.call(function, x, [], True)
+            dims = range(builder.rank(x))
+        return builder.call(function, x, list(dims), bool(op.get("keepdims", 1)))
 
-    return draw
+    return translate
 
 
-def _arg(function: Callable[..., Any]) -> Function:
-    def draw(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _arg(function: Callable[..., Any]) -> Translator:
+    def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
         op.allow(select_last_index=0)
-        return drawing.call(function, x, op.get("axis", 0), bool(op.get("keepdims", 1)))
+        return builder.call(function, x, op.get("axis", 0), bool(op.get("keepdims", 1)))
 
-    return draw
-
-
-def _cumsum(drawing: Drawing, op: Operator, x: Value, axis: Value) -> Result:
-    dim = int(drawing.numbers(axis, "axis")[0])
-    return drawing.call(functions.cumsum, x, dim, bool(op.get("exclusive", 0)), bool(op.get("reverse", 0)))
+    return translate
 
 
-def _top_k(drawing: Drawing, op: Operator, x: Value, k: Value) -> Result:
-    count = drawing.numbers(k, "k")[0]
-    given = drawing.call(
+def _cumsum(builder: GraphBuilder, op: Operator, x: Value, axis: Value) -> Result:
+    dim = int(builder.numbers(axis, "axis")[0])
+    return builder.call(functions.cumsum, x, dim, bool(op.get("exclusive", 0)), bool(op.get("reverse", 0)))
+
+
+def _top_k(builder: GraphBuilder, op: Operator, x: Value, k: Value) -> Result:
+    count = builder.numbers(k, "k")[0]
+    given = builder.call(
         torch.topk, x, count, op.get("axis", -1), bool(op.get("largest", 1)), bool(op.get("sorted", 1))
     )
-    return drawing.item(given, 0), drawing.item(given, 1)
+    return builder.item(given, 0), builder.item(given, 1)
 
 
-REDUCTIONS: dict[str, Function] = {
+REDUCTIONS: dict[str, Translator] = {
     "ReduceMean": _reduction(torch.mean),
     "ReduceSum": _reduction(torch.sum),
     "ReduceMax": _reduction(torch.amax),

@@ -1,4 +1,4 @@
-"""Operators that move, cut, join and resize without computing: what ONNX does to shapes and with them."""
+"""Operators that move, cut, join and resize without computing, and those that ONNX computes shapes with."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from deepseek.onnx import functions, resizing
 from deepseek.onnx.files import UnsupportedOperatorError, to_torch, torch_dtype
-from deepseek.onnx.graph_builder import Drawing, Lengths, Value, as_lengths
+from deepseek.onnx.graph_builder import GraphBuilder, Lengths, Value, as_lengths
 from deepseek.onnx.operators.elementwise import is_scalar_value
-from deepseek.onnx.operators.node import Function, Operator, Result
+from deepseek.onnx.operators.node import Operator, Result, Translator
 
 
-def _constant(drawing: Drawing, op: Operator) -> Result:
+def _constant(builder: GraphBuilder, op: Operator) -> Result:
     if "value" in op.attributes:
         return to_torch(op.attributes["value"])
     for name, dtype in (("value_float", torch.float32), ("value_int", torch.int64)):
@@ -27,85 +27,85 @@ def _constant(drawing: Drawing, op: Operator) -> Result:
     raise UnsupportedOperatorError(f"a constant of kind {', '.join(op.attributes)} is not followed")
 
 
-def _constant_of_shape(drawing: Drawing, op: Operator, shape: Value) -> Result:
+def _constant_of_shape(builder: GraphBuilder, op: Operator, shape: Value) -> Result:
     value = to_torch(op.attributes["value"]).reshape(()) if "value" in op.attributes else torch.zeros(())
-    lengths = drawing.numbers(shape, "shape")
-    return drawing.make(torch.full, lengths, value.item(), dtype=value.dtype)
+    lengths = builder.numbers(shape, "shape")
+    return builder.create(torch.full, lengths, value.item(), dtype=value.dtype)
 
 
-def _shape(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _shape(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     if isinstance(x, Lengths):
         return torch.tensor([] if x.is_scalar else [len(x.numbers)], dtype=torch.int64)
-    lengths = drawing.shape(x)
+    lengths = builder.shape(x)
     return as_lengths(lengths[slice(op.get("start", 0), op.get("end", None))])
 
 
-def _size(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _size(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     if isinstance(x, Lengths):
         return torch.tensor(len(x.numbers))
     count: Any = 1
-    for length in drawing.shape(x):
-        count = drawing.call(operator.mul, count, length)
+    for length in builder.shape(x):
+        count = builder.call(operator.mul, count, length)
     return as_lengths([count], is_scalar=True)
 
 
-def _reshape(drawing: Drawing, op: Operator, x: Value, shape: Value) -> Result:
-    lengths = drawing.numbers(shape, "shape")
+def _reshape(builder: GraphBuilder, op: Operator, x: Value, shape: Value) -> Result:
+    lengths = builder.numbers(shape, "shape")
     if isinstance(x, Lengths):
         return Lengths(x.numbers, is_scalar=not lengths)
     if not op.get("allowzero", 0):
         lengths = [
-            drawing.length(x, place) if isinstance(length, int) and length == 0 else length
-            for place, length in enumerate(lengths)
+            builder.length(x, dim) if isinstance(length, int) and length == 0 else length
+            for dim, length in enumerate(lengths)
         ]
-    return drawing.call(torch.reshape, x, lengths)
+    return builder.call(torch.reshape, x, lengths)
 
 
-def _flatten(drawing: Drawing, op: Operator, x: Value) -> Result:
+def _flatten(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     axis = op.get("axis", 1)
-    return drawing.call(functions.flatten, x, axis + drawing.rank(x) if axis < 0 else axis)
+    return builder.call(functions.flatten, x, axis + builder.rank(x) if axis < 0 else axis)
 
 
-def _transpose(drawing: Drawing, op: Operator, x: Value) -> Result:
-    order = op.get("perm", list(range(drawing.rank(x)))[::-1])
-    return drawing.call(torch.permute, x, list(order))
+def _transpose(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    order = op.get("perm", list(range(builder.rank(x)))[::-1])
+    return builder.call(torch.permute, x, list(order))
 
 
-def _squeeze(drawing: Drawing, op: Operator, x: Value, axes: Value = None) -> Result:
+def _squeeze(builder: GraphBuilder, op: Operator, x: Value, axes: Value = None) -> Result:
     if isinstance(x, Lengths):
         return Lengths(x.numbers, is_scalar=True)
-    dims = op.get("axes", None) if axes is None else drawing.numbers(axes, "axes")
+    dims = op.get("axes", None) if axes is None else builder.numbers(axes, "axes")
     if dims is None:
-        return drawing.call(torch.squeeze, x)
-    return drawing.call(torch.squeeze, x, tuple(dims))
+        return builder.call(torch.squeeze, x)
+    return builder.call(torch.squeeze, x, tuple(dims))
 
 
-def _unsqueeze(drawing: Drawing, op: Operator, x: Value, axes: Value = None) -> Result:
-    dims = op.get("axes", None) if axes is None else drawing.numbers(axes, "axes")
+def _unsqueeze(builder: GraphBuilder, op: Operator, x: Value, axes: Value = None) -> Result:
+    dims = op.get("axes", None) if axes is None else builder.numbers(axes, "axes")
     if isinstance(x, Lengths) and x.is_scalar and len(dims) == 1:
         return Lengths(x.numbers)
-    rank = drawing.rank(x) + len(dims)
-    for dim in sorted(each % rank for each in dims):
-        x = drawing.call(torch.unsqueeze, x, dim)
+    rank = builder.rank(x) + len(dims)
+    for dim in sorted(dim % rank for dim in dims):
+        x = builder.call(torch.unsqueeze, x, dim)
     return x
 
 
-def _concat(drawing: Drawing, op: Operator, *values: Value) -> Result:
-    if drawing.is_lengths(*values):
-        return as_lengths(number for value in values for number in drawing.numbers(value, "part"))
-    return drawing.call(torch.cat, [drawing.tensor(value) for value in values], dim=op.get("axis", 0))
+def _concat(builder: GraphBuilder, op: Operator, *values: Value) -> Result:
+    if builder.is_lengths(*values):
+        return as_lengths(number for value in values for number in builder.numbers(value, "part"))
+    return builder.call(torch.cat, [builder.tensor(value) for value in values], dim=op.get("axis", 0))
 
 
-def _split(drawing: Drawing, op: Operator, x: Value, sizes: Value = None) -> Result:
+def _split(builder: GraphBuilder, op: Operator, x: Value, sizes: Value = None) -> Result:
     axis = op.get("axis", 0)
-    parts = op.get("split", None) if sizes is None else drawing.numbers(sizes, "sizes")
+    parts = op.get("split", None) if sizes is None else builder.numbers(sizes, "sizes")
     if isinstance(x, Lengths):
         return _split_lengths(x, parts, op.num_outputs)
     if parts is None:
-        given = drawing.call(functions.split_evenly, x, op.num_outputs, axis)
+        given = builder.call(functions.split_evenly, x, op.num_outputs, axis)
     else:
-        given = drawing.call(torch.split, x, list(parts), axis)
-    return tuple(drawing.item(given, index) for index in range(op.num_outputs))
+        given = builder.call(torch.split, x, list(parts), axis)
+    return tuple(builder.item(given, index) for index in range(op.num_outputs))
 
 
 def _split_lengths(x: Lengths, parts: Any, num_outputs: int) -> tuple[Value, ...]:
@@ -115,134 +115,134 @@ def _split_lengths(x: Lengths, parts: Any, num_outputs: int) -> tuple[Value, ...
 
 
 def _slice(
-    drawing: Drawing, op: Operator, x: Value, starts: Value, ends: Value, axes: Value = None, steps: Value = None
+    builder: GraphBuilder, op: Operator, x: Value, starts: Value, ends: Value, axes: Value = None, steps: Value = None
 ) -> Result:
-    begin, end = drawing.numbers(starts, "starts"), drawing.numbers(ends, "ends")
-    dims = list(range(len(begin))) if axes is None else drawing.numbers(axes, "axes")
-    strides = [1] * len(begin) if steps is None else drawing.numbers(steps, "steps")
+    begin, end = builder.numbers(starts, "starts"), builder.numbers(ends, "ends")
+    dims = list(range(len(begin))) if axes is None else builder.numbers(axes, "axes")
+    strides = [1] * len(begin) if steps is None else builder.numbers(steps, "steps")
     cuts = list(zip(dims, begin, end, strides, strict=True))
     if isinstance(x, Lengths):
         ((_, first, last, stride),) = cuts
         return as_lengths(x.numbers[slice(first, last, stride)])
     for dim, first, last, stride in cuts:
-        x = _cut(drawing, x, dim % drawing.rank(x), first, last, stride)
+        x = _cut(builder, x, dim % builder.rank(x), first, last, stride)
     return x
 
 
-def _cut(drawing: Drawing, x: Value, dim: int, first: Any, last: Any, stride: Any) -> Result:
+def _cut(builder: GraphBuilder, x: Value, dim: int, first: Any, last: Any, stride: Any) -> Result:
     if not isinstance(stride, int):
         raise UnsupportedOperatorError("its steps are computed while the model runs, and must be constants")
     if stride < 0:
-        return drawing.call(functions.cut_backwards, x, dim, first, last, stride)
+        return builder.call(functions.cut_backwards, x, dim, first, last, stride)
     index = (*[slice(None)] * dim, slice(first, last, stride))
-    return drawing.call(operator.getitem, x, index)
+    return builder.call(operator.getitem, x, index)
 
 
-def _gather(drawing: Drawing, op: Operator, x: Value, indices: Value) -> Result:
+def _gather(builder: GraphBuilder, op: Operator, x: Value, indices: Value) -> Result:
     axis = op.get("axis", 0)
     if isinstance(x, Lengths):
-        wanted = drawing.numbers(indices, "indices")
+        wanted = builder.numbers(indices, "indices")
         return as_lengths((x.numbers[index] for index in wanted), is_scalar=is_scalar_value(indices))
-    axis %= drawing.rank(x)
+    axis %= builder.rank(x)
     if isinstance(indices, Tensor) and indices.dim() == 0:
-        return drawing.call(torch.select, x, axis, int(indices))
+        return builder.call(torch.select, x, axis, int(indices))
     if isinstance(x, Tensor) and x.dim() == 2 and axis == 0 and x.is_floating_point() and isinstance(indices, fx.Node):
         table = nn.Embedding.from_pretrained(x, freeze=False)
-        return drawing.call_module(table, drawing.name_of(x, op.name or "embedding"), indices)
-    return drawing.call(functions.take, x, indices, axis)
+        return builder.call_module(table, builder.name_of(x, op.name or "embedding"), indices)
+    return builder.call(functions.take, x, indices, axis)
 
 
-def _expand(drawing: Drawing, op: Operator, x: Value, shape: Value) -> Result:
-    return drawing.call(functions.expand, x, drawing.numbers(shape, "shape"))
+def _expand(builder: GraphBuilder, op: Operator, x: Value, shape: Value) -> Result:
+    return builder.call(functions.expand, x, builder.numbers(shape, "shape"))
 
 
-def _tile(drawing: Drawing, op: Operator, x: Value, repeats: Value) -> Result:
-    return drawing.call(torch.tile, x, drawing.numbers(repeats, "repeats"))
+def _tile(builder: GraphBuilder, op: Operator, x: Value, repeats: Value) -> Result:
+    return builder.call(torch.tile, x, builder.numbers(repeats, "repeats"))
 
 
-def _range(drawing: Drawing, op: Operator, start: Value, limit: Value, delta: Value) -> Result:
-    dtype = drawing.sample(start).dtype
-    ends = [drawing.numbers(value, "bound")[0] for value in (start, limit, delta)]
-    return drawing.make(torch.arange, *ends, dtype=dtype)
+def _range(builder: GraphBuilder, op: Operator, start: Value, limit: Value, delta: Value) -> Result:
+    dtype = builder.sample(start).dtype
+    ends = [builder.numbers(value, "bound")[0] for value in (start, limit, delta)]
+    return builder.create(torch.arange, *ends, dtype=dtype)
 
 
-def _pad(drawing: Drawing, op: Operator, x: Value, pads: Value, value: Value = None, axes: Value = None) -> Result:
-    rank = drawing.rank(x)
-    dims = list(range(rank)) if axes is None else [axis % rank for axis in drawing.numbers(axes, "axes")]
-    widths = drawing.numbers(pads, "pads")
-    before_after = {dim: (widths[place], widths[place + len(dims)]) for place, dim in enumerate(dims)}
+def _pad(builder: GraphBuilder, op: Operator, x: Value, pads: Value, value: Value = None, axes: Value = None) -> Result:
+    rank = builder.rank(x)
+    dims = list(range(rank)) if axes is None else [axis % rank for axis in builder.numbers(axes, "axes")]
+    widths = builder.numbers(pads, "pads")
+    before_after = {dim: (widths[index], widths[index + len(dims)]) for index, dim in enumerate(dims)}
     mode = op.get("mode", "constant")
     if mode == "constant":
-        fill = 0 if value is None else drawing.numbers(value, "value")[0]
+        fill = 0 if value is None else builder.numbers(value, "value")[0]
         flat = [width for dim in reversed(range(rank)) for width in before_after.get(dim, (0, 0))]
-        return drawing.call(F.pad, x, flat, value=fill)
+        return builder.call(F.pad, x, flat, value=fill)
     for dim, (before, after) in before_after.items():
         if (before, after) != (0, 0):
-            x = drawing.call(functions.pad_from_inside, x, dim, before, after, mode)
+            x = builder.call(functions.pad_from_inside, x, dim, before, after, mode)
     return x
 
 
-def _trilu(drawing: Drawing, op: Operator, x: Value, k: Value = None) -> Result:
-    diagonal = 0 if k is None else drawing.numbers(k, "k")[0]
-    return drawing.call(torch.triu if op.get("upper", 1) else torch.tril, x, diagonal)
+def _trilu(builder: GraphBuilder, op: Operator, x: Value, k: Value = None) -> Result:
+    diagonal = 0 if k is None else builder.numbers(k, "k")[0]
+    return builder.call(torch.triu if op.get("upper", 1) else torch.tril, x, diagonal)
 
 
-def _depth_to_space(drawing: Drawing, op: Operator, x: Value) -> Result:
-    return drawing.call(functions.depth_to_space, x, op.get("blocksize", 1), op.get("mode", "DCR"))
+def _depth_to_space(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    return builder.call(functions.depth_to_space, x, op.get("blocksize", 1), op.get("mode", "DCR"))
 
 
-def _space_to_depth(drawing: Drawing, op: Operator, x: Value) -> Result:
-    return drawing.call(functions.space_to_depth, x, op.get("blocksize", 1))
+def _space_to_depth(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    return builder.call(functions.space_to_depth, x, op.get("blocksize", 1))
 
 
-def _gather_elements(drawing: Drawing, op: Operator, x: Value, indices: Value) -> Result:
-    return drawing.call(functions.gather_elements, x, indices, op.get("axis", 0))
+def _gather_elements(builder: GraphBuilder, op: Operator, x: Value, indices: Value) -> Result:
+    return builder.call(functions.gather_elements, x, indices, op.get("axis", 0))
 
 
-def _gather_nd(drawing: Drawing, op: Operator, x: Value, indices: Value) -> Result:
-    return drawing.call(functions.gather_nd, x, indices, op.get("batch_dims", 0))
+def _gather_nd(builder: GraphBuilder, op: Operator, x: Value, indices: Value) -> Result:
+    return builder.call(functions.gather_nd, x, indices, op.get("batch_dims", 0))
 
 
-def _scatter_elements(drawing: Drawing, op: Operator, x: Value, indices: Value, updates: Value) -> Result:
-    return drawing.call(functions.scatter_elements, x, indices, updates, op.get("axis", 0), op.get("reduction", "none"))
+def _scatter_elements(builder: GraphBuilder, op: Operator, x: Value, indices: Value, updates: Value) -> Result:
+    return builder.call(functions.scatter_elements, x, indices, updates, op.get("axis", 0), op.get("reduction", "none"))
 
 
-def _scatter_nd(drawing: Drawing, op: Operator, x: Value, indices: Value, updates: Value) -> Result:
+def _scatter_nd(builder: GraphBuilder, op: Operator, x: Value, indices: Value, updates: Value) -> Result:
     if op.get("reduction", "none") not in ("none", "add"):
         raise UnsupportedOperatorError(f"reduction={op.get('reduction', '')!r} is not followed, only 'none' and 'add'")
-    return drawing.call(functions.scatter_nd, x, indices, updates, op.get("reduction", "none") == "add")
+    return builder.call(functions.scatter_nd, x, indices, updates, op.get("reduction", "none") == "add")
 
 
-def _one_hot(drawing: Drawing, op: Operator, indices: Value, depth: Value, values: Value) -> Result:
-    count = int(drawing.numbers(depth, "depth")[0])
-    return drawing.call(functions.one_hot, indices, count, values, op.get("axis", -1))
+def _one_hot(builder: GraphBuilder, op: Operator, indices: Value, depth: Value, values: Value) -> Result:
+    count = int(builder.numbers(depth, "depth")[0])
+    return builder.call(functions.one_hot, indices, count, values, op.get("axis", -1))
 
 
 def _resize(
-    drawing: Drawing, op: Operator, x: Value, roi: Value = None, scales: Value = None, sizes: Value = None
+    builder: GraphBuilder, op: Operator, x: Value, roi: Value = None, scales: Value = None, sizes: Value = None
 ) -> Result:
     op.allow(antialias=0, exclude_outside=0, keep_aspect_ratio_policy="stretch")
     mode, mapping = op.get("mode", "nearest"), op.get("coordinate_transformation_mode", "half_pixel")
     if mapping == "tf_crop_and_resize" or mapping not in resizing.MAPPINGS:
         raise UnsupportedOperatorError(f"coordinate_transformation_mode={mapping!r} is not followed")
     has_scales = scales is not None and (not isinstance(scales, Tensor) or scales.numel() > 0)
-    wanted = drawing.numbers(scales if has_scales else sizes, "scales or sizes")
-    rank = drawing.rank(x)
+    wanted = builder.numbers(scales if has_scales else sizes, "scales or sizes")
+    rank = builder.rank(x)
     axes = [axis % rank for axis in op.get("axes", range(rank))]
     how = (mode, mapping, op.get("nearest_mode", "round_prefer_floor"), op.get("cubic_coeff_a", -0.75))
     for axis, value in zip(axes, wanted, strict=True):
-        is_same = value == 1 if has_scales else isinstance(value, int) and value == drawing.sample(x).shape[axis]
+        is_same = value == 1 if has_scales else isinstance(value, int) and value == builder.sample(x).shape[axis]
         if not (is_same and (has_scales or isinstance(x, Tensor))):
-            x = drawing.call(resizing.resize_axis, x, axis, value, has_scales, *how)
+            x = builder.call(resizing.resize_axis, x, axis, value, has_scales, *how)
     return x
 
 
-def _eye_like(drawing: Drawing, op: Operator, x: Value) -> Result:
-    dtype = torch_dtype(op.get("dtype", 0)) if "dtype" in op.attributes else drawing.sample(x).dtype
-    return drawing.call(functions.eye_like, x, op.get("k", 0), dtype)
+def _eye_like(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    dtype = torch_dtype(op.get("dtype", 0)) if "dtype" in op.attributes else builder.sample(x).dtype
+    return builder.call(functions.eye_like, x, op.get("k", 0), dtype)
 
 
-SHAPES: dict[str, Function] = {
+SHAPES: dict[str, Translator] = {
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Shape": _shape,
