@@ -1,14 +1,21 @@
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.core.errors import ConfigError
-from deepseek.planning.estimate.simulation import StageWork, group_events, order_work, simulate, time_schedule
+from deepseek.planning.estimate.simulation import StageWork, simulate
 
 STAGES, MICRO_BATCHES = st.integers(1, 8), st.integers(1, 12)
 SECONDS = st.floats(0.1, 3.0)
+
+
+def count_held(timeline, stage):
+    """Most micro-batch chunks whose activations `stage` holds at once, from start of forward to end of backward."""
+    mine = [event for event in timeline.events if event.stage == stage]
+    changes = [(event.start_s, 1) for event in mine if event.work.kind == "forward"]
+    changes += [(event.end_s, -1) for event in mine if event.work.kind == "backward"]
+    return max(accumulate(change for _, change in sorted(changes)))
 
 
 @given(STAGES, MICRO_BATCHES, SECONDS, SECONDS)
@@ -30,7 +37,8 @@ def test_interleaving_divides_the_bubble_by_the_chunks(stages, rounds, chunks, f
 def test_zero_bubble_saves_two_weight_gradients_a_stage(stages, micro_batches, forward, rest, share):
     weight = share * min(forward, rest)
     timeline = simulate("zero_bubble", [StageWork(forward, rest + weight, weight)] * stages, micro_batches)
-    expected = time_schedule("zero_bubble", stages, micro_batches, StageWork(forward, rest + weight, weight))
+    saved = min(2 * (stages - 1), micro_batches + stages - 2) * weight
+    expected = (micro_batches + stages - 1) * (forward + rest + weight) - saved
     assert timeline.step_time_s == pytest.approx(expected)
 
 
@@ -61,25 +69,26 @@ def test_a_busier_last_stage_sets_the_pace(stages, micro_batches, forward, backw
 def test_one_forward_one_backward_holds_no_more_than_the_stages_behind(stages, micro_batches):
     timeline = simulate("1f1b", [StageWork(1.0, 2.0)] * stages, micro_batches)
     for stage in range(stages):
-        assert timeline.count_held(stage) == min(stages - stage, micro_batches)
+        assert count_held(timeline, stage) == min(stages - stage, micro_batches)
 
 
 def test_gpipe_holds_everything():
-    assert simulate("gpipe", [StageWork(1.0, 2.0)] * 4, 10).count_held(0) == 10
+    assert count_held(simulate("gpipe", [StageWork(1.0, 2.0)] * 4, 10), 0) == 10
 
 
 def test_interleaving_holds_what_the_published_factor_says():
     stages, chunks = 4, 3
     timeline = simulate("interleaved", [StageWork(1.0, 2.0)] * stages, 24, virtual_stages=chunks)
     factor = 1 + (stages - 1) / (stages * chunks)  # arXiv:2205.05198, 4.2.3
-    assert timeline.count_held(0) == pytest.approx(stages * chunks * factor)
+    assert count_held(timeline, 0) == pytest.approx(stages * chunks * factor)
 
 
 @given(st.sampled_from(["gpipe", "1f1b", "zero_bubble"]), st.integers(1, 6), st.integers(1, 10))
 def test_no_stage_does_two_things_at_once_and_every_pass_happens_once(schedule, stages, micro_batches):
     timeline = simulate(schedule, [StageWork(1.0, 2.0, 0.5)] * stages, micro_batches)
     kinds = 3 if schedule == "zero_bubble" else 2
-    for events in group_events(timeline).values():
+    for stage in range(stages):
+        events = [event for event in timeline.events if event.stage == stage]
         assert len({event.work for event in events}) == len(events) == kinds * micro_batches
         for before, after in pairwise(events):
             assert after.start_s >= before.end_s - 1e-9
@@ -88,17 +97,3 @@ def test_no_stage_does_two_things_at_once_and_every_pass_happens_once(schedule, 
 def test_messages_delay_the_first_micro_batch_at_every_boundary():
     quiet = simulate("gpipe", [StageWork(1.0, 1.0)] * 4, 1)
     assert simulate("gpipe", [StageWork(1.0, 1.0)] * 4, 1, message_s=0.5).step_time_s == quiet.step_time_s + 6 * 0.5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("1f1b", 0, 0, 4), "0 stages"),
-        (("1f1b", 2, 0, 0), "0 micro-batches"),
-        (("interleaved", 4, 0, 7, 2), "7 micro-batches cannot be interleaved over 4 stages"),
-        (("1f1", 2, 0, 4), "did you mean '1f1b'"),
-    ],
-)
-def test_an_impossible_schedule_is_refused_in_one_sentence(arguments, words):
-    with pytest.raises(ConfigError, match=words):
-        order_work(*arguments)
