@@ -4,7 +4,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import get_model_shape
 from deepseek.planning.search.planner import plan
-from deepseek.planning.search.space import Space
+from deepseek.planning.search.request import Space
 from deepseek.planning.strategies import (
     AutoParallel,
     HybridParallel,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepseek.core.allocator import give_back_freed_memory
 from deepseek.core.errors import ConfigError
-from deepseek.planning.search.planner import PlanningResult
+from deepseek.planning.search.results import PlanningResult
 
 if TYPE_CHECKING:
     from deepseek.train.config import TrainConfig

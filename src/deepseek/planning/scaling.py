@@ -26,8 +26,10 @@ from deepseek.planning.estimate.columns import Columns, describe_case, stack_cas
 from deepseek.planning.estimate.step import predict
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import ModelShape, get_model_shape
-from deepseek.planning.search.planner import Candidate, Limits, list_assumptions, plan
-from deepseek.planning.search.space import Space
+from deepseek.planning.search.estimates import list_assumptions
+from deepseek.planning.search.planner import plan
+from deepseek.planning.search.request import Limits, Space
+from deepseek.planning.search.results import Candidate, describe_plan_shortly
 
 _HEADROOM = 0.1  # of memory: nobody launches a thousand devices with less to spare
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -133,21 +135,6 @@ def _scale(
 
 
 _WEAK_HEADER = ("nodes", "devices", "parameters, B", "plan", "step, s", "TFLOP/s a device", "efficiency")
-
-
-def describe_plan_shortly(plan: Plan) -> str:
-    """The numbers of a plan in one short line.
-
-    >>> describe_plan_shortly(Plan(tp=8, pp=4))
-    'tp8 pp4 dp1 zero0 mbs1 1f1b'
-    """
-    optional = "".join(f" {name}{value}" for name, value in (("cp", plan.cp), ("ep", plan.ep)) if value > 1)
-    schedule = plan.schedule + (f"x{plan.virtual_stages}" if plan.virtual_stages > 1 else "")
-    again = f" {plan.recomputation}" if plan.recomputation != "none" else ""
-    return (
-        f"tp{plan.tp} pp{plan.pp} dp{plan.dp}{optional} zero{plan.zero_stage} "
-        f"mbs{plan.micro_batch_size} {schedule}{again}"
-    )
 
 
 def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, Candidate]]) -> list[tuple[float | str, ...]]:

@@ -20,8 +20,8 @@ from deepseek.core.names import explain_unknown
 from deepseek.distributed.plan import Plan
 from deepseek.planning.machines.cluster import Cluster, Node
 from deepseek.planning.models.model_shape import ModelShape, OperatorList
-from deepseek.planning.search.planner import Limits, plan
-from deepseek.planning.search.space import Space
+from deepseek.planning.search.planner import plan
+from deepseek.planning.search.request import Limits, Space
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from deepseek.planning.estimate.step import predict
 from deepseek.planning.feasibility import explain_misfit
 from deepseek.planning.machines.cluster import Cluster, Node, get_accelerator
 from deepseek.planning.models.model_shape import ModelShape, OperatorCost, OperatorList, get_model_shape
-from deepseek.planning.search.planner import BUSY_ITEMS, WAITING_POWER, Limits, Prices, apply_limits, plan
-from deepseek.planning.search.space import Space
+from deepseek.planning.search.estimates import BUSY_ITEMS, WAITING_POWER, Estimates, apply_limits
+from deepseek.planning.search.planner import plan
+from deepseek.planning.search.request import Limits, Space
 
 SMALL = ModelShape(layers=6, hidden=1024, heads=4, ffn=2816, vocabulary=8192, sequence=512, name="small")
 EXPERTS = replace(SMALL, experts=4, top_k=2, name="experts")
@@ -285,7 +286,7 @@ def test_limits_that_nothing_meets_say_how_far_off_they_are(limits, sentence):
 
 def test_limits_that_contradict_each_other_are_named_together():
     rows = np.zeros((2, 13), np.int32)
-    prices = Prices(rows, np.array([1.0, 2.0]), np.array([1e9, 1e9]), np.array([500.0, 300.0]))
+    prices = Estimates(rows, np.array([1.0, 2.0]), np.array([1e9, 1e9]), np.array([500.0, 300.0]))
     kept = apply_limits(prices, Limits(max_step_time_s=2.0, max_energy_j=400.0), Counter())
     assert list(kept.seconds) == [2.0]
     with pytest.raises(ConfigError, match=r"can each be met, but not together; .* the fastest plan takes 2 s"):

@@ -17,8 +17,8 @@ from deepseek.planning.estimate.step import list_stage_work
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape
-from deepseek.planning.scaling import ScalingCurve, describe_plan_shortly
-from deepseek.planning.search.planner import Candidate, PlanningResult
+from deepseek.planning.scaling import ScalingCurve
+from deepseek.planning.search.results import Candidate, PlanningResult, describe_plan_shortly
 
 if TYPE_CHECKING:
     from deepseek.bench.plan_check import Checked

@@ -18,7 +18,9 @@ from deepseek.core.units import parse_seconds
 if TYPE_CHECKING:
     from deepseek.planning.machines.cluster import Cluster
     from deepseek.planning.models.model_shape import ModelShape
-    from deepseek.planning.search.planner import Limits, PlanningResult, Progress
+    from deepseek.planning.search.estimates import Progress
+    from deepseek.planning.search.request import Limits
+    from deepseek.planning.search.results import PlanningResult
     from deepseek.train.config import TrainConfig
 
 _PLANS_SHOWN = 10
@@ -139,7 +141,7 @@ def plan(
 
 
 def _read_limits(headroom: float, max_step_time: str | None, max_energy_j: float | None) -> Limits:
-    from deepseek.planning.search.planner import Limits
+    from deepseek.planning.search.request import Limits
 
     return Limits(headroom, None if max_step_time is None else parse_seconds(max_step_time), max_energy_j)
 
@@ -266,7 +268,7 @@ def _narrow(request: Request, space: Any, *, is_compiled: bool) -> Any:
     from deepseek.core.names import explain_unknown
     from deepseek.distributed.plan import PRECISIONS
     from deepseek.planning.machines.software import SOFTWARE
-    from deepseek.planning.search.space import Space
+    from deepseek.planning.search.request import Space
 
     if request.precision not in PRECISIONS:
         raise ConfigError(explain_unknown("precision", request.precision, PRECISIONS))

@@ -1,9 +1,9 @@
 """Unequal devices: more layers for fast and roomy stages, more micro-batches for fast replicas.
 
-`deal_layers` cuts a sequence of layers into contiguous stages so that the slowest stage is as fast as possible and no
-stage holds more layers than its memory allows (dynamic programming, exact). `deal_batches` gives whole micro-batches
-to replicas so that the last one is done as early as possible (exact). Both are plain functions on numbers; `planner`
-calls them for clusters of mixed devices, and a `Placement` is what comes out.
+`assign_layers` cuts a sequence of layers into contiguous stages so that the slowest stage is as fast as possible and no
+stage holds more layers than its memory allows (dynamic programming, exact). `assign_batches` gives whole micro-batches
+to replicas so that the last one is done as early as possible (exact). Both are plain functions on numbers;
+`mixed_clusters.py` calls them, and a `Placement` is what comes out.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Placement:
     is_by_stage: bool
 
 
-def deal_layers(
+def assign_layers(
     layer_costs: Sequence[float], seconds_per_cost: Sequence[float], capacities: Sequence[int]
 ) -> tuple[list[int], float] | None:
-    """Layers of each stage, in order, and the seconds of the slowest; `None` if they do not all find room.
+    """Return the layers of each stage, in order, and the seconds of the slowest; `None` if they do not all find room.
 
     Every stage gets at least one layer and at most `capacities[stage]`.
 
-    >>> deal_layers([1.0] * 9, [1.0, 2.0], [9, 9])
+    >>> assign_layers([1.0] * 9, [1.0, 2.0], [9, 9])
     ([6, 3], 6.0)
     """
     total, count = len(layer_costs), len(seconds_per_cost)
@@ -67,44 +67,46 @@ def deal_layers(
     return [end - start for start, end in itertools.pairwise(reversed(ends))], float(best[total])
 
 
-def deal_batches(seconds_each: Sequence[float], total: int) -> list[int]:
-    """Micro-batches of each replica, at least one, so that the last replica is done as early as possible.
+def assign_batches(seconds_each: Sequence[float], total: int) -> list[int]:
+    """Return the micro-batches of each replica, at least one, so that the last replica is done as early as possible.
 
-    >>> deal_batches([1.0, 2.0], 9)
+    >>> assign_batches([1.0, 2.0], 9)
     [6, 3]
     """
     if total < len(seconds_each):
         raise ConfigError(f"{total} micro-batches are too few for {len(seconds_each)} replicas; give each at least one")
     rates = [1.0 / seconds for seconds in seconds_each]
     # What the ideal gives, rounded down, is never more than an optimum gives; the rest goes where it ends earliest.
-    dealt = [max(int(total * rate / sum(rates) - 1e-9), 1) for rate in rates]
-    while sum(dealt) > total:
+    assigned = [max(int(total * rate / sum(rates) - 1e-9), 1) for rate in rates]
+    while sum(assigned) > total:
         last = max(
-            (each for each in range(len(dealt)) if dealt[each] > 1), key=lambda each: dealt[each] * seconds_each[each]
+            (replica for replica in range(len(assigned)) if assigned[replica] > 1),
+            key=lambda replica: assigned[replica] * seconds_each[replica],
         )
-        dealt[last] -= 1
+        assigned[last] -= 1
     ends = [
-        ((count + 1) * seconds, index) for index, (count, seconds) in enumerate(zip(dealt, seconds_each, strict=True))
+        ((count + 1) * seconds, index)
+        for index, (count, seconds) in enumerate(zip(assigned, seconds_each, strict=True))
     ]
     heapq.heapify(ends)
-    for _ in range(total - sum(dealt)):
+    for _ in range(total - sum(assigned)):
         _, index = ends[0]
-        dealt[index] += 1
-        heapq.heapreplace(ends, ((dealt[index] + 1) * seconds_each[index], index))
-    return dealt
+        assigned[index] += 1
+        heapq.heapreplace(ends, ((assigned[index] + 1) * seconds_each[index], index))
+    return assigned
 
 
 def list_kinds(cluster: Cluster) -> list[Accelerator]:
-    """The different accelerators, in order of rank."""
-    return list({each.name: each for each in cluster.accelerators}.values())
+    """List the different accelerators, in order of rank."""
+    return list({device.name: device for device in cluster.accelerators}.values())
 
 
 def cut_blocks(cluster: Cluster, size: int) -> list[tuple[str, ...]]:
-    """Names of the accelerators in each block of `size` neighbouring devices.
+    """List the names of the accelerators in each block of `size` neighbouring devices.
 
     >>> mixed = Cluster.of("H100-SXM-80GB", gpus_per_node=2).join(Cluster.of("A100-SXM-80GB", gpus_per_node=2))
     >>> cut_blocks(mixed, 2)
     [('H100-SXM-80GB',), ('A100-SXM-80GB',)]
     """
-    names = [each.name for each in cluster.accelerators]
+    names = [device.name for device in cluster.accelerators]
     return [tuple(dict.fromkeys(names[start : start + size])) for start in range(0, len(names), size)]

@@ -18,79 +18,81 @@ from deepseek.distributed.plan import Plan
 from deepseek.planning.estimate.memory import measure_memory
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import ModelShape
-from deepseek.planning.search.planner import STATE_ITEMS, Limits, memory_budget, sum_items
-from deepseek.planning.search.space import Space, expand, list_families, list_shardings, make_columns, make_plan
+from deepseek.planning.search.estimates import STATE_ITEMS, sum_items
+from deepseek.planning.search.request import Limits, Request, Space
+from deepseek.planning.search.space import build_columns, build_plan, expand, list_families, list_shardings
 
 _MOST_NODES = 4096
 _EVERY_COUNT_TO = 16  # beyond, only 2**a * 3**b nodes: others divide too badly to be offered
 _SHORTEST_SEQUENCE = 512
 
 
-def explain_memory(model: ModelShape, cluster: Cluster, global_batch: int, limits: Limits, space: Space) -> str:
-    """One sentence: the least memory any plan needs, and what would make it fit."""
-    budget = memory_budget(cluster, limits)
-    needed, plan = find_least_memory(model, cluster, global_batch, space)
+def explain_memory(request: Request[ModelShape]) -> str:
+    """Say in one sentence how much memory the smallest plan needs, and what would make it fit."""
+    needed, plan = find_least_memory(request)
     return (
-        f"{model.name or 'the model'} does not fit on {_describe(cluster)}: the smallest plan "
+        f"{request.model.name or 'the model'} does not fit on {_describe(request.cluster)}: the smallest plan "
         f"(tp={plan.tp}, pp={plan.pp}, "
         f"dp={plan.dp}, cp={plan.cp}, ZeRO {plan.zero_stage}, {plan.recomputation} recomputation) needs "
-        f"{format_bytes(needed)} on a device and {format_bytes(budget)} may be used; "
-        + (find_remedy(model, cluster, global_batch, limits, space) or "no number of nodes up to "
-           f"{_MOST_NODES} makes it fit, so take devices with more memory")
+        f"{format_bytes(needed)} on a device and {format_bytes(request.memory_budget_bytes)} may be used; "
+        + (find_remedy(request) or f"no number of nodes up to {_MOST_NODES} makes it fit, so take devices with more "
+           "memory")
     )  # fmt: skip
 
 
-def find_least_memory(model: ModelShape, cluster: Cluster, global_batch: int, space: Space) -> tuple[float, Plan]:
-    """Bytes and plan of the smallest candidate; infinite bytes where no candidate divides."""
-    families, _, _ = list_families(model, cluster, global_batch, space)
+def find_least_memory(request: Request[ModelShape]) -> tuple[float, Plan]:
+    """Return bytes and plan of the smallest candidate; infinite bytes where no candidate divides."""
+    families, _, _ = list_families(request)
     shardings = list_shardings(families)
     best, chosen = np.inf, Plan()
     if not families:
         return best, chosen
-    state = sum_items(measure_memory(make_columns(shardings, model, cluster, global_batch, space)), STATE_ITEMS)
+    state = sum_items(measure_memory(build_columns(shardings, request)), STATE_ITEMS)
     near = np.broadcast_to(state, len(shardings)) <= 3 * state.min()
     for rows in expand(families, near):
-        needed = sum_items(measure_memory(make_columns(rows, model, cluster, global_batch, space)))
-        place = int(np.argmin(needed))
-        if needed[place] < best:
-            best, chosen = float(needed[place]), make_plan(rows[place], space)
+        needed = sum_items(measure_memory(build_columns(rows, request)))
+        index = int(np.argmin(needed))
+        if needed[index] < best:
+            best, chosen = float(needed[index]), build_plan(rows[index], request.space)
     return best, chosen
 
 
-def find_remedy(model: ModelShape, cluster: Cluster, global_batch: int, limits: Limits, space: Space) -> str:
-    """The first knob that makes `model` fit, else the smallest cluster of the same nodes, else nothing."""
+def _fits(request: Request[ModelShape]) -> bool:
+    return find_least_memory(request)[0] <= request.memory_budget_bytes
 
-    def fits(model: ModelShape, cluster: Cluster, limits: Limits, space: Space) -> bool:
-        return find_least_memory(model, cluster, global_batch, space)[0] <= memory_budget(cluster, limits)
 
+def find_remedy(request: Request[ModelShape]) -> str:
+    """Name the first knob that makes the model fit, else the smallest cluster of the same nodes, else nothing."""
+    space = request.space
     wide = Space(precision=space.precision, software=space.software)
-    if space != wide and fits(model, cluster, limits, wide):
+    if space != wide and _fits(replace(request, space=wide)):
         return "allow all plans: with the whole space it fits"
-    if limits.memory_headroom and fits(model, cluster, Limits(), space):
-        return f"it fits without memory_headroom={limits.memory_headroom:g}"
-    nodes = _find_nodes(model, cluster, global_batch, limits, space)
+    headroom = request.limits.memory_headroom
+    if headroom and _fits(replace(request, limits=Limits())):
+        return f"it fits without memory_headroom={headroom:g}"
+    nodes = _find_nodes(request)
     on_nodes = f"it fits on {_describe(nodes)}" if nodes else ""
     offloading = replace(space, software=replace(space.software, offloads_optimizer=True))
-    if fits(model, cluster, limits, offloading):
+    if _fits(replace(request, space=offloading)):
         return "keep the optimizer in the host's memory (offloads_optimizer)" + (f", or {on_nodes}" if nodes else "")
-    for sequence in _halve(model.sequence):
-        if fits(model.with_sequence(sequence), cluster, limits, space):
+    for sequence in _halve(request.model.sequence):
+        if _fits(replace(request, model=request.model.with_sequence(sequence))):
             return f"it fits with sequences of {sequence} tokens" + (f", or {on_nodes}" if nodes else "")
     return on_nodes
 
 
-def _find_nodes(model: ModelShape, cluster: Cluster, global_batch: int, limits: Limits, space: Space) -> Cluster | None:
-    wide = replace(space, tp=(), pp=(), dp=(), cp=(), ep=())
-    for count in _list_counts(len(cluster.nodes)):
-        larger = replace(cluster, nodes=(cluster.nodes[0],) * count)
-        if find_least_memory(model, larger, global_batch, wide)[0] <= memory_budget(larger, limits):
+def _find_nodes(request: Request[ModelShape]) -> Cluster | None:
+    wide = replace(request.space, tp=(), pp=(), dp=(), cp=(), ep=())
+    for count in _list_counts(len(request.cluster.nodes)):
+        larger = replace(request.cluster, nodes=(request.cluster.nodes[0],) * count)
+        if _fits(replace(request, cluster=larger, space=wide)):
             return larger
     return None
 
 
 def _list_counts(nodes: int) -> Iterator[int]:
     smooth = {2**a * 3**b for a in range(13) for b in range(8)} | set(range(1, _EVERY_COUNT_TO + 1))
-    return iter(sorted(each for each in smooth if nodes < each <= _MOST_NODES))
+    return iter(sorted(count for count in smooth if nodes < count <= _MOST_NODES))
 
 
 def _halve(sequence: int) -> Iterator[int]:

@@ -1,8 +1,8 @@
 """The space that the planner searches, as integer tables: one row per plan, one column per knob.
 
-A *layout* is how devices are dealt: tensor x pipeline x context x data = all devices. Each layout is crossed with how
-the state is sharded (ZeRO stage, experts) and with how work passes through it (micro-batch, schedule, chunks per
-stage, recomputation). `list_families` applies the rules of divisibility and counts what each rejects; `expand` makes
+A *layout* is how devices are assigned: tensor x pipeline x context x data = all devices. Each layout is crossed with
+how the state is sharded (ZeRO stage, experts) and with how work passes through it (micro-batch, schedule, chunks per
+stage, recomputation). `list_families` applies the rules of divisibility and counts what each rejects; `expand` builds
 the rows.
 
 Two knobs are derived and not searched: sequence parallelism is on wherever tensor parallelism is and the sequence can
@@ -20,13 +20,11 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek.core.errors import ConfigError
-from deepseek.core.names import explain_unknown
-from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan, Precision, Schedule
+from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan, Schedule
 from deepseek.planning.estimate.columns import Columns, spread_plans
 from deepseek.planning.machines.cluster import Cluster
-from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape
+from deepseek.planning.search.request import Request, Space
 
 Table = NDArray[np.int32]
 KNOBS = (
@@ -38,54 +36,8 @@ _GPIPE, _ONE_F_ONE_B, _INTERLEAVED, _ZERO_BUBBLE = map(SCHEDULES.index, ("gpipe"
 
 
 @dataclass(frozen=True)
-class Space:
-    """What the search may choose from; an empty tuple means everything that divides.
-
-    >>> Space(tp=(1, 2, 4), zero_stages=(1,)).allows("tp", 8)
-    False
-    """
-
-    tp: tuple[int, ...] = ()
-    pp: tuple[int, ...] = ()
-    dp: tuple[int, ...] = ()
-    cp: tuple[int, ...] = ()
-    ep: tuple[int, ...] = ()
-    zero_stages: tuple[int, ...] = (0, 1, 2, 3)
-    recomputations: tuple[str, ...] = RECOMPUTATIONS
-    micro_batch_sizes: tuple[int, ...] = ()
-    schedules: tuple[str, ...] = SCHEDULES
-    virtual_stages: tuple[int, ...] = ()
-    precision: Precision = "bf16"
-    software: Software = MODERN
-
-    def __post_init__(self) -> None:
-        """Refuse choices that mean nothing for any model."""
-        for name in ("tp", "pp", "dp", "cp", "ep", "micro_batch_sizes", "virtual_stages"):
-            for value in getattr(self, name):
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise ConfigError(
-                        f"{name} may be {value!r}, which is not a positive whole number; use 1 to switch it off"
-                    )
-        for name, known in (("recomputations", RECOMPUTATIONS), ("schedules", SCHEDULES)):
-            for word in getattr(self, name):
-                if word not in known:
-                    raise ConfigError(explain_unknown(name[:-1], str(word), known))
-        if not set(self.zero_stages) <= {0, 1, 2, 3} or not all(
-            (self.zero_stages, self.recomputations, self.schedules)
-        ):
-            raise ConfigError(
-                f"zero_stages={self.zero_stages!r} or another list is empty or not of 0 to 3; give choices"
-            )
-
-    def allows(self, name: str, value: int) -> bool:
-        """Whether `value` may be chosen for the knob `name`."""
-        choices = getattr(self, name)
-        return not choices or value in choices
-
-
-@dataclass(frozen=True)
 class Family:
-    """All plans of one layout: every row of `sharding` with every row of `passing`."""
+    """Plans of one layout: every row of `sharding` with every row of `passing`."""
 
     layout: tuple[int, ...]
     sharding: tuple[tuple[int, ...], ...]
@@ -93,36 +45,35 @@ class Family:
 
     @property
     def num_candidates(self) -> int:
-        """How many plans these are."""
+        """Number of plans."""
         return len(self.sharding) * len(self.passing)
 
 
 def list_divisors(number: int) -> list[int]:
-    """All divisors in ascending order.
+    """List all divisors in ascending order.
 
     >>> list_divisors(12)
     [1, 2, 3, 4, 6, 12]
     """
-    low = [each for each in range(1, int(number**0.5) + 1) if number % each == 0]
-    return low + [number // each for each in reversed(low) if each * each != number]
+    low = [divisor for divisor in range(1, int(number**0.5) + 1) if number % divisor == 0]
+    return low + [number // divisor for divisor in reversed(low) if divisor * divisor != number]
 
 
-def list_families(
-    model: ModelShape, cluster: Cluster, global_batch: int, space: Space
-) -> tuple[list[Family], Counter[str], Counter[str]]:
-    """The families that divide, and by rule how many layouts and how many candidates do not."""
+def list_families(request: Request[ModelShape]) -> tuple[list[Family], Counter[str], Counter[str]]:
+    """List the families that divide, and count by rule how many layouts and how many candidates do not."""
+    model, space = request.model, request.space
     families: list[Family] = []
     layouts: Counter[str] = Counter()
     candidates: Counter[str] = Counter()
-    for layout in _list_layouts(cluster.num_devices):
-        rule = _find_broken_rule(layout, model, global_batch, space)
+    for layout in _list_layouts(request.cluster.num_devices):
+        rule = _find_broken_rule(layout, request)
         if rule:
             layouts[rule] += 1
             continue
         tp, pp, cp, dp = layout
         has_sequence = tp > 1 and model.sequence % (cp * tp) == 0
-        passing = _list_passing(model, pp, global_batch // dp, space, candidates)
-        sharding = _list_sharding(model, cluster, layout, space, candidates, len(passing))
+        passing = _list_passing(model, pp, request.global_batch // dp, space, candidates)
+        sharding = _list_sharding(request, layout, candidates, len(passing))
         if passing and sharding:
             families.append(Family((*layout, int(has_sequence)), tuple(sharding), tuple(passing)))
         else:
@@ -137,22 +88,23 @@ def _list_layouts(num_devices: int) -> Iterator[tuple[int, int, int, int]]:
                 yield tp, pp, cp, num_devices // (tp * pp * cp)
 
 
-def _find_broken_rule(layout: tuple[int, int, int, int], model: ModelShape, global_batch: int, space: Space) -> str:
+def _find_broken_rule(layout: tuple[int, int, int, int], request: Request[ModelShape]) -> str:
     tp, pp, cp, dp = layout
+    model, space = request.model, request.space
     rules = (
         (any(not space.allows(name, value) for name, value in zip(("tp", "pp", "cp", "dp"), layout, strict=True)),
          "outside the space that was asked for"),
         (model.heads % tp, "tp does not divide the heads"),
         (model.sequence % cp, "cp does not divide the sequence"),
         (pp > model.layers, "more stages than layers"),
-        (global_batch % dp, "dp does not divide the global batch"),
-        (not _can_deal(model.layers, pp), "the last stage would be empty"),
+        (request.global_batch % dp, "dp does not divide the global batch"),
+        (not _can_cut(model.layers, pp), "the last stage would be empty"),
     )  # fmt: skip
     return next((rule for is_broken, rule in rules if is_broken), "")
 
 
-def _can_deal(layers: int, pp: int) -> bool:
-    """Whether the first and last stage keep a layer where the middle ones have the rounded up number."""
+def _can_cut(layers: int, pp: int) -> bool:
+    """Say whether the first and last stage keep a layer where the middle ones have the rounded up number."""
     slots = -(-layers // pp)
     missing = slots * pp - layers
     return missing == 0 or -(-missing // 2) < slots
@@ -161,7 +113,7 @@ def _can_deal(layers: int, pp: int) -> bool:
 def _list_passing(
     model: ModelShape, pp: int, batch: int, space: Space, rejected: Counter[str]
 ) -> list[tuple[int, int, int, int]]:
-    """(micro-batch, schedule, chunks, recomputation) for replicas that see `batch` sequences in a step."""
+    """List (micro-batch, schedule, chunks, recomputation) for replicas that see `batch` sequences in a step."""
     rows = []
     recomputations = [RECOMPUTATIONS.index(word) for word in space.recomputations]
     for size in list_divisors(batch):
@@ -177,7 +129,7 @@ def _list_schedules(
     if pp == 1:
         return [(_ONE_F_ONE_B, 1)] if space.allows("virtual_stages", 1) else []
     asked = {SCHEDULES.index(word) for word in space.schedules}
-    rows = [(each, 1) for each in (_GPIPE, _ONE_F_ONE_B, _ZERO_BUBBLE) if each in asked]
+    rows = [(schedule, 1) for schedule in (_GPIPE, _ONE_F_ONE_B, _ZERO_BUBBLE) if schedule in asked]
     if {_GPIPE, _ONE_F_ONE_B} <= asked:
         rows.remove((_GPIPE, 1))  # the same time, and never fewer micro-batches in memory
         rejected["gpipe: 1f1b takes the same time and no more memory"] += len(space.recomputations)
@@ -185,32 +137,28 @@ def _list_schedules(
         rows = []
     if _INTERLEAVED in asked and model.layers % pp == 0:
         chunks = [
-            each for each in list_divisors(model.layers // pp) if each > 1 and space.allows("virtual_stages", each)
+            count for count in list_divisors(model.layers // pp) if count > 1 and space.allows("virtual_stages", count)
         ]
         if micro_batches % pp == 0:
-            rows += [(_INTERLEAVED, each) for each in chunks]
+            rows += [(_INTERLEAVED, count) for count in chunks]
         else:
             rejected["interleaved: micro-batches are no multiple of pp"] += len(chunks) * len(space.recomputations)
     return rows
 
 
 def _list_sharding(
-    model: ModelShape,
-    cluster: Cluster,
-    layout: tuple[int, int, int, int],
-    space: Space,
-    rejected: Counter[str],
-    num_passing: int,
+    request: Request[ModelShape], layout: tuple[int, int, int, int], rejected: Counter[str], num_passing: int
 ) -> list[tuple[int, int, int, int]]:
-    """(ep, etp, ZeRO stage, shard group)."""
+    """List (ep, etp, ZeRO stage, shard group)."""
     tp, pp, cp, dp = layout
+    model, space = request.model, request.space
     stages = [stage for stage in space.zero_stages if stage == 0 or dp * cp > 1]
     kept = [stage for stage in stages if stage < 2 or pp == 1]
     experts = list(_list_expert_layouts(model, tp, cp * dp, space))
     rejected["ZeRO 2 and 3 gather per micro-batch and exclude pipelines"] += (
         (len(stages) - len(kept)) * len(experts) * num_passing
     )
-    groups = {stage: [0, *_list_shard_groups(cluster, layout)] if stage == 3 else [0] for stage in kept}
+    groups = {stage: [0, *_list_shard_groups(request.cluster, layout)] if stage == 3 else [0] for stage in kept}
     return [(ep, etp, stage, group) for ep, etp in experts for stage in kept for group in groups[stage]]
 
 
@@ -232,13 +180,13 @@ def _list_shard_groups(cluster: Cluster, layout: tuple[int, int, int, int]) -> l
 
 
 def list_shardings(families: Sequence[Family]) -> Table:
-    """One row per (layout, sharding) with the cheapest way of passing, in the order of the families."""
+    """Build one row per (layout, sharding) with the cheapest way of passing, in the order of the families."""
     rows = [(*family.layout, *sharding, 1, _ONE_F_ONE_B, 1, 0) for family in families for sharding in family.sharding]
     return np.array(rows, dtype=np.int32).reshape(-1, len(KNOBS))
 
 
 def expand(families: Sequence[Family], is_kept: NDArray[np.bool_], chunk_rows: int = 50_000) -> Iterator[Table]:
-    """Tables of about `chunk_rows` candidates; `is_kept` has one entry per row of `list_shardings`."""
+    """Yield tables of about `chunk_rows` candidates; `is_kept` has one entry per row of `list_shardings`."""
     pending: list[Table] = []
     size = start = 0
     for family in families:
@@ -265,15 +213,15 @@ def _cross(family: Family, is_kept: NDArray[np.bool_]) -> Table:
     return table
 
 
-def make_columns(table: Table, model: ModelShape, cluster: Cluster, global_batch: int, space: Space) -> Columns:
-    """The columns that `predict_columns` reads, one row per candidate."""
-    base = Plan(precision=space.precision)
-    varied = {name: table[:, place].astype(np.float64) for place, name in enumerate(KNOBS)}
-    return spread_plans(model, cluster, base, global_batch, varied, space.software)
+def build_columns(table: Table, request: Request[ModelShape]) -> Columns:
+    """Build the columns that `predict_columns` reads, one row per candidate."""
+    base = Plan(precision=request.space.precision)
+    varied = {name: table[:, index].astype(np.float64) for index, name in enumerate(KNOBS)}
+    return spread_plans(request.model, request.cluster, base, request.global_batch, varied, request.space.software)
 
 
-def make_plan(row: NDArray[np.int32], space: Space) -> Plan:
-    """The plan that a row stands for."""
+def build_plan(row: NDArray[np.int32], space: Space) -> Plan:
+    """Build the plan that a row stands for."""
     values = dict(zip(KNOBS, map(int, row), strict=True))
     return Plan(
         tp=values["tp"],
