@@ -30,7 +30,7 @@ from deepseek.planning.estimate.memory import measure_memory
 from deepseek.planning.estimate.step import predict_times
 from deepseek.planning.machines.cluster import Cluster, get_accelerator
 from deepseek.planning.machines.constants import FAMILIES, NAMES, Constants, get_constants
-from deepseek.planning.published_runs import Run, read_run, stack_runs
+from deepseek.planning.published_runs import PublishedRun, read_run, stack_runs
 
 DATA = Path(__file__).parent / "data"
 FITTED = NAMES[:-2]  # the last two are of memory
@@ -81,7 +81,7 @@ class MeasuredRun:
     """A row as it was published, and as it was understood."""
 
     row: dict[str, str]
-    run: Run
+    run: PublishedRun
 
     @property
     def source(self) -> str:
@@ -90,7 +90,7 @@ class MeasuredRun:
 
     @property
     def family(self) -> str:
-        """Family of its accelerators."""
+        """PlanFamily of its accelerators."""
         return self.run.cluster.nodes[0].accelerator.family
 
 

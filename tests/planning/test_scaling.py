@@ -9,12 +9,19 @@ from deepseek.planning.estimate.communication import time_steps
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.machines.constants import get_constants
 from deepseek.planning.models.model_shape import get_model_shape
-from deepseek.planning.scaling import BERT_LARGE, CURVES, GPT_1750B, count_model_flops, draw_curve, price_all_reduces
+from deepseek.planning.scaling import (
+    BERT_LARGE,
+    CURVES,
+    GPT_1750B,
+    build_curve,
+    count_model_flops,
+    estimate_all_reduces,
+)
 
 
 @pytest.fixture(scope="module")
 def curves():
-    return {name: draw_curve(name) for name in CURVES}
+    return {name: build_curve(name) for name in CURVES}
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -53,7 +60,7 @@ def test_the_priced_ring_takes_as_long_as_its_messages_played():
     shares = get_constants("ampere")
     link = LinkClass(cluster.scale_up.alpha_s, cluster.scale_up.bandwidth_bytes_per_s * shares.scale_up_fraction)
     elements = 1 << 25
-    flat, _ = price_all_reduces(cluster, 4 * elements)
+    flat, _ = estimate_all_reduces(cluster, 4 * elements)
     steps = COLLECTIVES["ring_all_reduce"](8, elements, 1)
     assert flat - shares.collective_s == pytest.approx(time_steps(steps, 4, 8, link, cluster.network), rel=0.02)
 
@@ -75,9 +82,9 @@ def test_model_operations_are_those_of_the_published_formula():
 @pytest.mark.parametrize(("name", "nodes"), [("strong-scaling", (1,)), ("weak-scaling", ()), ("weak-scaling", (0,))])
 def test_curves_that_do_not_exist_are_refused(name, nodes):
     with pytest.raises(ConfigError):
-        draw_curve(name, nodes=nodes)
+        build_curve(name, nodes=nodes)
 
 
 def test_a_model_that_fits_on_no_size_is_said():
     with pytest.raises(ConfigError, match="fits on none of"):
-        draw_curve("weak-scaling", accelerator="T4", nodes=(1,))
+        build_curve("weak-scaling", accelerator="T4", nodes=(1,))

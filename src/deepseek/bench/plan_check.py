@@ -44,7 +44,7 @@ class Checked:
         return self.predicted_s / self.measured_s
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything by name."""
+        """Return everything by name."""
         return {**asdict(self), "time_ratio": self.time_ratio}
 
 
@@ -77,7 +77,7 @@ def check_plan(recipe: TrainConfig, result: PlanningResult, global_batch: int, s
 
 
 def _take_steps(config: TrainConfig) -> tuple[list[float], float]:
-    """Seconds of each step after the first, and the peak of bytes over what was there before the model.
+    """Return seconds of each step after the first, and the peak of bytes over what was there before the model.
 
     The run ends before its model is evaluated and written.
     """
@@ -125,7 +125,7 @@ class _ProcessMemory:
         self._start_bytes = _peak_bytes()
 
     def measure(self) -> float:
-        """Bytes."""
+        """Return the bytes."""
         return float(_peak_bytes() - self._start_bytes)
 
 
@@ -139,7 +139,7 @@ class _DeviceMemory:
         torch.cuda.reset_peak_memory_stats()
 
     def measure(self) -> float:
-        """Bytes."""
+        """Return the bytes."""
         import torch
 
         return float(torch.cuda.max_memory_reserved())
@@ -152,7 +152,7 @@ def _open_memory(config: TrainConfig) -> _ProcessMemory | _DeviceMemory:
 
 
 def _peak_bytes() -> int:
-    """Most memory this process has had: on Linux since it was told to forget, elsewhere ever (macOS counts bytes)."""
+    """Return the most memory this process has had: on Linux since told to forget, elsewhere ever (macOS in bytes)."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

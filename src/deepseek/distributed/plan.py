@@ -79,11 +79,11 @@ class Plan:
         return max(self.tp * self.cp * self.dp // (self.ep * self.etp), 1)
 
     def count_micro_batches(self, global_batch: int) -> int:
-        """Micro-batches that each pipeline works through in one step."""
+        """Count micro-batches that each pipeline works through in one step."""
         return global_batch // (self.dp * self.micro_batch_size)
 
     def as_dict(self) -> dict[str, object]:
-        """Every field by name, as `Plan(**plan.as_dict())` takes it."""
+        """Return every field by name, as `Plan(**plan.as_dict())` takes it."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

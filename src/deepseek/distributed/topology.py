@@ -19,7 +19,7 @@ class LinkClass:
     bandwidth_bytes_per_s: float
 
     def __post_init__(self) -> None:
-        """A link without speed cannot be priced."""
+        """A link without speed cannot be estimated."""
         if not self.bandwidth_bytes_per_s > 0 or self.alpha_s < 0:
             raise ConfigError(
                 f"a link with alpha_s={self.alpha_s!r} and bandwidth_bytes_per_s={self.bandwidth_bytes_per_s!r} cannot "
@@ -27,5 +27,5 @@ class LinkClass:
             )
 
     def send_s(self, num_bytes: float) -> float:
-        """Seconds until a message of `num_bytes` has arrived."""
+        """Return seconds until a message of `num_bytes` has arrived."""
         return self.alpha_s + num_bytes / self.bandwidth_bytes_per_s

@@ -27,7 +27,7 @@ def explain_misfit(
     *,
     is_padding_layers: bool = False,
 ) -> str | None:
-    """Why `plan` cannot run, or `None`; `is_padding_layers` allows stages of unequal depth.
+    """Say why `plan` cannot run, or `None`; `is_padding_layers` allows stages of unequal depth.
 
     >>> from deepseek.planning.machines.cluster import Cluster
     >>> from deepseek.planning.models.model_shape import get_model_shape
@@ -101,5 +101,5 @@ def _explain_experts(plan: Plan, model: ModelShape) -> str | None:
 
 
 def _explain_division(name: str, value: int, of: str, total: int) -> str:
-    divisors = [each for each in range(1, total + 1) if total % each == 0]
+    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
     return f"{name}={value} does not divide {of}={total}; choose one of {', '.join(map(str, divisors))}"

@@ -50,12 +50,12 @@ ALIASES: dict[str, str] = {
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """The accelerator that `name` stands for, upper or lower case.
+    """Return the accelerator that `name` stands for, upper or lower case.
 
     >>> find_accelerator("dgx-a100").name
     'A100-SXM-80GB'
     """
-    known = {each.lower(): each for each in load_accelerators()} | ALIASES
+    known = {known_name.lower(): known_name for known_name in load_accelerators()} | ALIASES
     if name.lower() not in known:
         raise ConfigError(explain_unknown("accelerator", name, {*load_accelerators(), *ALIASES}))
     return load_accelerators()[known[name.lower()]]
@@ -64,7 +64,7 @@ def find_accelerator(name: str) -> Accelerator:
 def find_cluster(
     name: str, *, nodes: int = 1, gpus_per_node: int = 8, network_gbit_per_s: float | None = None
 ) -> Cluster:
-    """The cluster of `nodes` boxes that `name` stands for, or the one that a JSON file of that name holds.
+    """Return the cluster of `nodes` boxes that `name` stands for, or the one that a JSON file of that name holds.
 
     Several kinds are joined with `+`, each with its own number of nodes: `dgx-h100:2+dgx-a100:4`.
 
@@ -81,8 +81,8 @@ def find_cluster(
         for kind, count in parts
     ]
     joined = clusters[0]
-    for each in clusters[1:]:
-        joined = joined.join(each)
+    for cluster in clusters[1:]:
+        joined = joined.join(cluster)
     return joined
 
 
@@ -105,18 +105,18 @@ def load_cluster(path: Path) -> Cluster:
 
 
 def load_measured(path: Path, machine: Mapping[str, Any]) -> Cluster | str:
-    """The cluster that was measured on this very `machine`, or why the file does not hold one."""
+    """Load the cluster that was measured on this very `machine`, or say why the file does not hold one."""
     try:
         values = _read_cluster_file(path)
         cluster = cluster_from_dict(values)
     except ConfigError as error:
         return str(error)
-    told = values.get("measured_on") or {}
-    if changed := [name for name in machine if told.get(name) != machine[name]]:
+    measured_on = values.get("measured_on") or {}
+    if changed := [name for name in machine if measured_on.get(name) != machine[name]]:
         name = changed[0]
-        return f"{path} was measured where {name} was {told.get(name)!r}, which is {machine[name]!r} here"
-    if any(each.shares is None for each in cluster.accelerators):
-        return f"{path} lacks the shares that plans of this machine are priced with"
+        return f"{path} was measured where {name} was {measured_on.get(name)!r}, which is {machine[name]!r} here"
+    if any(device.shares is None for device in cluster.accelerators):
+        return f"{path} lacks the shares that plans of this machine are estimated with"
     return cluster
 
 
@@ -133,11 +133,11 @@ def _read_cluster_file(path: Path) -> dict[str, Any]:
 
 
 def cluster_to_dict(cluster: Cluster) -> dict[str, Any]:
-    """A cluster as dictionaries and numbers."""
-    kinds = {each.name: each for each in cluster.accelerators}
+    """Write a cluster as dictionaries and numbers."""
+    kinds = {device.name: device for device in cluster.accelerators}
     return {
         "schema": _SCHEMA,
-        "accelerators": [asdict(each) for each in kinds.values()],
+        "accelerators": [asdict(kind) for kind in kinds.values()],
         "nodes": [{"accelerator": node.accelerator.name, "gpus": node.gpus} for node in cluster.nodes],
         "network": asdict(cluster.network),
         "links": asdict(cluster.links) if cluster.links else None,
@@ -146,7 +146,7 @@ def cluster_to_dict(cluster: Cluster) -> dict[str, Any]:
 
 
 def cluster_from_dict(values: Mapping[str, Any]) -> Cluster:
-    """The cluster of a dictionary as `cluster_to_dict` makes it; a missing link or number is named.
+    """Read a cluster out of a dictionary as `cluster_to_dict` writes it; a missing link or number is named.
 
     >>> cluster = Cluster.of("H100-SXM-80GB", nodes=2)
     >>> cluster_from_dict(cluster_to_dict(cluster)) == cluster
@@ -155,8 +155,8 @@ def cluster_from_dict(values: Mapping[str, Any]) -> Cluster:
     if values.get("schema") != _SCHEMA:
         raise ConfigError(f"a cluster file says schema {_SCHEMA!r}, this one {values.get('schema')!r}; measure again")
     try:
-        kinds = {each["name"]: _read_accelerator(each) for each in values["accelerators"]}
-        nodes = tuple(Node(kinds[each["accelerator"]], each["gpus"]) for each in values["nodes"])
+        kinds = {kind["name"]: _read_accelerator(kind) for kind in values["accelerators"]}
+        nodes = tuple(Node(kinds[node["accelerator"]], node["gpus"]) for node in values["nodes"])
         network = LinkClass(**values["network"])
         links = LinkClass(**values["links"]) if values.get("links") else None
     except KeyError as error:
@@ -180,7 +180,7 @@ def _read_accelerator(values: Mapping[str, Any]) -> Accelerator:
 
 
 def find_model(name: str, *, sequence: int | None = None) -> ModelShape:
-    """The shape that `name` stands for: a known model, a `config.json`, or a folder that holds one or a manifest.
+    """Find the shape that `name` stands for: a known model, a `config.json`, or a folder with one or a manifest.
 
     >>> find_model("Llama3-8B", sequence=4096).sequence
     4096
@@ -188,7 +188,7 @@ def find_model(name: str, *, sequence: int | None = None) -> ModelShape:
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
         return find_model_in(path, sequence=sequence)
-    known = {each.lower(): each for each in load_model_shapes()}
+    known = {known_name.lower(): known_name for known_name in load_model_shapes()}
     if name.lower() not in known:
         raise ConfigError(explain_unknown("model", name, load_model_shapes()))
     shape = load_model_shapes()[known[name.lower()]]
@@ -196,7 +196,7 @@ def find_model(name: str, *, sequence: int | None = None) -> ModelShape:
 
 
 def find_model_in(path: Path, *, sequence: int | None = None) -> ModelShape:
-    """The shape of the model in a folder (an artifact, or the Hugging Face layout), or in a configuration file."""
+    """Find the shape of the model in a folder (an artifact, or the Hugging Face layout), or in a configuration file."""
     if (path / "manifest.json").exists():
         from deepseek.artifact.reading import read_manifest
 
@@ -228,7 +228,7 @@ _OUR_EXPERT_KEYS = {"num_experts": "num_experts", "top_k": "num_experts_per_tok"
 
 
 def read_config(config: Mapping[str, Any], *, sequence: int | None = None) -> ModelShape:
-    """The shape of a decoder's configuration, in the Hugging Face layout or in ours.
+    """Read the shape of a decoder's configuration, in the Hugging Face layout or in ours.
 
     >>> read_config({"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_size": 128, "vocab_size": 100,
     ...              "max_length": 32, "moe": {"num_experts": 4, "top_k": 2, "ffn_size": 32}}).expert_ffn

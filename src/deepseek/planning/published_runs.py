@@ -36,7 +36,7 @@ _READ_FOR_SOFTWARE = ("source_ref", "source_id", "notes", "schedule", "fsdp", "a
 
 
 @dataclass(frozen=True)
-class Run:
+class PublishedRun:
     """One row, understood: what to predict, and what had to be assumed."""
 
     model: ModelShape
@@ -47,7 +47,7 @@ class Run:
     assumptions: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, float]:
-        """The row of columns that `predict_columns` takes."""
+        """Describe the row of columns that `predict_columns` takes."""
         return describe_case(self.model, self.cluster, self.plan, self.global_batch, self.software)
 
 
@@ -160,7 +160,7 @@ def _read_model(reader: _Reader) -> ModelShape:
 
 
 def _shrink_to_stated_size(reader: _Reader, model: ModelShape) -> ModelShape:
-    """Fewer layers where the row's parameter count says that the rest of a larger model was copied along."""
+    """Keep fewer layers where the row's parameter count says that the rest of a larger model was copied along."""
     stated = float(reader.row.get("params_b") or 0) * 1e9
     if not 0 < stated < model.num_parameters / 2:
         return model
@@ -171,7 +171,7 @@ def _shrink_to_stated_size(reader: _Reader, model: ModelShape) -> ModelShape:
 
 
 def _pad_vocabulary(vocabulary: int, tp: int) -> int:
-    """Frameworks pad a vocabulary that tensor ranks cannot share so that each holds a multiple of 128 words."""
+    """Pad a vocabulary that tensor ranks cannot share so that each holds a multiple of 128 words, as frameworks do."""
     unit = 128 * tp if vocabulary % (8 * tp) and tp > 1 else 1
     return -(-vocabulary // unit) * unit
 
@@ -191,7 +191,7 @@ _OMNI_PATH_SHARE = 0.2
 
 
 def _read_network(reader: _Reader, per_node: int) -> float | None:
-    """One device's share of the network in Gbit/s, where the row states it."""
+    """Read one device's share of the network in Gbit/s, where the row states it."""
     text = reader.row.get("notes", "") + " " + reader.row.get("source_ref", "")
     cards = re.search(r"(\d+)\s*x\s*(?:omni-?path|opa)\s*-?(\d+)", text, re.IGNORECASE)
     if cards:
@@ -240,7 +240,7 @@ def _read_plan(reader: _Reader, model: ModelShape, cluster: Cluster) -> tuple[Pl
 
 
 def _read_virtual_stages(reader: _Reader, program: str, model: ModelShape, pp: int) -> int:
-    """NeMo's recipes interleave as finely as the depth allows; others say so where they interleave."""
+    """Read chunks per stage; NeMo's recipes interleave as finely as the depth allows, others say so."""
     if pp == 1:
         return 1
     if reader.row.get("vp") or program != "NeMo" or model.layers % pp:
@@ -289,7 +289,7 @@ def _read_precision(reader: _Reader) -> Precision:
     return found or "bf16"
 
 
-def read_run(row: Mapping[str, str]) -> Run:
+def read_run(row: Mapping[str, str]) -> PublishedRun:
     """Understand one row, or raise a `ConfigError` that says which input is missing."""
     reader = _Reader(row)
     model = _read_model(reader)
@@ -297,7 +297,7 @@ def read_run(row: Mapping[str, str]) -> Run:
     plan, software = _read_plan(reader, model, cluster)
     trains_adapters = "lora" in (reader.row.get("model", "") + reader.row.get("arch", "")).lower()
     shape = replace(_shrink_to_stated_size(reader, model), frozen_weights=trains_adapters)
-    run = Run(shape, cluster, plan, reader.count("gbs"), software)
+    run = PublishedRun(shape, cluster, plan, reader.count("gbs"), software)
     if _is_silent_on_plan(reader):
         run = _assume_tensor_ranks(reader, run)
     run = _assume_rest(reader, run)
@@ -305,54 +305,54 @@ def read_run(row: Mapping[str, str]) -> Run:
 
 
 def _is_silent_on_plan(reader: _Reader) -> bool:
-    """Whether a row says nothing about how its devices share the work, so that weights are taken to be sharded."""
+    """Say whether a row tells nothing of how its devices share the work, so that weights are taken to be sharded."""
     names = ("tp", "pp", "cp", "ep", "fsdp", "zero_stage")
     return not any(reader.row.get(name) for name in names) and _SHARDED in reader.assumed
 
 
-def _assume_rest(reader: _Reader, run: Run) -> Run:
+def _assume_rest(reader: _Reader, run: PublishedRun) -> PublishedRun:
     if not reader.row.get("mbs"):
         run = _assume_micro_batch(reader, run)
     return run if reader.row.get("act_ckpt") else _assume_recomputation(reader, run)
 
 
-def _assume_tensor_ranks(reader: _Reader, run: Run) -> Run:
-    """The fastest number of tensor ranks beside sharded weights: nobody publishes a slow plan."""
+def _assume_tensor_ranks(reader: _Reader, run: PublishedRun) -> PublishedRun:
+    """Assume the fastest number of tensor ranks beside sharded weights: nobody publishes a slow plan."""
     plan, inside = run.plan, run.cluster.scale_up_size
     sizes = [size for size in _TENSOR_RANKS if size <= inside and run.model.kv_heads % size == plan.dp % size == 0]
     tried = [
         replace(run, plan=replace(plan, tp=size, dp=plan.dp // size, sequence_parallel=size > 1)) for size in sizes
     ]
-    complete = stack_runs(_assume_rest(_Reader(reader.row), each) for each in tried)
+    complete = stack_runs(_assume_rest(_Reader(reader.row), trial) for trial in tried)
     seconds, _, is_over = predict_columns(complete)
     chosen = tried[int(np.argmin(np.where(is_over, np.inf, seconds)))]
     reader.assume(f"{chosen.plan.tp} tensor ranks")
     return chosen
 
 
-def _assume_micro_batch(reader: _Reader, run: Run) -> Run:
-    """Without a pipeline the largest of 4, 2 and 1 that fits, since larger products are faster; 1 with a pipeline."""
+def _assume_micro_batch(reader: _Reader, run: PublishedRun) -> PublishedRun:
+    """Assume the largest of 4, 2 and 1 that fits, since larger matmuls are faster; 1 with a pipeline."""
     share = run.global_batch // run.plan.dp
     sizes = [size for size in (4, 2, 1) if run.plan.pp == 1 and share % size == 0] or [1]
     tried = [replace(run, plan=replace(run.plan, micro_batch_size=size)) for size in sizes]
     is_over = predict_columns(stack_runs(tried))[2]
-    chosen = next((each for each, over in zip(tried, is_over, strict=True) if not over), tried[-1])
+    chosen = next((trial for trial, over in zip(tried, is_over, strict=True) if not over), tried[-1])
     reader.assume(f"micro-batch of {chosen.plan.micro_batch_size}")
     return chosen
 
 
-def _assume_recomputation(reader: _Reader, run: Run) -> Run:
-    """The least recomputation with which the plan fits, as everybody prefers."""
-    tried = [replace(run, plan=replace(run.plan, recomputation=each)) for each in RECOMPUTATIONS]
+def _assume_recomputation(reader: _Reader, run: PublishedRun) -> PublishedRun:
+    """Assume the least recomputation with which the plan fits, as everybody prefers."""
+    tried = [replace(run, plan=replace(run.plan, recomputation=choice)) for choice in RECOMPUTATIONS]
     is_over = predict_columns(stack_runs(tried))[2]
-    chosen = next((each for each, over in zip(tried, is_over, strict=True) if not over), tried[-1])
+    chosen = next((trial for trial, over in zip(tried, is_over, strict=True) if not over), tried[-1])
     reader.assume(f"{chosen.plan.recomputation} recomputation")
     return chosen
 
 
 def predict_runs(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The same rows with `predicted_iter_time_s`, `predicted_mem_gb`, `predicted_oom` and `note` added."""
-    runs: dict[int, Run] = {}
+    """Return the rows with `predicted_iter_time_s`, `predicted_mem_gb`, `predicted_oom` and `note` added."""
+    runs: dict[int, PublishedRun] = {}
     answers = [{**row, **dict.fromkeys(PREDICTED_COLUMNS, "")} for row in rows]
     for index, row in enumerate(rows):
         try:
@@ -361,18 +361,18 @@ def predict_runs(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
             answers[index]["note"] = f"not predicted: {error}"
     if runs:
         seconds, needed, is_over = predict_columns(stack_runs(runs.values()))
-        for place, (index, run) in enumerate(runs.items()):
+        for column, (index, run) in enumerate(runs.items()):
             answers[index] |= {
-                "predicted_iter_time_s": f"{seconds[place]:.6g}",
-                "predicted_mem_gb": f"{needed[place] / 1e9:.4g}",
-                "predicted_oom": str(int(is_over[place])),
+                "predicted_iter_time_s": f"{seconds[column]:.6g}",
+                "predicted_mem_gb": f"{needed[column] / 1e9:.4g}",
+                "predicted_oom": str(int(is_over[column])),
                 "note": "assumed: " + ", ".join(run.assumptions) if run.assumptions else "",
             }
     return answers
 
 
-def stack_runs(runs: Iterable[Run]) -> Columns:
-    """The table of columns of some runs."""
+def stack_runs(runs: Iterable[PublishedRun]) -> Columns:
+    """Build the table of columns of some runs."""
     return stack_cases([run.describe() for run in runs])
 
 
@@ -391,4 +391,4 @@ def predict_file(source: Path, target: Path) -> int:
     writer.writeheader()
     writer.writerows(answers)
     write_file(target, table.getvalue().encode("utf-8"))
-    return sum(bool(each["predicted_iter_time_s"]) for each in answers)
+    return sum(bool(answer["predicted_iter_time_s"]) for answer in answers)

@@ -29,7 +29,7 @@ from deepseek.planning.models.model_shape import ModelShape, get_model_shape
 from deepseek.planning.search.estimates import list_assumptions
 from deepseek.planning.search.planner import plan
 from deepseek.planning.search.request import Limits, Space
-from deepseek.planning.search.results import Candidate, describe_plan_shortly
+from deepseek.planning.search.results import EstimatedPlan, describe_plan_shortly
 
 _HEADROOM = 0.1  # of memory: nobody launches a thousand devices with less to spare
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -74,14 +74,14 @@ class ScalingCurve:
     assumptions: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as dictionaries and lists, ready for JSON."""
+        """Return everything as dictionaries and lists, ready for JSON."""
         return asdict(self)
 
 
-def draw_curve(name: str, *, accelerator: str = "A100-SXM-80GB", nodes: tuple[int, ...] = NODES) -> ScalingCurve:
-    """The curve called `name` on nodes of eight `accelerator`s.
+def build_curve(name: str, *, accelerator: str = "A100-SXM-80GB", nodes: tuple[int, ...] = NODES) -> ScalingCurve:
+    """Build the curve called `name` on nodes of eight `accelerator`s.
 
-    >>> draw_curve("hierarchical-all-reduce", nodes=(1, 2)).header[0]
+    >>> build_curve("hierarchical-all-reduce", nodes=(1, 2)).header[0]
     'bytes'
     """
     if name not in CURVES:
@@ -92,7 +92,7 @@ def draw_curve(name: str, *, accelerator: str = "A100-SXM-80GB", nodes: tuple[in
 
 
 def count_model_flops(model: ModelShape, sequences: int) -> float:
-    """Operations of one step as they are usually counted: 6 per active weight and token, and the attention scores.
+    """Count operations of a step as is usual: 6 per active weight and token, and the attention scores.
 
     >>> round(count_model_flops(get_model_shape("GPT3-175B"), 1) / 2048 / 1e12, 2)
     1.08
@@ -103,8 +103,8 @@ def count_model_flops(model: ModelShape, sequences: int) -> float:
     return tokens * (6.0 * weights + scores)
 
 
-def _search(model: ModelShape, cluster: Cluster, space: Space) -> Candidate | None:
-    """The best plan, or `None` where the model does not fit."""
+def _search(model: ModelShape, cluster: Cluster, space: Space) -> EstimatedPlan | None:
+    """Find the best plan, or `None` where the model does not fit."""
     batch = _SEQUENCES_PER_DEVICE * cluster.num_devices
     try:
         return plan(model, cluster, global_batch=batch, space=space, limits=Limits(_HEADROOM)).best
@@ -112,15 +112,15 @@ def _search(model: ModelShape, cluster: Cluster, space: Space) -> Candidate | No
         return None
 
 
-def _rate(model: ModelShape, cluster: Cluster, best: Candidate) -> float:
-    """Model operations per second and device."""
+def _rate(model: ModelShape, cluster: Cluster, best: EstimatedPlan) -> float:
+    """Return model operations per second and device."""
     flops = count_model_flops(model, _SEQUENCES_PER_DEVICE * cluster.num_devices)
     return flops / best.step_time_s / cluster.num_devices
 
 
 def _scale(
     models: Callable[[int], ModelShape], accelerator: str, nodes: tuple[int, ...], space: Space
-) -> list[tuple[int, Cluster, ModelShape, Candidate]]:
+) -> list[tuple[int, Cluster, ModelShape, EstimatedPlan]]:
     points = []
     for count in nodes:
         cluster, model = Cluster.of(accelerator, nodes=count), models(count)
@@ -137,7 +137,7 @@ def _scale(
 _WEAK_HEADER = ("nodes", "devices", "parameters, B", "plan", "step, s", "TFLOP/s a device", "efficiency")
 
 
-def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, Candidate]]) -> list[tuple[float | str, ...]]:
+def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, EstimatedPlan]]) -> list[tuple[float | str, ...]]:
     first = _rate(*points[0][2:0:-1], points[0][3])
     return [
         (
@@ -158,7 +158,7 @@ def _assume(cluster: Cluster, *more: str) -> tuple[str, ...]:
     return (*list_assumptions(cluster, Space()), free, *more)
 
 
-def _draw_weak(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
+def _build_weak(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     model = get_model_shape(_WEAK_MODEL)
     rows = _list_weak_rows(_scale(lambda _: model, accelerator, nodes, Space()))
     return ScalingCurve(
@@ -176,7 +176,7 @@ def _draw_weak(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     )
 
 
-def _draw_weak_1750b(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
+def _build_weak_1750b(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     full = max(nodes)
     chosen = tuple(count for count in nodes if GPT_1750B.layers * count % full == 0)
 
@@ -200,7 +200,7 @@ def _draw_weak_1750b(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     )
 
 
-def _draw_data_parallel(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
+def _build_data_parallel(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     cluster = Cluster.of(accelerator, nodes=max(nodes))
     rows = [row for name in _DATA_PARALLEL_MODELS if (row := _compare_data_parallel(name, accelerator, nodes))]
     if not rows:
@@ -232,21 +232,21 @@ def _compare_data_parallel(name: str, accelerator: str, nodes: tuple[int, ...]) 
     if one is None or three is None:
         return None
     clusters = [Cluster.of(accelerator, nodes=count) for count in nodes]
-    most = max(_rate(model, each, found) for each in clusters if (found := _search(model, each, Space())))
-    shares = [_rate(model, largest, each) / most for each in (three, one)]
+    most = max(_rate(model, smaller, found) for smaller in clusters if (found := _search(model, smaller, Space())))
+    shares = [_rate(model, largest, best) / most for best in (three, one)]
     plans = (describe_plan_shortly(three.plan), describe_plan_shortly(one.plan))
-    return (name, *plans, *(round(each, 3) for each in shares), round(100 * (shares[0] - shares[1]), 1))
+    return (name, *plans, *(round(share, 3) for share in shares), round(100 * (shares[0] - shares[1]), 1))
 
 
-def make_link_columns(cluster: Cluster) -> Columns:
-    """The columns that the prices of collectives read, for a cluster."""
+def build_link_columns(cluster: Cluster) -> Columns:
+    """Build the columns that estimates of collectives read, for a cluster."""
     return stack_cases([describe_case(BERT_LARGE, cluster, Plan(dp=cluster.num_devices), cluster.num_devices)])
 
 
-def price_all_reduces(cluster: Cluster, num_bytes: float) -> tuple[float, float]:
-    """Seconds of an all-reduce over all devices: around one flat ring, and in two levels."""
-    c = make_link_columns(cluster)
-    group = collectives.place_group(c, np.array([float(cluster.num_devices)]), np.ones(1))
+def estimate_all_reduces(cluster: Cluster, num_bytes: float) -> tuple[float, float]:
+    """Estimate seconds of an all-reduce over all devices: around one flat ring, and in two levels."""
+    c = build_link_columns(cluster)
+    group = collectives.form_group(c, np.array([float(cluster.num_devices)]), np.ones(1))
     size = np.array([float(num_bytes)])
     return (
         float(collectives.ring_all_reduce_s(c, size, group)[0]),
@@ -254,14 +254,14 @@ def price_all_reduces(cluster: Cluster, num_bytes: float) -> tuple[float, float]
     )
 
 
-def _draw_bert(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
+def _build_bert(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     cluster = Cluster.of(accelerator, nodes=max(nodes))
     gradient_bytes = 4.0 * BERT_LARGE.num_parameters
-    flat, two_level = price_all_reduces(cluster, gradient_bytes)
+    flat, two_level = estimate_all_reduces(cluster, gradient_bytes)
     rows: list[tuple[float | str, ...]] = []
     for size in (1, 2, 4, 8, 16, 32):
-        each = Plan(dp=cluster.num_devices, micro_batch_size=size, precision="fp16")
-        predicted = predict(BERT_LARGE, cluster, each, size * cluster.num_devices)
+        plan = Plan(dp=cluster.num_devices, micro_batch_size=size, precision="fp16")
+        predicted = predict(BERT_LARGE, cluster, plan, size * cluster.num_devices)
         alone = predicted.step_time_s - predicted.time_items_s["data_parallel"]
         before, after = alone + flat, min(predicted.step_time_s, alone + two_level)
         rows.append(
@@ -284,11 +284,11 @@ def _draw_bert(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     )
 
 
-def _draw_all_reduce(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
+def _build_all_reduce(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     cluster = Cluster.of(accelerator, nodes=max(nodes))
     rows: list[tuple[float | str, ...]] = []
     for power in range(10, 31, 2):
-        flat, two_level = price_all_reduces(cluster, 2.0**power)
+        flat, two_level = estimate_all_reduces(cluster, 2.0**power)
         rows.append((2**power, round(1e3 * flat, 3), round(1e3 * two_level, 3), round(flat / two_level, 2)))
     nearest = min(rows, key=lambda row: abs(np.log(float(row[3]) / (8.2 / 1.7))))
     return ScalingCurve(
@@ -309,10 +309,10 @@ def _draw_all_reduce(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
 
 
 CURVES: dict[str, Callable[[str, tuple[int, ...]], ScalingCurve]] = {
-    "weak-scaling": _draw_weak,
-    "weak-scaling-1750b": _draw_weak_1750b,
-    "data-parallel-only": _draw_data_parallel,
-    "bert-large": _draw_bert,
-    "hierarchical-all-reduce": _draw_all_reduce,
+    "weak-scaling": _build_weak,
+    "weak-scaling-1750b": _build_weak_1750b,
+    "data-parallel-only": _build_data_parallel,
+    "bert-large": _build_bert,
+    "hierarchical-all-reduce": _build_all_reduce,
 }
-"""Name -> the function that draws the curve."""
+"""Name -> the function that builds the curve."""

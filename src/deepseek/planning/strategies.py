@@ -11,6 +11,7 @@ cluster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,7 +83,7 @@ _TYPES = ("AutoParallel", "HybridParallel")
 
 
 def read_strategy(strategy: Mapping[str, Any]) -> AutoParallel | HybridParallel:
-    """The value that a strategy or a 3.x configuration describes; unknown keys are refused with the nearest known one.
+    """Read a strategy or a 3.x configuration; unknown keys are refused with the nearest known one.
 
     >>> read_strategy({"type": "HybridParallel", "tensorParallel": 4, "pipelineParallel": 4}).pipeline_parallel
     4
@@ -128,7 +129,7 @@ def resolve_strategy(
     limits: Limits | None = None,
     space: Space | None = None,
 ) -> Plan:
-    """The best plan of a strategy; raises `ConfigError` where none fits.
+    """Find the best plan of a strategy; raise `ConfigError` where none fits.
 
     `space` narrows what a strategy leaves open (precision, schedules, micro-batches).
 
@@ -148,16 +149,14 @@ def resolve_strategy(
 
 
 def _check_fixed(fixed: Mapping[str, tuple[int, ...]], cluster: Cluster) -> None:
-    product = 1
-    for name in ("tp", "pp", "dp", "cp"):
-        product *= fixed.get(name, (1,))[0]
+    product = math.prod(fixed.get(name, (1,))[0] for name in ("tp", "pp", "dp", "cp"))
     if cluster.num_devices % product:
         said = " * ".join(f"{name}={value[0]}" for name, value in fixed.items() if name != "ep")
         raise ConfigError(f"{said} = {product} does not divide the {cluster.num_devices} devices; choose sizes that do")
 
 
 def read_device_map(device_map: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """The devices that a device map names, each once, in ascending order.
+    """Read the devices that a device map names, once each, in ascending order.
 
     >>> read_device_map({"gpu0": [0, 1], "gpu1": [2, 3]})
     (0, 1, 2, 3)
@@ -165,14 +164,14 @@ def read_device_map(device_map: Mapping[str, Any] | None) -> tuple[int, ...]:
     if not device_map:
         return ()
     devices = [device for group in device_map.values() for device in group]
-    wrong = [each for each in devices if not isinstance(each, int) or isinstance(each, bool) or each < 0]
+    wrong = [device for device in devices if not isinstance(device, int) or isinstance(device, bool) or device < 0]
     if wrong or len(set(devices)) != len(devices):
         raise ConfigError(f"device_map names {devices}; give every device once, as a number from 0")
     return tuple(sorted(devices))
 
 
 def keep_devices(cluster: Cluster, devices: tuple[int, ...]) -> Cluster:
-    """The part of a cluster that holds `devices`, counted through its nodes."""
+    """Return the part of a cluster that holds `devices`, counted through its nodes."""
     if devices[-1] >= cluster.num_devices:
         raise ConfigError(
             f"device_map names device {devices[-1]} and the cluster has {cluster.num_devices}; count from 0"

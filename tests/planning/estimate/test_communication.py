@@ -122,7 +122,7 @@ def test_a_group_of_one_and_a_message_of_nothing_cost_nothing(form):
     ("size", "stride", "spread"), [(8, 1, 1), (16, 1, 2), (4, 8, 4), (8, 4, 4), (2, 4, 1), (32, 1, 4), (3, 16, 3)]
 )
 def test_groups_are_placed_in_rank_order(size, stride, spread):
-    placed = collectives.place_group(table(), np.array([float(size)]), np.array([float(stride)]))
+    placed = collectives.form_group(table(), np.array([float(size)]), np.array([float(stride)]))
     assert placed.spread[0] == spread
 
 

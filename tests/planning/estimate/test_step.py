@@ -263,7 +263,7 @@ def test_places_of_experts_are_computed_whether_tokens_fill_them_or_not():
     more_s = spare.time_items_s["matmul"] - bare.time_items_s["matmul"]
     assert 0.5 * experts / device_rate("H100-SXM-80GB") < more_s < 0.6 * experts / device_rate("H100-SXM-80GB")
     assert spare.memory_items_bytes["activations"] > 1.1 * bare.memory_items_bytes["activations"]
-    with pytest.raises(ConfigError, match="leaves experts no places"):
+    with pytest.raises(ConfigError, match="leaves experts no room"):
         replace(model, capacity_factor=0.0)
 
 

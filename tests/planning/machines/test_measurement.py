@@ -11,10 +11,10 @@ from deepseek.planning.machines import measurement
 from deepseek.planning.machines.measurement import (
     SIZES,
     Measured,
+    build_cluster,
     default_file,
     fit_depth,
     fit_link,
-    make_cluster,
     measure_machine,
 )
 from deepseek.planning.models.model_shape import get_model_shape
@@ -39,12 +39,12 @@ def test_this_machine_is_measured(told):
     assert 1e8 < measured.memory_bandwidth_bytes_per_s < 1e14
     assert 0 <= measured.link.alpha_s < 0.1
     assert 1e6 < measured.link.bandwidth_bytes_per_s < 1e13
-    cluster = make_cluster(measured)
+    cluster = build_cluster(measured)
     assert cluster_from_dict(json.loads(json.dumps(cluster_to_dict(cluster)))) == cluster
 
 
 def test_prediction_starts_from_the_rates_that_were_measured():
-    cluster = make_cluster(MEASURED)
+    cluster = build_cluster(MEASURED)
     columns = stack_cases([describe_case(get_model_shape("Llama3-8B"), cluster, Plan(precision="bf16"), 1)])
     size = columns.hidden * 0 + 16384
     for depth, rate in RATES["bf16"].items():

@@ -18,7 +18,7 @@ from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape
 from deepseek.planning.scaling import ScalingCurve
-from deepseek.planning.search.results import Candidate, PlanningResult, describe_plan_shortly
+from deepseek.planning.search.results import EstimatedPlan, PlanningResult, describe_plan_shortly
 
 if TYPE_CHECKING:
     from deepseek.bench.plan_check import Checked
@@ -28,7 +28,7 @@ _ROUNDS_DRAWN = 4  # micro-batches per stage; a longer steady state looks like a
 
 
 def show_result(result: PlanningResult, top: int) -> None:
-    """Everything that a search found, as tables."""
+    """Show everything that a search found, as tables."""
     best = result.best
     show_table("The fastest plan", ("", ""), _describe_plan(best))
     if result.placement is not None:
@@ -51,7 +51,7 @@ def show_result(result: PlanningResult, top: int) -> None:
         sys.stdout.write(f"{sentence}\n")
 
 
-def _describe_plan(best: Candidate) -> list[tuple[str, str]]:
+def _describe_plan(best: EstimatedPlan) -> list[tuple[str, str]]:
     plan = best.plan
     return [
         ("devices", str(plan.num_devices)),
@@ -73,7 +73,7 @@ def _format_energy(energy_j: float | None) -> str:
     return f"{energy_j / 1e3:.3g} kJ" if energy_j >= 1000 else f"{energy_j:.3g} J"
 
 
-def _summarize(candidate: Candidate) -> tuple[str, str, str, str]:
+def _summarize(candidate: EstimatedPlan) -> tuple[str, str, str, str]:
     return (
         describe_plan_shortly(candidate.plan),
         format_seconds(candidate.step_time_s),
@@ -97,7 +97,7 @@ def _show_rejected(result: PlanningResult) -> None:
 
 
 def show_curve(curve: ScalingCurve) -> None:
-    """A scaling curve with what it is held against and what it rests on."""
+    """Show a scaling curve with what it is held against and what it rests on."""
     rows = [tuple(str(value) for value in row) for row in curve.rows]
     show_table(curve.claim, curve.header, rows)
     for sentence in (curve.finding, *curve.assumptions):
@@ -105,7 +105,7 @@ def show_curve(curve: ScalingCurve) -> None:
 
 
 def show_cluster(cluster: Cluster) -> None:
-    """What is known of a measured machine."""
+    """Show what is known of a measured machine."""
     device = cluster.accelerators[0]
     peaks = [(f"{name} products", f"{format_count(rate)} FLOP/s") for name, rate in device.peak_flops.items()]
     shares = device.constants
@@ -129,7 +129,7 @@ def show_cluster(cluster: Cluster) -> None:
 
 
 def show_check(result: PlanningResult, checked: Checked) -> None:
-    """Predicted against measured."""
+    """Show predicted against measured."""
     show_table("The plan for this machine", ("", ""), _describe_plan(result.best))
     show_table(
         f"Predicted against measured, {checked.num_steps} steps",
@@ -154,7 +154,7 @@ def show_check(result: PlanningResult, checked: Checked) -> None:
 def draw_picture(
     model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int, path: Path, software: Software = MODERN
 ) -> None:
-    """The timeline of a plan's pipeline; a plan without one is a single row."""
+    """Plot the timeline of a plan's pipeline; a plan without one is a single row."""
     count = plan.count_micro_batches(global_batch)
     drawn = min(count, _ROUNDS_DRAWN * plan.pp)
     works = list_stage_work(stack_cases([describe_case(model, cluster, plan, global_batch, software)]))
@@ -178,7 +178,7 @@ _WIDTH, _ROW, _GAP, _LEFT, _TOP = 1200, 24, 4, 70, 56
 
 
 def draw_svg(timeline: Timeline, title: str) -> str:
-    """A timeline as SVG: one row per stage, one box per pass, which says what it is when pointed at."""
+    """Plot a timeline as SVG: one row per stage, one box per pass, which says what it is when pointed at."""
     scale = (_WIDTH - _LEFT - 10) / timeline.step_time_s
     height = _TOP + timeline.num_stages * (_ROW + _GAP) + 30
     parts = [

@@ -27,7 +27,7 @@ _PLANS_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Request:
+class Asked:
     """What is planned: a model, where, with how many sequences a step; `recipe` if the model came from one."""
 
     model: ModelShape
@@ -155,7 +155,7 @@ def _read_request(
     global_batch: int | None,
     sequence: int | None,
     precision: str | None,
-) -> Request:
+) -> Asked:
     from deepseek.planning.naming import find_cluster, find_model, read_config
     from deepseek.recipes import RECIPES, load_recipe
 
@@ -167,13 +167,13 @@ def _read_request(
     if name not in RECIPES:
         if global_batch is None:
             raise ConfigError("--global-batch is missing; say how many sequences one step takes")
-        return Request(find_model(name, sequence=sequence), machine, global_batch, precision or "bf16")
+        return Asked(find_model(name, sequence=sequence), machine, global_batch, precision or "bf16")
     recipe = load_recipe(name)
     shape = read_config(
         {**recipe.model.to_dict(), "model_type": name}, sequence=sequence or recipe.data.sequence_length
     )
     batch = global_batch or recipe.sequences_per_step
-    return Request(shape, machine, batch, precision or _choose_precision(recipe, has_machine=cluster is None), recipe)
+    return Asked(shape, machine, batch, precision or _choose_precision(recipe, has_machine=cluster is None), recipe)
 
 
 def _choose_precision(recipe: TrainConfig, *, has_machine: bool) -> str:
@@ -203,11 +203,11 @@ def _find_machine() -> Cluster:
 
 def _measure_to(path: Path) -> Cluster:
     from deepseek.cli.screen.events import working
-    from deepseek.planning.machines.measurement import describe_surroundings, make_cluster, measure_machine
+    from deepseek.planning.machines.measurement import build_cluster, describe_surroundings, measure_machine
     from deepseek.planning.naming import save_cluster
 
     with working("measuring this machine"):
-        cluster = make_cluster(measure_machine())
+        cluster = build_cluster(measure_machine())
     save_cluster(cluster, path, measured_on=describe_surroundings())
     print(f"measured this machine, kept in {path}", file=sys.stderr)
     return cluster
@@ -236,16 +236,16 @@ def _predict_runs(runs: Path, out: Path | None) -> None:
 def _print_curve(name: str, cluster: str | None, *, as_json: bool) -> None:
     from deepseek.cli.screen.plans import show_curve
     from deepseek.planning.naming import find_accelerator
-    from deepseek.planning.scaling import draw_curve
+    from deepseek.planning.scaling import build_curve
 
-    curve = draw_curve(name, accelerator=find_accelerator(cluster or "dgx-a100").name)
+    curve = build_curve(name, accelerator=find_accelerator(cluster or "dgx-a100").name)
     if as_json:
         _print_json(curve.to_dict())
     else:
         show_curve(curve)
 
 
-def _search(request: Request, limits: Limits, strategy: str | None, *, is_compiled: bool) -> PlanningResult:
+def _search(request: Asked, limits: Limits, strategy: str | None, *, is_compiled: bool) -> PlanningResult:
     from deepseek.planning.search.planner import plan as search
     from deepseek.planning.strategies import read_strategy
 
@@ -261,7 +261,7 @@ def _search(request: Request, limits: Limits, strategy: str | None, *, is_compil
         )
 
 
-def _narrow(request: Request, space: Any, *, is_compiled: bool) -> Any:
+def _narrow(request: Asked, space: Any, *, is_compiled: bool) -> Any:
     """The space of a request: its precision, and for a recipe what this trainer does."""
     from dataclasses import replace
 
@@ -312,14 +312,14 @@ def _print_result(result: PlanningResult, top: int, *, as_json: bool) -> None:
         show_result(result, top)
 
 
-def _draw(request: Request, result: PlanningResult, path: Path) -> None:
+def _draw(request: Asked, result: PlanningResult, path: Path) -> None:
     from deepseek.cli.screen.plans import draw_picture
 
     draw_picture(request.model, request.cluster, result.best.plan, request.global_batch, path, result.software)
     print(f"timeline: {path}", file=sys.stderr)
 
 
-def _check(request: Request, result: PlanningResult, steps: int, *, as_json: bool) -> None:
+def _check(request: Asked, result: PlanningResult, steps: int, *, as_json: bool) -> None:
     from deepseek.bench.plan_check import check_plan
     from deepseek.cli.screen.events import working
     from deepseek.cli.screen.plans import show_check

@@ -1,9 +1,9 @@
 """Collectives as values: who sends which part of a buffer to whom, step by step.
 
 One file each, one signature: `order_messages(world_size, num_elements, domain_size)` returns the steps, each a tuple
-of `Message`s that travel at the same time. `playing.py` moves numbers by them, over torch.distributed or in one
-process; `collectives_cost` prices the same algorithms in closed form, and tests hold the bytes of both against each
-other.
+of `RankMessage`s that travel at the same time. `executing.py` moves numbers by them, over torch.distributed or
+in one process; `planning/estimate/communication.py` times the same algorithms in closed form, and tests hold the bytes
+of both against each other.
 """
 
 from __future__ import annotations

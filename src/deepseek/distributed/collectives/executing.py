@@ -1,7 +1,7 @@
 """Execute a schedule of messages: between processes with torch.distributed, or between arrays in one process.
 
 `run_steps_` posts the sends and receives of one step together, so that rings and swaps cannot wait for each other,
-and counts the bytes that its rank sends. `play_steps_` does the same on arrays and is what the property tests use.
+and counts the bytes that its rank sends. `apply_steps_` does the same on arrays and is what the property tests use.
 How long a schedule takes on given links is said by `planning.estimate.communication.time_steps`.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek.distributed.collectives.messages import Message, Step
+from deepseek.distributed.collectives.messages import RankMessage, Step
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def run_steps_(
     return sent_bytes
 
 
-def play_steps_(buffers: Sequence[NDArray[np.float64]], steps: Iterable[Step]) -> list[int]:
+def apply_steps_(buffers: Sequence[NDArray[np.float64]], steps: Iterable[Step]) -> list[int]:
     """Exchange the arrays of all ranks in place; returns the bytes that each rank sent."""
     sent = [0] * len(buffers)
     for step in steps:
@@ -57,6 +57,6 @@ def play_steps_(buffers: Sequence[NDArray[np.float64]], steps: Iterable[Step]) -
     return sent
 
 
-def _receive_(buffer: NDArray[np.float64], message: Message, piece: NDArray[np.float64]) -> None:
+def _receive_(buffer: NDArray[np.float64], message: RankMessage, piece: NDArray[np.float64]) -> None:
     target = buffer[message.target_start : message.target_start + message.num_elements]
     target[:] = target + piece if message.is_added else piece

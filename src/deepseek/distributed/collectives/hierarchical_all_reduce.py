@@ -11,7 +11,7 @@ from deepseek.distributed.collectives.messages import Step, check_counts, cut, m
 
 
 def order_messages(world_size: int, num_elements: int, domain_size: int = 1) -> tuple[Step, ...]:
-    """The steps over buffers of `num_elements` on domains of `domain_size` neighbouring ranks.
+    """List the steps over buffers of `num_elements` on domains of `domain_size` neighbouring ranks.
 
     >>> len(order_messages(8, 64, 4))
     8
@@ -20,13 +20,13 @@ def order_messages(world_size: int, num_elements: int, domain_size: int = 1) -> 
     domains = [list(range(first, first + domain_size)) for first in range(0, world_size, domain_size)]
     parts = cut(num_elements, domain_size)
     summed = merge_steps([pass_around(domain, parts, -1, is_added=True) for domain in domains])
-    across = merge_steps([_reduce_across(domains, place, parts[place]) for place in range(domain_size)])
+    across = merge_steps([_reduce_across(domains, index, parts[index]) for index in range(domain_size)])
     gathered = merge_steps([pass_around(domain, parts, 0, is_added=False) for domain in domains])
     return tuple(summed + across + gathered)
 
 
-def _reduce_across(domains: list[list[int]], place: int, part: tuple[int, int]) -> list[Step]:
-    ranks = [domain[place] for domain in domains]
+def _reduce_across(domains: list[list[int]], index: int, part: tuple[int, int]) -> list[Step]:
+    ranks = [domain[index] for domain in domains]
     start, stop = part
     pieces = [(start + low, start + high) for low, high in cut(stop - start, len(ranks))]
     return pass_around(ranks, pieces, -1, is_added=True) + pass_around(ranks, pieces, 0, is_added=False)

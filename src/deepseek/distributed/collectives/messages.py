@@ -14,7 +14,7 @@ from deepseek.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Message:
+class RankMessage:
     """Elements `start` to `stop` of the sender go to `target_start` of the receiver, which adds or takes them."""
 
     source: int
@@ -30,7 +30,7 @@ class Message:
         return self.stop - self.start
 
 
-Step = tuple[Message, ...]
+Step = tuple[RankMessage, ...]
 
 
 def cut(num_elements: int, parts: int) -> list[tuple[int, int]]:
@@ -53,19 +53,19 @@ def check_counts(world_size: int, num_elements: int, domain_size: int = 1) -> No
 
 
 def pass_around(ranks: list[int], parts: list[tuple[int, int]], first: int, *, is_added: bool) -> list[Step]:
-    """One way around a ring: in each of n-1 steps every rank sends one part to its neighbour.
+    """List one way around a ring: in each of n-1 steps every rank sends one part to its neighbor.
 
-    In step s the rank at place i sends part `i + first - s`; with `first=-1` and adding, place i ends up with the sum
-    of part i, and with `first=0` and copying, all places end up with all parts.
+    In step s the rank at index i sends part `i + first - s`; with `first=-1` and adding, index i ends up with the sum
+    of part i, and with `first=0` and copying, all ranks end up with all parts.
     """
     size = len(ranks)
     steps = []
     for step in range(size - 1):
-        sent = [(place, parts[(place + first - step) % size]) for place in range(size)]
+        sent = [(index, parts[(index + first - step) % size]) for index in range(size)]
         steps.append(
             tuple(
-                Message(ranks[place], ranks[(place + 1) % size], start, stop, start, is_added)
-                for place, (start, stop) in sent
+                RankMessage(ranks[index], ranks[(index + 1) % size], start, stop, start, is_added)
+                for index, (start, stop) in sent
                 if stop > start
             )
         )
@@ -73,14 +73,14 @@ def pass_around(ranks: list[int], parts: list[tuple[int, int]], first: int, *, i
 
 
 def merge_steps(groups: Iterable[list[Step]]) -> list[Step]:
-    """Schedules of disjoint groups of equal length, side by side."""
+    """Merge schedules of disjoint groups of equal length, side by side."""
     return [tuple(message for step in steps for message in step) for steps in zip(*groups, strict=True)]
 
 
 def count_sent(steps: Iterable[Step], rank: int) -> int:
-    """Elements that `rank` sends.
+    """Count elements that `rank` sends.
 
-    >>> count_sent([(Message(0, 1, 0, 5, 0),)], 0)
+    >>> count_sent([(RankMessage(0, 1, 0, 5, 0),)], 0)
     5
     """
     return sum(message.num_elements for step in steps for message in step if message.source == rank)

@@ -6,11 +6,11 @@ Every pair meets in exactly one step and swaps in place, so the buffer needs no 
 from __future__ import annotations
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed.collectives.messages import Message, Step, check_counts, cut
+from deepseek.distributed.collectives.messages import RankMessage, Step, check_counts, cut
 
 
 def order_messages(world_size: int, num_elements: int, domain_size: int = 1) -> tuple[Step, ...]:
-    """The steps over buffers of `num_elements` of which part j is for rank j; pairs know no domains.
+    """List the steps over buffers of `num_elements` of which part j is for rank j; pairs know no domains.
 
     >>> [len(step) for step in order_messages(3, 6)]
     [2, 2, 2]
@@ -24,7 +24,7 @@ def order_messages(world_size: int, num_elements: int, domain_size: int = 1) -> 
         pairs = [(rank, (step - rank) % world_size) for rank in range(world_size)]
         steps.append(
             tuple(
-                Message(rank, partner, *parts[partner], parts[rank][0])
+                RankMessage(rank, partner, *parts[partner], parts[rank][0])
                 for rank, partner in pairs
                 if rank != partner and num_elements
             )

@@ -6,7 +6,7 @@ from deepseek.distributed.collectives.messages import Step, check_counts, cut, p
 
 
 def order_messages(world_size: int, num_elements: int, domain_size: int = 1) -> tuple[Step, ...]:
-    """The steps over buffers of `num_elements` of which rank i holds part i; a ring knows no domains.
+    """List the steps over buffers of `num_elements` of which rank i holds part i; a ring knows no domains.
 
     >>> len(order_messages(4, 8))
     3

@@ -10,7 +10,7 @@ from deepseek.distributed.collectives.messages import Step
 
 
 def order_messages(world_size: int, num_elements: int, domain_size: int = 1) -> tuple[Step, ...]:
-    """The steps over buffers of `num_elements` that are whole on every rank; a ring knows no domains.
+    """List the steps over buffers of `num_elements` that are whole on every rank; a ring knows no domains.
 
     >>> len(order_messages(4, 8))
     6

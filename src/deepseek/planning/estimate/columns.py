@@ -1,13 +1,14 @@
 """Many predictions at once: every size of model, cluster and plan as an array with one entry per case.
 
-The formulas of `cost`, `collectives_cost`, `memory` and `predict` are written once, on these columns: a single
-prediction is a table of one row, the search a table of 10**5 rows over one model, the fit a table of all published
-runs. Arrays broadcast, so a column that is the same for all cases has length 1.
+The formulas of `compute`, `communication`, `memory` and `step` are written once, on these columns: a single prediction
+is a table of one row, the search a table of 10**5 rows over one model, the fit a table of all published runs. Arrays
+broadcast, so a column that is the same for all cases has length 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,62 +24,170 @@ from deepseek.planning.models.model_shape import ModelShape, OperatorList
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-MODEL_COLUMNS = (
-    "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocabulary", "sequence", "experts", "top_k",
-    "expert_ffn", "shared_experts", "moe_layers", "tied_embeddings", "is_latent", "q_lora_rank", "kv_lora_rank",
-    "qk_nope_dim", "qk_rope_dim", "v_head_dim", "mtp_layers", "attention_parameters", "dense_mlp_parameters",
-    "expert_parameters", "embedding_parameters", "capacity_factor", "frozen_weights",
-)  # fmt: skip
-PLAN_COLUMNS = (
-    "tp", "pp", "dp", "ep", "cp", "etp", "zero_stage", "micro_batch_size", "virtual_stages", "sequence_parallel",
-    "shard_group",
-)  # fmt: skip
-SOFTWARE_COLUMNS = (
-    "is_compiled", "overlaps_gradients", "overlaps_tensors", "overlaps_experts", "overlaps_input_gradients",
-    "splits_messages", "fuses_accumulation", "fuses_elementwise", "has_fp32_gradients", "stops_recomputing",
-    "regathers_inputs", "logit_bytes", "offloads_optimizer", "gathers_layers", "counts_tokens",
-    "balances_stages", "selects_attention", "sends_tokens_once", "narrows_shards", "records_layers", "fuses_experts",
-)  # fmt: skip
+_TOPOLOGIES = ("switch", "pairs", "mesh")
+# Words are stored as their index in the list of choices; these are the ones that formulas ask for.
+SELECTIVE, FULL = (float(RECOMPUTATIONS.index(word)) for word in ("selective", "full"))
+GPIPE, INTERLEAVED, ZERO_BUBBLE = (float(SCHEDULES.index(word)) for word in ("gpipe", "interleaved", "zero_bubble"))
+UNFUSED, FLASH, FLASH_3 = (float(ATTENTIONS.index(word)) for word in ("unfused", "flash", "flash3"))
+SWITCH, PAIRS, MESH = (float(_TOPOLOGIES.index(word)) for word in ("switch", "pairs", "mesh"))
+
 # Bytes of one element of a matrix operand as it is read by the matrix units.
 OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}
 
 # Achievable share of the 16 bit peak on the devices that a family's constants were fitted on: another device of the
 # family whose own share is known differs by the ratio.
 _USUAL_ACHIEVABLE = {"ampere": 0.869, "hopper": 0.803, "blackwell": 0.775, "cdna": 0.803, "other": 0.869, "ada": 0.869}
-_TOPOLOGIES = ("switch", "pairs", "mesh")
 _SWITCH_REDUCTION = frozenset({"hopper", "blackwell"})  # NVSwitch 3 and later add up inside the switch
 _ASYNCHRONOUS_MATMUL = frozenset({"hopper", "blackwell"})  # what FlashAttention 3 builds on
 
 
-class Columns:
-    """Named arrays, read as attributes."""
+class _ModelColumns:
+    """Sizes of a decoder, as `ModelShape` has them."""
+
+    layers: Array
+    hidden: Array
+    heads: Array
+    kv_heads: Array
+    head_dim: Array
+    ffn: Array
+    gated: Array
+    vocabulary: Array
+    sequence: Array
+    experts: Array
+    top_k: Array
+    expert_ffn: Array
+    shared_experts: Array
+    moe_layers: Array
+    tied_embeddings: Array
+    is_latent: Array
+    q_lora_rank: Array
+    kv_lora_rank: Array
+    qk_nope_dim: Array
+    qk_rope_dim: Array
+    v_head_dim: Array
+    mtp_layers: Array
+    attention_parameters: Array
+    dense_mlp_parameters: Array
+    expert_parameters: Array
+    embedding_parameters: Array
+    capacity_factor: Array
+    frozen_weights: Array
+
+
+class _PlanColumns:
+    """Numbers of a `Plan`; the search varies these."""
+
+    tp: Array
+    pp: Array
+    dp: Array
+    ep: Array
+    cp: Array
+    etp: Array
+    zero_stage: Array
+    micro_batch_size: Array
+    virtual_stages: Array
+    sequence_parallel: Array
+    shard_group: Array
+
+
+class _SoftwareColumns:
+    """Traits of a program, as `Software` has them."""
+
+    is_compiled: Array
+    overlaps_gradients: Array
+    overlaps_tensors: Array
+    overlaps_experts: Array
+    overlaps_input_gradients: Array
+    splits_messages: Array
+    fuses_accumulation: Array
+    fuses_elementwise: Array
+    has_fp32_gradients: Array
+    stops_recomputing: Array
+    regathers_inputs: Array
+    logit_bytes: Array
+    offloads_optimizer: Array
+    gathers_layers: Array
+    counts_tokens: Array
+    balances_stages: Array
+    selects_attention: Array
+    sends_tokens_once: Array
+    narrows_shards: Array
+    records_layers: Array
+    fuses_experts: Array
+
+
+class _ConstantColumns:
+    """What share of a datasheet is reached, as `Constants` says."""
+
+    matmul_fraction: Array
+    narrow_fraction: Array
+    matmul_fill_depth: Array
+    attention_fraction: Array
+    memory_fraction: Array
+    launch_s: Array
+    scale_up_fraction: Array
+    network_fraction: Array
+    collective_s: Array
+    exposed_fraction: Array
+    communicator_bytes: Array
+    fragmentation_fraction: Array
+
+
+MODEL_COLUMNS = tuple(_ModelColumns.__annotations__)
+PLAN_COLUMNS = tuple(_PlanColumns.__annotations__)
+SOFTWARE_COLUMNS = tuple(_SoftwareColumns.__annotations__)
+
+
+class Columns(_ModelColumns, _PlanColumns, _SoftwareColumns, _ConstantColumns):
+    """A table whose columns are attributes; a table of a traced network lacks those of a decoder."""
+
+    recomputation: Array
+    schedule: Array
+    attention: Array
+    operand_bytes: Array
+    global_batch: Array
+    num_parameters: Array  # of a traced network only
+    gpus_per_node: Array
+    num_devices: Array
+    num_nodes: Array
+    scale_up_size: Array
+    peak_flops: Array
+    peak_flops_16: Array
+    processors: Array
+    topology: Array
+    has_switch_reduction: Array
+    has_asynchronous_matmul: Array
+    is_host: Array
+    memory_bandwidth: Array
+    device_memory_bytes: Array
+    scale_up_alpha_s: Array
+    scale_up_bandwidth: Array
+    network_alpha_s: Array
+    network_bandwidth: Array
 
     def __init__(self, values: Mapping[str, Array]) -> None:
-        self._values = dict(values)
+        assert set(values) <= _KNOWN_COLUMNS, f"unknown columns {set(values) - _KNOWN_COLUMNS}"
+        self.__dict__.update(values)
 
-    def __getattr__(self, name: str) -> Array:
-        """The column called `name`."""
-        try:
-            return self.__dict__["_values"][name]  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError(f"no column {name!r}") from None
+    def with_columns(self, **values: Array) -> Self:
+        """Return the same table with some columns added or replaced."""
+        return type(self)({**self.__dict__, **values})
 
-    def with_columns(self, **values: Array) -> Columns:
-        """The same table with some columns added or replaced."""
-        return Columns({**self._values, **values})
+    def take(self, rows: NDArray[np.intp] | NDArray[np.bool_] | slice) -> Self:
+        """Return some of the rows; columns of length 1 stay as they are."""
+        return type(self)({name: value if len(value) == 1 else value[rows] for name, value in self.__dict__.items()})
 
-    def take(self, rows: NDArray[np.intp] | NDArray[np.bool_] | slice) -> Columns:
-        """Some of the rows; columns of length 1 stay as they are."""
-        return Columns({name: value if len(value) == 1 else value[rows] for name, value in self._values.items()})
+
+_KNOWN_COLUMNS = frozenset(name for kind in Columns.__mro__ for name in getattr(kind, "__annotations__", {}))
 
 
 def describe_model(model: ModelShape) -> dict[str, float]:
-    """The sizes of a model, by column."""
+    """Describe the sizes of a model, by column."""
     return {name: float(getattr(model, name)) for name in MODEL_COLUMNS}
 
 
 def describe_plan(plan: Plan) -> dict[str, float]:
-    """The numbers of a plan, by column; words become their place in the list of choices."""
+    """Describe the numbers of a plan, by column; words become their index in the list of choices."""
     values = {name: float(getattr(plan, name)) for name in PLAN_COLUMNS}
     values["recomputation"] = float(RECOMPUTATIONS.index(plan.recomputation))
     values["schedule"] = float(SCHEDULES.index(plan.schedule))
@@ -87,14 +196,14 @@ def describe_plan(plan: Plan) -> dict[str, float]:
 
 
 def describe_software(software: Software) -> dict[str, float]:
-    """The traits of a program, by column; the attention kernel becomes its index in the list of choices."""
+    """Describe the traits of a program, by column; the attention kernel becomes its index in the list of choices."""
     values = {name: float(getattr(software, name)) for name in SOFTWARE_COLUMNS}
     return {**values, "attention": float(ATTENTIONS.index(software.attention))}
 
 
 def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
-    """Speeds of the slowest device and of the links of a cluster, by column."""
-    slowest = min((node.accelerator for node in cluster.nodes), key=lambda each: each.get_peak_flops(precision))
+    """Describe speeds of the slowest device and of the links of a cluster, by column."""
+    slowest = min((node.accelerator for node in cluster.nodes), key=lambda device: device.get_peak_flops(precision))
     usual = _USUAL_ACHIEVABLE.get(slowest.family, 1.0)
     share = 1.0 if slowest.achievable_fraction is None else slowest.achievable_fraction / usual
     return {
@@ -119,14 +228,14 @@ def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
 
 
 def describe_constants(constants: Constants) -> dict[str, float]:
-    """The constants of one device or family, by column."""
+    """Describe the constants of one device or family, by column."""
     return {name: getattr(constants, name) for name in NAMES}
 
 
 def describe_case(
     model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int, software: Software = MODERN
 ) -> dict[str, float]:
-    """Everything one prediction needs, by column."""
+    """Describe everything one prediction needs, by column."""
     return {
         **describe_model(model),
         **describe_cluster(cluster, plan.precision),
@@ -140,7 +249,7 @@ def describe_case(
 def describe_operators(
     model: OperatorList, cluster: Cluster, plan: Plan, global_batch: int, software: Software = MODERN
 ) -> dict[str, float]:
-    """Everything one prediction of a traced list needs, by column; its sizes stay in the list."""
+    """Describe everything one prediction of a traced list needs, by column; its sizes stay in the list."""
     return {
         **describe_cluster(cluster, plan.precision),
         **describe_constants(cluster.nodes[0].accelerator.constants),
@@ -159,7 +268,7 @@ def spread_plans(
     varied: Mapping[str, Array],
     software: Software = MODERN,
 ) -> Columns:
-    """A table over one model and cluster: `plan` everywhere, but for the `varied` columns (one entry per candidate).
+    """Build a table over one model and cluster: `plan` but for the `varied` columns (one entry per candidate).
 
     Columns that do not vary have length 1, so a million candidates cost what their differences cost.
 
@@ -176,6 +285,6 @@ def spread_plans(
 
 
 def stack_cases(cases: Sequence[Mapping[str, float]]) -> Columns:
-    """A table with one row per case."""
+    """Build a table with one row per case."""
     names = cases[0].keys()
     return Columns({name: np.array([case[name] for case in cases], dtype=np.float64) for name in names})

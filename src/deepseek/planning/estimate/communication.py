@@ -26,9 +26,8 @@ import numpy as np
 
 from deepseek.distributed.collectives.messages import Step
 from deepseek.distributed.topology import LinkClass
-from deepseek.planning.estimate.columns import Array, Columns, Flags
+from deepseek.planning.estimate.columns import MESH, PAIRS, SWITCH, Array, Columns, Flags
 
-_SWITCH, _PAIRS, _MESH = 0.0, 1.0, 2.0  # places in columns._TOPOLOGIES
 # Disjoint rings through 2 to 8 devices of the hybrid cube mesh, of the six links that each device has.
 _MESH_RINGS = np.array([6.0, 6.0, 1.0, 2.0, 4.0, 2.0, 2.0, 4.0, 6.0])
 _SWITCH_OVERHEAD = 1.2  # multimem stores and loads against plain copies
@@ -49,8 +48,8 @@ class Group:
         return np.maximum(self.size / self.spread, 1.0)
 
 
-def place_group(c: Columns, size: Array, stride: Array) -> Group:
-    """The group of `size` ranks that are `stride` apart in rank order."""
+def form_group(c: Columns, size: Array, stride: Array) -> Group:
+    """Return the group of `size` ranks that are `stride` apart in rank order."""
     per_domain = np.maximum(np.floor(c.scale_up_size / stride), 1.0)
     return Group(size, np.maximum(np.ceil(size / np.minimum(per_domain, size)), 1.0))
 
@@ -59,7 +58,7 @@ def _scale_up_bandwidth(c: Columns, ranks: Array) -> Array:
     few = np.clip(ranks, 2, 8)
     pairs = (few - 1) / 7.0
     mesh = _MESH_RINGS[few.astype(np.intp)] / 6.0
-    share = np.where(c.topology == _PAIRS, pairs, np.where(c.topology == _MESH, mesh, 1.0))
+    share = np.where(c.topology == PAIRS, pairs, np.where(c.topology == MESH, mesh, 1.0))
     return c.scale_up_bandwidth * c.scale_up_fraction * share
 
 
@@ -90,17 +89,17 @@ def _pass_ring_s(c: Columns, num_bytes: Array, group: Group) -> Array:
 
 
 def scatter_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Array:
-    """Reduce-scatter, or all-gather, of a full buffer of `num_bytes` over `group`."""
+    """Time a reduce-scatter, or an all-gather, of a full buffer of `num_bytes` over `group`."""
     return _only_where(c, num_bytes, group, _pass_ring_s(c, num_bytes, group))
 
 
 def ring_all_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Array:
-    """All-reduce as two passes around a ring."""
+    """Time an all-reduce as two passes around a ring."""
     return _only_where(c, num_bytes, group, 2 * _pass_ring_s(c, num_bytes, group))
 
 
 def tree_all_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Array:
-    """All-reduce up and down two trees, pipelined."""
+    """Time an all-reduce up and down two trees, pipelined."""
     bandwidth = _ring_bandwidth(c, group)
     up = np.ceil(np.log2(group.spread)) * (c.network_alpha_s + _fill_s(c, num_bytes, bandwidth))
     chain = (group.inside - 1) * c.scale_up_alpha_s
@@ -108,7 +107,7 @@ def tree_all_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Array:
 
 
 def hierarchical_all_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Array:
-    """Rings inside the domains and across them at once, chunk by chunk; inside the switch where it can add."""
+    """Time rings inside the domains and across them at once, chunk by chunk; inside the switch where it can add."""
     inner = Group(group.inside, np.ones_like(group.spread))
     ring = 2 * (inner.size - 1) / inner.size * num_bytes / _scale_up_bandwidth(c, inner.size)
     within = np.where(c.has_switch_reduction > 0, np.minimum(ring, _switch_s(c, num_bytes, inner)), ring)
@@ -125,26 +124,26 @@ def _switch_s(c: Columns, num_bytes: Array, group: Group) -> Array:
 
 
 def all_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Array:
-    """All-reduce by the algorithm that is fastest for this size and group."""
+    """Time an all-reduce by the algorithm that is fastest for this size and group."""
     flat = np.minimum(ring_all_reduce_s(c, num_bytes, group), tree_all_reduce_s(c, num_bytes, group))
     return np.minimum(flat, hierarchical_all_reduce_s(c, num_bytes, group))
 
 
 def all_to_all_s(c: Columns, num_bytes: Array, group: Group, remote_bytes: Array | None = None) -> Array:
-    """Every rank sends `num_bytes` in equal parts to all ranks of `group`.
+    """Time an exchange in which every rank sends `num_bytes` in equal parts to all ranks of `group`.
 
     `remote_bytes` is what leaves the domain, if less than the equal parts say (tokens sent once per node).
     """
     inside = (group.inside - 1) / group.size * num_bytes / (_SCATTERED * _scale_up_bandwidth(c, group.inside))
     leaving = (group.size - group.inside) / group.size * num_bytes if remote_bytes is None else remote_bytes
     across = leaving / _network_bandwidth(c)
-    messages = np.where(c.topology == _SWITCH, 1.0, group.inside - 1)
+    messages = np.where(c.topology == SWITCH, 1.0, group.inside - 1)
     steps = messages * c.scale_up_alpha_s + (group.spread - 1) * c.network_alpha_s
     return _only_where(c, num_bytes, group, steps + np.maximum(inside, across))
 
 
 def send_s(c: Columns, num_bytes: Array, is_remote: Flags) -> Array:
-    """One message to a neighbour, inside a domain or across the network."""
+    """Time one message to a neighbor, inside a domain or across the network."""
     inside = c.scale_up_alpha_s + num_bytes / _scale_up_bandwidth(c, np.full_like(num_bytes, 8.0))
     across = c.network_alpha_s + num_bytes / _network_bandwidth(c)
     return np.where(is_remote, across, inside)
@@ -153,7 +152,7 @@ def send_s(c: Columns, num_bytes: Array, is_remote: Flags) -> Array:
 def time_steps(
     steps: Iterable[Step], element_bytes: int, domain_size: int, scale_up: LinkClass, network: LinkClass
 ) -> float:
-    """Seconds of a schedule whose messages stay inside domains of `domain_size` ranks or cross between them.
+    """Time a schedule whose messages stay inside domains of `domain_size` ranks or cross between them.
 
     Each step lasts as long as its slowest message; ranks that leave a domain each have a network card of their own.
     """

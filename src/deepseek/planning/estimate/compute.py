@@ -1,8 +1,8 @@
-"""Seconds of the operators of one layer, by shape: matrix products, attention, elementwise kernels, kernel launches.
+"""Seconds of the operators of one layer, by shape: matmuls, attention, elementwise kernels, kernel launches.
 
-A matrix product runs in tiles, one per processor at a time. The last wave of tiles is rarely full and each tile pays
+A matmul runs in tiles, one per processor at a time. The last wave of tiles is rarely full and each tile pays
 `matmul_fill_depth` elements of the contracted dimension before its inner loop is at speed; the library's choice among
-tile sizes is the fastest of four. A product cannot be faster than its operands arrive from memory. Elementwise kernels
+tile sizes is the fastest of four. A matmul cannot be faster than its operands arrive from memory. Elementwise kernels
 cost their bytes. A device waits for the host where kernels are shorter than it takes to issue them.
 
 Everything is per device, per micro-batch and per layer, on columns (one entry per case).
@@ -16,14 +16,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from deepseek.planning.estimate.columns import Array, Columns
+from deepseek.planning.estimate.columns import FLASH, FLASH_3, UNFUSED, Array, Columns
 
 # Rows and columns of an output tile, and its speed relative to the largest (smaller tiles reload operands more often).
 _TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
-BACKWARD_ATTENTION = 2.5  # five products instead of two (Dao et al. 2022)
-# Bytes per score: product out, softmax in and out, dropout in, out and mask, product in; and the same on the way back.
+BACKWARD_ATTENTION = 2.5  # five matmuls instead of two (Dao et al. 2022)
+# Bytes per score: matmul out, softmax in and out, dropout in, out and mask, matmul in; and the same on the way back.
 _UNFUSED_SCORE_BYTES, _UNFUSED_SCORE_BYTES_BACKWARD = 13.0, 15.0
-_UNFUSED, _FLASH, _FLASH_3 = 0.0, 1.0, 3.0  # places in software.ATTENTIONS
 _FLASH_1_SPEED = 0.55  # FlashAttention 1 relative to 2 (Dao 2023, arXiv:2307.08691, figures 4 to 7)
 _FLASH_3_SPEED = 1.75  # FlashAttention 3 relative to 2 on Hopper (Shah et al. 2024, arXiv:2407.08608)
 # Kernels that a decoder layer issues going forward; backward issues about as many from C++ at the same cost a layer.
@@ -35,8 +34,8 @@ _BACKWARD_ELEMENTWISE = 1.5  # bytes going back, relative to going forward
 # What that counts per element for one norm, one residual and one gate of three equal sizes, forward and back.
 BYTES_OF_PLAIN_KERNELS = (1 + _BACKWARD_ELEMENTWISE) * _PLAIN_ELEMENTWISE * (_ROW_BYTES / 2 + 3 * _GATE_BYTES)
 _LAST_WAVE = 0.4  # of an unfilled last wave's time that is lost: libraries cut the contracted dimension to fill it
-_KERNELS_EXPERTS, _KERNELS_CAPACITY = 120.0, 50.0  # routing, counting and permuting; with a fixed number of places
-_KERNELS_EACH_EXPERT = 5.0  # two products, a gate and two casts, of each expert that a device holds
+_KERNELS_EXPERTS, _KERNELS_CAPACITY = 120.0, 50.0  # routing, counting and permuting; with a fixed capacity
+_KERNELS_EACH_EXPERT = 5.0  # two matmuls, a gate and two casts, of each expert that a device holds
 _KERNELS_EXCHANGE = 3.0  # host work of one collective, in kernels
 _HOST_LINK = 2e10  # bytes/s between a device and the host's memory, where the optimizer may live
 _MISALIGNED = 2.3  # cuBLAS on A100: a head of 50257 words against 50304, heads of 108 elements (squared: two operands)
@@ -71,20 +70,20 @@ class LayerTime:
         return self.matmul_backward_s + self.attention_backward_s + self.memory_backward_s
 
     def mix(self, other: LayerTime, share: Array) -> LayerTime:
-        """The average layer of a model in which `share` of the layers are `other`."""
-        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
+        """Return the average layer of a model in which `share` of the layers are `other`."""
+        pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
         return LayerTime(**{name: (1 - share) * one + share * two for name, (one, two) in pairs.items()})
 
 
 def count_tokens(c: Columns) -> Array:
-    """Tokens of one micro-batch on one device."""
+    """Count tokens of one micro-batch on one device."""
     return c.micro_batch_size * c.sequence / c.cp
 
 
 def multiply_s(
     c: Columns, m: Array, n: Array, k: Array, count: Array | float = 1.0, *, is_narrow: bool = True
 ) -> Array:
-    """`count` products of an (m, k) by a (k, n) matrix; `is_narrow` lets the plan's 8 or 4 bit operands be used."""
+    """Time `count` matmuls of (m, k) by (k, n); `is_narrow` lets the plan's 8 or 4 bit operands be used."""
     element = c.operand_bytes if is_narrow else np.maximum(c.operand_bytes, 2.0)
     peak = np.where(element < 2, c.peak_flops * c.narrow_fraction, c.peak_flops_16 * c.matmul_fraction)
     peak = np.where(element > 2, c.peak_flops * c.matmul_fraction, peak)
@@ -101,14 +100,14 @@ def multiply_s(
     return np.maximum(best, moved / (c.memory_bandwidth * c.memory_fraction)) + KERNEL_S
 
 
-def _product(c: Columns, m: Array, n: Array, k: Array, count: Array | float = 1.0) -> tuple[Array, Array, Array]:
-    """Forward, gradient of the input, and gradient of the weight of one linear layer."""
+def _time_linear(c: Columns, m: Array, n: Array, k: Array, count: Array | float = 1.0) -> tuple[Array, Array, Array]:
+    """Time a linear layer: forward, gradient of the input, gradient of the weight."""
     forward = multiply_s(c, m, n, k, count)
     return forward, multiply_s(c, m, k, n, count), multiply_s(c, n, k, m, count)
 
 
-def _sum(products: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
-    forward, inputs, weights = (np.sum(np.broadcast_arrays(*each), axis=0) for each in zip(*products, strict=True))
+def _sum(matmuls: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
+    forward, inputs, weights = (np.sum(np.broadcast_arrays(*passes), axis=0) for passes in zip(*matmuls, strict=True))
     return forward, inputs, weights
 
 
@@ -116,19 +115,19 @@ def _move_s(c: Columns, num_bytes: Array, kernels: float) -> Array:
     return num_bytes / (c.memory_bandwidth * c.memory_fraction) + kernels * KERNEL_S
 
 
-def _attention_products(c: Columns, tokens: Array) -> tuple[Array, Array, Array]:
+def _time_projections(c: Columns, tokens: Array) -> tuple[Array, Array, Array]:
     query, key = c.heads * c.head_dim / c.tp, c.kv_heads * c.head_dim / np.minimum(c.tp, c.kv_heads)
-    plain = _sum([_product(c, tokens, query + 2 * key, c.hidden), _product(c, tokens, c.hidden, query)])
+    plain = _sum([_time_linear(c, tokens, query + 2 * key, c.hidden), _time_linear(c, tokens, c.hidden, query)])
     if not np.any(c.is_latent):
         return plain
     heads, up = c.heads / c.tp, c.qk_nope_dim + c.qk_rope_dim
     low = np.where(c.q_lora_rank > 0, c.q_lora_rank, heads * up)
     latent = _sum(
         [
-            _product(c, tokens, low + c.kv_lora_rank + c.qk_rope_dim, c.hidden),
-            _product(c, tokens, heads * up, np.maximum(c.q_lora_rank, 1.0), np.where(c.q_lora_rank > 0, 1.0, 1e-9)),
-            _product(c, tokens, heads * (c.qk_nope_dim + c.v_head_dim), np.maximum(c.kv_lora_rank, 1.0)),
-            _product(c, tokens, c.hidden, heads * np.maximum(c.v_head_dim, 1.0)),
+            _time_linear(c, tokens, low + c.kv_lora_rank + c.qk_rope_dim, c.hidden),
+            _time_linear(c, tokens, heads * up, np.maximum(c.q_lora_rank, 1.0), np.where(c.q_lora_rank > 0, 1.0, 1e-9)),
+            _time_linear(c, tokens, heads * (c.qk_nope_dim + c.v_head_dim), np.maximum(c.kv_lora_rank, 1.0)),
+            _time_linear(c, tokens, c.hidden, heads * np.maximum(c.v_head_dim, 1.0)),
         ]
     )
     a, b, d = (np.where(c.is_latent > 0, one, two) for one, two in zip(latent, plain, strict=True))
@@ -136,75 +135,75 @@ def _attention_products(c: Columns, tokens: Array) -> tuple[Array, Array, Array]
 
 
 def count_score_dims(c: Columns) -> tuple[Array, Array]:
-    """Elements of a head that scores and results are made of."""
+    """Count elements of a head that scores and results are made of."""
     query = np.where(c.is_latent > 0, c.qk_nope_dim + c.qk_rope_dim, c.head_dim)
     return query, np.where(c.is_latent > 0, c.v_head_dim, c.head_dim)
 
 
 def _attend_s(c: Columns, tokens: Array) -> tuple[Array, Array]:
-    """Scores, softmax and weighted sum, forward and backward: fused where the plan says so."""
+    """Time scores, softmax and weighted sum, forward and backward: fused where the program does so."""
     query, value = count_score_dims(c)
     heads = c.heads / c.tp
     flops = 2.0 * tokens * c.sequence * heads * (query + value)
-    kernel = np.where(c.attention == _FLASH, _FLASH_1_SPEED, 1.0)
-    kernel = np.where((c.attention == _FLASH_3) & (c.has_asynchronous_matmul > 0), _FLASH_3_SPEED, kernel)
+    kernel = np.where(c.attention == FLASH, _FLASH_1_SPEED, 1.0)
+    kernel = np.where((c.attention == FLASH_3) & (c.has_asynchronous_matmul > 0), _FLASH_3_SPEED, kernel)
     speed = c.peak_flops_16 * c.matmul_fraction * c.attention_fraction * kernel
     fused = 0.5 * flops / speed  # half of the scores lie above the diagonal and are skipped
     sequences = c.micro_batch_size * heads
     length = c.sequence / c.cp
-    products = _count_misfit(query) ** 2 * (
+    matmuls = _count_misfit(query) ** 2 * (
         multiply_s(c, length, c.sequence, query, sequences, is_narrow=False)
         + multiply_s(c, length, value, c.sequence, sequences, is_narrow=False)
     )
     scores = sequences * length * c.sequence
-    unfused = products + _move_s(c, _UNFUSED_SCORE_BYTES * scores, 3)
-    unfused_backward = 2 * products + _move_s(c, _UNFUSED_SCORE_BYTES_BACKWARD * scores, 3)
-    is_fused = c.attention > 0
+    unfused = matmuls + _move_s(c, _UNFUSED_SCORE_BYTES * scores, 3)
+    unfused_backward = 2 * matmuls + _move_s(c, _UNFUSED_SCORE_BYTES_BACKWARD * scores, 3)
+    is_fused = c.attention != UNFUSED
     forward = np.where(is_fused, fused + KERNEL_S, unfused)
     return forward, np.where(is_fused, BACKWARD_ATTENTION * fused + KERNEL_S, unfused_backward)
 
 
 def _count_misfit(row: Array) -> Array:
-    """How much slower a product gets per operand whose rows do not fill whole vector loads."""
+    """Return how much slower a matmul gets per operand whose rows do not fill whole vector loads."""
     return np.where(np.round(row) % _ALIGNMENT == 0, 1.0, _MISALIGNED)
 
 
 def _shared_rows(c: Columns, tokens: Array) -> Array:
-    """Rows on which norms, residuals and dropout work: cut by sequence parallelism."""
+    """Return rows on which norms, residuals and dropout work: cut by sequence parallelism."""
     return np.where(c.sequence_parallel > 0, tokens / c.tp, tokens)
 
 
 def _cast_bytes(c: Columns, elements: Array) -> Array:
-    """Bytes of casting matrix operands down to 8 or 4 bit."""
+    """Return bytes of casting matrix operands down to 8 or 4 bit."""
     return np.where(c.operand_bytes < 2, elements * 3.0, 0.0)
 
 
 def time_dense_layer(c: Columns) -> LayerTime:
-    """One layer with a dense MLP."""
+    """Time one layer with a dense MLP."""
     tokens = count_tokens(c)
     ffn = np.maximum(c.ffn, 1.0) / c.tp
-    last = _product(c, tokens, c.hidden, ffn)
-    mlp = _sum([_product(c, tokens, ffn * (1 + c.gated), c.hidden), last])
+    last = _time_linear(c, tokens, c.hidden, ffn)
+    mlp = _sum([_time_linear(c, tokens, ffn * (1 + c.gated), c.hidden), last])
     return _assemble(c, tokens, mlp, tokens * ffn * (1 + c.gated), tokens * ffn, last[0])
 
 
 def time_expert_layer(c: Columns) -> LayerTime:
-    """One layer with experts: the router, the products of the local experts, the shared experts."""
+    """Time one layer with experts: the router, the matmuls of the local experts, the shared experts."""
     tokens = count_tokens(c)
     rows = tokens * c.top_k * c.capacity_factor * c.etp / c.tp
     local = np.maximum(c.experts / c.ep, 1.0)
     ffn = np.maximum(c.expert_ffn, 1.0) / c.etp
-    each = rows / local
+    rows_each = rows / local
     shared = c.shared_experts * np.maximum(c.expert_ffn, 1.0) / c.tp
     always = np.where(shared > 0, 1.0, 1e-9)
-    last = _product(c, each, c.hidden, ffn, local)
+    last = _time_linear(c, rows_each, c.hidden, ffn, local)
     mlp = _sum(
         [
-            _product(c, each, ffn * (1 + c.gated), c.hidden, local),
+            _time_linear(c, rows_each, ffn * (1 + c.gated), c.hidden, local),
             last,
-            _product(c, tokens, np.maximum(shared, 1.0) * (1 + c.gated), c.hidden, always),
-            _product(c, tokens, c.hidden, np.maximum(shared, 1.0), always),
-            _product(c, tokens, np.maximum(c.experts, 1.0), c.hidden),
+            _time_linear(c, tokens, np.maximum(shared, 1.0) * (1 + c.gated), c.hidden, always),
+            _time_linear(c, tokens, c.hidden, np.maximum(shared, 1.0), always),
+            _time_linear(c, tokens, np.maximum(c.experts, 1.0), c.hidden),
         ]
     )
     middle = rows * ffn + tokens * shared
@@ -230,7 +229,7 @@ def time_expert_layer(c: Columns) -> LayerTime:
 def _assemble(
     c: Columns, tokens: Array, mlp: tuple[Array, Array, Array], wide: Array, narrow: Array, last: Array
 ) -> LayerTime:
-    attention = _attention_products(c, tokens)
+    attention = _time_projections(c, tokens)
     forward, inputs, weights = (one + two for one, two in zip(attention, mlp, strict=True))
     score, score_backward = _attend_s(c, tokens)
     query, _ = count_score_dims(c)
@@ -252,7 +251,7 @@ def _assemble(
 
 
 def time_layer(c: Columns) -> LayerTime:
-    """The average layer of the model."""
+    """Time the average layer of the model."""
     dense = time_dense_layer(c)
     if not np.any(c.moe_layers):
         return dense
@@ -260,25 +259,25 @@ def time_layer(c: Columns) -> LayerTime:
 
 
 def time_head(c: Columns) -> tuple[Array, Array]:
-    """Logits and loss of one micro-batch, forward and backward."""
+    """Time logits and loss of one micro-batch, forward and backward."""
     tokens = count_tokens(c)
     words = c.vocabulary / c.tp
     wide = c.with_columns(operand_bytes=np.maximum(c.operand_bytes, 2.0))
     misfit = _count_misfit(words)
-    forward, inputs, weights = (misfit * each for each in _product(wide, tokens, words, c.hidden))
+    forward, inputs, weights = (misfit * seconds for seconds in _time_linear(wide, tokens, words, c.hidden))
     weights = np.where(c.frozen_weights > 0, 0.0, weights)
     return forward + _move_s(c, 16.0 * tokens * words, 6), inputs + weights + _move_s(c, 12.0 * tokens * words, 4)
 
 
 def time_embedding(c: Columns) -> tuple[Array, Array]:
-    """Looking up tokens, forward and backward."""
+    """Time looking up tokens, forward and backward."""
     tokens = count_tokens(c)
     moved = 8.0 * tokens * c.hidden
     return _move_s(c, moved, 3), _move_s(c, moved, 3)
 
 
 def count_rank_parameters(c: Columns) -> tuple[Array, Array]:
-    """Weights of the fullest rank: those copied over all data ranks, and those of its experts."""
+    """Count weights of the fullest rank: those copied over all data ranks, and those of its experts."""
     per_stage = np.ceil(c.layers / c.pp)
     moe_share = c.moe_layers / c.layers
     sparse = c.hidden * c.experts + c.shared_experts * c.expert_parameters
@@ -292,7 +291,7 @@ def count_rank_parameters(c: Columns) -> tuple[Array, Array]:
 
 
 def time_optimizer(c: Columns) -> Array:
-    """Adam on the rank's share of the weights: moments, master copy and gradient in and out, weight out."""
+    """Time Adam on the rank's share of the weights: moments, master copy and gradient in and out, weight out."""
     shared, experts = count_rank_parameters(c)
     expert_dp = np.maximum(c.tp * c.cp * c.dp / (c.ep * c.etp), 1.0)
     is_sharded = c.zero_stage > 0
@@ -304,7 +303,7 @@ def time_optimizer(c: Columns) -> Array:
 
 
 def time_accumulation(c: Columns) -> Array:
-    """Adding one micro-batch's weight gradients to the step's, per layer."""
+    """Time adding one micro-batch's weight gradients to the step's, per layer."""
     shared, experts = count_rank_parameters(c)
     element = np.where(c.has_fp32_gradients > 0, 4.0, 2.0)
     moved = np.where(c.fuses_accumulation > 0, element, 2.0 + 2 * element)

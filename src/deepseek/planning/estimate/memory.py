@@ -12,15 +12,13 @@ from __future__ import annotations
 import numpy as np
 
 from deepseek.planning.estimate import compute
-from deepseek.planning.estimate.columns import Array, Columns, Flags
+from deepseek.planning.estimate.columns import FULL, GPIPE, INTERLEAVED, SELECTIVE, UNFUSED, Array, Columns, Flags
 
 MEMORY_ITEMS = (
     "weights", "gradients", "optimizer", "activations", "logits", "communication_buffers", "context", "fragmentation",
 )  # fmt: skip
 _CONTEXT_BYTES = 0.8e9  # driver context and loaded kernels
-_SELECTED_SHARE = 0.42  # kept where elementwise results and every other product are recomputed
-_GPIPE, _INTERLEAVED = 0.0, 2.0
-_SELECTIVE, _FULL = 1.0, 2.0
+_SELECTED_SHARE = 0.42  # kept where elementwise results and every other matmul are recomputed
 
 
 def _divide(c: Columns, value: Array, stage: int, ranks: Array) -> Array:
@@ -28,15 +26,15 @@ def _divide(c: Columns, value: Array, stage: int, ranks: Array) -> Array:
 
 
 def count_in_flight(c: Columns) -> Array:
-    """Micro-batches whose activations the first stage holds, in whole stages."""
+    """Count micro-batches whose activations the first stage holds, in whole stages."""
     micro_batches = np.maximum(c.global_batch / (c.dp * c.micro_batch_size), 1.0)
     interleaved = c.pp * (1 + (c.pp - 1) / (c.pp * c.virtual_stages))
-    held = np.where(c.schedule == _INTERLEAVED, interleaved, c.pp)
-    return np.where(c.schedule == _GPIPE, micro_batches, np.minimum(held, micro_batches))
+    held = np.where(c.schedule == INTERLEAVED, interleaved, c.pp)
+    return np.where(c.schedule == GPIPE, micro_batches, np.minimum(held, micro_batches))
 
 
 def measure_layer(c: Columns) -> Array:
-    """Bytes that one layer keeps for one micro-batch without recomputation."""
+    """Measure bytes that one layer keeps for one micro-batch without recomputation."""
     tokens = compute.count_tokens(c)
     cut = np.where(c.sequence_parallel > 0, c.tp, 1.0)
     is_fused = (c.fuses_elementwise > 0) | (c.is_compiled > 0)
@@ -50,23 +48,23 @@ def measure_layer(c: Columns) -> Array:
 
 
 def _measure_rows(c: Columns, tokens: Array, cut: Array, operand: Array) -> Array:
-    """Norms and residuals: two inputs of 2 bytes, two results that are operands of products, two dropout masks."""
+    """Measure norms and residuals: two 2 byte inputs, two results that are operands of matmuls, two dropout masks."""
     gathered = np.where((c.sequence_parallel > 0) & (c.regathers_inputs == 0), 1.0, cut)
-    dropout = np.where(c.attention > 0, 0.0, 2.0 / cut)
+    dropout = np.where(c.attention != UNFUSED, 0.0, 2.0 / cut)
     return tokens * c.hidden * (4.0 / cut + 2 * operand / gathered + dropout)
 
 
 def _measure_attention(c: Columns, tokens: Array, operand: Array, is_fused: Flags) -> Array:
     query, value = compute.count_score_dims(c)
     keys = np.where(c.is_latent > 0, c.heads, c.kv_heads) * (query + value)
-    rotated = np.where(is_fused, 0.0, 2.0 * c.heads * query * (c.attention > 0))
+    rotated = np.where(is_fused, 0.0, 2.0 * c.heads * query * (c.attention != UNFUSED))
     vectors = tokens * (2.0 * c.heads * query + 2.0 * keys + operand * c.heads * value + rotated) / c.tp
     scores = 5.0 * c.micro_batch_size * c.heads / c.tp * (c.sequence / c.cp) * c.sequence
-    return vectors + np.where((c.attention > 0) | (c.recomputation == _SELECTIVE), 0.0, scores)
+    return vectors + np.where((c.attention != UNFUSED) | (c.recomputation == SELECTIVE), 0.0, scores)
 
 
 def _measure_width(c: Columns) -> Array:
-    """Channels of the MLP that one token passes through on one rank, of the average layer."""
+    """Measure channels of the MLP that one token passes through on one rank, of the average layer."""
     moe = c.moe_layers / c.layers
     routed = c.top_k * c.capacity_factor * c.etp / c.tp * c.expert_ffn + c.shared_experts * c.expert_ffn / c.tp
     return (1 - moe) * c.ffn / c.tp + moe * routed
@@ -80,7 +78,7 @@ def _measure_mlp(c: Columns, tokens: Array, operand: Array, is_fused: Flags) -> 
 
 
 def _measure_activations(c: Columns, logits: Array) -> Array:
-    """What all layers keep, and what the first of them to run backward takes besides.
+    """Measure what all layers keep, and what the first of them to run backward takes besides.
 
     It computes again what it did not keep. Where every operator is a kernel of its own, gradients pass through its MLP
     as tensors: of the block's output, of the norm's result from both projections, and of the wide results; fused
@@ -90,16 +88,16 @@ def _measure_activations(c: Columns, logits: Array) -> Array:
     whole = measure_layer(c)
     tokens = compute.count_tokens(c)
     entry = 2.0 * tokens * c.hidden / np.where(c.sequence_parallel > 0, c.tp, 1.0)
-    selected = np.where(c.attention > 0, _SELECTED_SHARE, 1.0) * whole
-    kept = np.where(c.recomputation == _FULL, entry, np.where(c.recomputation == _SELECTIVE, selected, whole))
+    selected = np.where(c.attention != UNFUSED, _SELECTED_SHARE, 1.0) * whole
+    kept = np.where(c.recomputation == FULL, entry, np.where(c.recomputation == SELECTIVE, selected, whole))
     is_plain = (c.fuses_elementwise == 0) & (c.is_compiled == 0)
     gradients = 2.0 * tokens * is_plain * (3 * c.hidden + _measure_width(c) * (2 + (c.gated > 0)))
-    again = np.where(c.recomputation == _FULL, whole, 0.0)
+    again = np.where(c.recomputation == FULL, whole, 0.0)
     return np.asarray(layers * count_in_flight(c) * kept + again + np.maximum(gradients - logits, 0.0))
 
 
 def measure_memory(c: Columns) -> dict[str, Array]:
-    """Bytes of the fullest rank by item, for every row."""
+    """Measure bytes of the fullest rank by item, for every row."""
     shared, experts = compute.count_rank_parameters(c)
     ranks = np.where(c.shard_group > 0, c.shard_group, c.dp * c.cp)
     expert_ranks = np.maximum(c.tp * c.cp * c.dp / (c.ep * c.etp), 1.0)
@@ -124,8 +122,8 @@ def measure_memory(c: Columns) -> dict[str, Array]:
 
 
 def _count_adam_bytes(c: Columns) -> Array:
-    """Master weight and two moments in 4 bytes each; with scaled fp16 gradients, as before 2022, a 4 byte copy, too."""
-    has_copies = (c.has_fp32_gradients == 0) & (c.zero_stage < 3) & (c.attention == 0)
+    """Count master weight and two moments, 4 bytes each; with scaled fp16 gradients, as before 2022, one more copy."""
+    has_copies = (c.has_fp32_gradients == 0) & (c.zero_stage < 3) & (c.attention == UNFUSED)
     return np.where(has_copies, 16.0, 12.0)
 
 

@@ -15,7 +15,7 @@ from deepseek.distributed.schedules import Kind, Work, order_work
 
 
 @dataclass(frozen=True)
-class Event:
+class TimelineEvent:
     """Work that was done on `stage` from `start_s` to `end_s`."""
 
     stage: int
@@ -28,7 +28,7 @@ class Event:
 class Timeline:
     """All events of one step, in order of their start."""
 
-    events: tuple[Event, ...]
+    events: tuple[TimelineEvent, ...]
     num_stages: int
 
     @property
@@ -81,7 +81,7 @@ def simulate(
     done_s: dict[_Pass, float] = {}
     free_s = [0.0] * count
     num_done = [0] * count
-    events: list[Event] = []
+    events: list[TimelineEvent] = []
     while any(num_done[stage] < len(orders[stage]) for stage in range(count)):
         has_moved = False
         for stage in range(count):
@@ -94,7 +94,7 @@ def simulate(
                 start_s = max(free_s[stage], ready_s)
                 end_s = start_s + _get_seconds(stages[stage], work.kind, is_split)
                 done_s[current] = end_s
-                events.append(Event(stage, work, start_s, end_s))
+                events.append(TimelineEvent(stage, work, start_s, end_s))
                 free_s[stage], num_done[stage], has_moved = end_s, num_done[stage] + 1, True
         assert has_moved, "the orders wait for each other"
     return Timeline(tuple(sorted(events, key=lambda event: (event.start_s, event.stage))), count)

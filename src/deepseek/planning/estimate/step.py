@@ -1,15 +1,15 @@
 """Seconds and bytes of one training step under a plan, before anything runs.
 
-`predict` prices one plan; `predict_columns` prices a whole table of them with the same formulas, fast enough for a
+`predict` estimates one plan; `predict_columns` a whole table of them with the same formulas, fast enough for a
 search (`columns.py` says how). A step is
 
     m micro-batches on the busiest stage  +  the pipeline's fill and drain  +  what data parallelism could not hide
     +  the optimizer
 
 where a stage is its layers (operators by shape, `compute.py`), its embedding or head, and the messages between ranks
-(`collectives_cost.py`) that overlap leaves exposed. The closed form of the schedules equals the event by event
-simulation of `simulate.py` for even stages and for a busier last one (tested); `predict(..., has_timeline=True)` runs
-the simulation too and returns its events for drawing.
+(`communication.py`) that overlap leaves exposed. The closed form of the schedules equals the event by event
+simulation of `simulation.py` for even stages and for a busier last one (tested); `predict(..., has_timeline=True)` runs
+the simulation too and returns its events for a picture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ from numpy.typing import NDArray
 from deepseek.distributed.plan import Plan
 from deepseek.planning.estimate import communication as collectives
 from deepseek.planning.estimate import compute
-from deepseek.planning.estimate.columns import Array, Columns, describe_case, describe_operators, stack_cases
+from deepseek.planning.estimate.columns import (
+    FULL,
+    SELECTIVE,
+    UNFUSED,
+    ZERO_BUBBLE,
+    Array,
+    Columns,
+    describe_case,
+    describe_operators,
+    stack_cases,
+)
 from deepseek.planning.estimate.memory import measure_memory
 from deepseek.planning.estimate.simulation import StageWork, Timeline, simulate
 from deepseek.planning.feasibility import validate
@@ -30,9 +40,7 @@ from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape, OperatorList
 
-_SELECTIVE, _FULL = 1.0, 2.0  # places in plan.RECOMPUTATIONS
-_ZERO_BUBBLE = 3.0  # place in plan.SCHEDULES
-_SELECTED_MATMULS = 0.25  # of the products, where elementwise results and every other product are recomputed
+_SELECTED_MATMULS = 0.25  # of the matmuls, where elementwise results and every other matmul are recomputed
 _TENSORS_PER_LAYER = 12.0  # weights and biases of a decoder layer with biases
 _COUNTING_WAIT = 0.6  # of a layer's launches cannot be issued before the host knows the experts' token counts
 _COMPILED_LAUNCH = 0.3  # host time of a recorded or compiled kernel, relative to one issued from Python
@@ -72,7 +80,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Stages:
-    """How layers and head are dealt: to the busiest stage, and altogether."""
+    """How layers and head are split: on the busiest stage, and altogether."""
 
     layers: Array
     head_s: Array
@@ -81,15 +89,15 @@ class _Stages:
 
 
 def _exposed(c: Columns, communication_s: Array, computation_s: Array) -> Array:
-    """What is left of communication that runs beside computation."""
+    """Return what is left of communication that runs beside computation."""
     hidden = np.minimum(communication_s, computation_s)
     return communication_s - hidden + c.exposed_fraction * hidden
 
 
 def _time_tensor_parallel(c: Columns) -> Array:
-    """Both exchanges of one layer's forward pass."""
+    """Time both exchanges of one layer's forward pass."""
     num_bytes = 2.0 * compute.count_tokens(c) * c.hidden
-    group = collectives.place_group(c, c.tp, np.ones_like(c.tp))
+    group = collectives.form_group(c, c.tp, np.ones_like(c.tp))
     one = np.where(
         c.sequence_parallel > 0,
         2 * collectives.scatter_reduce_s(c, num_bytes, group),
@@ -101,16 +109,16 @@ def _time_tensor_parallel(c: Columns) -> Array:
 
 
 def _time_context_parallel(c: Columns) -> Array:
-    """Keys and values of one layer's forward pass from all context ranks."""
+    """Time keys and values of one layer's forward pass from all context ranks."""
     keys = np.where(c.is_latent > 0, c.kv_lora_rank + c.qk_rope_dim, 2.0 * c.kv_heads * c.head_dim / c.tp)
-    group = collectives.place_group(c, c.cp, c.tp)
+    group = collectives.form_group(c, c.cp, c.tp)
     return collectives.scatter_reduce_s(c, 2.0 * c.micro_batch_size * c.sequence * keys, group)
 
 
 def _time_expert_parallel(c: Columns) -> Array:
-    """Sending tokens to their experts and back, one layer's forward pass."""
+    """Time sending tokens to their experts and back, one layer's forward pass."""
     tokens = compute.count_tokens(c) * c.etp / c.tp
-    group = collectives.place_group(c, c.ep, c.etp)
+    group = collectives.form_group(c, c.ep, c.etp)
     one_copy, choices = 2.0 * tokens * c.hidden * c.capacity_factor, np.maximum(c.top_k, 1.0)
     devices = np.where(c.sends_tokens_once > 0, _count_reached(group.size, choices), choices)
     nodes = _count_reached(group.spread, choices) * (1.0 - 1.0 / group.spread)
@@ -120,9 +128,9 @@ def _time_expert_parallel(c: Columns) -> Array:
     return 2 * collectives.all_to_all_s(c, one_copy * devices, group, remote) * exposed * c.moe_layers / c.layers
 
 
-def _count_reached(places: Array, choices: Array) -> Array:
-    """How many of some places are chosen at least once."""
-    return np.asarray(places * (1.0 - (1.0 - 1.0 / places) ** choices))
+def _count_reached(targets: Array, choices: Array) -> Array:
+    """Count how many of some targets are chosen at least once."""
+    return np.asarray(targets * (1.0 - (1.0 - 1.0 / targets) ** choices))
 
 
 def _count_gradient_bytes(c: Columns) -> Array:
@@ -130,14 +138,14 @@ def _count_gradient_bytes(c: Columns) -> Array:
 
 
 def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
-    """Gathering one layer's weights, and scattering its gradients, under ZeRO 3.
+    """Time gathering one layer's weights, and scattering its gradients, under ZeRO 3.
 
     Tensor by tensor, what arrives is copied out of the receiving buffer with one kernel per rank.
     """
     shared, experts = compute.count_rank_parameters(c)
     layers = np.ceil(c.layers / c.pp)
     ranks = np.where(c.shard_group > 0, c.shard_group, c.dp * c.cp)
-    group = collectives.place_group(c, ranks, c.tp)
+    group = collectives.form_group(c, ranks, c.tp)
     pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER)
     weights = (shared + experts) / (layers * pieces)
     copies = np.where(c.gathers_layers > 0, 0.0, ranks * compute.KERNEL_S)
@@ -148,12 +156,12 @@ def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
 
 
 def _time_data_parallel(c: Columns) -> tuple[Array, Array]:
-    """Reducing gradients, and gathering weights under ZeRO 1 and 2, once per step, before overlap."""
+    """Time reducing gradients, and gathering weights under ZeRO 1 and 2, once per step, before overlap."""
     shared, experts = compute.count_rank_parameters(c)
     gradient = _count_gradient_bytes(c)
-    group = collectives.place_group(c, c.dp * c.cp, c.tp)
+    group = collectives.form_group(c, c.dp * c.cp, c.tp)
     expert_dp = np.maximum(c.tp * c.cp * c.dp / (c.ep * c.etp), 1.0)
-    expert_group = collectives.place_group(c, expert_dp, c.ep * c.etp)
+    expert_group = collectives.form_group(c, expert_dp, c.ep * c.etp)
     reduce = collectives.all_reduce_s(c, gradient * shared, group)
     reduce = reduce + collectives.all_reduce_s(c, gradient * experts, expert_group)
     pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER * np.ceil(c.layers / c.pp))
@@ -169,7 +177,7 @@ def _time_data_parallel(c: Columns) -> tuple[Array, Array]:
 
 
 def _time_tied_embedding(c: Columns) -> Array:
-    """Adding up the gradients of an embedding that the first and the last stage of a pipeline share."""
+    """Time adding up the gradients of an embedding that the first and the last stage of a pipeline share."""
     spread = np.where(c.tp * c.cp * c.dp >= c.scale_up_size, 2.0, 1.0)
     pair = collectives.Group(np.full_like(spread, 2.0), spread)
     seconds = collectives.all_reduce_s(c, _count_gradient_bytes(c) * c.embedding_parameters / c.tp, pair)
@@ -178,29 +186,29 @@ def _time_tied_embedding(c: Columns) -> Array:
 
 
 def _time_shard_copies(c: Columns, shared: Array) -> Array:
-    """Reducing gradients across the copies of a shard group, where weights are sharded over a part of the ranks."""
+    """Time reducing gradients across the copies of a shard group, where only some of the ranks share the weights."""
     group = np.maximum(c.shard_group, 1.0)
     is_hybrid = (c.shard_group > 0) & (c.shard_group < c.dp)
-    copies = collectives.place_group(c, np.where(is_hybrid, c.dp / group, 1.0), c.tp * group)
+    copies = collectives.form_group(c, np.where(is_hybrid, c.dp / group, 1.0), c.tp * group)
     return np.where(is_hybrid, collectives.all_reduce_s(c, _count_gradient_bytes(c) * shared / group, copies), 0.0)
 
 
 def _time_again(c: Columns, layer: compute.LayerTime) -> Array:
-    """What one layer computes a second time before its backward pass."""
+    """Time what one layer computes a second time before its backward pass."""
     spared = np.where(c.stops_recomputing > 0, layer.last_matmul_s, 0.0)
-    is_of_attention = (c.attention == 0) | (c.selects_attention > 0)
+    is_of_attention = (c.attention == UNFUSED) | (c.selects_attention > 0)
     light = np.where(is_of_attention, layer.attention_s, layer.memory_s + _SELECTED_MATMULS * layer.matmul_s)
-    again = np.where(c.recomputation == _FULL, layer.forward_s - spared, 0.0)
-    return np.where(c.recomputation == _SELECTIVE, light, again)
+    again = np.where(c.recomputation == FULL, layer.forward_s - spared, 0.0)
+    return np.where(c.recomputation == SELECTIVE, light, again)
 
 
 def _time_stage_layer(c: Columns) -> _Layer:
-    """One layer with its communication and the host's pace, for one micro-batch."""
+    """Time one layer with its communication and the host's pace, for one micro-batch."""
     layer = compute.time_layer(c)
     accumulate = compute.time_accumulation(c) / np.ceil(c.layers / c.pp)
     again = _time_again(c, layer)
     tp, cp, ep = _time_tensor_parallel(c), _time_context_parallel(c), _time_expert_parallel(c)
-    is_full = np.where(c.recomputation == _FULL, 1.0, 0.0)
+    is_full = np.where(c.recomputation == FULL, 1.0, 0.0)
     cp_forward = _exposed(c, cp, layer.attention_s)
     cp_backward = _exposed(c, 2 * cp, layer.attention_backward_s) + is_full * cp_forward
     forward = layer.forward_s + tp + cp_forward + ep
@@ -232,7 +240,7 @@ def _time_stage_layer(c: Columns) -> _Layer:
 
 
 def _wait_for_shards(c: Columns, forward: Array, backward: Array, is_full: Array) -> tuple[Array, Array]:
-    """What ZeRO 3 adds to one layer's passes: prefetched beside the computation, or waited for."""
+    """Return what ZeRO 3 adds to one layer's passes: prefetched beside the computation, or waited for."""
     gather, scatter = _time_sharded_weights(c)
     is_ahead = c.gathers_layers > 0
     return (
@@ -241,11 +249,11 @@ def _wait_for_shards(c: Columns, forward: Array, backward: Array, is_full: Array
     )
 
 
-def _deal_stages(c: Columns, layer_s: Array) -> _Stages:
-    """Layers and head of the busiest stage.
+def _split_stages(c: Columns, layer_s: Array) -> _Stages:
+    """Split layers and head over the stages, and return those of the busiest one.
 
     Where the depth does not divide, the first and last stages have fewer layers. The head is on the last stage, which
-    is the busiest if the head costs more than the layers it lacks; programs that balance stages deal it like layers.
+    is the busiest if the head costs more than the layers it lacks; programs that balance stages count it as layers.
     """
     head = sum(compute.time_head(c)) + sum(compute.time_embedding(c)) * (c.pp == 1)
     slots = np.ceil(c.layers / (c.pp * c.virtual_stages)) * c.virtual_stages
@@ -260,7 +268,7 @@ def _deal_stages(c: Columns, layer_s: Array) -> _Stages:
 
 
 def _time_pipeline_message(c: Columns) -> Array:
-    """Passing one micro-batch on and its gradient back, as far as a stage waits for it."""
+    """Time passing one micro-batch on and its gradient back, as far as a stage waits for it."""
     num_bytes = 2.0 * compute.count_tokens(c) * c.hidden / np.where(c.splits_messages > 0, c.tp, 1.0)
     is_remote = c.tp * c.cp * c.dp >= c.scale_up_size
     one = collectives.send_s(c, num_bytes, is_remote)
@@ -269,19 +277,19 @@ def _time_pipeline_message(c: Columns) -> Array:
 
 
 def _time_bubble(c: Columns, layer: _Layer, stages: _Stages, micro_batches: Array) -> Array:
-    """Filling and draining the pipeline: the other stages' share of one micro-batch."""
+    """Time filling and draining the pipeline: the other stages' share of one micro-batch."""
     busiest = stages.layers * layer.both_s + stages.head_s + stages.message_s
     everything = c.layers * layer.both_s + stages.all_head_s + c.pp * stages.message_s
     bubble = np.maximum(everything - busiest, 0.0) / c.virtual_stages
     weight = np.ceil(c.layers / c.pp) * layer.weight_gradient_s
     saved = np.minimum(2 * (c.pp - 1), micro_batches + c.pp - 2) * weight
-    return bubble - np.where(c.schedule == _ZERO_BUBBLE, np.clip(saved, 0.0, bubble), 0.0)
+    return bubble - np.where(c.schedule == ZERO_BUBBLE, np.clip(saved, 0.0, bubble), 0.0)
 
 
 def predict_times(c: Columns) -> dict[str, Array]:
-    """Seconds of one step by item, for every row; their sum is the step time."""
+    """Return seconds of one step by item, for every row; their sum is the step time."""
     layer = _time_stage_layer(c)
-    stages = _deal_stages(c, layer.both_s)
+    stages = _split_stages(c, layer.both_s)
     micro_batches = np.maximum(c.global_batch / (c.dp * c.micro_batch_size), 1.0)
     items = {name: micro_batches * stages.layers * value for name, value in layer.items.items()}
     items["head"] = micro_batches * stages.head_s
@@ -296,7 +304,7 @@ def predict_times(c: Columns) -> dict[str, Array]:
 
 
 def predict_columns(c: Columns) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Step seconds, worst-rank bytes and whether those are too many, for every row."""
+    """Return step seconds, worst-rank bytes and whether those are too many, for every row."""
     seconds = np.sum(np.broadcast_arrays(*predict_times(c).values()), axis=0)
     needed = np.sum(np.broadcast_arrays(*measure_memory(c).values()), axis=0)
     return seconds, needed, needed > c.device_memory_bytes
@@ -334,22 +342,22 @@ def predict(
     seconds = {name: float(value[0]) for name, value in times.items()}
     num_bytes = {name: float(value[0]) for name, value in memory.items()}
     is_over = sum(num_bytes.values()) > float(columns.device_memory_bytes[0])
-    timeline = draw_timeline(model, cluster, plan, global_batch, software) if has_timeline else None
+    timeline = build_timeline(model, cluster, plan, global_batch, software) if has_timeline else None
     return Prediction(sum(seconds.values()), seconds, sum(num_bytes.values()), num_bytes, is_over, timeline)
 
 
 def _time_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
-    """A traced list: each operator is bound by its operations or its bytes; backward costs twice the forward."""
+    """Time a traced list: operations or bytes bound each operator; backward costs twice the forward."""
     rate = c.peak_flops_16 * c.matmul_fraction
-    flops = np.array([each.flops for each in model.operators])[:, None] * c.micro_batch_size
-    moved = np.array([each.bytes for each in model.operators])[:, None] * c.micro_batch_size
-    is_matmul = np.array([each.is_matmul for each in model.operators])[:, None]
+    flops = np.array([operator.flops for operator in model.operators])[:, None] * c.micro_batch_size
+    moved = np.array([operator.bytes for operator in model.operators])[:, None] * c.micro_batch_size
+    is_matmul = np.array([operator.is_matmul for operator in model.operators])[:, None]
     seconds = np.maximum(flops / rate, moved / (c.memory_bandwidth * c.memory_fraction)) + compute.KERNEL_S
     micro_batches = np.maximum(c.global_batch / (c.dp * c.micro_batch_size), 1.0)
     host = len(model.operators) * c.launch_s * np.where(c.is_compiled > 0, _COMPILED_LAUNCH, 1.0)
     total = 3 * np.sum(seconds, axis=0)
     gradient = _count_gradient_bytes(c) * float(model.num_parameters)
-    group = collectives.place_group(c, c.dp, np.ones_like(c.dp))
+    group = collectives.form_group(c, c.dp, np.ones_like(c.dp))
     data = np.where(c.zero_stage == 3, 0.0, collectives.all_reduce_s(c, gradient, group))
     gather = collectives.scatter_reduce_s(c, np.full_like(gradient, 2.0 * model.num_parameters), group)
     scatter = collectives.scatter_reduce_s(c, gradient, group)
@@ -367,7 +375,7 @@ def _time_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
 
 def _measure_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
     parameters = float(model.num_parameters) * np.ones_like(c.dp)
-    kept = sum(each.kept_bytes for each in model.operators) * c.micro_batch_size
+    kept = sum(operator.kept_bytes for operator in model.operators) * c.micro_batch_size
     sharded = [parameters / np.where(c.zero_stage >= stage, c.dp, 1.0) for stage in (1, 2, 3)]
     moving = kept + _count_gradient_bytes(c) * sharded[1]
     return {
@@ -380,14 +388,14 @@ def _measure_operators(c: Columns, model: OperatorList) -> dict[str, Array]:
     }
 
 
-def draw_timeline(
+def build_timeline(
     model: ModelShape | OperatorList, cluster: Cluster, plan: Plan, global_batch: int, software: Software = MODERN
 ) -> Timeline | None:
-    """The pipeline's events of one step, or `None` without one; stages are as uneven as layers and head make them.
+    """Build the pipeline's events of one step, or `None` without one; stages are as uneven as layers and head are.
 
     >>> from deepseek.planning.models.model_shape import get_model_shape
     >>> plan = Plan(tp=4, pp=2, micro_batch_size=1)
-    >>> draw_timeline(get_model_shape("Llama3-8B"), Cluster.of("H100-SXM-80GB"), plan, 4).num_stages
+    >>> build_timeline(get_model_shape("Llama3-8B"), Cluster.of("H100-SXM-80GB"), plan, 4).num_stages
     2
     """
     if isinstance(model, OperatorList) or plan.pp == 1:
@@ -399,13 +407,13 @@ def draw_timeline(
 
 
 def list_stage_work(c: Columns) -> list[StageWork]:
-    """Work of one chunk of each stage for one micro-batch, of a table with one row."""
+    """List work of one chunk of each stage for one micro-batch, of a table with one row."""
     layer = _time_stage_layer(c)
     both = float(layer.both_s[0])
     share = float(layer.forward_s[0]) / both
     stages, chunks = int(c.pp[0]), int(c.virtual_stages[0])
-    dealt = _deal_stages(c, layer.both_s)
-    message, head = float(dealt.message_s[0]), float(dealt.all_head_s[0])
+    split = _split_stages(c, layer.both_s)
+    message, head = float(split.message_s[0]), float(split.all_head_s[0])
     slots = int(np.ceil(c.layers[0] / (stages * chunks))) * chunks
     missing = slots * stages - int(c.layers[0])
     depths = [slots] * stages

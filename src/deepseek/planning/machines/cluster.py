@@ -55,7 +55,7 @@ class Accelerator:
         return self.shares or get_constants(self.family)
 
     def get_peak_flops(self, precision: str) -> float:
-        """Dense peak for matrices in `precision`; a precision the device lacks runs at its 16 bit rate."""
+        """Return dense peak for matrices in `precision`; a precision the device lacks runs at its 16 bit rate."""
         return self.peak_flops.get(precision) or self.peak_flops.get("bf16") or self.peak_flops["fp16"]
 
 
@@ -99,7 +99,7 @@ class Cluster:
         gpus_per_node: int = 8,
         network_gbit_per_s: float | None = None,
     ) -> Cluster:
-        """`nodes` equal boxes; `network_gbit_per_s` is one device's share of the network cards."""
+        """Build `nodes` equal boxes; `network_gbit_per_s` is one device's share of the network cards."""
         for name, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} is not a positive whole number; give how many there are")
@@ -110,7 +110,7 @@ class Cluster:
         return cls((Node(device, gpus_per_node),) * nodes, network)
 
     def join(self, other: Cluster) -> Cluster:
-        """Both clusters behind the slower of their networks."""
+        """Join both clusters behind the slower of their networks."""
         network = min(self.network, other.network, key=lambda link: link.bandwidth_bytes_per_s)
         return Cluster((*self.nodes, *other.nodes), network)
 
@@ -135,7 +135,7 @@ class Cluster:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all boxes are alike."""
+        """Whether all boxes are equal."""
         return len(set(map(_describe, self.nodes))) == 1
 
     @property
@@ -168,7 +168,7 @@ _PRECISION_COLUMNS = {
 
 @cache
 def load_accelerators() -> dict[str, Accelerator]:
-    """Every named accelerator of `hardware.csv`."""
+    """Return every named accelerator of `hardware.csv`."""
     text = files("deepseek.planning.machines").joinpath("hardware.csv").read_text(encoding="utf-8")
     return {row["name"]: _read_row(row) for row in csv.DictReader(text.splitlines())}
 
@@ -197,17 +197,17 @@ def _read_achievable(row: Mapping[str, str]) -> float | None:
 
 
 def _usable_bytes(memory_gb: float) -> float:
-    """Datasheets print the number of GiB with the letters GB up to 96, and decimal GB above."""
+    """Read a datasheet's memory: it prints the number of GiB with the letters GB up to 96, and decimal GB above."""
     return memory_gb * (2**30 if memory_gb <= 96 else 1e9)
 
 
 def get_accelerator(name: str) -> Accelerator:
-    """The accelerator called `name`, upper or lower case; an unknown name lists the nearest known ones.
+    """Return the accelerator called `name`, upper or lower case; an unknown name lists the nearest known ones.
 
     >>> get_accelerator("a100-sxm-80gb").peak_flops["bf16"]
     312000000000000.0
     """
-    known = {each.lower(): each for each in load_accelerators()}
+    known = {known_name.lower(): known_name for known_name in load_accelerators()}
     if name.lower() not in known:
         raise ConfigError(explain_unknown("accelerator", name, load_accelerators()))
     return load_accelerators()[known[name.lower()]]

@@ -5,8 +5,8 @@ predicted with it, whoever measured it. `benchmarks/planner_fit.py` finds them o
 source at a time, and `benchmarks/planner.py` reports the errors on the sources that were left out. Families without
 published runs take the value of the nearest family (`ada` and `other` from `ampere`, `cdna` from `hopper`).
 
-The fixed numbers in `cost.py`, `collectives_cost.py`, `memory.py` and `predict.py` (bytes per score, kernels per layer,
-the lost part of a last wave and the like) are the same for everybody and are not fitted by the program. They come from
+The fixed numbers in `planning/estimate/` (bytes per score, kernels per layer,
+the lost part of a last wave and others) are the same for everybody and are not fitted by the program. They come from
 counting or from papers where a comment says so; the others were set by hand, once, with all development runs in view.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 class Constants:
     """One family of accelerators.
 
-    `matmul_fraction`         [1]       share of the datasheet peak in the inner loop of a large 16 bit matrix product
-    `narrow_fraction`         [1]       the same for 8 and 4 bit products, relative to their own peak
+    `matmul_fraction`         [1]       share of the datasheet peak in the inner loop of a large 16 bit matmul
+    `narrow_fraction`         [1]       the same for 8 and 4 bit matmuls, relative to their own peak
     `matmul_fill_depth`       [1]       elements of the contracted dimension that a tile spends filling and draining
     `attention_fraction`      [1]       speed of fused attention relative to `matmul_fraction` of the peak
     `memory_fraction`         [1]       share of the memory bandwidth that elementwise kernels reach
@@ -118,7 +118,7 @@ FAMILIES: dict[str, Constants] = {
 
 
 def get_constants(family: str) -> Constants:
-    """The constants of a family of accelerators; one that nobody measured is treated as `other`.
+    """Return the constants of a family of accelerators; one that nobody measured is treated as `other`.
 
     >>> 0 < get_constants("ampere").matmul_fraction <= 1
     True

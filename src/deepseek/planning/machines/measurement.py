@@ -6,7 +6,7 @@ repeats, each after a warm-up; alpha and beta come from a straight line through 
 messages (Hockney 1994).
 
 A named accelerator reaches shares of its datasheet that were found on other people's runs (`constants.py`). A measured
-one brings its own: how deep a product must be to run at speed, how fast attention is beside products, elementwise
+one brings its own: how deep a matmul must be to run at speed, how fast attention is beside matmuls, elementwise
 kernels beside plain copies, and what the host needs to issue one. They are stored with the device (`shares`).
 
 Shapes: R rows, C channels, N columns or heads, B sequences, T tokens, H channels of a head.
@@ -76,7 +76,7 @@ SIZES: dict[str, Sizes] = {
 class Measured:
     """What was measured of one device, and of the link between two processes.
 
-    FLOP/s of products by precision and contracted dimension, FLOP/s of causal attention, bytes/s of copies and of
+    FLOP/s of matmuls by precision and contracted dimension, FLOP/s of causal attention, bytes/s of copies and of
     elementwise kernels, seconds to issue a kernel; `is_host` where it was the processor itself.
     """
 
@@ -94,41 +94,41 @@ class Measured:
 
 
 def default_file() -> Path:
-    """Where measurements of this machine are kept."""
+    """Return the file in which measurements of this machine are kept."""
     return find_cache_folder() / "cluster.json"
 
 
 def describe_surroundings() -> dict[str, Any]:
-    """What a measurement holds for: this machine, and the torch whose kernels were timed."""
+    """Describe what a measurement holds for: this machine, and the torch whose kernels were timed."""
     return describe_machine() | {"torch": describe_versions(("torch",))["torch"]}
 
 
 def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | None = None) -> Measured:
     """Measure the GPUs of this machine, or its processor where it has none.
 
-    `on_progress` is told what comes next. Raises `PermanentError` when two processes cannot reach each other.
+    `on_progress` is called with what comes next. Raises `PermanentError` when two processes cannot reach each other.
     """
     if repeats < 1:
         raise ConfigError(f"repeats={repeats!r} measures nothing; give at least 1")
     import torch
 
-    tell = on_progress or (lambda _: None)
+    report = on_progress or (lambda _: None)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
     sizes = SIZES[device.type]
     rates: dict[str, dict[int, float]] = {}
     for precision in ("fp32", "bf16"):
-        tell(f"matrix products in {precision}")
+        report(f"matmuls in {precision}")
         found = [(shape[2], _rate_matmul(device, precision, shape, repeats)) for shape in sizes.matmuls]
         depths = sorted({depth for depth, _ in found})
-        rates[precision] = {each: statistics.median(rate for depth, rate in found if depth == each) for each in depths}
-    tell("attention")
+        rates[precision] = {deep: statistics.median(rate for depth, rate in found if depth == deep) for deep in depths}
+    report("attention")
     attention = _rate_attention(device, sizes.attention, repeats)
-    tell("memory and elementwise kernels")
+    report("memory and elementwise kernels")
     bandwidth = _rate_memory(device, sizes.moved_bytes, repeats)
     elementwise = _rate_elementwise(device, sizes.elementwise, repeats)
     launch_s = _time_launch(device, repeats)
-    tell("messages between two processes")
+    report("messages between two processes")
     link = measure_link()
     return Measured(
         device=torch.cuda.get_device_name() if has_gpu else describe_machine()["processor"],
@@ -149,12 +149,12 @@ def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | No
     )
 
 
-def make_cluster(measured: Measured) -> Cluster:
-    """The cluster of one node that was measured, with the shares of it that were measured.
+def build_cluster(measured: Measured) -> Cluster:
+    """Build the cluster of one node that was measured, with the shares of it that were measured.
 
     >>> link = LinkClass(1e-5, 1e9)
     >>> rates = {"fp32": {256: 1e11, 1024: 1e11}, "bf16": {256: 2e11, 1024: 2e11}}
-    >>> cluster = make_cluster(Measured("cpu", rates, 1e11, 1e10, 5e9, 5e-6, 8e9, link, 1, 2))
+    >>> cluster = build_cluster(Measured("cpu", rates, 1e11, 1e10, 5e9, 5e-6, 8e9, link, 1, 2))
     >>> cluster.num_devices, cluster.accelerators[0].peak_flops["fp32"]
     (1, 100000000000.0)
     >>> cluster.accelerators[0].constants.attention_fraction, cluster.accelerators[0].constants.memory_fraction
@@ -188,7 +188,7 @@ def make_cluster(measured: Measured) -> Cluster:
 
 
 def fit_depth(rates: Mapping[int, float]) -> tuple[float, float]:
-    """FLOP/s of an endlessly deep product, and the depth at which half of that is reached, from rates at two depths.
+    """Return FLOP/s of an endlessly deep matmul, and the depth that reaches half of that, from rates at two depths.
 
     >>> peak, depth = fit_depth({256: 1e11, 1024: 1.6e11})
     >>> f"{peak:.3g} {depth:.0f}"
@@ -205,7 +205,7 @@ def fit_depth(rates: Mapping[int, float]) -> tuple[float, float]:
 
 
 def _rate_matmul(device: Any, precision: str, shape: tuple[int, int, int], repeats: int) -> float:
-    """FLOP/s of a linear layer going forward and back: its three products lie in memory in three ways."""
+    """Measure FLOP/s of a linear layer going forward and back: its three matmuls lie in memory in three ways."""
     import torch
 
     rows, columns, depth = shape
@@ -220,7 +220,7 @@ def _rate_matmul(device: Any, precision: str, shape: tuple[int, int, int], repea
 
 
 def _rate_memory(device: Any, moved_bytes: int, repeats: int) -> float:
-    """Bytes/s of reading one array and writing another, neither of which fits a cache."""
+    """Measure bytes/s of reading one array and writing another, neither of which fits a cache."""
     import torch
 
     source = torch.ones(moved_bytes // 4, device=device)
@@ -229,7 +229,7 @@ def _rate_memory(device: Any, moved_bytes: int, repeats: int) -> float:
 
 
 def _rate_elementwise(device: Any, shape: tuple[int, int], repeats: int) -> float:
-    """Bytes/s of a layer's norm, gate and residual and their gradients, by the bytes that `cost` counts for them."""
+    """Measure bytes/s of a layer's norm, gate and residual with gradients, by the bytes that `compute` counts."""
     import torch
     from torch.nn import functional as F
 
@@ -244,7 +244,7 @@ def _rate_elementwise(device: Any, shape: tuple[int, int], repeats: int) -> floa
 
 
 def _rate_attention(device: Any, shape: tuple[int, int, int, int], repeats: int) -> float:
-    """FLOP/s of causal attention going forward and back, counting the scores that are kept."""
+    """Measure FLOP/s of causal attention going forward and back, counting the scores that are kept."""
     import torch
     from torch.nn import functional as F
 
@@ -261,7 +261,7 @@ def _rate_attention(device: Any, shape: tuple[int, int, int, int], repeats: int)
 
 
 def _time_launch(device: Any, repeats: int) -> float:
-    """Seconds that the host needs for a kernel with nothing to do."""
+    """Measure the seconds that the host needs for a kernel with nothing to do."""
     import torch
 
     x = torch.zeros(1, device=device, requires_grad=True)
@@ -292,7 +292,7 @@ def _median_s(work: Callable[[], object], device: Any, repeats: int) -> float:
 
 
 def measure_link() -> LinkClass:
-    """Alpha and beta of messages between two processes of this machine, over gloo's loopback.
+    """Measure alpha and beta of messages between two processes of this machine, over gloo's loopback.
 
     A machine so busy that long messages are not the slower ones is measured again, twice at most.
     """
@@ -304,7 +304,7 @@ def measure_link() -> LinkClass:
 
 
 def _exchange_messages(repeats: int) -> list[tuple[int, float]]:
-    """(bytes, seconds one way), by two processes that this one starts."""
+    """Start two processes that exchange messages; return (bytes, seconds one way)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "deepseek.planning.machines.measurement", f"{folder}/store", str(repeats)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -331,7 +331,7 @@ def _exchange_messages(repeats: int) -> list[tuple[int, float]]:
 
 
 def fit_link(times: list[tuple[int, float]]) -> LinkClass:
-    """The line through (bytes, seconds) of one way, least squares of relative errors; alpha is at least 0.
+    """Fit a line to (bytes, seconds) of one way by least squares of relative errors; alpha is at least 0.
 
     >>> link = fit_link([(0, 1e-5), (1000, 2e-5), (2000, 3e-5)])
     >>> round(link.alpha_s * 1e6, 3), round(link.bandwidth_bytes_per_s / 1e6, 3)
@@ -353,8 +353,8 @@ def fit_link(times: list[tuple[int, float]]) -> LinkClass:
     return LinkClass(max(mean_s - beta * mean_size, 0.0), 1.0 / beta)
 
 
-def play_ping_pong(store: str, rank: int, repeats: int) -> list[tuple[int, float]]:
-    """One of two ranks: send messages there and back, and time them; (bytes, fewest seconds one way)."""
+def exchange_ping_pong(store: str, rank: int, repeats: int) -> list[tuple[int, float]]:
+    """Send messages there and back as one of two ranks; return (bytes, fewest seconds one way)."""
     import torch
     import torch.distributed as dist
 
@@ -366,8 +366,8 @@ def play_ping_pong(store: str, rank: int, repeats: int) -> list[tuple[int, float
         for _ in range(repeats + 2):
             dist.barrier()
             began_s = time.perf_counter()
-            for turn in range(2):
-                if rank == turn:
+            for sender in range(2):
+                if rank == sender:
                     dist.send(buffer, 1 - rank)
                 else:
                     dist.recv(buffer, 1 - rank)
@@ -378,6 +378,6 @@ def play_ping_pong(store: str, rank: int, repeats: int) -> list[tuple[int, float
 
 
 if __name__ == "__main__":
-    _times = play_ping_pong(sys.argv[1], int(sys.argv[3]), int(sys.argv[2]))
+    _times = exchange_ping_pong(sys.argv[1], int(sys.argv[3]), int(sys.argv[2]))
     if sys.argv[3] == "0":
         sys.stdout.write(json.dumps(_times))

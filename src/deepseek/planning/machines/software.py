@@ -26,9 +26,9 @@ class Software:
     `attention`                 scores in memory, or FlashAttention 1 (2022), 2 (2023), 3 or cuDNN (2024)
     `is_compiled`               recorded or compiled kernels instead of one Python call each
     `overlaps_gradients`        data-parallel reduction runs beside the backward pass
-    `overlaps_tensors`          tensor-parallel exchange runs beside the products
+    `overlaps_tensors`          tensor-parallel exchange runs beside the matmuls
     `overlaps_input_gradients`  only that of the backward pass does, beside the weight gradients
-    `overlaps_experts`          tokens travel to and from experts beside another micro-batch's products
+    `overlaps_experts`          tokens travel to and from experts beside another micro-batch's matmuls
     `splits_messages`           a stage sends each tensor rank's part only (scatter-gather, arXiv:2104.04473, 4.1)
     `fuses_accumulation`        weight gradients are added into the buffer by the product itself
     `fuses_elementwise`         norms, biases, activations and residuals in few kernels; else one kernel each
@@ -40,11 +40,11 @@ class Software:
     `offloads_optimizer`        Adam's state and step live in the host's memory
     `gathers_layers`            sharded weights travel a layer at a time, prefetched; else tensor by tensor, waited for
     `counts_tokens`             the host waits for the experts' token counts (dropless); else capacities are fixed
-    `balances_stages`           the output head counts as work when layers are dealt to stages
+    `balances_stages`           the output head counts as work when layers are split over stages
     `sends_tokens_once`         a token goes once to each node and device that it needs (DeepEP, HybridEP); else to each
                                 of its experts
     `records_layers`            the host replays recorded parts of a layer and issues only the rest kernel by kernel
-    `fuses_experts`             an expert's products, gate and casts to 8 bits are one kernel
+    `fuses_experts`             an expert's matmuls, gate and casts to 8 bits are one kernel
     `narrows_shards`            shards are kept in 32 bits only and narrowed when they are gathered (FSDP)
     `selects_attention`         selective recomputation repeats attention only; else elementwise results and every other
                                 product
@@ -154,14 +154,14 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
 # What NeMo's recipes for experts do since which container (scripts/performance of NVIDIA-NeMo/Megatron-Bridge). Racks
 # (GB200, GB300) exchange tokens with HybridEP and replay attention and router as graphs, later whole iterations; boxes
 # followed with HybridEP and DeepEP, but for the models named here, which kept one copy a choice. Where experts span
-# boxes and a stage has several chunks, one chunk's exchange runs beside another's products.
+# boxes and a stage has several chunks, one chunk's exchange runs beside another's matmuls.
 _RACK = re.compile(r"\bgb[23]00\b")
 _ONCE_IN_RACKS_SINCE, _ONCE_SINCE = (25, 11), (26, 2)
 _COPY_A_CHOICE = re.compile(r"qwen3[-_ ]?(235b|next)")
 _RECORDED_LAYERS_SINCE = (25, 11)
 _OVERLAP_SINCE = (25, 11)
 # Whole iterations as graphs were read from a step in the times that are published for equal inputs, before the recipes
-# were read, which say the same: the one trait here that its source's rows told.
+# were read, which say the same: the one trait here that was read off its source's rows.
 _GRAPHS_SINCE = (26, 6)
 _COMPILED_LOSS = 2501  # year and month since which torchtitan compiles the loss with the model
 _FUSED_ACCUMULATION = 2202  # year and month since which Megatron-LM adds weight gradients inside the product
@@ -170,7 +170,7 @@ _FLASH_PAPER = 2206  # year and month after which published runs can have fused 
 
 
 def find_software(text: str) -> tuple[str, Software]:
-    """The program that a description names, in the state of the date that it gives.
+    """Find the program that a description names, in the state of the date that it gives.
 
     >>> find_software("NVIDIA/NeMo performance summary 2024")[0]
     'NeMo 2024'
@@ -204,32 +204,32 @@ def find_software(text: str) -> tuple[str, Software]:
 
 
 def overlaps_experts_across_boxes(text: str) -> bool:
-    """Whether the program does so wherever experts span boxes and stages have several chunks."""
+    """Say whether the program does so wherever experts span boxes and stages have several chunks."""
     return _is_since(_OVERLAP_SINCE, text.lower())
 
 
 def _is_compiled(words: str) -> bool:
-    """Whether `torch.compile` is named, or a release that records whole iterations as graphs."""
+    """Say whether `torch.compile` is named, or a release that records whole iterations as graphs."""
     is_recorded = _is_since(_GRAPHS_SINCE, words) and bool(re.search(r"\bg?b[23]00\b", words))
     return is_recorded or bool(re.search(r"\+compile|; compile| compile\b", words))
 
 
 def _sends_once(words: str) -> bool:
-    """Whether a recipe exchanges tokens with DeepEP or HybridEP."""
+    """Say whether a recipe exchanges tokens with DeepEP or HybridEP."""
     if _RACK.search(words):
         return _is_since(_ONCE_IN_RACKS_SINCE, words)
     return _is_since(_ONCE_SINCE, words) and not _COPY_A_CHOICE.search(words)
 
 
 def _is_since(release: tuple[int, int], words: str) -> bool:
-    """Whether a container of that year and month, or of a later one, is named."""
+    """Say whether a container of that year and month, or of a later one, is named."""
     found = re.search(r"container (\d+)\.(\d+)", words)
     return found is not None and (int(found[1]), int(found[2])) >= release
 
 
 def _find_date(words: str) -> int:
-    """Year and month of the newest paper or year that is named, as in arXiv numbers; 9999 without any."""
-    papers = [int(each) for each in re.findall(r"(?<!\d)(\d{4})\.\d{5}", words)]
-    years = [int(each) for each in re.findall(r"(?<!\d)(20[12]\d)(?!\d)", words)]
-    months = [int(each) for each in re.findall(r"(?<!\d)20([12]\d(?:0[1-9]|1[0-2]))(?!\d)", words)]
-    return max([*papers, *months, *(each % 100 * 100 + 1 for each in years)], default=9999)
+    """Return year and month of the newest paper or year that is named, as in arXiv numbers; 9999 without any."""
+    papers = [int(paper) for paper in re.findall(r"(?<!\d)(\d{4})\.\d{5}", words)]
+    years = [int(year) for year in re.findall(r"(?<!\d)(20[12]\d)(?!\d)", words)]
+    months = [int(month) for month in re.findall(r"(?<!\d)20([12]\d(?:0[1-9]|1[0-2]))(?!\d)", words)]
+    return max([*papers, *months, *(year % 100 * 100 + 1 for year in years)], default=9999)

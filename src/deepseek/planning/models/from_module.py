@@ -26,7 +26,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.planning.models.model_shape import ModelShape, OperatorCost, OperatorList
 from deepseek.planning.naming import read_config
 
-_TOLERANCE = 0.02  # biases, and norms of unusual places
+_TOLERANCE = 0.02  # biases, and norms in unusual positions
 
 
 @dataclass
@@ -53,9 +53,9 @@ class _Ledger:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Note a tensor that autograd saves, once per storage; weights and buffers are there anyway."""
-        place = _place(tensor)
-        if place not in self.kept and place not in self.weights and place not in self.ignored:
-            self.kept.add(place)
+        storage = _identify_storage(tensor)
+        if storage not in self.kept and storage not in self.weights and storage not in self.ignored:
+            self.kept.add(storage)
             self.alive.append(tensor)
             if self.kernels:
                 self.kernels[-1].kept_bytes += tensor.untyped_storage().nbytes()
@@ -78,35 +78,35 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not outputs:
             return
         self._ledger.alive += tensors + outputs  # a freed storage's address would come again
-        fresh = {_place(each) for each in tensors} & set(self._ledger.weights) - self._counted
+        fresh = {_identify_storage(tensor) for tensor in tensors} & set(self._ledger.weights) - self._counted
         self._counted |= fresh
         packet = func.overloadpacket
         flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
-        moved = sum(each.numel() * each.element_size() for each in itertools.chain(tensors, outputs))
-        weights = sum(self._ledger.weights[place] for place in fresh)
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in itertools.chain(tensors, outputs))
+        weights = sum(self._ledger.weights[storage] for storage in fresh)
         kept, self._ledger.early_bytes = self._ledger.early_bytes, 0.0
         self._ledger.kernels.append(_Traced(packet.__name__, float(flops), float(moved), weights, kept))
 
 
-def _place(tensor: Tensor) -> int:
+def _identify_storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
 def _is_view(func: Any) -> bool:
-    """Whether an operator only looks at its input in another way."""
-    aliases = [each.alias_info for each in func._schema.returns]
-    return bool(aliases) and all(each is not None and not each.is_write for each in aliases)
+    """Say whether an operator only looks at its input in another way."""
+    aliases = [result.alias_info for result in func._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
 def trace_operators(
     module: nn.Module, *inputs: Tensor, name: str = "", dtype: torch.dtype = torch.bfloat16
 ) -> OperatorList:
-    """Every kernel of one forward pass of `module` on `inputs`, which hold one sample; nothing is computed.
+    """Trace every kernel of one forward pass of `module` on `inputs`, which hold one sample; nothing is computed.
 
     Floating point weights and inputs count as `dtype`, the training precision. Raises `ConfigError` where the module
     looks at values, which shapes alone do not have.
@@ -115,9 +115,9 @@ def trace_operators(
     64.0
     """
     traced = _copy_to_meta(module, dtype)
-    samples = [_to_meta(each, dtype) for each in inputs]
-    weights = {_place(each): each.numel() for each in traced.parameters()}
-    ledger = _Ledger(weights, {_place(each) for each in traced.buffers()})
+    samples = [_to_meta(tensor, dtype) for tensor in inputs]
+    weights = {_identify_storage(weight): weight.numel() for weight in traced.parameters()}
+    ledger = _Ledger(weights, {_identify_storage(buffer) for buffer in traced.buffers()})
     try:
         with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor), _Recorder(ledger):
             traced(*samples)
@@ -129,19 +129,21 @@ def trace_operators(
             "as a ModelShape"
         ) from error
     operators = tuple(
-        OperatorCost(each.name, each.flops, each.num_bytes, each.parameters, each.kept_bytes, each.flops > 0)
-        for each in ledger.kernels
+        OperatorCost(
+            kernel.name, kernel.flops, kernel.num_bytes, kernel.parameters, kernel.kept_bytes, kernel.flops > 0
+        )
+        for kernel in ledger.kernels
     )
     return OperatorList(name or type(module).__name__, operators)
 
 
 def _copy_to_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy without bytes, whose shared weights are still shared."""
+    """Copy a module without its bytes; shared weights are still shared."""
     traced = copy.deepcopy(module).to(device="meta", dtype=dtype).train()
     first: dict[int, nn.Parameter] = {}
     for (path, weight), copied in zip(
         module.named_parameters(remove_duplicate=False),
-        [each for _, each in traced.named_parameters(remove_duplicate=False)],
+        [weight for _, weight in traced.named_parameters(remove_duplicate=False)],
         strict=True,
     ):
         owner, _, attribute = path.rpartition(".")
@@ -154,7 +156,7 @@ def _to_meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_module(module: nn.Module, *, sequence: int | None = None) -> ModelShape:
-    """The shape of a decoder that carries its configuration in `config`, as ours and those of transformers do.
+    """Read the shape of a decoder that carries its configuration in `config`, as ours and those of transformers do.
 
     Raises `ConfigError` without one, and where the weights that follow from it are not those of the module.
     """
@@ -163,7 +165,7 @@ def read_module(module: nn.Module, *, sequence: int | None = None) -> ModelShape
         raise ConfigError(f"{type(module).__name__} carries no configuration; trace it with trace_operators instead")
     values: Mapping[str, Any] = config.to_dict()
     shape = read_config(values, sequence=sequence)
-    held = sum(each.numel() for each in module.parameters())
+    held = sum(weight.numel() for weight in module.parameters())
     if abs(shape.num_parameters / held - 1) > _TOLERANCE:
         raise ConfigError(
             f"{type(module).__name__} holds {held} weights and its configuration reads as "

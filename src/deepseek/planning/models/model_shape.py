@@ -28,8 +28,8 @@ class ModelShape:
 
     `ffn` is the width of a dense MLP, `expert_ffn` that of one expert (0: `ffn`). `first_dense_layers` layers have no
     experts, and of the others every `moe_every`-th has. Latent attention (DeepSeek-V2) is on when `kv_lora_rank` is
-    not 0. `mtp_layers` are extra prediction layers that exist in training only. `capacity_factor` is how many places an
-    expert has, relative to an equal share of the tokens: places are computed whether tokens fill them or not.
+    not 0. `mtp_layers` are extra prediction layers that exist in training only. `capacity_factor` is how many tokens
+    an expert has room for, relative to an equal share: room is computed whether tokens fill it or not.
     `frozen_weights` trains small adapters only (LoRA): no gradients, no optimizer state and no data-parallel exchange
     for the weights.
 
@@ -67,8 +67,8 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         """Fill what follows from the rest, refuse what cannot be."""
-        for each in ("layers", "hidden", "heads", "vocabulary", "sequence"):
-            _check_positive(each, getattr(self, each))
+        for name in ("layers", "hidden", "heads", "vocabulary", "sequence"):
+            _check_positive(name, getattr(self, name))
         _set(self, "kv_heads", self.kv_heads or self.heads)
         _set(self, "head_dim", self.head_dim or self.hidden // self.heads)
         _set(self, "expert_ffn", (self.expert_ffn or self.ffn) if self.experts else 0)
@@ -82,7 +82,7 @@ class ModelShape:
             )
         if not 0 < self.capacity_factor < math.inf:
             raise ConfigError(
-                f"capacity_factor={self.capacity_factor!r} leaves experts no places; use 1 for no spare ones"
+                f"capacity_factor={self.capacity_factor!r} leaves experts no room; use 1 for none to spare"
             )
 
     @property
@@ -134,7 +134,7 @@ class ModelShape:
         return self.num_parameters - idle
 
     def with_sequence(self, sequence: int) -> ModelShape:
-        """The same model on sequences of `sequence` tokens."""
+        """Return the same model on sequences of `sequence` tokens."""
         return replace(self, sequence=sequence)
 
 
@@ -177,12 +177,12 @@ class OperatorList:
     @property
     def num_parameters(self) -> int:
         """All weights."""
-        return sum(each.parameters for each in self.operators)
+        return sum(operator.parameters for operator in self.operators)
 
     @property
     def flops(self) -> float:
         """Operations of one forward pass of one sample."""
-        return sum(each.flops for each in self.operators)
+        return sum(operator.flops for operator in self.operators)
 
 
 def _set(value: object, name: str, to: int) -> None:
@@ -255,7 +255,7 @@ def _find(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 @cache
 def load_model_shapes() -> dict[str, ModelShape]:
-    """Every named shape of `model_shapes.csv`, with its usual training length."""
+    """Return every named shape of `model_shapes.csv`, with its usual training length."""
     text = files("deepseek.planning.models").joinpath("model_shapes.csv").read_text(encoding="utf-8")
     return {row["name"]: _read_row(row) for row in csv.DictReader(text.splitlines())}
 
@@ -268,7 +268,7 @@ def _read_row(row: Mapping[str, str]) -> ModelShape:
 
 
 def get_model_shape(name: str) -> ModelShape:
-    """The shape called `name`; an unknown name lists the nearest known ones.
+    """Return the shape called `name`; an unknown name lists the nearest known ones.
 
     >>> get_model_shape("DeepSeek-V3").experts
     256

@@ -1,1 +1,1 @@
-"""The search over plans: the space, its prices, the best plan, and what to change when nothing fits."""
+"""The search over plans: the space, its estimates, the best plan, and what to change when nothing fits."""

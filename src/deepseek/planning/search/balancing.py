@@ -3,7 +3,7 @@
 `assign_layers` cuts a sequence of layers into contiguous stages so that the slowest stage is as fast as possible and no
 stage holds more layers than its memory allows (dynamic programming, exact). `assign_batches` gives whole micro-batches
 to replicas so that the last one is done as early as possible (exact). Both are plain functions on numbers;
-`mixed_clusters.py` calls them, and a `Placement` is what comes out.
+`mixed_clusters.py` calls them, and a `DeviceShares` is what comes out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Placement:
+class DeviceShares:
     """How a plan is laid over unequal devices: one share per stage of the pipeline, or per replica without one."""
 
     shares: tuple[Share, ...]

@@ -22,8 +22,8 @@ from deepseek.planning.estimate.step import predict_times
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import ModelShape
 from deepseek.planning.search.request import Limits, Request, Space
-from deepseek.planning.search.results import Candidate
-from deepseek.planning.search.space import KNOBS, Family, Table, build_columns, build_plan, expand, list_shardings
+from deepseek.planning.search.results import EstimatedPlan
+from deepseek.planning.search.space import KNOBS, PlanFamily, Table, build_columns, build_plan, expand, list_shardings
 
 Progress = Callable[[int, int], None]
 
@@ -47,7 +47,7 @@ class Estimates:
 
 
 def estimate_families(
-    families: Sequence[Family],
+    families: Sequence[PlanFamily],
     request: Request[ModelShape],
     rejected: Counter[str],
     on_progress: Progress | None = None,
@@ -159,11 +159,11 @@ def rank(estimates: Estimates) -> NDArray[np.intp]:
     return np.lexsort((estimates.rows.sum(axis=1), estimates.num_bytes, estimates.seconds))
 
 
-def detail_candidates(estimates: Estimates, columns: Columns, space: Space) -> list[Candidate]:
+def detail_candidates(estimates: Estimates, columns: Columns, space: Space) -> list[EstimatedPlan]:
     """Build candidates with all their items out of rows whose `columns` are given."""
     times, memory = predict_times(columns), measure_memory(columns)
     return [
-        Candidate(
+        EstimatedPlan(
             plan=build_plan(row, space),
             step_time_s=float(estimates.seconds[index]),
             memory_bytes=float(estimates.num_bytes[index]),

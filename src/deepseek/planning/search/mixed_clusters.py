@@ -28,7 +28,7 @@ from deepseek.planning.estimate.step import predict_times
 from deepseek.planning.machines.cluster import Accelerator, Cluster, Node
 from deepseek.planning.models.model_shape import ModelShape
 from deepseek.planning.search.balancing import (
-    Placement,
+    DeviceShares,
     Share,
     assign_batches,
     assign_layers,
@@ -97,7 +97,7 @@ class _Assigned:
     seconds: float
     num_bytes: float
     joules: float
-    placement: Placement
+    placement: DeviceShares
 
 
 def plan_mixed(request: Request[ModelShape]) -> PlanningResult:
@@ -254,7 +254,7 @@ def _assign_stages(
         for stage, (one, depth) in enumerate(zip(slowest, depths, strict=True))
     )
     joules = _sum_joules(slowest, size, [depth * stages / layers for depth in depths], seconds)
-    return _Assigned(index, seconds, num_bytes, joules, Placement(shares, is_by_stage=True))
+    return _Assigned(index, seconds, num_bytes, joules, DeviceShares(shares, is_by_stage=True))
 
 
 def _assign_replicas(
@@ -276,7 +276,7 @@ def _assign_replicas(
         for replica, (one, count) in enumerate(zip(slowest, counts, strict=True))
     )
     joules = _sum_joules(slowest, size, [count / even for count in counts], seconds)
-    return _Assigned(index, seconds, num_bytes, joules, Placement(shares, is_by_stage=False))
+    return _Assigned(index, seconds, num_bytes, joules, DeviceShares(shares, is_by_stage=False))
 
 
 def _find_slowest(block: Sequence[_OneOnKind]) -> _OneOnKind:

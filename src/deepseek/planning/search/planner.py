@@ -37,7 +37,7 @@ from deepseek.planning.search.estimates import (
 from deepseek.planning.search.mixed_clusters import plan_mixed
 from deepseek.planning.search.remedies import explain_memory
 from deepseek.planning.search.request import Limits, Request, Space
-from deepseek.planning.search.results import NUM_RUNNERS_UP, Candidate, PlanningResult, compare
+from deepseek.planning.search.results import NUM_RUNNERS_UP, EstimatedPlan, PlanningResult, compare
 from deepseek.planning.search.space import KNOBS, build_columns, list_divisors, list_families
 
 
@@ -77,7 +77,7 @@ def _plan_uniform(request: Request[ModelShape], on_progress: Progress | None) ->
         raise ConfigError(explain_memory(request))
     kept = apply_limits(fitting, request.limits, rejected)
 
-    def detail(indices: NDArray[np.intp]) -> list[Candidate]:
+    def detail(indices: NDArray[np.intp]) -> list[EstimatedPlan]:
         chosen = kept.take(indices)
         return detail_candidates(chosen, build_columns(chosen.rows, request), request.space)
 
@@ -152,14 +152,14 @@ def _plan_operators(request: Request[OperatorList]) -> PlanningResult:
     )
 
 
-def _estimate_operators(plan: Plan, request: Request[OperatorList]) -> Candidate:
+def _estimate_operators(plan: Plan, request: Request[OperatorList]) -> EstimatedPlan:
     model, cluster, batch = request.model, request.cluster, request.global_batch
     assert explain_misfit(plan, model, cluster, batch) is None
     predicted = predict(model, cluster, plan, batch, software=request.space.software)
     power = sum(device.power_w for device in cluster.accelerators)
     busy = sum(predicted.time_items_s.get(name, 0.0) for name in BUSY_ITEMS)
     joules = power * (busy + WAITING_POWER * (predicted.step_time_s - busy)) if power else None
-    return Candidate(
+    return EstimatedPlan(
         plan,
         predicted.step_time_s,
         predicted.memory_bytes,

@@ -1,7 +1,7 @@
 """When nothing fits: what is missing, and the nearest thing that would make it fit, found by search.
 
 First the knobs that cost no machine are tried (wider choices, no headroom, the optimizer in the host's memory, a
-shorter sequence), then more nodes, from few to many. Only memory is priced, so an answer takes about as long as one
+shorter sequence), then more nodes, from few to many. Only memory is estimated, so an answer takes about as long as one
 search.
 """
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from deepseek.distributed.plan import Plan
 from deepseek.planning.machines.software import Software
-from deepseek.planning.search.balancing import Placement
+from deepseek.planning.search.balancing import DeviceShares
 
 NUM_RUNNERS_UP = 10
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EstimatedPlan:
     """A plan with its estimate: seconds and joules of a step, bytes of the fullest rank, with their items."""
 
     plan: Plan
@@ -28,7 +28,7 @@ class Candidate:
 class RunnerUp:
     """A plan that is not the best one, and the item in which it loses most."""
 
-    candidate: Candidate
+    candidate: EstimatedPlan
     item: str
     difference: float
     reason: str
@@ -42,8 +42,8 @@ class PlanningResult:
     of the program that the plans were estimated for.
     """
 
-    best: Candidate
-    front: tuple[Candidate, ...]
+    best: EstimatedPlan
+    front: tuple[EstimatedPlan, ...]
     runners_up: tuple[RunnerUp, ...]
     num_candidates: int
     num_fitting: int
@@ -51,14 +51,14 @@ class PlanningResult:
     rejected_candidates: dict[str, int]
     assumptions: tuple[str, ...]
     software: Software
-    placement: Placement | None = None
+    placement: DeviceShares | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as dictionaries and lists, ready for JSON."""
         return asdict(self)
 
 
-def compare(best: Candidate, other: Candidate) -> RunnerUp:
+def compare(best: EstimatedPlan, other: EstimatedPlan) -> RunnerUp:
     """Say why `other` is not the best: the item of time, or else of memory, in which it loses most."""
     slower = other.step_time_s - best.step_time_s
     if slower > 1e-9 * best.step_time_s:

@@ -36,7 +36,7 @@ _GPIPE, _ONE_F_ONE_B, _INTERLEAVED, _ZERO_BUBBLE = map(SCHEDULES.index, ("gpipe"
 
 
 @dataclass(frozen=True)
-class Family:
+class PlanFamily:
     """Plans of one layout: every row of `sharding` with every row of `passing`."""
 
     layout: tuple[int, ...]
@@ -59,10 +59,10 @@ def list_divisors(number: int) -> list[int]:
     return low + [number // divisor for divisor in reversed(low) if divisor * divisor != number]
 
 
-def list_families(request: Request[ModelShape]) -> tuple[list[Family], Counter[str], Counter[str]]:
+def list_families(request: Request[ModelShape]) -> tuple[list[PlanFamily], Counter[str], Counter[str]]:
     """List the families that divide, and count by rule how many layouts and how many candidates do not."""
     model, space = request.model, request.space
-    families: list[Family] = []
+    families: list[PlanFamily] = []
     layouts: Counter[str] = Counter()
     candidates: Counter[str] = Counter()
     for layout in _list_layouts(request.cluster.num_devices):
@@ -75,7 +75,7 @@ def list_families(request: Request[ModelShape]) -> tuple[list[Family], Counter[s
         passing = _list_passing(model, pp, request.global_batch // dp, space, candidates)
         sharding = _list_sharding(request, layout, candidates, len(passing))
         if passing and sharding:
-            families.append(Family((*layout, int(has_sequence)), tuple(sharding), tuple(passing)))
+            families.append(PlanFamily((*layout, int(has_sequence)), tuple(sharding), tuple(passing)))
         else:
             layouts["the space allows no sharding, micro-batch or schedule here"] += 1
     return families, layouts, candidates
@@ -179,13 +179,13 @@ def _list_shard_groups(cluster: Cluster, layout: tuple[int, int, int, int]) -> l
     return [size] if not left and 1 < size < dp and dp % size == 0 else []
 
 
-def list_shardings(families: Sequence[Family]) -> Table:
+def list_shardings(families: Sequence[PlanFamily]) -> Table:
     """Build one row per (layout, sharding) with the cheapest way of passing, in the order of the families."""
     rows = [(*family.layout, *sharding, 1, _ONE_F_ONE_B, 1, 0) for family in families for sharding in family.sharding]
     return np.array(rows, dtype=np.int32).reshape(-1, len(KNOBS))
 
 
-def expand(families: Sequence[Family], is_kept: NDArray[np.bool_], chunk_rows: int = 50_000) -> Iterator[Table]:
+def expand(families: Sequence[PlanFamily], is_kept: NDArray[np.bool_], chunk_rows: int = 50_000) -> Iterator[Table]:
     """Yield tables of about `chunk_rows` candidates; `is_kept` has one entry per row of `list_shardings`."""
     pending: list[Table] = []
     size = start = 0
@@ -202,7 +202,7 @@ def expand(families: Sequence[Family], is_kept: NDArray[np.bool_], chunk_rows: i
         yield np.concatenate(pending)
 
 
-def _cross(family: Family, is_kept: NDArray[np.bool_]) -> Table:
+def _cross(family: PlanFamily, is_kept: NDArray[np.bool_]) -> Table:
     sharding = np.array(family.sharding, dtype=np.int32)[is_kept]
     passing = np.array(family.passing, dtype=np.int32)
     table = np.empty((len(sharding) * len(passing), len(KNOBS)), dtype=np.int32)

@@ -2,81 +2,30 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek.core.errors import ConfigError
 from deepseek.distributed.collectives import COLLECTIVES
-from deepseek.distributed.collectives.executing import play_steps_
-from deepseek.distributed.collectives.messages import count_sent, cut
+from deepseek.distributed.collectives.messages import count_sent
 from deepseek.distributed.topology import LinkClass
 from deepseek.planning.estimate import communication as prices
 from deepseek.planning.estimate.communication import time_steps
 from deepseek.planning.machines.cluster import Cluster, get_accelerator
-from deepseek.planning.scaling import make_link_columns
-from tests.distributed.spawning import run_ranks
-from tests.planning.rank_work import exchange
+from deepseek.planning.scaling import build_link_columns
 
 worlds = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3), (8, 4), (9, 3), (12, 4)])
 
 
-def make_buffers(world, size, seed=0):
-    source = np.random.default_rng(seed)
-    return [source.integers(-50, 50, size).astype(np.float64) for _ in range(world)]
-
-
-@settings(max_examples=40, deadline=None)
-@given(world=worlds, size=st.integers(0, 50), name=st.sampled_from(["ring_all_reduce", "hierarchical_all_reduce"]))
-def test_all_reduce_gives_every_rank_the_sum(world, size, name):
-    buffers = make_buffers(world[0], size)
-    expected = sum(buffers)
-    play_steps_(buffers, COLLECTIVES[name](world[0], size, world[1]))
-    assert all((buffer == expected).all() for buffer in buffers)
-
-
-@settings(max_examples=40, deadline=None)
-@given(world=st.integers(1, 9), size=st.integers(0, 50))
-def test_the_others_do_what_their_names_say(world, size):
-    given_ = make_buffers(world, size)
-    scattered = [each.copy() for each in given_]
-    play_steps_(scattered, COLLECTIVES["ring_reduce_scatter"](world, size, 1))
-    sent_out = [each.copy() for each in given_]
-    play_steps_(sent_out, COLLECTIVES["tree_broadcast"](world, size, 1))
-    gathered = [each.copy() for each in given_]
-    play_steps_(gathered, COLLECTIVES["ring_all_gather"](world, size, 1))
-    for rank, (start, stop) in enumerate(cut(size, world)):
-        assert (scattered[rank][start:stop] == sum(given_)[start:stop]).all()
-        assert (sent_out[rank] == given_[0]).all()
-        assert all((each[start:stop] == given_[rank][start:stop]).all() for each in gathered)
-    swapped = make_buffers(world, size * world)
-    whole = [each.copy() for each in swapped]
-    play_steps_(swapped, COLLECTIVES["pairwise_all_to_all"](world, size * world, 1))
-    for target, source in np.ndindex(world, world):
-        mine = swapped[target][source * size : (source + 1) * size]
-        assert (mine == whole[source][target * size : (target + 1) * size]).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(world=worlds, size=st.integers(0, 50), name=st.sampled_from(sorted(COLLECTIVES)))
-def test_the_bytes_that_move_are_the_bytes_that_are_counted(world, size, name):
-    size *= world[0]
-    steps = COLLECTIVES[name](world[0], size, world[1])
-    sent = play_steps_(make_buffers(world[0], size), steps)
-    assert sent == [8 * count_sent(steps, rank) for rank in range(world[0])]
-
-
-# Links without latency that carry one byte a second, and constants that take nothing off: seconds are bytes.
 BYTES = LinkClass(0.0, 1.0)
 
 
 def price_bytes(formula, world, domain, num_bytes, fast_network=1.0):
     device = replace(get_accelerator("A100-SXM-80GB"), scale_up=BYTES, network=BYTES)
     cluster = Cluster.of(device, nodes=world // domain, gpus_per_node=domain)
-    columns = make_link_columns(cluster).with_columns(
+    columns = build_link_columns(cluster).with_columns(
         scale_up_fraction=np.ones(1), network_fraction=np.full(1, fast_network), collective_s=np.zeros(1),
         topology=np.zeros(1), has_switch_reduction=np.zeros(1),
     )  # fmt: skip
-    group = prices.place_group(columns, np.full(1, float(world)), np.ones(1))
+    group = prices.form_group(columns, np.full(1, float(world)), np.ones(1))
     return float(formula(columns, np.full(1, float(num_bytes)), group)[0])
 
 
@@ -129,22 +78,3 @@ def test_two_levels_spare_the_network_as_often_as_a_domain_has_ranks():
     assert leaving(flat, 0) == 2 * 15 * 4
     slow, fast = LinkClass(1e-4, 1e9), LinkClass(1e-6, 1e11)
     assert time_steps(two, 4, 4, fast, slow) < 0.3 * time_steps(flat, 4, 4, fast, slow)
-
-
-@pytest.mark.parametrize(("world", "size", "domain"), [(0, 8, 1), (4, -1, 1), (4, 8, 3), (4, 8, 0)])
-def test_groups_that_do_not_exist_are_refused(world, size, domain):
-    with pytest.raises(ConfigError):
-        COLLECTIVES["ring_all_reduce"](world, size, domain)
-
-
-def test_a_buffer_that_cannot_be_shared_out_is_refused():
-    with pytest.raises(ConfigError, match="pad the buffer"):
-        COLLECTIVES["pairwise_all_to_all"](3, 8, 1)
-
-
-def test_between_processes_schedules_give_what_torch_gives_and_send_what_they_count():
-    for results in run_ranks(exchange, 4, 4):
-        assert sorted(results) == sorted(COLLECTIVES)
-        for name, (difference, sent, counted) in results.items():
-            assert difference == 0, name
-            assert sent == counted, name
