@@ -70,7 +70,7 @@ PURE = (
     "mixed_precision/policy.py",
     "compiler/passes/memory/ordering.py",
     "compiler/passes/placement/assignment.py",
-    "compiler/passes/memory/segments.py",
+    "checkpoint/segments.py",
     "compiler/dynamic_shapes/buckets.py",
     "compiler/dynamic_shapes/length_policy.py",
 )
@@ -294,7 +294,7 @@ KNOWN_UNTESTED = {
     "compiler/passes/fusion/operator_values.py",
     "compiler/passes/memory/peak.py",
     "compiler/passes/memory/peak_tracking.py",
-    "compiler/passes/memory/segments.py",
+    "checkpoint/segments.py",
     "compiler/passes/placement/devices.py",
     "compiler/passes/shape_inference.py",
     "compiler/runtimes/backends/accelerators.py",

@@ -219,7 +219,7 @@ def test_what_cannot_run_twice_is_refused():
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ConfigError, match="Linear has no list of equal blocks"):
+    with pytest.raises(ConfigError, match="Linear has no list of repeated blocks"):
         checkpoint_blocks_(nn.Linear(2, 2))
 
 

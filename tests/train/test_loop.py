@@ -20,7 +20,7 @@ from deepseek.data.corpus import load_data
 from deepseek.data.ngrams import measure_ngrams
 from deepseek.models.loading import load_model
 from deepseek.train.config import TrainConfig
-from deepseek.train.events import CheckpointSaved, Evaluated, ModelSaved, StepDone
+from deepseek.train.events import ActivationsCheckpointed, CheckpointSaved, Evaluated, ModelSaved, StepDone
 from deepseek.train.loop import train
 
 NUM_STEPS = 12
@@ -158,6 +158,35 @@ def test_run_that_is_killed_anywhere_goes_on_bit_equal(corpus: Path, finished: P
     for _ in train(config):
         pass
     assert_bit_equal(finished, tmp_path)
+
+
+@pytest.mark.parametrize("wanted", ["selective", "block", "full", 0.7])
+def test_recomputed_activations_leave_the_weights_bit_equal(
+    wanted: str | float, corpus: Path, finished: Path, tmp_path: Path
+) -> None:
+    events = list(train(make_config(corpus, tmp_path, ds_activation_checkpoint=wanted)))
+    (told,) = [event for event in events if isinstance(event, ActivationsCheckpointed)]
+    assert told.num_blocks == len(told.blocks) >= 1
+    if isinstance(wanted, float):
+        assert told.policy == "budget" and told.kept_bytes <= wanted * told.kept_before_bytes
+    else:
+        assert (told.policy, told.blocks) == (wanted, ("layers.0", "layers.1"))
+    assert_bit_equal(finished, tmp_path)
+
+
+def test_a_run_goes_on_under_another_activation_checkpoint(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    events = train(make_config(corpus, tmp_path, ds_activation_checkpoint="block"))
+    for event in events:
+        if isinstance(event, StepDone) and event.step >= 5:
+            break
+    events.close()
+    assert not any(isinstance(event, ActivationsCheckpointed) for event in train(make_config(corpus, tmp_path)))
+    assert_bit_equal(finished, tmp_path)
+
+
+def test_a_budget_of_activations_that_cannot_be_met_is_one_sentence(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be met"):
+        list(train(make_config(corpus, tmp_path, ds_activation_checkpoint=0.01)))
 
 
 def test_events_tell_the_whole_run_and_the_model_reloads(corpus: Path, tmp_path: Path) -> None:

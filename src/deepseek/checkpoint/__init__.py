@@ -19,7 +19,7 @@ import sys
 import types
 from typing import Any
 
-_PUBLIC = {"checkpoint_blocks_": "activations"}
+_PUBLIC = {"checkpoint_blocks_": "activations", "checkpoint_within_budget_": "activation_budget"}
 
 
 class _CallableModule(types.ModuleType):

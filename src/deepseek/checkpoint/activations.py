@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
@@ -32,12 +34,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+from deepseek.checkpoint.recomputed_state import RecomputedState
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 
 Policy = Literal["none", "selective", "block", "full"]
 T = TypeVar("T", bound=Callable[..., Any])
 
+# Attribute of a checkpointed function: itself and the function without its checkpoint.
+_MARK = "_checkpointed_and_plain"
 # An elementwise operator spends about a quarter of an operation on a byte of its result, a sum of K products K / 2.
 _KEPT_FROM_FLOPS_PER_BYTE = 8.0
 
@@ -61,9 +66,11 @@ def checkpoint(
     """Recompute what `target` computes in the backward pass instead of keeping it.
 
     `target` is a function or a `forward` method; an `nn.Module`, whose forward is changed in place; or a class of
-    modules. Without it, the decorator for these settings. `min_flops_per_byte` is the price from which `selective`
-    keeps a result. `preserve_rng=False` saves a little where nothing inside is random. Raises `ConfigError` for an
-    unknown policy, and for a target that cannot be run twice: a generator or a coroutine.
+    modules. Without it, the decorator for these settings. A second policy for a module replaces the first.
+    `min_flops_per_byte` is the cost from which `selective` keeps a result. `preserve_rng=False` saves a little where
+    nothing inside is random. Raises `ConfigError` for an unknown policy, and for a target that cannot be run twice: a
+    generator or a coroutine. What the target changes besides its result, such as the statistics of batch
+    normalization, changes once (`recomputed_state.py` says what is looked at).
 
     >>> @checkpoint
     ... def block(x):
@@ -75,9 +82,18 @@ def checkpoint(
     """
     if policy not in get_args(Policy):
         raise ConfigError(explain_unknown("checkpoint policy", policy, get_args(Policy)))
-    settings = {"policy": policy, "min_flops_per_byte": min_flops_per_byte, "preserve_rng": preserve_rng}
-    if target is None:
-        return functools.partial(checkpoint, **settings)
+    settings = _Settings(policy, min_flops_per_byte, preserve_rng)
+    return functools.partial(_checkpoint, settings=settings) if target is None else _checkpoint(target, settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    policy: Policy
+    min_flops_per_byte: float
+    preserve_rng: bool
+
+
+def _checkpoint(target: Any, settings: _Settings) -> Any:
     if isinstance(target, nn.Module):
         return _wrap_module_(target, settings)
     if isinstance(target, type) and issubclass(target, nn.Module):
@@ -86,35 +102,62 @@ def checkpoint(
     return _wrap_function(target, settings)
 
 
-def checkpoint_blocks_(model: nn.Module, policy: Policy = "block", **settings: Any) -> int:
+def checkpoint_blocks_(
+    model: nn.Module, policy: Policy = "block", *, blocks: Sequence[str] | None = None, **settings: Any
+) -> int:
     """Checkpoint the repeated blocks of `model` in place, and return how many there are.
 
-    The blocks are the children of the largest list of modules of one class. Raises `ConfigError` where there is none.
+    `blocks` are paths of modules; those of `find_blocks` by default. Raises `ConfigError` where there are none.
     """
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList | nn.Sequential) and len(each) > 1]
-    repeated = [each for each in lists if len({type(child) for child in each}) == 1]
-    if not repeated:
-        raise ConfigError(
-            f"{type(model).__name__} has no list of equal blocks; put ds.checkpoint on the forward of its parts instead"
-        )
-    blocks = max(repeated, key=lambda each: sum(parameter.numel() for parameter in each.parameters()))
-    for block in blocks:
-        checkpoint(policy=policy, **settings)(block)
+    names = find_blocks(model) if blocks is None else blocks
+    for name in names:
+        checkpoint(policy=policy, **settings)(model.get_submodule(name))
     if policy == "full":
         checkpoint(policy=policy, **settings)(model)
-    return len(blocks)
+    return len(names)
 
 
-def _wrap_module_(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
-    """A method and not a closure, so that a copy of the module runs its own weights."""
-    function = module.forward
-    plain = function.__func__ if isinstance(function, types.MethodType) else None
-    wrapped = _wrap_function(plain, settings) if plain else _wrap_function(function, settings)
-    module.forward = types.MethodType(wrapped, module) if plain else wrapped
+def find_blocks(model: nn.Module) -> list[str]:
+    """Find the blocks that a model repeats, as paths: lists of modules of one class that have modules of their own.
+
+    >>> find_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False))
+    ['layers.0', 'layers.1']
+    """
+    found: list[str] = []
+    for path, module in model.named_modules():
+        is_inside = any(path.startswith(f"{block}.") for block in found)
+        if is_inside or not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        blocks = [(name, child) for name, child in module.named_children() if any(True for _ in child.children())]
+        kinds = {type(child) for _, child in blocks}
+        if len(blocks) > 1 and len(kinds) == 1 and kinds != {nn.ModuleList}:
+            found += [f"{path}.{name}" if path else name for name, _ in blocks]
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of repeated blocks; put ds.checkpoint on the forward of its parts, or "
+            "name them with blocks=, in the order in which they run"
+        )
+    return found
+
+
+def _wrap_module_(module: nn.Module, settings: _Settings) -> nn.Module:
+    """Replace the forward of `module`; by a method and not a closure, so that a copy runs its own weights."""
+    forward = module.forward
+    function = forward.__func__ if isinstance(forward, types.MethodType) else forward
+    wrapped = _wrap_function(_find_plain(function), settings)
+    module.forward = types.MethodType(wrapped, module) if isinstance(forward, types.MethodType) else wrapped
+    if wrapped is type(module).forward:
+        del module.forward
     return module
 
 
-def _wrap_function(function: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
+def _find_plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` without its own checkpoint; decorators around a checkpointed function copy its mark."""
+    checkpointed, plain = getattr(function, _MARK, (None, function))
+    return plain if checkpointed is function else function
+
+
+def _wrap_function(function: Callable[..., Any], settings: _Settings) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"ds.checkpoint was put on {function!r}; put it on a function, a forward or a module")
     code = getattr(function, "__code__", None)
@@ -123,21 +166,59 @@ def _wrap_function(function: Callable[..., Any], settings: dict[str, Any]) -> Ca
             f"{function.__qualname__} is a generator or a coroutine, which cannot be run again in the backward pass; "
             "put ds.checkpoint on a plain function"
         )
-    policy, preserve_rng = settings["policy"], settings["preserve_rng"]
-    if policy == "none":
+    preserve_rng = settings.preserve_rng
+    if settings.policy == "none":
         return function
-    contexts = functools.partial(_selective_contexts, settings["min_flops_per_byte"])
-    options: dict[str, Any] = {"context_fn": contexts} if policy == "selective" else {}
+    selective = (
+        functools.partial(_selective_contexts, settings.min_flops_per_byte) if settings.policy == "selective" else None
+    )
 
     @functools.wraps(function)
     def checkpointed(*inputs: Any, **named_inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*inputs, **named_inputs)
-        return run_checkpointed(
-            function, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng, **options, **named_inputs
+        if torch.compiler.is_compiling():  # in a captured graph, writes are values like others and happen once
+            contexts: dict[str, Any] = {"context_fn": selective} if selective else {}
+            return run_checkpointed(
+                function, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng, **contexts, **named_inputs
+            )
+        state = RecomputedState(function, inputs, named_inputs)
+        result = run_checkpointed(
+            state.run,
+            *state.given,
+            use_reentrant=False,
+            preserve_rng_state=preserve_rng,
+            context_fn=functools.partial(_build_contexts, state, selective),
         )
+        state.forget_unchanged()
+        return result
 
+    setattr(checkpointed, _MARK, (checkpointed, function))
     return checkpointed
+
+
+class _Both(AbstractContextManager[None]):
+    """Two contexts as one that can be entered again: a backward pass may be repeated."""
+
+    def __init__(self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> None:
+        self.outer, self.inner = outer, inner
+
+    def __enter__(self) -> None:
+        self.outer.__enter__()
+        self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.inner.__exit__(*error)
+        self.outer.__exit__(*error)
+
+
+def _build_contexts(
+    state: RecomputedState,
+    selective: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What surrounds the first run, and each repetition."""
+    first, second = selective() if selective is not None else (nullcontext(), nullcontext())
+    return first, _Both(state, second)
 
 
 # Generators, coroutines and asynchronous generators, in the flags of a code object.

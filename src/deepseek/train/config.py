@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from deepseek.checkpoint.activations import Policy
+from deepseek.compiler.passes.memory.recomputation import check_budget
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
+from deepseek.core.names import explain_unknown
 from deepseek.data.config import DataConfig
 from deepseek.mixed_precision.amp_levels import Level
 from deepseek.models.decoder.model import DecoderConfig
@@ -34,6 +37,9 @@ class TrainConfig(Config):
     choice per layer from its gradients, which also keeps activations in bf16."""
     ds_amp_level: Level | None = None
     """`O0` computes in fp32 whatever `precision` says, `O1` as it says; none asks the environment's `DS_AMP_LEVEL`."""
+    ds_activation_checkpoint: Policy | float = "none"
+    """What the backward pass computes again: nothing (`none`), the cheap part of each block (`selective`), blocks as a
+    whole (`block`, `full`), or, for a number, blocks chosen by measurement so that this share of the bytes is kept."""
     compile: Literal["none", "blocks"] = "none"
     """Compile each kind of block once, or run eagerly; compiling pays on runs of more than a few minutes."""
     device: str = "cpu"
@@ -50,6 +56,14 @@ class TrainConfig(Config):
     """Held-out tokens that each evaluation reads; 0 reads all of them."""
     log_every: int = Field(default=10, ge=1)
     """Optimizer steps between two `StepDone` events."""
+
+    @field_validator("ds_activation_checkpoint", mode="before")
+    @classmethod
+    def _check_activation_checkpoint(cls, value: object) -> object:
+        if isinstance(value, str) and value not in get_args(Policy):
+            known = explain_unknown("ds_activation_checkpoint", value, get_args(Policy))
+            raise ConfigError(f"{known}; or a number over 0 and up to 1, the share of bytes to keep")
+        return check_budget(float(value)) if isinstance(value, int | float) else value
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

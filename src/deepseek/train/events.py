@@ -25,6 +25,22 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True)
+class ActivationsCheckpointed(Event):
+    """Blocks compute again in the backward pass what they do not keep."""
+
+    policy: str
+    """`selective`, `block`, `full`, or `budget` where blocks were chosen by measurement."""
+    num_blocks: int
+    """Blocks that are recomputed, in part or as a whole."""
+    blocks: tuple[str, ...]
+    """Their paths below the model."""
+    kept_before_bytes: int | None
+    """What autograd kept at once for one micro-batch; measured for a budget only."""
+    kept_bytes: int | None
+    """The same with the checkpoints."""
+
+
+@dataclass(frozen=True)
 class StepDone(Event):
     """One optimizer step."""
 
@@ -68,4 +84,4 @@ class ModelSaved(Event):
     num_bytes: int
 
 
-TrainEvent = RunStarted | StepDone | Evaluated | CheckpointSaved | ModelSaved
+TrainEvent = RunStarted | ActivationsCheckpointed | StepDone | Evaluated | CheckpointSaved | ModelSaved

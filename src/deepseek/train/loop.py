@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepseek.checkpoint.activation_budget import checkpoint_within_budget_
+from deepseek.checkpoint.activations import checkpoint_blocks_
 from deepseek.checkpoint.restoring import newest_valid
 from deepseek.checkpoint.rng_state import capture_rng, restore_rng
 from deepseek.checkpoint.saving import save
@@ -32,19 +34,27 @@ from deepseek.data.batching import BatchLoader, evaluation_batches
 from deepseek.data.corpus import PreparedData, load_data, prepare_data
 from deepseek.mixed_precision.amp_levels import choose_level
 from deepseek.mixed_precision.dynamic import DynamicPrecision
-from deepseek.mixed_precision.forward_precision import Precision, choose_precision
+from deepseek.mixed_precision.forward_precision import Precision, autocast, choose_precision
 from deepseek.models.decoder.model import Decoder, count_parameters
 from deepseek.models.loading import save_model
 from deepseek.optim.learning_rates import scale_learning_rate, schedule_factor
 from deepseek.optim.optimizers import build_optimizer, set_learning_rate
 from deepseek.train.config import TrainConfig
 from deepseek.train.evaluation import measure_loss
-from deepseek.train.events import CheckpointSaved, Evaluated, ModelSaved, RunStarted, StepDone
+from deepseek.train.events import ActivationsCheckpointed, CheckpointSaved, Evaluated, ModelSaved, RunStarted, StepDone
 from deepseek.train.steps import StepResult, take_step
 
 DATA_FOLDER, CHECKPOINT_FOLDER, MODEL_FOLDER = "data", "checkpoints", "model"
 # Settings that a resumed run may change without becoming another run.
-_FREE_SETTINGS = ("folder", "checkpoint_every", "keep_checkpoints", "log_every", "evaluate_every", "evaluation_tokens")
+_FREE_SETTINGS = (
+    "ds_activation_checkpoint",
+    "folder",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "evaluate_every",
+    "evaluation_tokens",
+)
 
 
 @dataclass(eq=False)
@@ -60,6 +70,8 @@ class Run:
     peak_learning_rate: float
     dynamic: DynamicPrecision | None = None
     """Chooses the precision of each layer, where that is asked for; `precision` then puts nothing around the model."""
+    checkpointed: ActivationsCheckpointed | None = None
+    """Which blocks are recomputed in the backward pass, if any."""
     step: int = 0
     """Optimizer steps done."""
     saved_step: int = 0
@@ -84,6 +96,8 @@ def train(config: TrainConfig) -> Generator[Event, None, None]:
         num_steps=config.num_steps,
         learning_rate=run.peak_learning_rate,
     )
+    if run.checkpointed is not None:
+        yield run.checkpointed
     try:
         yield from _take_steps(run)
     except GeneratorExit:
@@ -110,12 +124,43 @@ def build(config: TrainConfig, data: PreparedData) -> Run:
         reference_batch_size=config.optimizer.reference_batch_size,
     )
     optimizer = build_optimizer(model, config.optimizer, learning_rate)
+    checkpointed = checkpoint_activations_(model, config, device)
     if config.compile == "blocks":
         for layer in model.layers:
             layer.compile()
     loader = BatchLoader(data.train, config.data)
     precision, dynamic = open_precision(config, model, device)
-    return Run(config, data, model, optimizer, loader, precision, learning_rate, dynamic)
+    return Run(config, data, model, optimizer, loader, precision, learning_rate, dynamic, checkpointed)
+
+
+def checkpoint_activations_(
+    model: Decoder, config: TrainConfig, device: torch.device
+) -> ActivationsCheckpointed | None:
+    """Checkpoint the layers of `model` as `ds_activation_checkpoint` says; `None` where it says nothing.
+
+    A budget is measured on one micro-batch of zeros: which bytes are kept does not depend on what the tokens are. Which
+    blocks are chosen does not change what is learned, so that a resumed run may choose others.
+    """
+    wanted = config.ds_activation_checkpoint
+    layers = [f"layers.{index}" for index in range(len(model.layers))]
+    if wanted == "none":
+        return None
+    if not isinstance(wanted, float):
+        checkpoint_blocks_(model, wanted, blocks=layers)
+        return ActivationsCheckpointed(wanted, len(layers), tuple(layers), None, None)
+    is_packed = config.data.batching == "packed"
+    num_tokens = config.data.sequence_length if is_packed else config.data.max_len
+    num_rows = config.data.batch_size if is_packed else max(1, config.data.max_tokens // config.data.max_len)
+    tokens = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=device)
+    is_wide = choose_level(config.ds_amp_level) == "O0"
+    # The dynamic precision keeps activations in bf16 as well.
+    precision: Precision = "fp32" if is_wide else "bf16" if config.precision == "dynamic" else config.precision
+    with autocast(precision, device):
+        plan = checkpoint_within_budget_(model, (tokens,), memory_budget=wanted, blocks=layers)
+    chosen = plan.choice.recomputed
+    return ActivationsCheckpointed(
+        "budget", len(chosen), chosen, kept_before_bytes=plan.kept_before_bytes, kept_bytes=plan.choice.peak_bytes
+    )
 
 
 def open_precision(

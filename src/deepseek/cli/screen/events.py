@@ -219,6 +219,7 @@ _LINES = {
     "tokenizer_ready": "tokenizer: {vocab_size} tokens",
     "cache_ready": "text: {num_documents} documents, {num_tokens} tokens in {folder}",
     "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
+    "activations_checkpointed": "activations: {policy}, {num_blocks} blocks computed again in the backward pass",
     "step_done": "step {step}: loss {loss:.3f}, {tokens_per_s:.0f} tokens/s",
     "evaluated": "held-out loss after step {step}: {heldout_loss:.4f} nats per token over {num_tokens} tokens",
     "model_saved": "model: {path} ({num_bytes})",
