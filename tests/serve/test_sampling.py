@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from deepseek.core.errors import PermanentError
-from deepseek.serve.sampling import choose, distribution, draw, score
+from deepseek.serve.sampling import choose, distribution, sample, score
 from deepseek.serve.sequences import Sampling
 
 uniforms = st.floats(0, 1, exclude_max=True)
@@ -54,7 +54,7 @@ def test_a_draw_is_where_the_cumulative_distribution_passes_the_uniform(
 ) -> None:
     sampling = Sampling(temperature=temperature, top_p=top_p)
     probabilities_K, tokens_K = distribution(logits_V, sampling)
-    token = draw(logits_V, sampling, uniform)
+    token = sample(logits_V, sampling, uniform)
     rank = tokens_K.tolist().index(token)
     below = float(probabilities_K[:rank].sum())
     assert below - 1e-9 <= uniform <= below + float(probabilities_K[rank]) + 1e-9
@@ -64,7 +64,7 @@ def test_draws_over_an_even_grid_have_the_frequencies_of_the_distribution() -> N
     logits_V = torch.tensor([1.0, 0.0, -1.0, 3.0])
     sampling = Sampling(temperature=1.3)
     size = 2000
-    tokens = [draw(logits_V, sampling, (step + 0.5) / size) for step in range(size)]
+    tokens = [sample(logits_V, sampling, (step + 0.5) / size) for step in range(size)]
     expected_V = torch.softmax(logits_V.double() / 1.3, 0)
     for token in range(4):
         assert tokens.count(token) / size == pytest.approx(float(expected_V[token]), abs=1 / size)
@@ -90,16 +90,16 @@ def test_a_row_is_drawn_alike_in_any_company() -> None:
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-9])
 def test_the_likeliest_token_always_stays(top_p: float) -> None:
-    assert draw(torch.tensor([1.0, 1.5, 0.0]), Sampling(top_p=top_p), 0.999) == 1
+    assert sample(torch.tensor([1.0, 1.5, 0.0]), Sampling(top_p=top_p), 0.999) == 1
 
 
 def test_a_token_without_probability_is_never_drawn() -> None:
-    assert draw(torch.tensor([-1e5, 0.0, -1e5]), Sampling(), 0.0) == 1
-    assert draw(torch.tensor([-1e5, 0.0, -1e5]), Sampling(), 1 - 2**-53) == 1
+    assert sample(torch.tensor([-1e5, 0.0, -1e5]), Sampling(), 0.0) == 1
+    assert sample(torch.tensor([-1e5, 0.0, -1e5]), Sampling(), 1 - 2**-53) == 1
 
 
 def test_a_tiny_temperature_does_not_overflow() -> None:
-    assert draw(torch.tensor([100.0, 101.0, 0.0]), Sampling(temperature=1e-300), 0.5) == 1
+    assert sample(torch.tensor([100.0, 101.0, 0.0]), Sampling(temperature=1e-300), 0.5) == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

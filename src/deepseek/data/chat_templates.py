@@ -31,7 +31,7 @@ CHATML = (
 def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
 ) -> str:
-    """The prompt for `messages`, each with `role` and `content`; special tokens are in it already.
+    """Write `messages` as a prompt, each with `role` and `content`; special tokens are in it already.
 
     `add_generation_prompt` ends it where the assistant's answer begins. Raises `RequestError` when the template
     refuses the messages (roles in the wrong order, say), and `DataError` when the template itself is broken.

@@ -5,7 +5,7 @@ the work is done by the library `tokenizers`; what is added here is the little t
 tokenizer beside `tokenizer.json`: which token ends a text, which begins one, and how a chat is written.
 
 Byte-level BPE (Sennrich et al. 2016, "Neural machine translation of rare words with subword units"; on bytes in
-Radford et al. 2019, GPT-2) knows every text: what it has no token for is spelt in bytes. Training gives the same
+Radford et al. 2019, GPT-2) knows every text: what it has no token for is spelled in bytes. Training gives the same
 tokenizer every time, with any number of threads.
 
 Special tokens written out in a text are read as these tokens, as in `transformers`; a corpus that separates its
@@ -81,7 +81,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, max_len: int | None = None) -> list[list[int]]:
         """Token numbers of many texts at once, on all cores, without special tokens."""
-        return [each.ids[:max_len] for each in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoded.ids[:max_len] for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token numbers; bytes that are no UTF-8 become U+FFFD."""
@@ -230,5 +230,5 @@ def _chat_template(settings: dict[str, Any], file: Path) -> str | None:
         return file.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):
-        return next((each["template"] for each in template if each.get("name") == "default"), None)
+        return next((named["template"] for named in template if named.get("name") == "default"), None)
     return template

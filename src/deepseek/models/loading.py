@@ -35,7 +35,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.data.tokenizing import Tokenizer, save_tokenizer
 from deepseek.models.architectures import DECODER, TRANSFORMERS, name_architecture
 from deepseek.models.backend_loading import has_half_arithmetic, run_on_backend
-from deepseek.models.decoder.keymap import Family, export_config, export_tensors, find_twin
+from deepseek.models.decoder.keymap import Family, export_config, export_tensors, find_family
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loaded_model import LoadedModel, LoadedModule, Origin, RunModel, plain_module
 from deepseek.models.model_sources import INT8_KEPT, LoadConfig, open_source
@@ -242,7 +242,7 @@ def _write_plain(model: nn.Module, dtype: torch.dtype | None, tokenizer: Tokeniz
 def _write_decoder(model: Decoder, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> _Written:
     """Under the names of its twin at Hugging Face, where it has one."""
     tensors = stored_tensors(model, dtype)
-    family = None if is_int8(tensors) else find_twin(model.config)
+    family = None if is_int8(tensors) else find_family(model.config)
     if family is None:
         return tensors, model.config.to_dict(), {}, False
     tensors = export_tensors(tensors, family)

@@ -31,7 +31,7 @@ from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactErro
 from deepseek.core.names import explain_unknown
 from deepseek.models import text_zoo, zoo
 from deepseek.models.architectures import DECODER, TRANSFORMERS, list_architectures
-from deepseek.models.decoder.keymap import FAMILIES, find_twin, import_config, import_tensors
+from deepseek.models.decoder.keymap import FAMILIES, find_family, import_config, import_tensors
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loaded_model import plain_module
 from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow, run_tensorflow
@@ -159,7 +159,7 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     """
     tensors = _read_weights(path)
     if isinstance(model, Decoder):
-        family = find_twin(model.config)
+        family = find_family(model.config)
         if family is not None and not set(tensors) <= set(model.state_dict()):
             tensors = import_tensors(tensors, family)
     if isinstance(model, TransformersModel):

@@ -1,7 +1,7 @@
 """Grouped-query attention with rotary positions, an optional KV cache and the optional local/global mask.
 
 One module covers multi-head attention (`num_kv_heads == num_heads`), grouped-query and multi-query attention. The
-matrix products and the softmax are torch's `scaled_dot_product_attention`, which picks the fused kernel where the mask
+matmuls and the softmax are torch's `scaled_dot_product_attention`, which picks the fused kernel where the mask
 allows it: plain causal attention always, the content-dependent mask when it needs no gradient.
 
 Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head size, S key positions.
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         )
 
     def _mask(self, x_BTD: Tensor, visibility: Visibility, dtype: torch.dtype) -> Tensor | None:
-        """What SDPA adds to the scores; `None` is the causal kernel's own mask."""
+        """Return what SDPA adds to the scores; `None` is the causal kernel's own mask."""
         if self.num_local_heads == 0:
             return visibility.causal_B1TS
         if self.far_gate is None:
@@ -102,13 +102,13 @@ class Attention(nn.Module):
 
 
 def attend_with_bias(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BNTS: Tensor) -> Tensor:
-    """Attention written out, for a bias that needs a gradient and for where the fused kernel is slower.
+    """Compute attention step by step, for a bias that needs a gradient and for where the fused kernel is slower.
 
-    Everything is stored in the inputs' dtype; products and softmax accumulate in float32 inside their kernels. torch's
+    Everything is stored in the inputs' dtype; matmuls and softmax accumulate in float32 inside their kernels. torch's
     own fallback for such a bias widens the inputs instead, which costs a CPU with bf16 instructions a factor of four.
     """
     group_size = q_BNTH.shape[1] // k_BKSH.shape[1]
-    k_BNSH, v_BNSH = (each.repeat_interleave(group_size, dim=1) for each in (k_BKSH, v_BKSH))
+    k_BNSH, v_BNSH = (shared.repeat_interleave(group_size, dim=1) for shared in (k_BKSH, v_BKSH))
     scores_BNTS = (q_BNTH * q_BNTH.shape[-1] ** -0.5) @ k_BNSH.transpose(2, 3)
     weights_BNTS = (scores_BNTS + bias_BNTS.to(scores_BNTS.dtype)).softmax(dim=-1)
     y_BNTH: Tensor = weights_BNTS.to(v_BNSH.dtype) @ v_BNSH
@@ -116,13 +116,13 @@ def attend_with_bias(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BNTS: 
 
 
 def causal_bias(q_BNTH: Tensor) -> Tensor:
-    """(T, T) bias that hides the future."""
+    """Return the (T, T) bias that hides the future."""
     length = q_BNTH.shape[2]
     return torch.full((length, length), -torch.inf, dtype=q_BNTH.dtype, device=q_BNTH.device).triu(1)
 
 
 def _is_slow_when_fused(q_BNTH: Tensor) -> bool:
-    """Forward and backward of 6 heads on 8 x 256 tokens in bf16: 18 ms fused, 7 written out; at 1,024 tokens even."""
+    """Whether the fused kernel loses: 6 heads on 8 x 256 tokens in bf16 take 18 ms fused and 7 written out."""
     return (
         torch.is_grad_enabled()
         and q_BNTH.device.type == "cpu"

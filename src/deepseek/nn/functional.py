@@ -9,7 +9,7 @@ few operations it has. Measured on one Zen 4 core, a million float32 values, mil
     table     7.5e-5      1            4.2  / 1.8            4.2                    1.3
 
 So `hard` is 2.4 times cheaper where nothing is differentiated, and where something is, it costs the same time and a
-quarter of the memory. `table` is for accuracy and memory at the price of time. Not kept, because they won nowhere: a
+quarter of the memory. `table` is for accuracy and memory at the cost of time. Not kept, because they won nowhere: a
 rational form (error 4.6e-5; 1.7 ms eager, 0.23 compiled) and softsign (error 0.082, eager slower than exact).
 
 Gradients are exact for the form that ran: both are piecewise linear, and what is kept says which piece each value is

@@ -1,8 +1,8 @@
-"""Keys and values of the tokens that were already read, so that each new token costs one step instead of a whole pass.
+"""Keep keys and values of the tokens already read, so that each new token costs one step instead of a whole pass.
 
 A `KVCache` has a number of slots, one sequence each. A forward pass sees it through a `CacheView`: some neighbouring
 slots, and how many key positions they need. Views alias the cache, so writing through one is writing the cache. Slots
-are neighbours so that a view never gathers; whoever schedules keeps running sequences together with `copy_slot`.
+are neighbours so that a view never gathers; the scheduler keeps running sequences together with `copy_slot`.
 
 Shapes: S slots, K kv heads, L key positions, H head size. Memory: 2 * layers * S * K * L * H elements.
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def sum_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, *, ignored_target: int) -> Tensor:
-    """() sum over all targets but `ignored_target`, in nats.
+    """Return the () sum over all targets but `ignored_target`, in nats.
 
     >>> sum_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -1]]), ignored_target=-1).exp().round().item()
     4.0

@@ -11,7 +11,7 @@ added to the attention scores. A gate near one makes the head global for that to
 close; once trained it is 1. Without a gate the far bias is minus infinity, which is plain sliding-window attention.
 
 Shapes: B batch, N heads, T query tokens, S key positions. Cost: one (B, N, T, S) bias, so attention runs on the
-general kernel instead of the causal one; at the lengths this is meant for the matrix products outweigh it.
+general kernel instead of the causal one; at the lengths this is meant for the matmuls outweigh it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Visibility:
 def see(
     positions_BT: Tensor, num_keys: int, *, is_whole: bool, local_distance: int | None, openness: Tensor | None
 ) -> Visibility:
-    """The `Visibility` of queries at `positions_BT` over `num_keys` keys.
+    """Build the `Visibility` of queries at `positions_BT` over `num_keys` keys.
 
     `is_whole` says that queries and keys are the same tokens, each of which then sees itself and those before it
     whatever its position is called; `local_distance` is `None` for a decoder without local heads, which then needs no

@@ -63,7 +63,7 @@ class Routing(NamedTuple):
 
 
 class SwiGLUExperts(nn.Module):
-    """Experts of one shape, stacked into one tensor per projection so that a batched product runs them all."""
+    """Experts of one shape, stacked into one tensor per projection so that a batched matmul runs them all."""
 
     def __init__(self, num_experts: int, hidden_size: int, ffn_size: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class MoERouter(nn.Module):
         counts = torch.bincount(routing.experts_NK.reshape(-1), minlength=self.experts.num_experts).tolist()
         answers = self.experts.run(x_ND[tokens_A].split(counts))
         # An idle expert's empty group keeps the input's dtype, and must not decide the answers'.
-        answers_AD = torch.cat([each for each in answers if len(each)] or answers)
+        answers_AD = torch.cat([answer_nD for answer_nD in answers if len(answer_nD)] or answers)
         weights_A1 = routing.weights_NK.reshape(-1)[order_A, None].to(answers_AD.dtype)
         return torch.zeros_like(x_ND, dtype=answers_AD.dtype).index_add(0, tokens_A, answers_AD * weights_A1)
 
@@ -217,7 +217,7 @@ class MoERouter(nn.Module):
         num_tokens, num_experts = x_ND.shape[0], self.experts.num_experts
         capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens * self.top_k / num_experts))
         num_places = num_experts * capacity
-        place_KN, has_place_KN = _assign_places(routing.experts_NK, num_experts, capacity)
+        place_KN, has_place_KN = _assign_slots(routing.experts_NK, num_experts, capacity)
         choices_A = torch.arange(self.top_k * num_tokens, device=x_ND.device)
         choice_1P = torch.full((1, num_places + 1), self.top_k * num_tokens, device=x_ND.device)
         choice_1P = choice_1P.scatter(1, place_KN.reshape(1, -1), choices_A[None])[:, :-1]
@@ -229,10 +229,10 @@ class MoERouter(nn.Module):
         return (answers_KND * weights_KN[..., None].to(answers_KND.dtype)).sum(dim=0)
 
 
-def _assign_places(experts_NK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """Place of each choice among `num_experts * capacity` (that number itself for none), and whether it has one.
+def _assign_slots(experts_NK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Assign each choice a slot among `num_experts * capacity` (that number for none), and say whether it has one.
 
-    First choices of all tokens are placed before any second choice.
+    First choices of all tokens are assigned before any second choice.
     """
     experts_KN = experts_NK.t()
     one_hot_AE = F.one_hot(experts_KN.reshape(-1), num_experts)
@@ -244,7 +244,7 @@ def _assign_places(experts_NK: Tensor, num_experts: int, capacity: int) -> tuple
 class _TakeRows(torch.autograd.Function):
     """`x[index]` whose backward is a gather too: scattering gradients row by row is what makes MoE slow on a CPU.
 
-    An index one past the end takes a row of zeros. `readers_RM` lists, for each row of x, the up to R places in the
+    An index one past the end takes a row of zeros. `readers_RM` lists, for each row of x, the up to R rows of the
     output that read it (one past the end for none), so that its gradient is the sum over those.
     """
 

@@ -86,7 +86,7 @@ def pack_(model: M) -> M:
 
 
 def pack_linear(linear: nn.Linear) -> nn.Module:
-    """The packed layer, or `linear` itself where packing is not to be had or not worth it."""
+    """Return the packed layer, or `linear` itself where packing is not available or not worth it."""
     return PackedLinear(linear) if _can_pack(linear) else linear
 
 
@@ -98,18 +98,18 @@ def _as_linear(weight_OI: Tensor) -> nn.Linear:
 
 
 def merge(layers: Sequence[nn.Module]) -> nn.Module:
-    """One layer whose output is the outputs of `layers`, one after the other; all float or all int8."""
+    """Return one layer whose output is the outputs of `layers`, one after the other; all float or all int8."""
     merged: nn.Module
-    if all(isinstance(each, Int8Linear) for each in layers):
-        weight = torch.cat([each.get_buffer("weight") for each in layers])
+    if all(isinstance(layer, Int8Linear) for layer in layers):
+        weight = torch.cat([layer.get_buffer("weight") for layer in layers])
         merged = Int8Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None)
-        merged.weight, merged.weight_scale = weight, torch.cat([each.get_buffer("weight_scale") for each in layers])
+        merged.weight, merged.weight_scale = weight, torch.cat([layer.get_buffer("weight_scale") for layer in layers])
         if layers[0].bias is not None:
-            merged.bias = torch.cat([each.get_buffer("bias") for each in layers])
+            merged.bias = torch.cat([layer.get_buffer("bias") for layer in layers])
     else:
-        merged = _as_linear(torch.cat([each.get_parameter("weight") for each in layers]))
+        merged = _as_linear(torch.cat([layer.get_parameter("weight") for layer in layers]))
         if layers[0].bias is not None:
-            merged.bias = nn.Parameter(torch.cat([each.get_parameter("bias").detach() for each in layers]))
+            merged.bias = nn.Parameter(torch.cat([layer.get_parameter("bias").detach() for layer in layers]))
     return merged
 
 

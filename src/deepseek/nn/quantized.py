@@ -1,7 +1,7 @@
 """Layers that hold their weights in 8 bits and compute in 8 bits: what an int8 model is made of.
 
 Weights are symmetric int8 with one scale per output channel. Activations are quantized on the way in, one scale per
-token, so that a token's product never depends on what shares its batch. The product is FBGEMM's, called through torch;
+token, so that a token's result never depends on what shares its batch. The matmul is FBGEMM's, called through torch;
 it is the fastest there is here in eager mode: a 1536 x 576 layer answers one token in 23 us against 46 in FP32 and 63
 in bf16, and 64 tokens in 195 us against 641, where torch's weight-only int8 kernel takes 13 and 345
 (AVX-512 VNNI, 2 cores). Where FBGEMM is not built in, or off the CPU, weights are widened on the fly instead.
@@ -31,7 +31,7 @@ _SMALLEST = 1e-30
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values and float32 scales, one per slice along the last dim: (..., N, K) to (..., N, K) and (..., N).
+    """Return int8 values and float32 scales, one per slice along the last dim: (..., N, K) to (..., N, K) and (..., N).
 
     >>> values, scales = quantize_rows(torch.tensor([[1.0, -0.5]]))
     >>> values.tolist(), round(scales.item() * 127, 4)
@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def from_float(cls, linear: nn.Linear) -> Int8Linear:
-        """The int8 layer of a float one."""
+        """Quantize a float layer."""
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         layer.weight, layer.weight_scale = quantize_rows(linear.weight)
         layer.bias = None if linear.bias is None else linear.bias.detach().float()
@@ -99,7 +99,7 @@ class Int8Embedding(nn.Module):
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding) -> Int8Embedding:
-        """The int8 table of a float one."""
+        """Quantize a float table."""
         layer = cls(embedding.num_embeddings, embedding.embedding_dim)
         layer.weight, layer.weight_scale = quantize_rows(embedding.weight)
         return layer
@@ -121,7 +121,7 @@ class Int8Experts(nn.Module):
 
     @classmethod
     def from_float(cls, experts: SwiGLUExperts) -> Int8Experts:
-        """The int8 experts of float ones."""
+        """Quantize float experts."""
         layer = cls(experts.num_experts, *experts.gate_proj.shape[1:])
         for name, weight_EIO in experts.named_parameters():
             values, scales = quantize_rows(weight_EIO.transpose(1, 2))
@@ -140,11 +140,11 @@ class Int8Experts(nn.Module):
     def _multiply(self, names: tuple[str, ...], expert: int, x: Tensor) -> Tensor:
         """The projections called `names`, side by side: one call reads x once for all of them."""
         if not _has_fbgemm(x.device):
-            weight_OI, scale_O = (torch.cat(each) for each in zip(*self._stored(names, expert), strict=True))
+            weight_OI, scale_O = (torch.cat(parts) for parts in zip(*self._stored(names, expert), strict=True))
             return F.linear(x, weight_OI.to(x.dtype)) * scale_O.to(x.dtype)
         if names not in self._packed:
             self._packed[names] = [
-                _pack(*(torch.cat(each) for each in zip(*self._stored(names, index), strict=True)))
+                _pack(*(torch.cat(parts) for parts in zip(*self._stored(names, index), strict=True)))
                 for index in range(self.num_experts)
             ]
         return multiply_int8(x, self._packed[names][expert])
@@ -168,7 +168,7 @@ def replace_with_int8_(model: nn.Module, kept: Sequence[str]) -> None:
     shares its int8 values too.
     """
     tables: dict[int, Int8Embedding] = {}
-    embeddings_first = sorted(model.named_modules(), key=lambda each: not isinstance(each[1], nn.Embedding))
+    embeddings_first = sorted(model.named_modules(), key=lambda named: not isinstance(named[1], nn.Embedding))
     for path, module in embeddings_first:
         parent, _, name = path.rpartition(".")
         layer = None if name in kept else _to_int8(module, tables)
@@ -191,7 +191,7 @@ def _to_int8(module: nn.Module, tables: dict[int, Int8Embedding]) -> nn.Module |
 
 
 def multiply_int8(x: Tensor, packed: Any) -> Tensor:
-    """(..., K) by packed (N, K) weights to (..., N), each row of x quantized by its own largest value."""
+    """Multiply (..., K) by packed (N, K) weights to (..., N), each row of x quantized by its own largest value."""
     if x.ndim == 1:
         return multiply_int8(x[None], packed)[0]
     scale: Tensor = torch.linalg.vector_norm(x.float(), torch.inf, dim=-1, keepdim=True).clamp_min(_SMALLEST)
@@ -203,7 +203,7 @@ def multiply_int8(x: Tensor, packed: Any) -> Tensor:
 
 
 def activation_levels() -> int:
-    """Steps from zero to the largest activation of a token: what the CPU's instructions can add up exactly."""
+    """Return the steps from zero to the largest activation of a token that the CPU's instructions add up exactly."""
     return 127 if torch.cpu._is_vnni_supported() else 63
 
 

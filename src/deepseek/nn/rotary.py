@@ -1,4 +1,4 @@
-"""Rotary position embedding: each pair of channels turns by an angle that grows with the position.
+"""Rotary position embedding: each pair of channels is rotated by an angle that grows with the position.
 
 The table of cosines and sines is made once, in float32, and indexed with positions, so that training, prefill and
 decoding of sequences at different positions share it. Halves are paired (channel i with i + H/2), as in Hugging Face's
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def rotary_table(length: int, head_size: int, *, theta: float) -> Tensor:
-    """(2, length, head_size) float32 with cosines first, then sines; `theta` is the longest wavelength over 2 pi."""
+    """Return (2, length, head_size) float32, cosines first, then sines; `theta` is the longest wavelength over 2 pi."""
     exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
     angles = torch.arange(length, dtype=torch.float64)[:, None] * theta**-exponents
     angles = torch.cat((angles, angles), dim=-1)
@@ -23,7 +23,7 @@ def rotary_table(length: int, head_size: int, *, theta: float) -> Tensor:
 
 
 def rotate(x_BTNH: Tensor, table_2BTH: Tensor) -> Tensor:
-    """Turn every head by its position's angle; the table is already indexed by position (B may be 1)."""
+    """Rotate every head by its position's angle; the table is already indexed by position (B may be 1)."""
     cos, sin = table_2BTH.to(x_BTNH.dtype).unsqueeze(3).unbind(0)
     left, right = x_BTNH.chunk(2, dim=-1)
     return x_BTNH * cos + torch.cat((-right, left), dim=-1) * sin

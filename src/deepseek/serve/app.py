@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's completions, chat and models, two health checks and the metrics, as a starlette application.
+"""The HTTP endpoints as a starlette application: OpenAI's completions, chat and models, health checks and metrics.
 
     request -> key, size -> body -> prompts -> EngineThread.open -> whole answer, or server-sent events
                                                   `-> the client hangs up: the stream is closed, its slots are freed
@@ -92,7 +92,7 @@ class Service:
 
 
 def build_app(service: Service) -> ASGIApp:
-    """The application over `service`, whose engine thread is started and stopped by whoever made it."""
+    """Build the application over `service`, whose engine thread the caller starts and stops."""
     app = Starlette(
         routes=[
             Route("/v1/completions", complete, methods=["POST"]),
@@ -172,7 +172,7 @@ async def show_metrics(request: Request) -> Response:
 
 
 async def admit(request: Request, body: type[B]) -> tuple[Service, B]:
-    """The checked body of a request that may be served."""
+    """Return the service and the checked body of a request that may be served."""
     service = authorize(request)
     parsed = parse(body, await read_body(request, service.config))
     service.require_model(parsed.model)
@@ -180,7 +180,7 @@ async def admit(request: Request, body: type[B]) -> tuple[Service, B]:
 
 
 def authorize(request: Request) -> Service:
-    """The service, for who has its key; raises `RequestError` (401) otherwise. The comparison takes constant time."""
+    """Return the service, or raise `RequestError` (401) without its key; the comparison takes constant time."""
     service: Service = request.app.state.service
     if service.api_key is not None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -192,7 +192,7 @@ def authorize(request: Request) -> Service:
 
 
 async def read_body(request: Request, config: ServeConfig) -> bytes:
-    """The body; raises `RequestError` when it is too long (413), having read no further, or too slow (408)."""
+    """Read the body; raises `RequestError` when it is too long (413), having read no further, or too slow (408)."""
     content = bytearray()
     try:
         async with asyncio.timeout(config.body_timeout_s):
@@ -223,15 +223,15 @@ async def respond(
 
 
 async def gather(stream: Stream) -> list[Generation]:
-    """The whole answers of `stream`, in the order of its requests."""
+    """Collect the whole answers of `stream`, in the order of its requests."""
     outputs: list[list[Output]] = [[] for _ in stream.sequences]
     async for index, output in stream:
         outputs[index].append(output)
-    return [collect(each) for each in outputs]
+    return [collect(outputs_of_one) for outputs_of_one in outputs]
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; raises `ClientDisconnect` and cancels it when the client hangs up before."""
+    """Return the result of `work`; raises `ClientDisconnect` and cancels it when the client hangs up before."""
     working = asyncio.ensure_future(work)
     listening = asyncio.ensure_future(_disconnect(receive))
     try:
@@ -260,7 +260,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with contextlib.suppress(ClientDisconnect):  # nobody is left to tell
+            with contextlib.suppress(ClientDisconnect):  # nobody is left to answer
                 await until_disconnect(receive, self._send_all(send))
         finally:
             self._thread.close(self._stream)
@@ -273,7 +273,7 @@ class EventStream(Response):
 
 
 async def _events(stream: Stream, body: GenerationBody, answer: Answer) -> AsyncIterator[bytes]:
-    """The events of a streamed answer; an error in the middle is an event too, since the status is long sent."""
+    """Yield the events of a streamed answer; an error in the middle is an event too, since the status is long sent."""
     extra: Json = {"usage": None} if body.includes_usage else {}
     for chunk in answer.opening(len(stream.sequences)):
         yield _event(chunk | extra)
@@ -300,7 +300,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 def _completion_requests(service: Service, body: CompletionBody) -> list[GenerationRequest]:
-    """One request per prompt and choice; without `max_tokens`, OpenAI's default or what still fits."""
+    """Build one request per prompt and choice; without `max_tokens`, OpenAI's default or what still fits."""
     engine = service.thread.engine
     requests = []
     for prompt in body.prompts:
@@ -318,10 +318,10 @@ def _completion_requests(service: Service, body: CompletionBody) -> list[Generat
 
 
 def _chat_requests(service: Service, body: ChatBody) -> list[GenerationRequest]:
-    """One request per choice; the template writes the special tokens, so none are added."""
+    """Build one request per choice; the template writes the special tokens, so none are added."""
     engine = service.thread.engine
     roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
-    messages = [{"role": roles.get(each.role, each.role), "content": each.text} for each in body.messages]
+    messages = [{"role": roles.get(message.role, message.role), "content": message.text} for message in body.messages]
     try:
         first = engine.request(
             engine.tokenizer.encode(render_chat(engine.tokenizer, messages)),
@@ -342,7 +342,7 @@ def _echoes(service: Service, prompts: Sequence[str | list[int]]) -> tuple[str, 
 
 
 def _token_text(service: Service) -> Callable[[int], str]:
-    """What a single token is called in log-probabilities."""
+    """Return how a single token is written in log-probabilities."""
     tokenizer = service.thread.engine.tokenizer
     return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
 
@@ -351,7 +351,7 @@ def _token_text(service: Service) -> Callable[[int], str]:
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
-    """An error that was raised on purpose."""
+    """Answer an error that was raised on purpose."""
     headers = {}
     body = _error_body(error)
     status = _status(error)
@@ -367,7 +367,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
-    """An unknown path or a wrong method."""
+    """Answer an unknown path or a wrong method."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
     message = {404: f"there is no {what} here", 405: f"{what} does not exist; this path takes another method"}
@@ -376,12 +376,12 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
-    """The client hung up; the answer goes nowhere."""
+    """Answer a client that hung up; nothing is read."""
     return Response(status_code=_CLIENT_CLOSED)
 
 
 async def answer_bug(request: Request, error: Exception) -> Response:
-    """An error that nobody expected; its traceback is in the log, not in the answer."""
+    """Answer an error that nobody expected; its traceback is in the log, not in the answer."""
     body = responses.error(
         "the server failed on this request; its log has the reason", status=500, code="internal_error"
     )

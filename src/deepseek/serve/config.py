@@ -15,7 +15,7 @@ class EngineConfig(Config):
     max_length: int | None = Field(default=None, ge=2)
     """Longest prompt and answer together, in tokens; none is the longest that the model was made for."""
     max_queue: int = Field(default=128, ge=0)
-    """Sequences that may wait for a free place; more are refused with status 503."""
+    """Sequences that may wait for a free slot; more are refused with status 503."""
     prefill_tokens: int = Field(default=256, ge=1)
     """Prompt tokens read between two decoding steps; fewer keep the streams even, more read long prompts faster."""
 
@@ -38,4 +38,4 @@ class ServeConfig(EngineConfig):
     stall_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """`/healthz` fails when the engine has not finished a step for so long."""
     retry_after_s: int = Field(default=1, ge=0)
-    """What a refused client is told to wait, as `Retry-After`."""
+    """How long a refused client is asked to wait, as `Retry-After`."""

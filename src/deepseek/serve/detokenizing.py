@@ -35,13 +35,13 @@ class TextWriter:
         self._tokens: list[Token] = []  # not sent
 
     def push(self, token_id: int, logprobs: Logprobs | None = None) -> tuple[str, tuple[Token, ...]]:
-        """Add a token; returns the text and the tokens that can be sent now."""
+        """Add a token and return the text and the tokens that can be sent now."""
         self._tokens.append(Token(token_id, self._num_sent + len(self._text), logprobs))
         self._text += self._decoder.push(token_id)
         return self._release(num_kept=num_open(self._text, self._stop))
 
     def finish(self) -> tuple[str, tuple[Token, ...]]:
-        """The sequence ended without a stop string: returns everything that was kept back."""
+        """End the sequence without a stop string and return everything that was kept back."""
         self._text += self._decoder.finish()
         text, tokens = self._release(num_kept=0)
         rest = () if self.is_stopped else tuple(self._tokens)  # tokens without text of their own
@@ -61,17 +61,17 @@ class TextWriter:
 
 
 def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
-    """Where `text` is to be cut: the start of the stop string that is complete first, of the longest if several are.
+    """Return where to cut `text`: the start of the stop string that is complete first, of the longest if several are.
 
     >>> find_stop("one, two. three", (". ", ","))
     3
     """
-    found = [(text.index(each) + len(each), text.index(each)) for each in stop if each in text]
+    found = [(text.index(string) + len(string), text.index(string)) for string in stop if string in text]
     return min(found)[1] if found else None
 
 
 def num_open(text: str, stop: tuple[str, ...]) -> int:
-    r"""Characters at the end of `text` that may be the beginning of a stop string.
+    r"""Count the characters at the end of `text` that may be the beginning of a stop string.
 
     >>> num_open("def f():\n", ("\n\n", "class"))
     1
@@ -81,4 +81,4 @@ def num_open(text: str, stop: tuple[str, ...]) -> int:
 
 
 def _may_begin(ending: str, stop: tuple[str, ...]) -> bool:
-    return any(each.startswith(ending) for each in stop)
+    return any(string.startswith(ending) for string in stop)

@@ -2,10 +2,10 @@
 
     submit(sequences) -> [step() -> outputs] until nothing has work
 
-`step` is the whole story: drop who was cancelled, let the scheduler decide, run the model, choose tokens, tell. Policy
-is in `scheduling.py`, text in `writing.py`, chance in `sampling.py`; here they meet the tensors. `submit` and `cancel`
-may be called from any thread, `step` from one. For a script, `generate` and `run` drive the steps themselves; for a
-server, `driving.py` does so in a thread.
+`step` is the whole story: drop what was cancelled, let the scheduler decide, run the model, choose tokens, report.
+Policy is in `scheduling.py`, text in `detokenizing.py`, chance in `sampling.py`; here they meet the tensors. `submit`
+and `cancel` may be called from any thread, `step` from one. For a script, `generate` and `run` drive the steps; for a
+server, `engine_thread.py` does so in a thread.
 
 Memory: max_num_seqs * max_length positions of KV cache, taken at once, so that nothing can run out of it later.
 Shapes: B sequences, T tokens, V vocabulary.
@@ -65,7 +65,7 @@ class Engine:
         self._writers: dict[int, TextWriter] = {}
         self._lock = threading.Lock()  # held while the scheduler changes, never while the model runs
 
-    # What somebody wants
+    # Requests
 
     def request(
         self,
@@ -77,7 +77,7 @@ class Engine:
         ignore_eos: bool = False,
         choice: int = 0,
     ) -> GenerationRequest:
-        """A request for `prompt`, checked against the context length; no `max_tokens` is as many as fit.
+        """Build a request for `prompt`, checked against the context length; no `max_tokens` is as many as fit.
 
         Text is encoded with the special tokens that the tokenizer's own rules add; token ids are taken as they are.
         Raises `RequestError` for an empty prompt, one that does not fit, and token ids outside the vocabulary.
@@ -91,13 +91,13 @@ class Engine:
 
     def submit(self, sequences: Sequence[LiveSequence]) -> None:
         """Queue all of `sequences` or, with an `OverloadedError`, none of them."""
-        writers = {each.id: self._new_writer(each.request) for each in sequences}
+        writers = {sequence.id: self._new_writer(sequence.request) for sequence in sequences}
         with self._lock:
             self._scheduler.submit(sequences)
             self._writers.update(writers)
 
     def cancel(self, sequence: LiveSequence) -> None:
-        """Give up `sequence`, wherever it is; the next step frees its place. Finished ones are left as they are."""
+        """Give up `sequence`, wherever it is; the next step frees its slot. Finished ones are left as they are."""
         sequence.is_cancelled = True
 
     def require_room(self, num_sequences: int) -> None:
@@ -105,7 +105,7 @@ class Engine:
         with self._lock:
             self._scheduler.require_room(num_sequences)
 
-    # How it is doing
+    # Load
 
     @property
     def capacity(self) -> int:
@@ -138,7 +138,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Read some prompts, decode one token for each running sequence, and tell what came out."""
+        """Read some prompts, decode one token for each running sequence, and report what came out."""
         cancelled = self._drop_cancelled()
         plan = self._plan()
         if not plan.choosing and not plan.chunks:
@@ -177,7 +177,7 @@ class Engine:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> list[Generation]:
-        """The answers to `prompts`, several generated at once, in the order of the prompts; greedy by default."""
+        """Answer `prompts`, several generated at once, in the order of the prompts; greedy by default."""
         requests = [
             self.request(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, ignore_eos=ignore_eos)
             for prompt in prompts
@@ -185,7 +185,7 @@ class Engine:
         outputs: list[list[Output]] = [[] for _ in requests]
         for index, output in self.run(requests):
             outputs[index].append(output)
-        return [collect(each) for each in outputs]
+        return [collect(outputs_of_one) for outputs_of_one in outputs]
 
     def warm_up(self) -> None:
         """Run the model once in each way, so that the first request does not pay for it and a broken model shows."""
@@ -193,7 +193,7 @@ class Engine:
             pass
 
     def _new_writer(self, request: GenerationRequest) -> TextWriter:
-        """The decoder is shown the last prompt token, if its text is whole, since a space may depend on it."""
+        """Build a writer that has seen the last prompt token, if its text is whole, since a space may depend on it."""
         before = request.prompt[-1:]
         is_whole = not self.tokenizer.decode(before).endswith("\N{REPLACEMENT CHARACTER}")
         return TextWriter(StreamDecoder(self.tokenizer, before if is_whole else ()), request.stop)
@@ -212,7 +212,7 @@ class Engine:
         return plan
 
     def _forward(self, plan: Plan) -> Tensor:
-        """Logits (B, V) for `plan.choosing`, in that order."""
+        """Return logits (B, V) for `plan.choosing`, in that order."""
         rows = [(chunk, self._read(chunk)) for chunk in plan.chunks]
         logits = [logits_1V for chunk, logits_1V in rows if chunk.is_last]
         if plan.decode:
@@ -248,7 +248,7 @@ class Engine:
         ]
 
     def _append(self, sequence: LiveSequence, token: int, logprobs: Logprobs | None) -> Output:
-        """Add a token to `sequence`, end it if this was its last, and say what can be said."""
+        """Add a token to `sequence`, end it if this was its last, and report it."""
         sequence.tokens.append(token)
         writer = self._writers[sequence.id]
         is_eos = token == self.tokenizer.eos_id and not sequence.request.ignore_eos
@@ -281,7 +281,7 @@ class Engine:
 
 
 def check_fit(model: Decoder, tokenizer: Tokenizer, config: EngineConfig) -> None:
-    """Raise `ConfigError` when the three contradict each other."""
+    """Raise `ConfigError` when model, tokenizer and config contradict each other."""
     if config.max_length and config.max_length > model.config.max_length:
         raise ConfigError(
             f"max_length={config.max_length} and the model was made for {model.config.max_length} tokens; "

@@ -5,7 +5,7 @@
 
 The model runs in one thread of its own, so that the event loop always answers, health checks above all. A stream that
 is closed early, because its client hung up, cancels what it had open. If a step raises, the engine is not to be trusted
-any more: every stream gets the error, new ones are refused, and `is_alive` turns false for ever.
+any more: every stream gets the error, new ones are refused, and `is_alive` stays false from then on.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class EngineThread:
             raise PermanentError(f"the engine failed while it warmed up ({self._failure}); check the model")
 
     def open(self, requests: Sequence[GenerationRequest]) -> Stream:
-        """Submit `requests`; whoever opens a stream closes it.
+        """Submit `requests`; the caller closes the stream.
 
         Raises `OverloadedError` when the queue is full or the engine is starting or stopping, and `RequestError`
         with status 500 when it has failed.
@@ -153,7 +153,7 @@ class EngineThread:
             self._deliver(output)
 
     def _deliver(self, output: Output) -> None:
-        """Hand an output to its stream; one that was closed in the meantime wants it no more."""
+        """Hand an output to its stream, unless that was closed in the meantime."""
         with self._lock:
             is_last = output.finish_reason is not None
             stream = self._streams.pop(output.sequence_id, None) if is_last else self._streams.get(output.sequence_id)

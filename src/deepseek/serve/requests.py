@@ -76,7 +76,7 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -106,7 +106,7 @@ class GenerationBody(_Body, ABC):
     @classmethod
     def _check_stop(cls, value: Any) -> list[str]:
         stop = [value] if isinstance(value, str) else value
-        if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
+        if not isinstance(stop, list) or not all(isinstance(string, str) and string for string in stop):
             raise ValueError("stop is neither a string nor a list of strings, or one of them is empty")
         if len(stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop has {len(stop)} strings; send at most {MAX_STOP_STRINGS}")
@@ -227,7 +227,7 @@ def parse(body: type[B], content: bytes) -> B:
 
 
 def _select(values: dict[str, Any], body: type[GenerationBody]) -> dict[str, Any]:
-    """The parameters that `body` has; raises `RequestError` for one that would have to be disregarded."""
+    """Select the parameters that `body` has; raises `RequestError` for one that would have to be disregarded."""
     selected = {}
     for name, value in values.items():
         if name in body.model_fields:
@@ -252,8 +252,8 @@ def _require_neutral(name: str, value: Any) -> None:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {key: _without_nulls(member) for key, member in value.items() if member is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_prompt(value: Any) -> bool:
@@ -267,15 +267,15 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _are_ids(value: Any) -> bool:
-    return _are(value, int) and not any(isinstance(each, bool) for each in value)
+    return _are(value, int) and not any(isinstance(item, bool) for item in value)
 
 
 def _are(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, kind) for each in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
 
 
 def _explain(error: ValidationError) -> RequestError:
-    """One sentence about the first problem."""
+    """Explain the first problem in one sentence."""
     problem = error.errors(include_url=False)[0]
     param = ".".join(map(str, _location(problem["loc"])))
     if problem["type"] == "missing":
@@ -287,7 +287,7 @@ def _explain(error: ValidationError) -> RequestError:
 
 
 def _location(location: Sequence[int | str]) -> list[int | str]:
-    """Without pydantic's names for the members of a union, which no client has sent."""
+    """Drop pydantic's names for the members of a union, which no client has sent."""
     return [part for part in location if isinstance(part, int) or (part.isidentifier() and part not in {"str", "int"})]
 
 

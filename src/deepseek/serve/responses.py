@@ -23,7 +23,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def error(message: str, *, status: int, param: str | None = None, code: str | None = None) -> Json:
-    """The body of an error.
+    """Build the body of an error.
 
     >>> error("no", status=404)["error"]["type"]
     'invalid_request_error'
@@ -33,12 +33,12 @@ def error(message: str, *, status: int, param: str | None = None, code: str | No
 
 
 def model_card(name: str, created_s: int, max_length: int) -> Json:
-    """An entry of `/v1/models`; `max_model_len` is vLLM's addition."""
+    """Build an entry of `/v1/models`; `max_model_len` is vLLM's addition."""
     return {"id": name, "object": "model", "created": created_s, "owned_by": "deepseek", "max_model_len": max_length}
 
 
 def usage(sequences: Iterable[LiveSequence]) -> Json:
-    """Token counts of an answer; a prompt with several choices counts once."""
+    """Count the tokens of an answer; a prompt with several choices counts once."""
     requests = [(sequence.request, sequence.tokens) for sequence in sequences]
     num_prompt_tokens = sum(len(request.prompt) for request, _ in requests if request.choice == 0)
     num_generated = sum(len(tokens) for _, tokens in requests)
@@ -63,20 +63,20 @@ class Answer(ABC):
     chunk_object: ClassVar[str]
 
     def whole(self, generations: Sequence[Generation], counts: Json) -> Json:
-        """The answer in one piece."""
+        """Build the answer in one piece."""
         choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
         return self._envelope(self.whole_object, choices) | {"usage": counts}
 
     @abstractmethod
     def opening(self, num_choices: int) -> list[Json]:
-        """Chunks before the first token."""
+        """Build the chunks before the first token."""
 
     def chunk(self, index: int, output: Output) -> Json:
-        """What `output` adds to the choice `index`."""
+        """Build the chunk that `output` adds to the choice `index`."""
         return self._envelope(self.chunk_object, [self._delta(index, output.text, output.tokens, output.finish_reason)])
 
     def closing(self, counts: Json) -> Json:
-        """The chunk of token counts."""
+        """Build the chunk of token counts."""
         return self._envelope(self.chunk_object, []) | {"usage": counts}
 
     def _envelope(self, kind: str, choices: list[Json]) -> Json:
@@ -128,10 +128,10 @@ class CompletionAnswer(Answer):
         }
 
     def _top(self, token_id: int, logprobs: Logprobs) -> dict[str, float]:
-        """The likeliest first, the chosen one among them; where several tokens have one text, the likeliest."""
+        """List the likeliest first, the chosen one among them; of several tokens with one text, the likeliest."""
         values: dict[str, float] = {}
-        for each, value in (*logprobs.top, (token_id, logprobs.chosen)):
-            values.setdefault(self.decode(each), value)
+        for candidate, value in (*logprobs.top, (token_id, logprobs.chosen)):
+            values.setdefault(self.decode(candidate), value)
         return values
 
 

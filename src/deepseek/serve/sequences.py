@@ -1,8 +1,8 @@
 """What is asked of the engine, and what becomes of it: the values that scheduling, sampling and the engine share.
 
-A `GenerationRequest` is what somebody wants: a prompt as token ids, and how to go on from it. A `LiveSequence` is that
-wish on its way through the engine; only the scheduler and the engine change it. An `Output` is what one step says about
-one sequence, and a `Generation` is all of them together. No torch here.
+A `GenerationRequest` is a prompt as token ids and how to continue it. A `LiveSequence` is that request on its way
+through the engine; only the scheduler and the engine change it. An `Output` is what one step says about one sequence,
+and a `Generation` is all of them together. No torch here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Sampling:
     top_p: float = 1.0
     """Only the most probable tokens that together reach this probability."""
     seed: int | None = None
-    """Requests with one seed draw alike; none draws differently each time."""
+    """Requests with the same seed get the same random numbers; none gets new ones each time."""
     num_logprobs: int | None = None
     """Report each token's log-probability and those of this many alternatives; none reports nothing."""
 
@@ -73,7 +73,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     """Go on to `max_tokens` past an end-of-text token, as benchmarks want it."""
     choice: int = 0
-    """Which of several answers to one prompt this is; with a seed, each draws differently."""
+    """Which of several answers to one prompt this is; with a seed, each has random numbers of its own."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -167,7 +167,7 @@ class LiveSequence:
 
 
 def collect(outputs: Sequence[Output]) -> Generation:
-    """The whole answer of one finished sequence from its outputs."""
+    """Join the outputs of one finished sequence to its whole answer."""
     last = outputs[-1]
     if last.finish_reason is None:
         raise RequestError("the sequence is not finished; collect its outputs up to the one with a finish reason")
@@ -181,7 +181,7 @@ def collect(outputs: Sequence[Output]) -> Generation:
 
 
 def fit(num_prompt_tokens: int, max_tokens: int | None, max_length: int) -> int:
-    """How many tokens may be generated after a prompt; `None` is as many as the context holds.
+    """Return how many tokens may be generated after a prompt; `None` is as many as the context holds.
 
     Raises `RequestError` when the prompt and `max_tokens` do not fit into `max_length` tokens.
 

@@ -137,7 +137,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where clients find the server; the API is below `url`/v1."""
+        """The address where clients find the server; the API is below `url`/v1."""
         host = _LOOPBACK.get(self.config.host, self.config.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
@@ -197,7 +197,7 @@ class Server:
 
 
 def build_service(engine: Engine, config: ServeConfig, api_key: str | None = None) -> Service:
-    """The engine, its thread and its metrics, ready to be started; `MissingExtraError` without the serve libraries."""
+    """Build the engine thread and its metrics, ready to be started; `MissingExtraError` without the serve libraries."""
     for library in ("uvicorn", "starlette", "prometheus_client"):
         require(library, extra="serve")
     from deepseek.serve.app import Service
@@ -213,7 +213,7 @@ def build_service(engine: Engine, config: ServeConfig, api_key: str | None = Non
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens on `host` and `port`; port 0 is a free one.
+    """Return a socket that listens on `host` and `port`; port 0 is a free one.
 
     Raises `AddressInUseError` when another process has the port, and `ConfigError` when the address cannot be had.
     """

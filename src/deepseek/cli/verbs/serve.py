@@ -47,7 +47,7 @@ def serve(
     max_length
         Longest prompt and answer together, in tokens; none is the model's own limit.
     max_queue
-        Sequences that may wait for a place; more are refused.
+        Sequences that may wait for a slot; more are refused.
     shutdown_timeout_s
         How long open requests may go on after a stop signal.
     json

@@ -1,15 +1,15 @@
-"""Our decoder and its twins at Hugging Face: the same weights and settings under other names, in both directions.
+"""Map our decoder to its counterparts at Hugging Face: the same weights and settings under other names, both ways.
 
-    Llama     every tensor has one twin; only names differ
+    Llama     every tensor has one counterpart; only names differ
     GPT-2     weights are stored (in, out) instead of (out, in), and queries, keys and values are one tensor
     Mixtral   each expert's projections are tensors of their own; ours are stacked, (experts, in, out)
 
-A `Family` is one such twin, written as tables: rows of (our name, their name), where `{layer}` is a number and `{rest}`
-whatever follows, and rows of (our setting, their setting, their default). `load_model` and `save_model` use them.
-Rotary halves are paired as Hugging Face pairs them, so no family needs a permutation. What ours cannot follow (scaled
-rotary angles, sliding windows) is refused by name, and a shape that they cannot express has no twin.
+A `Family` is one such counterpart, written as tables: rows of (our name, their name), where `{layer}` is a number and
+`{rest}` whatever follows, and rows of (our setting, their setting, their default). `load_model` and `save_model` use
+them. Rotary halves are paired as Hugging Face pairs them, so no family needs a permutation. What ours cannot follow
+(scaled rotary angles, sliding windows) is refused by name, and a shape that they cannot express has no family.
 
-Shapes: E experts, D hidden, F ffn. Cost: renaming copies nothing; GPT-2 and Mixtral copy what they turn or stack.
+Shapes: E experts, D hidden, F ffn. Cost: renaming copies nothing; GPT-2 and Mixtral copy what they transpose or stack.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ class Family:
     names: tuple[tuple[str, str], ...]
     """(our tensor, theirs), after `unpack`."""
     unpack: Callable[[Mapping[str, Tensor]], Tensors]
-    """Turns, splits or stacks their tensors until each is one of ours."""
+    """Transposes, splits or stacks their tensors until each is one of ours."""
     pack: Callable[[Mapping[str, Tensor]], Tensors]
     """The inverse of `unpack`."""
 
 
-def find_twin(config: DecoderConfig) -> Family | None:
-    """The family that can express `config`, or None.
+def find_family(config: DecoderConfig) -> Family | None:
+    """Return the family that can express `config`, or None.
 
-    >>> find_twin(DecoderConfig()).model_type
+    >>> find_family(DecoderConfig()).model_type
     'llama'
     """
     return next((family for family in FAMILIES.values() if _is_member(config, family)), None)
 
 
 def import_config(values: Mapping[str, Any]) -> tuple[DecoderConfig, Family]:
-    """Our config for a Hugging Face `config.json`, and its family.
+    """Return our config for a Hugging Face `config.json`, and its family.
 
     Raises `ConfigError` for another model type and for a setting that our decoder does not follow.
     """
@@ -82,7 +82,7 @@ def import_config(values: Mapping[str, Any]) -> tuple[DecoderConfig, Family]:
 
 
 def export_config(config: DecoderConfig, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` of a decoder whose weights are stored as `dtype`."""
+    """Return the `config.json` of a decoder whose weights are stored as `dtype`."""
     identity = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
@@ -95,14 +95,14 @@ def export_config(config: DecoderConfig, family: Family, dtype: torch.dtype) -> 
 
 
 def import_tensors(tensors: Mapping[str, Tensor], family: Family) -> Tensors:
-    """Hugging Face tensors under our names. Raises `ArtifactError` for one that has no place in our decoder."""
+    """Rename Hugging Face tensors to ours. Raises `ArtifactError` for one that our decoder has no parameter for."""
     learned = {name: tensor for name, tensor in tensors.items() if not _COMPUTED.fullmatch(name)}
     table = tuple((theirs, ours) for ours, theirs in family.names)
     return {_translate(name, table, family): tensor for name, tensor in family.unpack(learned).items()}
 
 
 def export_tensors(tensors: Mapping[str, Tensor], family: Family) -> Tensors:
-    """Our tensors under Hugging Face names, the inverse of `import_tensors`."""
+    """Rename our tensors to Hugging Face names, the inverse of `import_tensors`."""
     return family.pack({_translate(name, family.names, family): tensor for name, tensor in tensors.items()})
 
 

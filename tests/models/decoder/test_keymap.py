@@ -12,7 +12,7 @@ from deepseek.models.decoder.keymap import (
     MIXTRAL,
     export_config,
     export_tensors,
-    find_twin,
+    find_family,
     import_config,
     import_tensors,
 )
@@ -30,7 +30,7 @@ def stored(model):
 @pytest.mark.parametrize("config", EXAMPLES.values(), ids=EXAMPLES)
 def test_transformers_computes_the_same_from_exported_weights(config):
     ours = randomize(Decoder(config))
-    family = find_twin(config)
+    family = find_family(config)
     their_config = transformers.AutoConfig.for_model(**export_config(config, family, torch.float32))
     theirs = getattr(transformers, family.class_name)(their_config).eval()
     tensors = {name: each.contiguous() for name, each in export_tensors(stored(ours), family).items()}
@@ -63,14 +63,14 @@ def fuse_experts(tensors):
 @pytest.mark.parametrize("config", EXAMPLES.values(), ids=EXAMPLES)
 def test_exported_tensors_come_back_bit_for_bit(config):
     tensors = stored(randomize(Decoder(config)))
-    family = find_twin(config)
+    family = find_family(config)
     back = import_tensors(export_tensors(tensors, family), family)
     torch.testing.assert_close(back, tensors, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("config", EXAMPLES.values(), ids=EXAMPLES)
 def test_exported_settings_come_back(config):
-    family = find_twin(config)
+    family = find_family(config)
     back, back_family = import_config(export_config(config, family, torch.float32))
     resolved = {"num_kv_heads": config.kv_heads}
     # A mixture has no dense block, so its size is nobody's business.
@@ -80,7 +80,7 @@ def test_exported_settings_come_back(config):
 
 
 def test_each_shape_finds_the_family_that_can_express_it():
-    assert {name: find_twin(config).model_type for name, config in EXAMPLES.items()} == {
+    assert {name: find_family(config).model_type for name, config in EXAMPLES.items()} == {
         name: name.partition(" ")[0].rstrip(",") for name in EXAMPLES
     }
 
@@ -101,8 +101,8 @@ def test_each_shape_finds_the_family_that_can_express_it():
     ],
     ids=str,
 )
-def test_a_shape_that_no_family_can_express_has_no_twin(changes):
-    assert find_twin(DecoderConfig(**(SMALL | changes))) is None
+def test_a_shape_that_no_family_can_express_has_no_family(changes):
+    assert find_family(DecoderConfig(**(SMALL | changes))) is None
 
 
 def test_their_defaults_are_the_ones_of_transformers():
