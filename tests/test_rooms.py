@@ -41,7 +41,7 @@ DOORS = {
     "tokenizers": {"data/tokenizing.py"},
     "fsspec": {"data/sources.py"},
     "pyarrow": {"data/sources.py"},
-    "jinja2": {"data/chat_templates.py"},
+    "jinja2": {"data/template_worker.py"},
     "safetensors": {"artifact", "compat/migration/applying.py"},
     "libcst": {"compat/migration/python_files.py"},
     "starlette": {"serve/app.py", "serve/server.py"},

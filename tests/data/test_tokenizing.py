@@ -177,3 +177,97 @@ def test_a_stream_after_a_prompt_keeps_the_space_between_them(prompt: str, answe
     pieces = [stream.push(each) for each in ids]
     whole = tokenizer.decode([*prompt_ids, *ids])
     assert tokenizer.decode(prompt_ids) + "".join(pieces) + stream.finish() == whole
+
+
+@given(st.text(alphabet="aé東🙂 \n", max_size=20))
+def test_the_bytes_of_tokens_joined_are_the_bytes_of_the_text(text: str) -> None:
+    def join(tokenizer: Tokenizer) -> str:
+        return b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)).decode()
+
+    assert join(trained()) == text
+    assert join(llama_like()) == (f" {text}" if text else "")
+
+
+def test_a_token_keeps_the_space_that_the_decoder_would_strip() -> None:
+    tokenizer = llama_like()
+    spaced = tokenizer.backend.token_to_id("▁ab")
+    assert tokenizer.decode([spaced]) == "ab"
+    assert tokenizer.token_bytes(spaced) == b" ab"
+    assert tokenizer.token_bytes(tokenizer.backend.token_to_id("<0xC3>")) == b"\xc3"
+    assert tokenizer.token_bytes(tokenizer.eos_id) == b"</s>"
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+@given(st.lists(st.integers(2, 257), max_size=12))
+def test_any_bytes_stream_without_an_error_and_valid_ones_as_themselves(ids: list[int]) -> None:
+    tokenizer = llama_like()
+    stream = StreamDecoder(tokenizer)
+    text = "".join(stream.push(token) for token in ids) + stream.finish()
+    content = bytes(token - 2 for token in ids)
+    try:
+        assert text == content.decode().removeprefix(" ")
+    except UnicodeDecodeError:
+        assert "\N{REPLACEMENT CHARACTER}" in text
+
+
+def test_what_was_sent_stays_when_a_later_byte_breaks_it() -> None:
+    tokenizer = llama_like()
+    ids = [tokenizer.backend.token_to_id(piece) for piece in ("a", "<0xC2>", "<0xA0>", "<0xC2>", "b")]
+    stream = StreamDecoder(tokenizer)
+    assert [stream.push(token) for token in ids] == ["a", "", "\xa0", "", "\N{REPLACEMENT CHARACTER}b"]
+    assert tokenizer.decode(ids) == "a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}b"
+
+
+def test_saved_truncation_and_padding_are_not_the_models_rules(tmp_path: Path) -> None:
+    save_tokenizer(trained(), tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert (
+            loaded.encode(text) == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == trained().encode(text)
+        )
+    assert loaded.encode_batch(TEXTS) == trained().encode_batch(TEXTS)
+
+
+def test_end_tokens_of_all_files_end_an_answer_and_are_saved_again(tmp_path: Path) -> None:
+    save_tokenizer(trained(), tmp_path / "one")
+    first, second = (trained().encode(letter)[0] for letter in "ab")
+    (tmp_path / "one" / "config.json").write_text(json.dumps({"eos_token_id": [first, 10**6]}), encoding="utf-8")
+    generation = {"eos_token_id": [second, 0]}
+    (tmp_path / "one" / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path / "one")
+    assert (loaded.eos_id, loaded.end_ids) == (0, {0, first, second})
+    save_tokenizer(loaded, tmp_path / "two")
+    assert load_tokenizer(tmp_path / "two").end_ids == {0, first, second}
+    assert load_tokenizer(tmp_path / "two").digest == loaded.digest
+
+
+def test_a_folder_that_names_its_end_by_number_needs_no_name(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}', encoding="utf-8")
+    assert load_tokenizer(tmp_path).eos_token == "b"
+
+
+def test_special_tokens_are_found_in_the_old_file_and_kept(tmp_path: Path) -> None:
+    save_tokenizer(trained(), tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    names = {"eos_token": "a", "pad_token": "b", "unk_token": "no such token"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.eos_token, loaded.special_tokens) == ("a", {"pad_token": "b"})
+
+
+def test_tokens_that_only_the_settings_list_are_added_as_in_transformers(tmp_path: Path) -> None:
+    save_tokenizer(trained(), tmp_path)
+    number = trained().vocab_size
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["added_tokens_decoder"] = {str(number): {"content": "<new>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("a<new>b") == AutoTokenizer.from_pretrained(tmp_path)("a<new>b")["input_ids"]
+    assert loaded.num_learned == number < loaded.vocab_size == number + 1
+    assert loaded.find_special(["a", "<new>", END_OF_TEXT]) == [number, 0]

@@ -230,10 +230,30 @@ class TestForeignFolders:
     def test_it_loads_without_a_manifest(self, folder, model):
         torch.testing.assert_close(logits(load_model(folder)), logits(model), rtol=1e-5, atol=1e-5)
 
-    def test_a_copy_of_a_tied_head_is_ignored_as_transformers_ignores_it(self, folder, model):
+    def test_a_copy_of_a_tied_head_stays_tied(self, folder, model):
         path = folder / "model.safetensors"
         tensors = load_file(path)
-        save_file(tensors | {"lm_head.weight": torch.zeros_like(model.embed.weight)}, path, metadata={"format": "pt"})
+        save_file(tensors | {"lm_head.weight": model.embed.weight.detach().clone()}, path, metadata={"format": "pt"})
+        loaded = load_model(folder)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+        assert loaded.config.tie_embeddings and loaded.head.weight is loaded.embed.weight
+
+    def test_another_head_in_the_file_is_the_head_whatever_the_config_says(self, folder, model, tmp_path):
+        path = folder / "model.safetensors"
+        head = torch.randn(model.embed.weight.shape, generator=torch.Generator().manual_seed(0))
+        save_file(load_file(path) | {"lm_head.weight": head}, path, metadata={"format": "pt"})
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+        loaded = load_model(folder)
+        with torch.no_grad():
+            model.head.weight = torch.nn.Parameter(head)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+        assert not loaded.config.tie_embeddings
+        save_model(loaded, tmp_path / "again")  # and it stays so in the next artifact
+        torch.testing.assert_close(logits(load_model(tmp_path / "again")), logits(model), rtol=1e-5, atol=1e-5)
+
+    def test_a_file_without_a_head_is_tied_whatever_the_config_says(self, folder, model):
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(config))
         torch.testing.assert_close(logits(load_model(folder)), logits(model), rtol=1e-5, atol=1e-5)
 
     def test_only_a_pickle_is_refused(self, folder):

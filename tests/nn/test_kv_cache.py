@@ -33,6 +33,17 @@ def test_what_is_written_is_read_back_where_it_was_put_and_nowhere_else(first, w
         torch.testing.assert_close(torch.stack((seen.keys_SKLH, seen.values_SKLH)), expected[layer], rtol=0, atol=0)
 
 
+def test_a_cleared_slot_is_zeros_and_its_neighbours_stay():
+    cache = make_cache()
+    new = torch.full((SLOTS, 1, HEADS, SIZE), float("nan"))
+    for layer in cache.view(0, SLOTS, LENGTH).layers:
+        layer.write(new, new, torch.zeros(SLOTS, 1, dtype=torch.long))
+    cache.clear_slot(2)
+    for layer in cache.view(0, SLOTS, LENGTH).layers:
+        for stored in (layer.keys_SKLH, layer.values_SKLH):
+            assert [bool(stored[slot].isnan().any()) for slot in range(SLOTS)] == [True, True, False, True]
+
+
 def test_writing_returns_everything_up_to_the_views_length():
     cache = make_cache()
     new = torch.ones(1, 2, HEADS, SIZE)

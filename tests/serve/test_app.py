@@ -1,4 +1,4 @@
-"""The HTTP door with raw requests: bad input, clients that hang up, full queues, failing engines, health, metrics."""
+"""The HTTP endpoints with raw requests: bad input, lost clients, full queues, failing engines, health, metrics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from torch import Tensor
 
+from deepseek.core.errors import DataError
+from deepseek.core.events import Event
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.decoder.model import Decoder
 from deepseek.serve.config import ServeConfig
+from deepseek.serve.events import RequestServed
 from deepseek.serve.server import Server, running_server
 
 Make = Callable[..., Any]
@@ -45,6 +50,24 @@ class Breakable(Slow):
         if self.is_broken:
             raise RuntimeError("the device is lost")
         return super().forward(*args, **keywords)
+
+
+class Picky(Slow):
+    """A decoder that fails on a prompt with one token, and returns no numbers for one with another."""
+
+    raises, infects = 17, 18
+    step_s = 0.005
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        with torch.no_grad():
+            self.embed.weight[self.infects] = float("nan")  # and so are all its keys and values
+            self.head.weight[[self.raises, self.infects]] = 0  # it never says them itself
+
+    def forward(self, tokens_BT: Tensor, **keywords: Any) -> Any:
+        if (tokens_BT == self.raises).any():
+            raise RuntimeError("index out of range")
+        return super().forward(tokens_BT, **keywords)
 
 
 class Held(Decoder):
@@ -120,12 +143,12 @@ BAD_BODIES = [
     b"[" * 4000,
     b'{"a":' * 900,
     b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 4500 + b"}",
-    b'{"model": "tiny"}',
+    b"{}",
     b'{"prompt": "x"}',
 ]
 BAD_VALUES: list[dict[str, Any]] = [
-    {"prompt": ""},
     {"prompt": []},
+    {"prompt": [""]} | {"max_tokens": 97},
     {"prompt": [[]]},
     {"prompt": [1, "x"]},
     {"prompt": [True]},
@@ -135,7 +158,6 @@ BAD_VALUES: list[dict[str, Any]] = [
     {"prompt": {"text": "x"}},
     {"prompt": 3},
     {"model": 3},
-    {"max_tokens": 0},
     {"max_tokens": -1},
     {"max_tokens": 2.5},
     {"max_tokens": "2"},
@@ -157,7 +179,6 @@ BAD_VALUES: list[dict[str, Any]] = [
     {"stream": True, "stream_options": {"include": True}},
     {"logprobs": 21},
     {"logprobs": True},
-    {"echo": True, "logprobs": 1},
     {"best_of": 3},
     {"suffix": "end"},
     {"logit_bias": {"1": 5}},
@@ -177,6 +198,11 @@ BAD_CHATS: list[dict[str, Any]] = [
     {"top_logprobs": 3},
     {"logprobs": 3},
     {"max_tokens": 3, "max_completion_tokens": 4},
+    {"max_tokens": 0},
+    {"max_completion_tokens": 0},
+    {"messages": [{"role": "assistant"}, {"role": "user", "content": None}]},
+    {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+    {"chat_template_kwargs": "enable_thinking"},
     {"prompt": "x"},
 ]
 
@@ -405,13 +431,120 @@ def test_a_chat_template_that_refuses_is_the_clients_error(model: Decoder, token
         assert "roles alternate" in check_error(http.post("/v1/chat/completions", json=body), 400)["message"]
 
 
-def test_a_broken_chat_template_is_the_servers_error(model: Decoder, tokenizer: Tokenizer) -> None:
+def test_a_broken_chat_template_stops_the_server_when_it_starts(model: Decoder, tokenizer: Tokenizer) -> None:
     broken = Tokenizer(tokenizer.backend, tokenizer.eos_token, chat_template="{% for %}")
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
-    with serving(model, broken) as (_, http):
+    with pytest.raises(DataError, match="broken at line 1"), serving(model, broken):
+        pass
+
+
+def test_a_chat_gives_its_template_names_switches_and_documents(model: Decoder, tokenizer: Tokenizer) -> None:
+    template = (
+        "{% if messages[0].name != 'ann' or messages[1].reasoning_content != 'hm' or messages[1].content != 'no' "
+        "or enable_thinking or documents[0].title != 'One' %}{{ raise_exception('not given') }}{% endif %}Hi"
+    )
+    body: dict[str, Any] = {
+        "model": "tiny",
+        "max_tokens": 2,
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "be kind"}], "name": "ann"},
+            {
+                "role": "assistant",
+                "content": None,
+                "refusal": "no",
+                "reasoning_content": "hm",
+                "tool_calls": [],
+                "annotations": [],
+            },
+        ],
+        "documents": [{"title": "One"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    asking = Tokenizer(tokenizer.backend, tokenizer.eos_token, chat_template=template)
+    with serving(model, asking) as (_, http):
         answer = http.post("/v1/chat/completions", json=body)
-        check_error(answer, 500)
-        assert answer.headers["x-should-retry"] == "false"
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["prompt_tokens"] == len(tokenizer.encode("Hi"))
+        wrong = http.post("/v1/chat/completions", json=body | {"documents": [{"title": "Two"}]})
+        assert "not given" in check_error(wrong, 400)["message"]
+
+
+def test_a_prompt_that_breaks_the_model_is_one_error_and_the_others_are_served(
+    make_model: Make, tokenizer: Tokenizer
+) -> None:
+    with serving(make_model(Picky), tokenizer) as (server, http), ThreadPoolExecutor(2) as pool:
+        greedy = LONG | {"temperature": 0}
+        expected = http.post("/v1/completions", json=greedy).json()["choices"][0]["text"]
+        others = [pool.submit(http.post, "/v1/completions", json=greedy) for _ in range(2)]
+        wait_until(lambda: server.service.thread.engine.num_running == 2, "both run")
+        for prompt in (Picky.raises, Picky.infects):
+            for stream in (False, True):
+                answer = http.post("/v1/completions", json=SHORT | {"prompt": [5, prompt], "stream": stream})
+                if stream:
+                    *_, last, rest = answer.text.split("\n\n")
+                    assert rest == ""
+                    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "sequence_failed"
+                else:
+                    assert check_error(answer, 500)["code"] == "sequence_failed"
+                    assert answer.headers["x-should-retry"] == "false"
+        assert [other.result().json()["choices"][0]["text"] for other in others] == [expected] * 2
+        assert http.get("/healthz").status_code == 200
+        assert http.post("/v1/completions", json=SHORT).status_code == 200
+        assert read_metrics(http)["ds_request_success_total{error}"] == 4
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "is_allowed"),
+    [
+        (None, "http://localhost:3000", True),
+        (None, "http://127.0.0.1:8080", True),
+        (None, "https://example.org", False),
+        (None, "http://localhost.example.org:80", False),
+        (("https://chat.example.org",), "https://chat.example.org", True),
+        (("https://chat.example.org",), "http://localhost:3000", False),
+        (("*",), "https://anywhere.example", True),
+        ((), "http://localhost:3000", False),
+    ],
+)
+def test_pages_of_allowed_origins_may_ask_from_a_browser(
+    model: Decoder, tokenizer: Tokenizer, origins: tuple[str, ...] | None, origin: str, is_allowed: bool
+) -> None:
+    settings = {} if origins is None else {"allowed_origins": origins}
+    preflight = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    with serving(model, tokenizer, **settings) as (_, http):
+        asked = http.request("OPTIONS", "/v1/chat/completions", headers=preflight)
+        assert (asked.status_code == 200) is is_allowed
+        answer = http.post("/v1/completions", json=SHORT, headers={"Origin": origin})
+        failed = http.post("/v1/completions", json={}, headers={"Origin": origin})
+    assert answer.status_code == 200
+    for each in (asked, answer, failed):
+        assert (each.headers.get("access-control-allow-origin") == origin) is is_allowed
+    assert failed.status_code == 400
+
+
+def test_every_request_is_reported_without_its_text(model: Decoder, tokenizer: Tokenizer) -> None:
+    events: list[Event] = []
+    config = ServeConfig(port=0, model_name="tiny")
+    with (
+        running_server(model, tokenizer, config, listen=events.append) as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        http.post("/v1/completions", json=SHORT | {"prompt": "secret"}, headers={"X-Request-Id": "mine"})
+        http.post("/v1/completions", json={"model": "tiny", "promt": "secret"})
+        http.get("/healthz")
+        http.get("/v1/models")
+    served = [event for event in events if isinstance(event, RequestServed)]
+    assert [(event.method, event.path, event.status) for event in served] == [
+        ("POST", "/v1/completions", 200),
+        ("POST", "/v1/completions", 400),
+        ("GET", "/v1/models", 200),
+    ]
+    assert served[0].request_id == "mine"
+    assert 0 < served[0].duration_s < 60
+    assert "secret" not in json.dumps([event.to_dict() for event in events])
 
 
 def test_special_bytes_in_a_prompt_come_back_with_echo(http: httpx.Client) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from deepseek.core.errors import ConfigError, OverloadedError, PermanentError, RequestError
 from deepseek.data.tokenizing import Tokenizer
-from deepseek.models.decoder.model import Decoder
+from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.models.loading import make_int8_
+from deepseek.nn.packed import pack_
 from deepseek.serve.config import EngineConfig
 from deepseek.serve.engine import Engine
-from deepseek.serve.sequences import FinishReason, LiveSequence, Output, Sampling
+from deepseek.serve.sequences import FinishReason, LiveSequence, Output, Sampling, collect
 
 Make = Callable[..., Any]
 MAX_LENGTH = 96
@@ -188,7 +195,6 @@ def test_cache_usage_counts_the_positions_in_use(model: Decoder, tokenizer: Toke
     ("prompt", "max_tokens", "words"),
     [
         ([], 1, "no tokens"),
-        ("", 1, "no tokens"),
         ([1] * MAX_LENGTH, None, f"{MAX_LENGTH} tokens"),
         ([1] * 90, 7, "max_tokens=7"),
         ([1, 10**6], 1, "outside 0 to"),
@@ -252,11 +258,144 @@ def test_a_model_that_returns_no_numbers_is_found_in_the_warm_up(make_model: Mak
         Engine(model, tokenizer).warm_up()
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0), Sampling(temperature=1.0, seed=5)], ids=["greedy", "seed"]
+)
+def test_an_answer_does_not_depend_on_its_company(
+    make_model: Make, tokenizer: Tokenizer, kind: str, sampling: Sampling
+) -> None:
+    """Prompts on both sides of a block of keys, and some that are read in several chunks."""
+    model = make_model()
+    model = pack_(make_int8_(model) if kind == "int8" else model)
+    prompts = [[(7 * i + j) % 250 + 1 for j in range(length)] for i, length in enumerate((3, 17, 40, 58, 63, 70))]
+    config = EngineConfig(max_num_seqs=6, prefill_tokens=16)
+    together = Engine(model, tokenizer, config).generate(prompts, max_tokens=20, sampling=sampling, ignore_eos=True)
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = Engine(model, tokenizer, EngineConfig(max_num_seqs=1, prefill_tokens=16))
+        (expected,) = alone.generate([prompt], max_tokens=20, sampling=sampling, ignore_eos=True)
+        assert [token.id for token in answer.tokens] == [token.id for token in expected.tokens]
+
+
+def test_every_end_token_of_the_model_ends_an_answer(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model(Scripted)
+    other_end = tokenizer.backend.token_to_id("<|im_end|>")
+    model.script = [*tokenizer.encode("abc"), other_end, *tokenizer.encode("def")]
+    chat = replace(tokenizer, other_end_ids=(other_end,))
+    assert Engine(model, chat).generate(["x"], max_tokens=20)[0].text == "abc"
+    plain = Engine(model, tokenizer).generate(["x"], max_tokens=len(model.script))[0]
+    assert (plain.text, plain.finish_reason) == ("abcdef", FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_special_token_among_the_stop_strings_stops(make_model: Make, tokenizer: Tokenizer, ignore_eos: bool) -> None:
+    model = make_model(Scripted)
+    model.script = [*tokenizer.encode("abc"), tokenizer.backend.token_to_id("<|im_end|>"), *tokenizer.encode("def")]
+    engine = Engine(model, tokenizer)
+    answer = engine.generate(["x"], max_tokens=20, stop=["zz", "<|im_end|>"], ignore_eos=ignore_eos)[0]
+    assert (answer.text, answer.finish_reason) == ("abc", FinishReason.STOP)
+
+
+def test_tokens_that_were_added_beyond_the_models_rows_are_no_obstacle(model: Decoder, tokenizer: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(["<pad>"])
+    padded = Tokenizer(backend, tokenizer.eos_token)
+    engine = Engine(model, padded)
+    assert (
+        engine.generate(["def "], max_tokens=6)[0].text
+        == Engine(model, tokenizer).generate(["def "], max_tokens=6)[0].text
+    )
+    with pytest.raises(RequestError, match="outside 0 to"):
+        engine.request("a<pad>b")
+
+
+def test_a_model_that_fails_in_a_batch_ends_only_the_sequence_at_fault(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model(Allergic)
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=3))
+    expected = Engine(make_model(), tokenizer).generate(["def ", "class"], max_tokens=12, ignore_eos=True)
+    requests = [engine.request(prompt, max_tokens=12, ignore_eos=True) for prompt in ("def ", "x", "class")]
+    sequences = [LiveSequence(request) for request in requests]
+    engine.submit(sequences)
+    outputs: dict[int, list[Output]] = {sequence.id: [] for sequence in sequences}
+    for step in range(60):
+        if step == 4:
+            model.poison = sequences[1].tokens[-1]
+            model.poisoned_position = sequences[1].num_cached
+        for output in engine.step():
+            outputs[output.sequence_id].append(output)
+    assert not engine.has_work
+    first, failed, last = (outputs[sequence.id] for sequence in sequences)
+    assert [collect(first).text, collect(last).text] == [generation.text for generation in expected]
+    assert failed[-1].finish_reason is FinishReason.ERROR
+    with pytest.raises(RequestError, match="the model failed on this request") as raised:
+        collect(failed)
+    assert raised.value.status == 500
+
+
+def test_a_text_that_cannot_be_decoded_ends_only_its_sequence(
+    model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=2))
+    sequences = [LiveSequence(engine.request(prompt, max_tokens=8, ignore_eos=True)) for prompt in ("def ", "class")]
+    engine.submit(sequences)
+
+    def fail(*args: object) -> None:
+        raise Exception("Invalid prefix encountered")
+
+    monkeypatch.setattr(engine._writers[sequences[0].id], "push", fail)
+    outputs = [output for _ in range(12) for output in engine.step()]
+    ends = {output.sequence_id: output.finish_reason for output in outputs if output.finish_reason}
+    assert ends == {sequences[0].id: FinishReason.ERROR, sequences[1].id: FinishReason.LENGTH}
+
+
+@given(ids=st.lists(st.integers(3, 258), max_size=12))
+@settings(deadline=None, max_examples=40)
+def test_any_bytes_of_a_byte_fallback_tokenizer_are_generated_and_come_out_as_text(ids: list[int]) -> None:
+    """Token numbers 3 to 258 are single bytes, of which most sequences are no UTF-8."""
+    fallback = byte_fallback_tokenizer()
+    config = DecoderConfig(vocab_size=fallback.vocab_size, num_layers=1, hidden_size=8, num_heads=1, max_length=32)
+    model = Scripted(config)
+    model.script = [*ids, fallback.eos_id]
+    answer = Engine(model, fallback).generate([[fallback.bos_id or 0]], max_tokens=20)[0]
+    assert answer.finish_reason is FinishReason.STOP
+    content = bytes(number - 3 for number in ids)
+    try:
+        assert answer.text == content.decode().removeprefix(" ")
+    except UnicodeDecodeError:
+        assert "\N{REPLACEMENT CHARACTER}" in answer.text
+
+
 def test_a_prompt_that_ends_inside_a_character_is_not_repeated(make_model: Make, tokenizer: Tokenizer) -> None:
     model = make_model(Scripted)
     model.script = tokenizer.encode("abc")
     prompt = tokenizer.encode("prompt 🎉")[:-1]
     assert Engine(model, tokenizer).generate([prompt], max_tokens=len(model.script))[0].text == "abc"
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2 and Gemma have it: what is not in the vocabulary is spelled in byte tokens."""
+    words = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "a", "»", "▁a"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Tokenizer(backend, eos_token="</s>", bos_token="<s>")
+
+
+class Allergic(Decoder):
+    """A decoder that fails on a whole batch in which one token is at one position."""
+
+    poison, poisoned_position = -1, -1
+
+    def forward(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, **keywords: Any) -> Tensor:
+        if positions_BT is not None and ((tokens_BT == self.poison) & (positions_BT == self.poisoned_position)).any():
+            raise RuntimeError("index out of range")
+        return super().forward(tokens_BT, positions_BT=positions_BT, **keywords)
 
 
 class Scripted(Decoder):

@@ -45,6 +45,14 @@ def generate(model: Decoder, tokenizer: Tokenizer) -> Callable[..., Generation]:
     return alone
 
 
+def spell(content: bytes) -> str:
+    """A token's bytes as OpenAI writes them: text, or `bytes:\\xc3` for a part of a character."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + repr(content)[2:-1]
+
+
 def test_a_completion_is_what_the_engine_says(client: openai.OpenAI, generate: Any, tokenizer: Tokenizer) -> None:
     answer = client.completions.create(model=MODEL, prompt="def ", max_tokens=9, temperature=0)
     expected = generate("def ", max_tokens=9)
@@ -149,10 +157,60 @@ def test_log_probabilities_of_a_completion(client: openai.OpenAI, model: Decoder
     with torch.no_grad():
         expected_V = torch.log_softmax(model(torch.tensor([tokenizer.encode("def ")]))[0, -1], -1)
     assert logprobs.token_logprobs[0] == pytest.approx(float(expected_V.max()), abs=1e-4)
-    assert logprobs.tokens[0] == tokenizer.decode([int(expected_V.argmax())])
+    assert logprobs.tokens[0] == spell(tokenizer.token_bytes(int(expected_V.argmax())))
     assert max(logprobs.top_logprobs[0].values()) == logprobs.token_logprobs[0]
     assert logprobs.text_offset == sorted(logprobs.text_offset)
     assert len(logprobs.tokens) == 5
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_echo_with_logprobs_scores_the_prompt(
+    client: openai.OpenAI, model: Decoder, tokenizer: Tokenizer, max_tokens: int, is_streamed: bool
+) -> None:
+    """What lm-evaluation-harness asks for; the prompt is longer than one chunk."""
+    text = "def add(left, right):\n    return left + right\n\nclass Größe"
+    ids = tokenizer.encode(text)
+    ask: Any = {"model": MODEL, "prompt": text, "max_tokens": max_tokens, "temperature": 0, "logprobs": 2, "echo": True}
+    if is_streamed:
+        with client.completions.create(stream=True, **ask) as stream:
+            chunks = [chunk.choices[0] for chunk in stream]
+        answer = "".join(chunk.text for chunk in chunks)
+        columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": []}
+        for chunk in chunks:
+            for name, column in columns.items():
+                column += getattr(chunk.logprobs, name) if chunk.logprobs else []
+    else:
+        choice = client.completions.create(**ask).choices[0]
+        answer, columns = choice.text, choice.logprobs.model_dump() if choice.logprobs else {}
+        assert choice.finish_reason == "length"
+    assert answer.startswith(text)
+    with torch.no_grad():
+        expected_TV = torch.log_softmax(model(torch.tensor([ids]))[0].double(), -1)
+    assert columns["token_logprobs"][0] is None and columns["top_logprobs"][0] is None
+    expected = [float(expected_TV[at, ids[at + 1]]) for at in range(len(ids) - 1)]
+    assert columns["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+    assert len(columns["tokens"]) == len(ids) + max_tokens
+    assert columns["text_offset"][: len(ids)] == [
+        len(tokenizer.decode(ids[:at]).removesuffix("\N{REPLACEMENT CHARACTER}")) for at in range(len(ids))
+    ]
+    assert all(offset >= len(text) for offset in columns["text_offset"][len(ids) :])
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document(
+    client: openai.OpenAI, generate: Any, tokenizer: Tokenizer
+) -> None:
+    expected = generate([tokenizer.eos_id], max_tokens=5).text
+    ask: Any = {"model": MODEL, "max_tokens": 5, "temperature": 0}
+    assert client.completions.create(prompt="", **ask).choices[0].text == expected
+    assert client.completions.create(prompt=None, **ask).choices[0].text == expected
+    assert [choice.text for choice in client.completions.create(prompt=["", ""], **ask).choices] == [expected] * 2
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=2).choices[0].message
+    messages: Any = [*MESSAGES, first.model_dump(), {"role": "user", "content": "more"}]
+    assert client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2).choices[0].finish_reason
 
 
 def test_a_chat_is_the_completion_of_its_template(client: openai.OpenAI, generate: Any, tokenizer: Tokenizer) -> None:
@@ -208,7 +266,8 @@ def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     for entry in content:
         assert entry.top_logprobs[0].logprob == entry.logprob
         assert len(entry.top_logprobs) == 3
-        assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+        assert entry.bytes is not None
+        assert spell(bytes(entry.bytes)) == entry.token
 
 
 def test_several_choices_of_a_chat_differ(client: openai.OpenAI) -> None:

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from deepseek.core.errors import PermanentError
 from deepseek.serve.sampling import choose, distribution, sample, score
 from deepseek.serve.sequences import Sampling
 
@@ -103,9 +102,9 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_numbers_are_refused(bad: float) -> None:
-    with pytest.raises(PermanentError, match="not finite"):
-        choose(torch.tensor([[0.0, bad]]), [Sampling()], [0.5])
+def test_a_row_of_logits_that_are_not_numbers_has_no_choice_and_the_others_have_theirs(bad: float) -> None:
+    logits_BV = torch.tensor([[0.0, 9.0], [0.0, bad], [9.0, 0.0]])
+    assert choose(logits_BV, [Sampling(), Sampling(), Sampling(temperature=0)], [0.5] * 3) == [1, None, 0]
 
 
 def test_log_probabilities_are_those_of_the_formula() -> None:

@@ -106,12 +106,30 @@ def test_prompts_start_in_the_order_they_came() -> None:
     assert started == [sequence.id for sequence in sequences]
 
 
-def test_several_short_prompts_share_one_step() -> None:
+def test_several_short_prompts_share_one_step_and_none_is_cut_to_fit() -> None:
     scheduler = Scheduler(num_slots=4, max_waiting=8, prefill_tokens=10)
     scheduler.submit([make_sequence(prompt_length=4) for _ in range(3)])
     plan = scheduler.plan()
-    assert [(chunk.slot, chunk.start, chunk.stop) for chunk in plan.chunks] == [(0, 0, 4), (1, 0, 4), (2, 0, 2)]
-    assert [chunk.is_last for chunk in plan.chunks] == [True, True, False]
+    assert [(chunk.slot, chunk.start, chunk.stop) for chunk in plan.chunks] == [(0, 0, 4), (1, 0, 4)]
+    assert [chunk.is_last for chunk in plan.chunks] == [True, True]
+    assert [(chunk.slot, chunk.start, chunk.stop) for chunk in scheduler.plan().chunks] == [(2, 0, 4)]
+
+
+@given(requests=requests, num_slots=st.integers(1, 4), prefill_tokens=st.integers(1, 5))
+def test_a_prompt_is_cut_where_it_would_be_cut_alone(
+    requests: list[tuple[int, int]], num_slots: int, prefill_tokens: int
+) -> None:
+    scheduler = Scheduler(num_slots, len(requests), prefill_tokens)
+    scheduler.submit([make_sequence(*lengths) for lengths in requests])
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.plan()
+        for chunk in plan.chunks:
+            assert chunk.start % prefill_tokens == 0
+            assert chunk.stop == chunk.start + prefill_tokens or chunk.is_last
+        for sequence in plan.choosing:
+            sequence.tokens.append(0)
+            if len(sequence.tokens) == sequence.request.max_tokens:
+                scheduler.remove(sequence)
 
 
 def test_a_batch_that_does_not_fit_is_refused_whole() -> None:

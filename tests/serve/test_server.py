@@ -23,7 +23,8 @@ from deepseek.core.events import Event
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.decoder.model import Decoder
 from deepseek.serve.config import ServeConfig
-from deepseek.serve.server import Server, ServerStarted, ServerStopping, bind, running_server
+from deepseek.serve.events import ServerStarted, ServerStopping
+from deepseek.serve.server import Server, bind, running_server
 
 Make = Callable[..., Any]
 ASK = {"model": "deepseek", "prompt": "x", "max_tokens": 40, "ignore_eos": True}
@@ -152,7 +153,8 @@ def test_a_signal_drains_and_ends_the_process_cleanly(number: signal.Signals, st
         from deepseek.data.tokenizing import train_tokenizer
         from deepseek.models.decoder.model import Decoder, DecoderConfig
         from deepseek.serve.config import ServeConfig
-        from deepseek.serve.server import ServerStarted, serve
+        from deepseek.serve.events import ServerStarted
+        from deepseek.serve.server import serve
 
         class Slow(Decoder):
             def forward(self, *args, **keywords):

@@ -1,91 +1,165 @@
-"""Writing a chat as the prompt that a model was trained to continue.
+"""Write a chat as the prompt that a model was trained to continue.
 
 A model folder brings its own way of doing so: a Jinja template in `tokenizer_config.json` or `chat_template.jinja`, in
 the dialect of `transformers.apply_chat_template`. Where there is none, chats are written in ChatML, one
 `<|im_start|>role ... <|im_end|>` block for each message. Called by servers for `/v1/chat/completions`.
 
-Templates are code of strangers: they run in Jinja's immutable sandbox, which gives them the messages and no way to
-files, modules or the objects' internals. Cost: compiled once for each template, then microseconds a chat.
+    render_chat -> an idle process of template_worker.py -> text
+                     `-> after MAX_RENDER_S it is killed, and the request ends with an error
+
+Templates are code of strangers: they run in Jinja's immutable sandbox, in processes with limits on time, memory and
+text, so that neither a template nor the messages that make it loop can stop a server. Cost: the first chat starts a
+process (0.1 s; `check_template` does so when a server starts), later ones take well under a millisecond.
 """
 
 from __future__ import annotations
 
-import datetime
+import atexit
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deepseek.core.errors import DataError, RequestError
+from deepseek.core.errors import DataError, OverloadedError, RequestError
 from deepseek.data.tokenizing import Tokenizer
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MAX_RENDER_S = 2.0
+MAX_PROCESSES = 4
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write `messages` as a prompt, each with `role` and `content`; special tokens are in it already.
+    """Write `messages`, each with `role` and `content`, as a prompt; special tokens are in it already.
 
-    `add_generation_prompt` ends it where the assistant's answer begins. Raises `RequestError` when the template
-    refuses the messages (roles in the wrong order, say), and `DataError` when the template itself is broken.
+    `add_generation_prompt` ends it where the assistant's answer begins; `tools` (JSON schemas), `documents` and other
+    `variables` (`enable_thinking`, ...) are what the template may ask for. Raises `RequestError` when the template
+    refuses the messages (roles in the wrong order, say) or does not come to an end, `OverloadedError` when all
+    processes are busy, and `DataError` when the template itself is broken.
 
     >>> from deepseek.data.tokenizing import train_tokenizer
     >>> render_chat(train_tokenizer([], vocab_size=257), [{"role": "user", "content": "Hi"}])
     '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
     """
-    from jinja2 import TemplateError
-
-    template = _compile(tokenizer.chat_template or CHATML)
-    try:
-        return template.render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token,
-        )
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
-        raise RequestError(
-            f"the model's chat template refuses these messages ({error}); check their roles, order and content",
-            param="messages",
-        ) from error
-
-
-@lru_cache(maxsize=16)
-def _compile(source: str) -> Template:
-    from jinja2 import TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _format_now
-    try:
-        return environment.from_string(source)
-    except TemplateSyntaxError as error:
+    special_tokens = {**tokenizer.special_tokens, "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    given = {
+        **{name: token for name, token in special_tokens.items() if token is not None},
+        "tools": None if tools is None else list(tools),
+        "documents": None if documents is None else list(documents),
+        **(variables or {}),
+        "messages": list(messages),
+        "add_generation_prompt": add_generation_prompt,
+    }
+    answer = _POOL.render(tokenizer.chat_template or CHATML, given)
+    if "broken" in answer:
         raise DataError(
-            f"the chat template is broken at line {error.lineno} ({error}); mend it or remove it"
-        ) from error
+            f"the chat template is broken at line {answer['line']} ({answer['broken']}); mend it or remove it"
+        )
+    if "refused" in answer:
+        raise RequestError(
+            f"the model's chat template refuses these messages ({answer['refused']}); check their roles, order and "
+            "content",
+            param="messages",
+        )
+    text: str = answer["text"]
+    return text
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    """Jinja's own filter escapes for HTML, which a prompt is not."""
-    return json.dumps(value, ensure_ascii=False, **options)
+def check_template(tokenizer: Tokenizer) -> None:
+    """Raise `DataError` when the chat template of `tokenizer` is broken; the first chat is then fast."""
+    try:
+        render_chat(tokenizer, [{"role": "user", "content": "Hi"}])
+    except RequestError:
+        return  # it is whole, and wants other messages
 
 
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
+class _Worker:
+    """One process of `template_worker.py`."""
 
-    raise TemplateError(message)
+    def __init__(self) -> None:
+        from deepseek.data import template_worker
+
+        self._process = subprocess.Popen(  # noqa: S603 - a file of ours, run by the interpreter that runs us
+            [sys.executable, "-P", template_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def ask(self, line: str) -> str:
+        """Send one line and return the answer; an empty one when the process ended or took too long."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        timer = threading.Timer(MAX_RENDER_S, self._process.kill)
+        timer.start()
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            return self._process.stdout.readline()
+        except BrokenPipeError:  # killed before it had read the line
+            return ""
+        finally:
+            timer.cancel()
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.communicate()
 
 
-def _format_now(layout: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(layout)
+class _Pool:
+    """Processes that are idle, started when they are needed and kept."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(MAX_PROCESSES)
+
+    def render(self, source: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Render in an idle process and return its answer."""
+        try:
+            line = json.dumps({"source": source, "variables": variables})
+        except (TypeError, ValueError, RecursionError) as error:
+            return {"refused": f"they are not plain JSON: {error}"}
+        if not self._places.acquire(timeout=2 * MAX_RENDER_S):
+            raise OverloadedError(f"{MAX_PROCESSES} chat templates are being written already; try again later")
+        try:
+            return self._render(line)
+        finally:
+            self._places.release()
+
+    def stop(self) -> None:
+        """End all idle processes."""
+        with self._lock:
+            workers, self._idle = self._idle, []
+        for worker in workers:
+            worker.stop()
+
+    def _render(self, line: str) -> dict[str, Any]:
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        worker = worker or _Worker()
+        answer = worker.ask(line)
+        if not answer.endswith("\n"):
+            worker.stop()
+            return {"refused": f"it did not come to an end within {MAX_RENDER_S:g} s"}
+        with self._lock:
+            self._idle.append(worker)
+        parsed: dict[str, Any] = json.loads(answer)
+        return parsed
+
+
+_POOL = _Pool()
+atexit.register(_POOL.stop)

@@ -2,7 +2,8 @@
 
 Called by the data preparation, which trains or loads a tokenizer, and by servers, which decode token by token. All
 the work is done by the library `tokenizers`; what is added here is the little that a model folder says about its
-tokenizer beside `tokenizer.json`: which token ends a text, which begins one, and how a chat is written.
+tokenizer beside `tokenizer.json`: which tokens end a text, which begins one, and how a chat is written. Truncation and
+padding saved in a `tokenizer.json` are how somebody last called it, no rule of the model; they are switched off.
 
 Byte-level BPE (Sennrich et al. 2016, "Neural machine translation of rare words with subword units"; on bytes in
 Radford et al. 2019, GPT-2) knows every text: what it has no token for is spelled in bytes. Training gives the same
@@ -18,24 +19,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from deepseek.core.errors import ConfigError, DataError
+from deepseek.core.model_folder import GENERATION_FILE, TOKENIZER_SETTINGS_FILE, ModelFolder
 from deepseek.core.storage import write_file
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
+SETTINGS_FILE = TOKENIZER_SETTINGS_FILE
 TEMPLATE_FILE = "chat_template.jinja"
 
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Asked in this order of a tokenizer.json that lies alone, without the settings that would name its end token.
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>")
 
@@ -49,16 +54,31 @@ class Tokenizer:
     bos_token: str | None = None
     chat_template: str | None = None
     """Jinja source; `None` means ChatML, see `chat_templates`."""
+    other_end_ids: tuple[int, ...] = ()
+    """Tokens besides `eos_token` that end an answer, as chat models have them."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Other special tokens by name (`pad_token`, ...), which chat templates may ask for."""
 
     @cached_property
     def vocab_size(self) -> int:
         """All token numbers are below it."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @cached_property
+    def num_learned(self) -> int:
+        """All token numbers that text can become are below it: without tokens that were added at the end."""
+        added = self.backend.get_added_tokens_decoder()
+        return max((number for number in self.backend.get_vocab().values() if number not in added), default=-1) + 1
+
     @property
     def eos_id(self) -> int:
         """The token that ends a document."""
         return self._id_of(self.eos_token)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """All tokens that end an answer."""
+        return frozenset((self.eos_id, *self.other_end_ids))
 
     @property
     def bos_id(self) -> int | None:
@@ -87,6 +107,52 @@ class Tokenizer:
         """The text of token numbers; bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def find_special(self, texts: Iterable[str]) -> list[int]:
+        """Return the numbers of those `texts` that are special tokens, which decoding leaves out of a text."""
+        added = self.backend.get_added_tokens_decoder()
+        numbers = {token.content: number for number, token in added.items() if token.special}
+        return [numbers[text] for text in texts if text in numbers]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what one token adds to a text, in bytes: it may be a part of a character, and keeps its space.
+
+        >>> tokenizer = train_tokenizer([], vocab_size=257)
+        >>> [tokenizer.token_bytes(token) for token in tokenizer.encode(" é")]
+        [b' ', b'\xc3', b'\xa9']
+        """
+        piece = self.backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if token_id in self._added_ids:
+            return piece.encode()
+        if "ByteFallback" in self._decoder_kinds and (match := _BYTE_PIECE.fullmatch(piece)):
+            return bytes.fromhex(match[1])
+        if "ByteLevel" in self._decoder_kinds:
+            values = [_byte_values().get(character) for character in piece]
+            return bytes(value for value in values if value is not None) if None not in values else piece.encode()
+        before = self._plain_ids
+        sent, both = self.decode(before), self.decode([*before, token_id])
+        return (both.removeprefix(sent) if both.startswith(sent) else self.decode([token_id])).encode()
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _plain_ids(self) -> list[int]:
+        """One token of plain letters, if there is one: after it, decoders write the space that a token begins with."""
+        plain = (
+            number
+            for piece, number in self.backend.get_vocab().items()
+            if piece.isascii() and piece.isalpha() and number not in self._added_ids
+        )
+        return [number] if (number := min(plain, default=None)) is not None else []
+
+    @cached_property
+    def _decoder_kinds(self) -> frozenset[str]:
+        state = json.loads(self.backend.to_str())["decoder"] or {}
+        return frozenset(decoder["type"] for decoder in (state, *state.get("decoders", ())) if "type" in decoder)
+
     def _id_of(self, token: str) -> int:
         number = self.backend.token_to_id(token)
         if number is None:
@@ -97,9 +163,11 @@ class Tokenizer:
 class StreamDecoder:
     """Text of tokens as they come, never half a character.
 
-    What `push` and `finish` return, joined, is what `decode` of all the tokens returns. `prompt_ids` are the tokens
-    before the first one pushed; tokenizers that write a space in front of words need them to know whether one is due.
-    They must end with a whole character.
+    What `push` and `finish` return, joined, is what `decode` of all the tokens returns, unless a later token changes
+    the text of earlier ones: some tokenizers write three broken characters for two bytes that were one whole character
+    when a third, broken byte follows. What was sent stays then, and the rest is decoded by itself. `prompt_ids` are the
+    tokens before the first one pushed; tokenizers that write a space in front of words need them to know whether one is
+    due. They must end with a whole character.
     """
 
     def __init__(
@@ -107,25 +175,30 @@ class StreamDecoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._ids = list(prompt_ids)
-        self._num_sent = len(self._text())
-        self._stream = decoders.DecodeStream(ids=list(prompt_ids), skip_special_tokens=skip_special_tokens)
+        self._sent = list(prompt_ids)  # the last tokens whose text is out; what follows may depend on them
+        self._unsent: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is still missing bytes."""
-        self._ids.append(token_id)
-        piece = self._stream.step(self._tokenizer.backend, token_id) or ""
-        self._num_sent += len(piece)
+        """Return the text that `token_id` completes; empty while a character is still missing bytes."""
+        self._unsent.append(token_id)
+        piece = self._unsent_text()
+        if not piece or piece.endswith(_REPLACEMENT):
+            return ""
+        self._sent, self._unsent = self._unsent, []
         return piece
 
     def finish(self) -> str:
-        """What was held back; an unfinished character comes out as U+FFFD."""
-        rest = self._text()[self._num_sent :]
-        self._num_sent += len(rest)
+        """Return what was held back; an unfinished character comes out as U+FFFD."""
+        rest = self._unsent_text()
+        self._sent, self._unsent = self._unsent or self._sent, []
         return rest
 
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
+    def _unsent_text(self) -> str:
+        sent, both = self._text(self._sent), self._text([*self._sent, *self._unsent])
+        return both.removeprefix(sent) if both.startswith(sent) else self._text(self._unsent)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
 def train_tokenizer(
@@ -169,12 +242,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{file} cannot be read as a tokenizer ({error}); copy it again from where it came") from error
-    settings = _read_settings(file.with_name(SETTINGS_FILE))
+    backend.no_truncation()
+    backend.no_padding()
+    folder = ModelFolder(file.parent)
+    _add_tokens(backend, folder.tokenizer)
+    eos_token = _find_end_token(backend, folder, file)
+    end_ids = (number for number in folder.end_ids if number != backend.token_to_id(eos_token))
+    known = {name: token for name, token in folder.special_tokens.items() if backend.token_to_id(token) is not None}
     return Tokenizer(
         backend,
-        eos_token=_end_token(backend, settings, file),
-        bos_token=_known_token(backend, settings, "bos_token", file),
-        chat_template=_chat_template(settings, file.with_name(TEMPLATE_FILE)),
+        eos_token=eos_token,
+        bos_token=_find_named_token(backend, folder, "bos_token", file),
+        chat_template=_read_chat_template(folder.tokenizer, file.with_name(TEMPLATE_FILE)),
+        other_end_ids=tuple(number for number in end_ids if backend.id_to_token(number) is not None),
+        special_tokens={name: token for name, token in known.items() if name not in ("eos_token", "bos_token")},
     )
 
 
@@ -187,45 +268,63 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "bos_token": tokenizer.bos_token,
         "chat_template": tokenizer.chat_template,
     }
-    known = {key: value for key, value in settings.items() if value is not None}
+    known = {key: value for key, value in settings.items() if value is not None} | dict(tokenizer.special_tokens)
     write_file(folder / TOKENIZER_FILE, tokenizer.backend.to_str().encode())
     write_file(folder / SETTINGS_FILE, json.dumps(known, indent=2, ensure_ascii=False).encode())
+    end_ids = [tokenizer.eos_id, *tokenizer.other_end_ids]
+    generation = {"eos_token_id": end_ids if tokenizer.other_end_ids else tokenizer.eos_id}
+    if tokenizer.bos_id is not None:
+        generation["bos_token_id"] = tokenizer.bos_id
+    write_file(folder / GENERATION_FILE, json.dumps(generation, indent=2).encode())
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read as JSON ({error}); mend it or remove it") from error
-    if not isinstance(settings, dict):
-        raise DataError(f"{file} holds a JSON {type(settings).__name__}; expected an object with settings")
-    return settings
+@cache
+def _byte_values() -> dict[str, int]:
+    """Return the byte that each letter of a byte-level vocabulary stands for (Radford et al. 2019).
+
+    Bytes that are printable stand for themselves; the others, in order, are the letters from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
 
 
-def _end_token(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: Path) -> str:
-    named = _known_token(backend, settings, "eos_token", file)
-    usual = (token for token in _USUAL_END_TOKENS if backend.token_to_id(token) is not None)
-    token = named or next(usual, None)
+def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Add the tokens that `tokenizer_config.json` lists and `tokenizer.json` lacks, as `transformers` does."""
+    listed = settings.get("added_tokens_decoder")
+    if not isinstance(listed, Mapping):
+        return
+    tokens = [token for _, token in sorted(listed.items(), key=lambda row: int(row[0]) if row[0].isdigit() else -1)]
+    for token in tokens:
+        content = token.get("content") if isinstance(token, Mapping) else None
+        if isinstance(content, str) and backend.token_to_id(content) is None:
+            options = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "special")}
+            is_normalized = bool(token.get("normalized", not options["special"]))
+            backend.add_tokens([AddedToken(content, normalized=is_normalized, **options)])
+
+
+def _find_end_token(backend: tokenizers.Tokenizer, folder: ModelFolder, file: Path) -> str:
+    """Return the token that ends a document: the named one, the first of the model's, or the usual one."""
+    candidates = [
+        _find_named_token(backend, folder, "eos_token", file),
+        *(backend.id_to_token(number) for number in folder.end_ids),
+        *(token for token in _USUAL_END_TOKENS if backend.token_to_id(token) is not None),
+    ]
+    token = next((token for token in candidates if token is not None), None)
     if token is None:
         raise DataError(f"{file} does not say which token ends a text; write eos_token into {SETTINGS_FILE} beside it")
     return token
 
 
-def _known_token(backend: tokenizers.Tokenizer, settings: dict[str, Any], key: str, file: Path) -> str | None:
-    """A special token that the settings name, either as text or as an object around it."""
-    token = settings.get(key)
-    content = token.get("content") if isinstance(token, dict) else token
-    if content is None:
-        return None
-    if not isinstance(content, str) or backend.token_to_id(content) is None:
-        raise DataError(f"{key} is {content!r} in {SETTINGS_FILE}, which {file} does not know; name one of its tokens")
-    return content
+def _find_named_token(backend: tokenizers.Tokenizer, folder: ModelFolder, name: str, file: Path) -> str | None:
+    token = folder.special_tokens.get(name)
+    if token is not None and backend.token_to_id(token) is None:
+        raise DataError(f"{name} is {token!r} in {file.parent}, which {file} does not know; name one of its tokens")
+    return token
 
 
-def _chat_template(settings: dict[str, Any], file: Path) -> str | None:
-    """The template beside the tokenizer; its own file wins, and of several in the settings the default."""
+def _read_chat_template(settings: Mapping[str, Any], file: Path) -> str | None:
+    """Return the template beside the tokenizer; its own file wins, and of several in the settings the default."""
     if file.exists():
         return file.read_text(encoding="utf-8")
     template = settings.get("chat_template")

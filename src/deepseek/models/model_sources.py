@@ -31,7 +31,7 @@ from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactErro
 from deepseek.core.names import explain_unknown
 from deepseek.models import text_zoo, zoo
 from deepseek.models.architectures import DECODER, TRANSFORMERS, list_architectures
-from deepseek.models.decoder.keymap import FAMILIES, find_family, import_config, import_tensors
+from deepseek.models.decoder.keymap import FAMILIES, find_family, import_config, import_tensors, tie_as_stored
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loaded_model import plain_module
 from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow, run_tensorflow
@@ -162,6 +162,9 @@ def load_weights_(model: nn.Module, path: Path) -> None:
         family = find_family(model.config)
         if family is not None and not set(tensors) <= set(model.state_dict()):
             tensors = import_tensors(tensors, family)
+        model.config = tie_as_stored(model.config, tensors)
+        if model.config.tie_embeddings:
+            model.head.weight = model.embed.weight
     if isinstance(model, TransformersModel):
         tensors = _fit_names(model, tensors)
     fill_(model, tensors, None, source=path)
@@ -251,6 +254,8 @@ def _open_artifact(folder: Path, config: LoadConfig, verify: bool) -> Opened:
 def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source: Path) -> nn.Module:
     """The model of architecture `name` whose parameters are `tensors` themselves."""
     architecture = list_architectures()[name]
+    if name == DECODER:
+        settings = tie_as_stored(DecoderConfig.from_dict(settings), tensors).to_dict()
     model = build_without_values(lambda: architecture.build(settings))
     if is_int8(tensors) and name == DECODER:
         replace_with_int8_(model, INT8_KEPT)

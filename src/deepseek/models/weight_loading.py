@@ -34,11 +34,16 @@ def fill_(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | 
 
     Raises `ArtifactError` naming `source` where a tensor is missing, left over or of another shape.
     """
-    parameters, aliases = dict(model.named_parameters()), tied_names(model)
+    parameters = dict(model.named_parameters())
+    aliases = {
+        alias: owner
+        for alias, owner in tied_names(model).items()
+        if alias not in tensors or owner not in tensors or torch.equal(tensors[alias], tensors[owner])
+    }
     state = {
         name: nn.Parameter(tensor.to(dtype or tensor.dtype)) if name in parameters else tensor
         for name, tensor in tensors.items()
-        if name not in aliases  # a file may hold a copy; the architecture says that they are one
+        if name not in aliases  # a file may hold a copy; where it holds another tensor, they are two
     }
     state |= {alias: state[owner] for alias, owner in aliases.items() if owner in state}
     try:

@@ -74,6 +74,10 @@ class KVCache:
         """Make slot `target` equal to slot `source`."""
         self._storage[:, :, target] = self._storage[:, :, source]
 
+    def clear_slot(self, slot: int) -> None:
+        """Make slot `slot` zeros, for one that holds what is no number: a mask hides large values, and not those."""
+        self._storage[:, :, slot] = 0
+
     @property
     def memory_bytes(self) -> int:
         """Bytes that the cache holds, used or not."""

@@ -17,13 +17,14 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -34,6 +35,7 @@ from deepseek.data.chat_templates import render_chat
 from deepseek.serve import responses
 from deepseek.serve.config import ServeConfig
 from deepseek.serve.engine_thread import EngineThread, Stream
+from deepseek.serve.events import Listener, RequestServed, ignore
 from deepseek.serve.metrics import CONTENT_TYPE, Metrics
 from deepseek.serve.requests import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, parse
 from deepseek.serve.responses import Answer, ChatAnswer, CompletionAnswer, Json
@@ -42,6 +44,7 @@ from deepseek.serve.sequences import Generation, GenerationRequest, Output, coll
 B = TypeVar("B", bound=GenerationBody)
 T = TypeVar("T")
 _CLIENT_CLOSED = 499  # nginx's status for a client that hung up; nobody is left to read it
+_REQUEST_ID_HEADER = "X-Request-Id"
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -53,6 +56,7 @@ class Service:
     metrics: Metrics
     config: ServeConfig
     api_key: str | None = field(default=None, repr=False)
+    listen: Listener = ignore
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     """Whether the server is on its way out and takes no new requests."""
@@ -112,7 +116,15 @@ def build_app(service: Service) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    return RequestIds(app)
+    allowed = "|".join(re.escape(origin).replace(r"\*", ".*") for origin in service.config.allowed_origins)
+    with_origins = CORSMiddleware(
+        app,
+        allow_origin_regex=allowed or None,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=(_REQUEST_ID_HEADER, "Retry-After"),
+    )
+    return RequestLog(with_origins, service.listen)
 
 
 # Endpoints
@@ -124,9 +136,11 @@ async def complete(request: Request) -> Response:
     prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
     service.require_room(len(prompts))
     requests = await asyncio.to_thread(_completion_requests, service, body)
-    decode = _token_text(service)
     echoes = await asyncio.to_thread(_echoes, service, prompts) if body.echo else ()
-    return await respond(request, body, requests, CompletionAnswer(body.model, decode, echoes=echoes))
+    token_bytes = service.thread.engine.tokenizer.token_bytes
+    is_scored = body.echo and body.logprobs is not None
+    answer = CompletionAnswer(body.model, token_bytes, echoes=echoes, is_scored=is_scored)
+    return await respond(request, body, requests, answer)
 
 
 async def chat(request: Request) -> Response:
@@ -134,7 +148,7 @@ async def chat(request: Request) -> Response:
     service, body = await admit(request, ChatBody)
     service.require_room(body.n)
     requests = await asyncio.to_thread(_chat_requests, service, body)
-    return await respond(request, body, requests, ChatAnswer(body.model, _token_text(service)))
+    return await respond(request, body, requests, ChatAnswer(body.model, service.thread.engine.tokenizer.token_bytes))
 
 
 async def list_models(request: Request) -> Response:
@@ -279,7 +293,9 @@ async def _events(stream: Stream, body: GenerationBody, answer: Answer) -> Async
         yield _event(chunk | extra)
     try:
         async for index, output in stream:
-            if output.text or output.tokens or output.finish_reason:
+            if output.error is not None:
+                raise output.error
+            if output.text or output.tokens or output.prompt_tokens or output.finish_reason:
                 yield _event(answer.chunk(index, output) | extra)
     except RequestError as failure:
         yield _event(_error_body(failure))
@@ -310,6 +326,7 @@ def _completion_requests(service: Service, body: CompletionBody) -> list[Generat
             sampling=body.sampling,
             stop=body.stop_strings,
             ignore_eos=body.ignore_eos,
+            prompt_logprobs=body.prompt_logprobs,
         )
         if body.limit is None:
             first = replace(first, max_tokens=min(first.max_tokens, DEFAULT_COMPLETION_TOKENS))
@@ -320,11 +337,15 @@ def _completion_requests(service: Service, body: CompletionBody) -> list[Generat
 def _chat_requests(service: Service, body: ChatBody) -> list[GenerationRequest]:
     """Build one request per choice; the template writes the special tokens, so none are added."""
     engine = service.thread.engine
-    roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
-    messages = [{"role": roles.get(message.role, message.role), "content": message.text} for message in body.messages]
+    prompt = render_chat(
+        engine.tokenizer,
+        [message.as_template_sees_it for message in body.messages],
+        documents=body.documents,
+        variables=body.chat_template_kwargs,
+    )
     try:
         first = engine.request(
-            engine.tokenizer.encode(render_chat(engine.tokenizer, messages)),
+            engine.tokenizer.encode(prompt),
             max_tokens=body.limit,
             sampling=body.sampling,
             stop=body.stop_strings,
@@ -339,12 +360,6 @@ def _chat_requests(service: Service, body: ChatBody) -> list[GenerationRequest]:
 def _echoes(service: Service, prompts: Sequence[str | list[int]]) -> tuple[str, ...]:
     tokenizer = service.thread.engine.tokenizer
     return tuple(prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts)
-
-
-def _token_text(service: Service) -> Callable[[int], str]:
-    """Return how a single token is written in log-probabilities."""
-    tokenizer = service.thread.engine.tokenizer
-    return lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 # Errors
@@ -401,22 +416,31 @@ def _error_body(error: Exception) -> Json:
     return responses.error(str(error), status=_status(error), code=code)
 
 
-class RequestIds:
-    """Gives every answer an `X-Request-Id`: the one the client sent, or a new one."""
+class RequestLog:
+    """Gives every answer an `X-Request-Id`, the client's or a new one, and reports every request under `/v1`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, listen: Listener) -> None:
         self.app = app
+        self._listen = listen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent = Headers(scope=scope).get("x-request-id", "")
+        sent = Headers(scope=scope).get(_REQUEST_ID_HEADER, "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        began_s, status = time.perf_counter(), _CLIENT_CLOSED
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                status = message["status"]
+                MutableHeaders(scope=message)[_REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            if scope["path"].startswith("/v1/"):
+                duration_s = round(time.perf_counter() - began_s, 6)
+                self._listen(RequestServed(request_id, scope["method"], scope["path"], status, duration_s))

@@ -37,5 +37,7 @@ class ServeConfig(EngineConfig):
     """How long requests may go on after SIGTERM or Ctrl-C; then they are ended with an error."""
     stall_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """`/healthz` fails when the engine has not finished a step for so long."""
+    allowed_origins: tuple[str, ...] = ("http://localhost:*", "http://127.0.0.1:*")
+    """Web pages whose scripts may ask this server, by origin; `*` stands for anything, and alone for every page."""
     retry_after_s: int = Field(default=1, ge=0)
     """How long a refused client is asked to wait, as `Retry-After`."""

@@ -7,15 +7,21 @@ Policy is in `scheduling.py`, text in `detokenizing.py`, chance in `sampling.py`
 and `cancel` may be called from any thread, `step` from one. For a script, `generate` and `run` drive the steps; for a
 server, `engine_thread.py` does so in a thread.
 
+What goes wrong with one sequence (logits that are no numbers, text that cannot be decoded, a prompt that the model
+fails on) ends that sequence with an error, and the others go on. Where the model cannot read a single token any more,
+it is the engine that failed, and `step` raises.
+
 Memory: max_num_seqs * max_length positions of KV cache, taken at once, so that nothing can run out of it later.
 Shapes: B sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -42,7 +48,11 @@ from deepseek.serve.sequences import (
     fit,
 )
 
+logger = logging.getLogger(__name__)
+
 GREEDY = Sampling(temperature=0)
+KEY_BLOCK = 64
+"""Attention reads whole blocks of so many key positions; what lies beyond a sequence is masked and adds zeros."""
 
 
 class Engine:
@@ -75,19 +85,24 @@ class Engine:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        prompt_logprobs: int | None = None,
         choice: int = 0,
     ) -> GenerationRequest:
         """Build a request for `prompt`, checked against the context length; no `max_tokens` is as many as fit.
 
         Text is encoded with the special tokens that the tokenizer's own rules add; token ids are taken as they are.
-        Raises `RequestError` for an empty prompt, one that does not fit, and token ids outside the vocabulary.
+        An empty text is the beginning of a document: the token that begins one, or that ends the one before. A stop
+        string that is a special token stops at that token. With `prompt_logprobs`, the prompt is scored, and
+        `max_tokens` may be 0. Raises `RequestError` for a prompt without token ids, one that does not fit, and token
+        ids outside the vocabulary.
         """
-        ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt)
+        ids = tuple(self._encode(prompt) if isinstance(prompt, str) else prompt)
         vocab_size = self.model.config.vocab_size
         if not all(0 <= id_ < vocab_size for id_ in ids):
             raise RequestError(f"the prompt holds token ids outside 0 to {vocab_size - 1}", param="prompt")
         room = fit(len(ids), max_tokens, self.max_length)
-        return GenerationRequest(ids, room, sampling, tuple(stop), ignore_eos, choice)
+        stop_ids = tuple(self.tokenizer.find_special(stop))
+        return GenerationRequest(ids, room, sampling, tuple(stop), ignore_eos, stop_ids, prompt_logprobs, choice)
 
     def submit(self, sequences: Sequence[LiveSequence]) -> None:
         """Queue all of `sequences` or, with an `OverloadedError`, none of them."""
@@ -143,9 +158,11 @@ class Engine:
         plan = self._plan()
         if not plan.choosing and not plan.chunks:
             return cancelled
-        logits_BV = self._forward(plan)
-        outputs = self._choose(plan.choosing, logits_BV)
-        self._drop([sequence for sequence in plan.choosing if sequence.finish_reason])
+        logits_V = self._forward(plan)
+        outputs = self._choose(plan.choosing, logits_V)
+        failed = [sequence for sequence in plan.taking_part if sequence.error and sequence not in plan.choosing]
+        outputs += [_output(sequence, time.perf_counter()) for sequence in failed]
+        self._drop([sequence for sequence in plan.taking_part if sequence.finish_reason])
         return cancelled + outputs
 
     def run(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Output]]:
@@ -189,8 +206,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run the model once in each way, so that the first request does not pay for it and a broken model shows."""
-        for _ in self.run([GenerationRequest(prompt=(0,), max_tokens=2, sampling=GREEDY, ignore_eos=True)]):
-            pass
+        request = GenerationRequest(prompt=(0,), max_tokens=2, sampling=GREEDY, ignore_eos=True)
+        collect([output for _, output in self.run([request])])
 
     def _new_writer(self, request: GenerationRequest) -> TextWriter:
         """Build a writer that has seen the last prompt token, if its text is whole, since a space may depend on it."""
@@ -211,56 +228,135 @@ class Engine:
                 chunk.sequence.started_s = time.perf_counter()
         return plan
 
-    def _forward(self, plan: Plan) -> Tensor:
-        """Return logits (B, V) for `plan.choosing`, in that order."""
-        rows = [(chunk, self._read(chunk)) for chunk in plan.chunks]
-        logits = [logits_1V for chunk, logits_1V in rows if chunk.is_last]
+    def _encode(self, text: str) -> Sequence[int]:
+        beginning = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        return self.tokenizer.encode(text, add_special_tokens=True) or ([] if text else [beginning])
+
+    def _forward(self, plan: Plan) -> dict[int, Tensor]:
+        """Return logits (V,) by sequence id, for those of `plan.choosing` that did not fail."""
+        logits: dict[int, Tensor] = {}
+        for chunk in plan.chunks:
+            logits |= self._guard((chunk.sequence,), partial(self._read, chunk))
         if plan.decode:
-            logits.append(self._decode(plan.decode))
-        return torch.cat(logits) if logits else torch.empty(0, self.model.config.vocab_size)
+            logits |= self._guard(plan.decode, partial(self._decode, plan.decode))
+        return logits
 
-    def _read(self, chunk: Chunk) -> Tensor:
-        """Put a part of a prompt into the cache; logits (1, V) after its last token."""
-        tokens_1T = torch.tensor([chunk.sequence.request.prompt[chunk.start : chunk.stop]], device=self._device)
+    def _guard(self, sequences: Sequence[LiveSequence], work: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
+        """Return what `work` on `sequences` gives; where it raises, find out whose fault that is.
+
+        The failing ones of several are found by working on each alone, which writes the same keys and values again.
+        """
+        try:
+            return work()
+        except Exception as error:  # whatever the model raises
+            if len(sequences) > 1:
+                parts = [self._guard((sequence,), partial(self._decode_one, sequence)) for sequence in sequences]
+                return {key: logits_V for part in parts for key, logits_V in part.items()}
+            self._require_working_model()
+            logger.exception("one sequence failed and the others go on")
+            self._fail(sequences[0], f"the model failed on this request ({type(error).__name__}: {error})")
+            return {}
+
+    def _require_working_model(self) -> None:
+        """Raise what the model raises when it cannot even read one token."""
+        self.model(torch.zeros(1, 1, dtype=torch.long, device=self._device))
+
+    def _fail(self, sequence: LiveSequence, message: str) -> None:
+        sequence.finish_reason = FinishReason.ERROR
+        sequence.error = RequestError(
+            f"{message}; change the prompt or the settings", status=500, code="sequence_failed"
+        )
+
+    def _read(self, chunk: Chunk) -> dict[int, Tensor]:
+        """Put part of a prompt into the cache, score it where that was asked; the last token's logits if it is done."""
+        request = chunk.sequence.request
+        tokens_1T = torch.tensor([request.prompt[chunk.start : chunk.stop]], device=self._device)
         positions_1T = torch.arange(chunk.start, chunk.stop, device=self._device)[None]
-        view = self._cache.view(chunk.slot, 1, chunk.stop)
-        logits_11V: Tensor = self.model(tokens_1T, positions_BT=positions_1T, cache=view, last_only=True)
-        return logits_11V[:, -1]
+        view = self._cache.view(chunk.slot, 1, self._round_up(chunk.stop))
+        is_scored = request.prompt_logprobs is not None
+        logits_1TV: Tensor = self.model(tokens_1T, positions_BT=positions_1T, cache=view, last_only=not is_scored)
+        if is_scored:
+            following = request.prompt[chunk.start + 1 : chunk.stop + 1]
+            scores = [
+                score(logits_V, token, request.prompt_logprobs or 0)
+                for logits_V, token in zip(logits_1TV[0], following, strict=False)
+            ]
+            chunk.sequence.prompt_scores += scores
+        return {chunk.sequence.id: logits_1TV[0, -1]} if chunk.is_last else {}
 
-    def _decode(self, sequences: Sequence[LiveSequence]) -> Tensor:
-        """Put each sequence's newest token into the cache; logits (B, V) after it."""
+    def _decode(self, sequences: Sequence[LiveSequence]) -> dict[int, Tensor]:
+        """Put each sequence's newest token into the cache; logits (V,) after it by sequence id."""
+        return self._decode_slots(sequences, 0)
+
+    def _decode_one(self, sequence: LiveSequence) -> dict[int, Tensor]:
+        return self._decode_slots((sequence,), self._scheduler.running.index(sequence))
+
+    def _decode_slots(self, sequences: Sequence[LiveSequence], first_slot: int) -> dict[int, Tensor]:
         tokens_B1 = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=self._device)
         positions_B1 = torch.tensor([[sequence.num_cached] for sequence in sequences], device=self._device)
         length = max(sequence.num_cached for sequence in sequences) + 1
-        view = self._cache.view(0, len(sequences), length)
+        view = self._cache.view(first_slot, len(sequences), self._round_up(length))
         logits_B1V: Tensor = self.model(tokens_B1, positions_BT=positions_B1, cache=view, last_only=True)
-        return logits_B1V[:, -1]
+        return {sequence.id: logits_V for sequence, logits_V in zip(sequences, logits_B1V[:, -1], strict=True)}
 
-    def _choose(self, sequences: Sequence[LiveSequence], logits_BV: Tensor) -> list[Output]:
-        if not sequences:
-            return []
-        samplings = [sequence.request.sampling for sequence in sequences]
-        uniforms = [sequence.random.random() for sequence in sequences]
-        tokens = choose(logits_BV, samplings, uniforms)
-        return [
-            self._append(sequence, token, _logprobs(sampling, logits_V, token))
-            for sequence, sampling, token, logits_V in zip(sequences, samplings, tokens, logits_BV, strict=True)
-        ]
+    def _round_up(self, length: int) -> int:
+        """Return a number of key positions that sums are made over in the same order whoever else is in the batch."""
+        return min(-(-length // KEY_BLOCK) * KEY_BLOCK, self.max_length)
+
+    def _choose(self, sequences: Sequence[LiveSequence], logits_V: Mapping[int, Tensor]) -> list[Output]:
+        """Choose a token for each sequence that has logits, and report all of them."""
+        chosen: dict[int, int] = {}
+        choosing = [sequence for sequence in sequences if sequence.id in logits_V and sequence.request.max_tokens]
+        if choosing:
+            samplings = [sequence.request.sampling for sequence in choosing]
+            uniforms = [sequence.random.random() for sequence in choosing]
+            logits_BV = torch.stack([logits_V[sequence.id] for sequence in choosing])
+            tokens = choose(logits_BV, samplings, uniforms)
+            chosen = {sequence.id: token for sequence, token in zip(choosing, tokens, strict=True) if token is not None}
+        return [self._continue(sequence, chosen.get(sequence.id), logits_V.get(sequence.id)) for sequence in sequences]
+
+    def _continue(self, sequence: LiveSequence, token: int | None, logits_V: Tensor | None) -> Output:
+        """Report one step of `sequence`: its token, its end, or what went wrong with it."""
+        if sequence.error is None and logits_V is not None and sequence.request.max_tokens == 0:
+            sequence.finish_reason = FinishReason.LENGTH
+        elif sequence.error is None and (token is None or logits_V is None):
+            self._fail(sequence, "the model returned logits that are not finite numbers for this request")
+        elif sequence.error is None and token is not None and logits_V is not None:
+            logprobs = _logprobs(sequence.request.sampling, logits_V, token)
+            try:
+                return self._append(sequence, token, logprobs)
+            except Exception as error:  # the library that decodes text raises plain Exception
+                logger.exception("one sequence failed and the others go on")
+                self._fail(sequence, f"the text of this request cannot be decoded ({error})")
+        return _output(sequence, time.perf_counter(), prompt_tokens=self._prompt_tokens(sequence))
 
     def _append(self, sequence: LiveSequence, token: int, logprobs: Logprobs | None) -> Output:
         """Add a token to `sequence`, end it if this was its last, and report it."""
-        sequence.tokens.append(token)
+        request = sequence.request
         writer = self._writers[sequence.id]
-        is_eos = token == self.tokenizer.eos_id and not sequence.request.ignore_eos
-        text, tokens = ("", ()) if is_eos else writer.push(token, logprobs)
-        if is_eos or writer.is_stopped or len(sequence.tokens) == sequence.request.max_tokens:
+        is_end = (token in self.tokenizer.end_ids and not request.ignore_eos) or token in request.stop_ids
+        text, tokens = ("", ()) if is_end else writer.push(token, logprobs)
+        sequence.tokens.append(token)
+        if is_end or writer.is_stopped or len(sequence.tokens) == request.max_tokens:
             rest, rest_tokens = writer.finish()
             text, tokens = text + rest, tokens + rest_tokens
-            sequence.finish_reason = FinishReason.STOP if is_eos or writer.is_stopped else FinishReason.LENGTH
+            sequence.finish_reason = FinishReason.STOP if is_end or writer.is_stopped else FinishReason.LENGTH
         now_s = time.perf_counter()
         token_s = now_s - (sequence.last_token_s or sequence.submitted_s)
         sequence.last_token_s = now_s
-        return _output(sequence, now_s, text=text, tokens=tokens, token_s=token_s)
+        prompt_tokens = self._prompt_tokens(sequence) if len(sequence.tokens) == 1 else ()
+        return _output(sequence, now_s, text=text, tokens=tokens, prompt_tokens=prompt_tokens, token_s=token_s)
+
+    def _prompt_tokens(self, sequence: LiveSequence) -> tuple[Token, ...]:
+        """Return the scored prompt; `offset` counts from its start. Empty where no scores were asked for."""
+        request = sequence.request
+        if request.prompt_logprobs is None or sequence.error is not None:
+            return ()
+        decoder, offset, tokens = StreamDecoder(self.tokenizer), 0, []
+        for token_id, logprobs in zip(request.prompt, sequence.prompt_scores, strict=True):
+            tokens.append(Token(token_id, offset, logprobs))
+            offset += len(decoder.push(token_id))
+        return tuple(tokens)
 
     def _drop_cancelled(self) -> list[Output]:
         with self._lock:
@@ -273,6 +369,8 @@ class Engine:
     def _drop(self, sequences: Iterable[LiveSequence]) -> None:
         """Forget sequences, and keep the slots of the others together."""
         for sequence in sequences:
+            if sequence.error is not None:
+                self._cache.clear_slot(self._scheduler.running.index(sequence))
             with self._lock:
                 moves = self._scheduler.remove(sequence)
                 del self._writers[sequence.id]
@@ -287,9 +385,9 @@ def check_fit(model: Decoder, tokenizer: Tokenizer, config: EngineConfig) -> Non
             f"max_length={config.max_length} and the model was made for {model.config.max_length} tokens; "
             f"choose at most that"
         )
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.num_learned > model.config.vocab_size:  # tokens added beyond the model's rows never come out of it
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
+            f"the tokenizer has {tokenizer.num_learned} tokens and the model {model.config.vocab_size}; "
             f"use the tokenizer that the model was trained with"
         )
 
@@ -314,6 +412,7 @@ def _output(
     *,
     text: str = "",
     tokens: tuple[Token, ...] = (),
+    prompt_tokens: tuple[Token, ...] = (),
     token_s: float | None = None,
 ) -> Output:
     return Output(
@@ -321,8 +420,10 @@ def _output(
         request=sequence.request,
         text=text,
         tokens=tokens,
+        prompt_tokens=prompt_tokens,
         num_generated=len(sequence.tokens),
         finish_reason=sequence.finish_reason,
+        error=sequence.error,
         is_first=token_s is not None and len(sequence.tokens) == 1,
         queued_s=(sequence.started_s or now_s) - sequence.submitted_s,
         elapsed_s=now_s - sequence.submitted_s,

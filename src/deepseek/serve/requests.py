@@ -4,16 +4,17 @@
 
 A parameter that this server does not implement is refused by name, unless its value is the one that asks for nothing; a
 few that only concern OpenAI's own accounts are accepted. `null` is the same as leaving a parameter out. Types are
-strict: "16" is no number. Extensions beyond OpenAI: `top_k` and `ignore_eos`, named as in vLLM.
+strict: "16" is no number. Extensions beyond OpenAI: `top_k`, `ignore_eos`, `documents` and `chat_template_kwargs` (what
+a chat template may ask for, `enable_thinking` above all), named as in vLLM.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 from deepseek.core.errors import RequestError
@@ -75,16 +76,59 @@ class TextPart(_Body):
     text: str
 
 
+class RefusalPart(_Body):
+    """A part of an earlier answer that declined to answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What was said."""
+        return self.refusal
+
+
 class Message(_Body):
-    """One message of a conversation."""
+    """One message of a conversation; an earlier answer may be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
+    name: str | None = None
+    """Which of several participants speaks; templates may ask for it."""
+    reasoning_content: str | None = None
+    """What a model thought before an earlier answer; templates may ask for it."""
+    refusal: str | None = None
+    annotations: list[Any] = Field(default_factory=list)
+    tool_calls: list[Any] = Field(default_factory=list, max_length=0)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _check_content(cls, value: Any) -> Any:
+        for part in value if isinstance(value, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind not in ("text", "refusal"):
+                raise ValueError(f"a part of a message is of type {kind!r} and this server reads text; send text parts")
+        return value
+
+    @model_validator(mode="after")
+    def _check_presence(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} has no content; send its text")
+        return self
 
     @property
     def text(self) -> str:
         """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or self.refusal or ""
+
+    @property
+    def as_template_sees_it(self) -> dict[str, str]:
+        """Role, text and what else templates may ask for; OpenAI's newer name of the system is the older one."""
+        role = "system" if self.role == "developer" else self.role
+        extras = {"name": self.name, "reasoning_content": self.reasoning_content}
+        return {"role": role, "content": self.text} | {key: value for key, value in extras.items() if value is not None}
 
 
 class GenerationBody(_Body, ABC):
@@ -94,7 +138,7 @@ class GenerationBody(_Body, ABC):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: int = Field(default=0, ge=-1)
@@ -146,7 +190,7 @@ class GenerationBody(_Body, ABC):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Prompt
+    prompt: Prompt = ""
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -172,10 +216,12 @@ class CompletionBody(GenerationBody):
         one_of_ids = isinstance(self.prompt[0], int)
         return cast("list[str | list[int]]", [self.prompt] if one_of_ids else self.prompt)
 
-    def check(self) -> None:
-        super().check()
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """Alternatives to report per prompt token; a prompt that nothing is added to is scored all the same."""
         if self.echo and self.logprobs is not None:
-            raise RequestError("echo together with logprobs is not supported; send one of them", param="echo")
+            return self.logprobs
+        return 0 if self.limit == 0 else None
 
 
 class ChatBody(GenerationBody):
@@ -185,10 +231,12 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    documents: list[dict[str, Any]] | None = None
 
     @property
     def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -196,6 +244,8 @@ class ChatBody(GenerationBody):
 
     def check(self) -> None:
         super().check()
+        if self.limit == 0:
+            raise RequestError("max_tokens is 0 and a chat wants an answer; send 1 or more", param="max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is set and logprobs is not; send logprobs=true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:

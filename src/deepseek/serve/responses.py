@@ -11,7 +11,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
 from deepseek.serve.sequences import FinishReason, Generation, LiveSequence, Logprobs, Output, Token
@@ -19,7 +19,6 @@ from deepseek.serve.sequences import FinishReason, Generation, LiveSequence, Log
 Json: TypeAlias = dict[str, Any]
 
 _ERROR_TYPES = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def error(message: str, *, status: int, param: str | None = None, code: str | None = None) -> Json:
@@ -51,10 +50,10 @@ def usage(sequences: Iterable[LiveSequence]) -> Json:
 
 @dataclass(frozen=True)
 class Answer(ABC):
-    """One answer in the making; `decode` gives the text of a token id."""
+    """One answer in the making; `token_bytes` gives what a token id adds to a text."""
 
     model: str
-    decode: Callable[[int], str]
+    token_bytes: Callable[[int], bytes]
     created_s: int = field(default_factory=lambda: int(time.time()))
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -74,6 +73,14 @@ class Answer(ABC):
     def chunk(self, index: int, output: Output) -> Json:
         """Build the chunk that `output` adds to the choice `index`."""
         return self._envelope(self.chunk_object, [self._delta(index, output.text, output.tokens, output.finish_reason)])
+
+    def _text(self, token_id: int) -> str:
+        """Write a token as text; one that is a part of a character as OpenAI writes it, `bytes:\\xc3`."""
+        content = self.token_bytes(token_id)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
     def closing(self, counts: Json) -> Json:
         """Build the chunk of token counts."""
@@ -97,41 +104,55 @@ class Answer(ABC):
 
 @dataclass(frozen=True)
 class CompletionAnswer(Answer):
-    """`/v1/completions`; `echoes` are put before the choices."""
+    """`/v1/completions`; `echoes` are put before the choices, scored ones together with their tokens."""
 
     echoes: tuple[str, ...] = ()
+    is_scored: bool = False
+    """Whether log-probabilities of the prompt's tokens come with its echo."""
 
     id_prefix = "cmpl"
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
     def opening(self, num_choices: int) -> list[Json]:
+        if self.is_scored:
+            return []
         deltas = [self._delta(index, echo, (), None) for index, echo in enumerate(self.echoes)]
         return [self._envelope(self.chunk_object, [delta]) for delta in deltas]
 
+    def chunk(self, index: int, output: Output) -> Json:
+        tokens, echo = self._shift(index, output.tokens), self.echoes[index] if output.prompt_tokens else ""
+        delta = self._delta(index, echo + output.text, (*output.prompt_tokens, *tokens), output.finish_reason)
+        return self._envelope(self.chunk_object, [delta])
+
     def _choice(self, index: int, generation: Generation) -> Json:
         echo = self.echoes[index] if self.echoes else ""
-        return self._delta(index, echo + generation.text, generation.tokens, generation.finish_reason)
+        tokens = (*generation.prompt_tokens, *self._shift(index, generation.tokens))
+        return self._delta(index, echo + generation.text, tokens, generation.finish_reason)
+
+    def _shift(self, index: int, tokens: Sequence[Token]) -> tuple[Token, ...]:
+        """Count the offsets of generated tokens from the start of the echo, where there is one."""
+        start = len(self.echoes[index]) if self.echoes else 0
+        return tuple(replace(token, offset=start + token.offset) for token in tokens)
 
     def _delta(self, index: int, text: str, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Json:
         return {"index": index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": finish_reason}
 
     def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
-        scored = [(token, token.logprobs) for token in tokens if token.logprobs is not None]
-        if not scored:
+        if not any(token.logprobs for token in tokens) and not (tokens and self.is_scored):
             return None
         return {
-            "tokens": [self.decode(token.id) for token, _ in scored],
-            "token_logprobs": [logprobs.chosen for _, logprobs in scored],
-            "top_logprobs": [self._top(token.id, logprobs) for token, logprobs in scored],
-            "text_offset": [token.offset for token, _ in scored],
+            "tokens": [self._text(token.id) for token in tokens],
+            "token_logprobs": [token.logprobs and token.logprobs.chosen for token in tokens],
+            "top_logprobs": [token.logprobs and self._top(token.id, token.logprobs) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
         }
 
     def _top(self, token_id: int, logprobs: Logprobs) -> dict[str, float]:
         """List the likeliest first, the chosen one among them; of several tokens with one text, the likeliest."""
         values: dict[str, float] = {}
         for candidate, value in (*logprobs.top, (token_id, logprobs.chosen)):
-            values.setdefault(self.decode(candidate), value)
+            values.setdefault(self._text(candidate), value)
         return values
 
 
@@ -177,6 +198,4 @@ class ChatAnswer(Answer):
         }
 
     def _entry(self, token_id: int, logprob: float) -> Json:
-        """The bytes of a token that is not whole characters are not known here, and `null` as OpenAI allows it."""
-        text = self.decode(token_id)
-        return {"token": text, "logprob": logprob, "bytes": None if _REPLACEMENT in text else list(text.encode())}
+        return {"token": self._text(token_id), "logprob": logprob, "bytes": list(self.token_bytes(token_id))}

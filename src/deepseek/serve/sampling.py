@@ -15,27 +15,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepseek.core.errors import PermanentError
 from deepseek.serve.sequences import Logprobs, Sampling
 
 LEAST_LOGPROB = -9999.0
 """What OpenAI reports for a probability of zero, since JSON has no infinity."""
 
 
-def choose(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
+def choose(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int | None]:
     """Choose one token per row; `uniforms` in [0, 1) are used by the rows that are sampled.
 
-    Raises `PermanentError` when the model returned something that is not a number.
+    None for a row whose best logit is not a finite number, which no choice can be made from.
 
     >>> choose(torch.tensor([[0.0, 3.0, 1.0]]), [Sampling(temperature=0)], [0.5])
     [1]
     """
     best_B, tokens_B = logits_BV.max(dim=-1)
-    if not torch.isfinite(best_B).all():
-        raise PermanentError("the model returned logits that are not finite numbers; check its weights and precision")
-    tokens: list[int] = tokens_B.tolist()
+    is_finite: list[bool] = best_B.isfinite().tolist()
+    tokens: list[int | None] = tokens_B.tolist()
     for row, (sampling, uniform) in enumerate(zip(samplings, uniforms, strict=True)):
-        if not sampling.is_greedy:
+        if not is_finite[row]:
+            tokens[row] = None
+        elif not sampling.is_greedy:
             tokens[row] = sample(logits_BV[row], sampling, uniform)
     return tokens
 

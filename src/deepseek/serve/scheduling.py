@@ -4,7 +4,9 @@
 
 A step does two things. It decodes one token for every running sequence whose prompt has been read, and it reads at most
 `prefill_tokens` tokens of prompts, in chunks, so that a long prompt delays the others by a bounded time and they delay
-it by none. A sequence joins as soon as a slot is free and leaves as soon as it is done; nobody waits for a batch.
+it by little. A prompt is always cut at multiples of `prefill_tokens`, whatever else is read in the same step: rounding
+in the model, and with it an answer, may depend on where a prompt is cut. A sequence joins as soon as a slot is free and
+leaves as soon as it is done; nobody waits for a batch.
 
 `running[i]` is in slot `i`. Slots are kept without gaps: those that decode come first, and at most one, the last, is
 still being read. Then a decode step is one view of neighbouring slots. Closing a gap costs at most two slot copies.
@@ -43,6 +45,11 @@ class Plan:
 
     chunks: tuple[Chunk, ...]
     decode: tuple[LiveSequence, ...]
+
+    @property
+    def taking_part(self) -> tuple[LiveSequence, ...]:
+        """All sequences that this step works on, each once."""
+        return (*(chunk.sequence for chunk in self.chunks), *self.decode)
 
     @property
     def choosing(self) -> tuple[LiveSequence, ...]:
@@ -100,8 +107,8 @@ class Scheduler:
         decode = tuple(sequence for sequence in self.running if sequence.is_read)
         chunks = []
         budget = self.prefill_tokens
-        while budget > 0 and (sequence := self._next_to_read()) is not None:
-            stop = min(sequence.num_read + budget, len(sequence.request.prompt))
+        while (sequence := self._next_to_read(budget)) is not None:
+            stop = min(sequence.num_read + self.prefill_tokens, len(sequence.request.prompt))
             chunks.append(Chunk(sequence, len(self.running) - 1, sequence.num_read, stop))
             budget -= stop - sequence.num_read
             sequence.num_read = stop
@@ -124,11 +131,17 @@ class Scheduler:
         self.running.pop()
         return moves
 
-    def _next_to_read(self) -> LiveSequence | None:
-        """The running sequence with an unread prompt, else the first waiting one, which takes the next free slot."""
-        if self.running and not self.running[-1].is_read:
-            return self.running[-1]
-        if not self.waiting or len(self.running) == self.num_slots:
+    def _next_to_read(self, budget: int) -> LiveSequence | None:
+        """Return the sequence that is being read, else the first waiting one, which takes the next free slot.
+
+        None where its next chunk is longer than `budget`.
+        """
+        is_reading = bool(self.running) and not self.running[-1].is_read
+        if not is_reading and (not self.waiting or len(self.running) == self.num_slots):
             return None
-        self.running.append(self.waiting.popleft())
-        return self.running[-1]
+        sequence = self.running[-1] if is_reading else self.waiting[0]
+        if min(self.prefill_tokens, len(sequence.request.prompt) - sequence.num_read) > budget:
+            return None
+        if not is_reading:
+            self.running.append(self.waiting.popleft())
+        return sequence

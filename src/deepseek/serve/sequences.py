@@ -30,6 +30,8 @@ class FinishReason(enum.StrEnum):
     """`max_tokens` were generated."""
     CANCELLED = "abort"
     """Nobody waits for it any more."""
+    ERROR = "error"
+    """This sequence could not be continued; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,19 @@ class GenerationRequest:
     """The text ends before the first of these."""
     ignore_eos: bool = False
     """Go on to `max_tokens` past an end-of-text token, as benchmarks want it."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the text like a stop string, even where `ignore_eos` lets it go on."""
+    prompt_logprobs: int | None = None
+    """Report the log-probability of each prompt token and this many alternatives; none reports nothing."""
     choice: int = 0
     """Which of several answers to one prompt this is; with a seed, each has random numbers of its own."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise RequestError("the prompt has no tokens; send at least one", param="prompt", code="empty_prompt")
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens={self.max_tokens}; choose 1 or more", param="max_tokens")
+        least = 1 if self.prompt_logprobs is None else 0  # scoring a prompt is something to do by itself
+        if self.max_tokens < least:
+            raise RequestError(f"max_tokens={self.max_tokens}; choose {least} or more", param="max_tokens")
         if "" in self.stop:
             raise RequestError("one of the stop strings is empty; leave it out", param="stop")
 
@@ -94,7 +101,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token; `offset` is where its text begins, in characters from the start of the generated text."""
+    """A token; `offset` is where its text begins, in characters from the start of the generated text or the prompt."""
 
     id: int
     offset: int
@@ -112,7 +119,11 @@ class Output:
     """Tokens whose text is out; a token waits here while its text may be the start of a stop string."""
     num_generated: int = 0
     """Tokens generated so far, the end-of-text token included."""
+    prompt_tokens: tuple[Token, ...] = ()
+    """The prompt with its log-probabilities, in the first output of a request for them."""
     finish_reason: FinishReason | None = None
+    error: RequestError | None = None
+    """Why the sequence could not be continued, where `finish_reason` says that it could not."""
     is_first: bool = False
     """Whether this is the step that generated the first token."""
     queued_s: float = 0.0
@@ -132,6 +143,7 @@ class Generation:
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_generated: int
+    prompt_tokens: tuple[Token, ...] = ()
 
 
 @dataclass(eq=False)
@@ -144,8 +156,11 @@ class LiveSequence:
     """What was generated so far."""
     num_read: int = 0
     """How much of the prompt is in the KV cache."""
+    prompt_scores: list[Logprobs | None] = field(default_factory=lambda: [None])
+    """Log-probabilities of the prompt tokens read so far; nothing comes before the first."""
     is_cancelled: bool = False
     finish_reason: FinishReason | None = None
+    error: RequestError | None = None
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float | None = None
     last_token_s: float | None = None
@@ -167,8 +182,10 @@ class LiveSequence:
 
 
 def collect(outputs: Sequence[Output]) -> Generation:
-    """Join the outputs of one finished sequence to its whole answer."""
+    """Join the outputs of one finished sequence to its whole answer; raises the error that ended it."""
     last = outputs[-1]
+    if last.error is not None:
+        raise last.error
     if last.finish_reason is None:
         raise RequestError("the sequence is not finished; collect its outputs up to the one with a finish reason")
     return Generation(
@@ -177,6 +194,7 @@ def collect(outputs: Sequence[Output]) -> Generation:
         finish_reason=last.finish_reason,
         num_prompt_tokens=len(last.request.prompt),
         num_generated=last.num_generated,
+        prompt_tokens=tuple(chain.from_iterable(output.prompt_tokens for output in outputs)),
     )
 
 

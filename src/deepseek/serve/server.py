@@ -4,7 +4,7 @@
     with running_server(model, tokenizer) as s:   the same in a thread, at `s.url`; for tests and notebooks
 
 The address is bound when the `Server` is made, so that a port in use is known at once and port 0 by its number. While
-it drains, the server takes no new connections and `/readyz` fails; requests that are running go on for
+it drains, the server refuses new requests and `/readyz` answers 503; requests that are running go on for
 `shutdown_timeout_s`, and what is open then ends with an error that says so. A second Ctrl-C does not wait.
 """
 
@@ -17,19 +17,20 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from deepseek.core.errors import AddressInUseError, ConfigError
-from deepseek.core.events import Event
 from deepseek.core.extras import require
+from deepseek.data.chat_templates import check_template
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.decoder.model import Decoder
 from deepseek.serve.config import ServeConfig
 from deepseek.serve.engine import Engine
+from deepseek.serve.events import Listener, ServerStarted, ServerStopping, ignore
 
 if TYPE_CHECKING:
     import uvicorn
@@ -40,32 +41,6 @@ _GRACE_S = 5.0  # for error answers to reach their clients after the drain ran o
 _BACKLOG = 2048  # connections that the system holds while the server is busy
 _POLL_S = 0.05
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where a client reaches a server that listens everywhere
-
-
-@dataclass(frozen=True)
-class ServerStarted(Event):
-    """The server is ready; `url` is where, and the API is below `url`/v1."""
-
-    url: str
-    host: str
-    port: int
-    model_name: str
-
-
-@dataclass(frozen=True)
-class ServerStopping(Event):
-    """The server takes no more requests; `num_open` sequences may go on for `timeout_s`."""
-
-    reason: str
-    num_open: int
-    timeout_s: float
-
-
-Listener: TypeAlias = Callable[[Event], None]
-
-
-def ignore(event: Event) -> None:
-    """Listen to nothing."""
 
 
 def serve(
@@ -127,7 +102,7 @@ class Server:
         listen: Listener = ignore,
     ) -> None:
         self.config = config
-        self.service = build_service(Engine(model, tokenizer, config), config, api_key)
+        self.service = build_service(Engine(model, tokenizer, config), config, api_key, listen)
         self.stop_reason: str | None = None
         self._listen = listen
         self._ready = threading.Event()
@@ -191,13 +166,22 @@ class Server:
         self.service.is_draining = True
         engine, timeout_s = self.service.thread.engine, self.config.shutdown_timeout_s
         self._listen(ServerStopping(self.stop_reason or "", engine.num_running + engine.num_waiting, timeout_s))
+        deadline_s = time.monotonic() + timeout_s
+        while engine.has_work and time.monotonic() < deadline_s and not (serving.done() or self._uvicorn.force_exit):
+            await asyncio.sleep(_POLL_S)  # and answer new requests with 503
         self._uvicorn.should_exit = True
-        await asyncio.wait((serving,), timeout=timeout_s)
+        await asyncio.wait((serving,), timeout=max(0.0, deadline_s - time.monotonic()))
         self.service.thread.fail_all("the server is shutting down and this request took too long; send it again")
 
 
-def build_service(engine: Engine, config: ServeConfig, api_key: str | None = None) -> Service:
-    """Build the engine thread and its metrics, ready to be started; `MissingExtraError` without the serve libraries."""
+def build_service(
+    engine: Engine, config: ServeConfig, api_key: str | None = None, listen: Listener = ignore
+) -> Service:
+    """Build the engine thread and its metrics, ready to be started.
+
+    Raises `MissingExtraError` without the serve libraries, `ConfigError` for a key that is none, and `DataError` for a
+    broken chat template.
+    """
     for library in ("uvicorn", "starlette", "prometheus_client"):
         require(library, extra="serve")
     from deepseek.serve.app import Service
@@ -206,10 +190,11 @@ def build_service(engine: Engine, config: ServeConfig, api_key: str | None = Non
 
     if api_key is not None and not (api_key.strip() and api_key.isascii()):
         raise ConfigError("the API key is empty or has characters beyond ASCII; choose another, or none at all")
+    check_template(engine.tokenizer)
     metrics = Metrics(config.model_name)
     metrics.watch(engine)
     thread = EngineThread(engine, stall_timeout_s=config.stall_timeout_s, observe=metrics.observe)
-    return Service(thread, metrics, config, api_key)
+    return Service(thread, metrics, config, api_key, listen)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -59,8 +59,9 @@ def test_sigterm_ends_a_server_with_status_0_and_events_to_the_last(model: Path)
         assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "tiny"
         result = server.stop(signal.SIGTERM)
     assert (result.status, result.err) == (0, "")
-    assert result.kinds == ["server_stopping"]
-    assert result.events[0]["reason"] == "SIGTERM"
+    assert result.kinds == ["request_served", "server_stopping"]
+    assert [result.events[0][name] for name in ("method", "path", "status")] == ["GET", "/v1/models", 200]
+    assert result.events[1]["reason"] == "SIGTERM"
 
 
 def test_ctrl_c_ends_a_server_with_status_130(model: Path) -> None:

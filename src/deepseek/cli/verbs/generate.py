@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+DEFAULT_TOKENS = 64
 
 
 def generate(
     model: Path,
-    prompt: str,
+    prompt: str | None = None,
     *,
-    max_tokens: int = 64,
+    max_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
@@ -22,14 +24,16 @@ def generate(
 
     Example: deepseek generate runs/quickstart/model-int8 "def " --max-tokens 40
 
+    Or from a pipe: cat start.py | deepseek generate runs/quickstart/model-int8
+
     Parameters
     ----------
     model
         Folder of an artifact or a Hugging Face model.
     prompt
-        Text to continue.
+        Text to continue; left out or `-`, standard input is read to its end.
     max_tokens
-        Tokens to write at most.
+        Tokens to write at most; left out, 64 or what fits behind the prompt.
     temperature
         0 always takes the likeliest token; 1 samples from the model's own distribution.
     top_p
@@ -41,19 +45,28 @@ def generate(
     json
         Print one JSON object at the end instead of the text as it comes.
     """
+    from deepseek.core.errors import ConfigError
     from deepseek.data.tokenizing import load_tokenizer
     from deepseek.models.loading import load_decoder
     from deepseek.serve.config import EngineConfig
     from deepseek.serve.engine import Engine
     from deepseek.serve.sequences import Sampling, collect
 
+    if prompt is None and sys.stdin.isatty():
+        raise ConfigError("there is no prompt and nothing comes through a pipe; give the text to continue")
+    if prompt in (None, "-"):
+        prompt = sys.stdin.read()
     engine = Engine(load_decoder(model, packed=True), load_tokenizer(model), EngineConfig(max_num_seqs=1))
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     request = engine.request(prompt, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop or ()))
+    if max_tokens is None:
+        request = replace(request, max_tokens=min(request.max_tokens, DEFAULT_TOKENS))
     outputs = []
     if not json:
         sys.stdout.write(prompt)
     for _, output in engine.run([request]):
+        if output.error is not None:
+            raise output.error
         outputs.append(output)
         if not json:
             sys.stdout.write(output.text)
@@ -64,4 +77,7 @@ def generate(
     from json import dumps
 
     generation = collect(outputs)
-    sys.stdout.write(dumps({"prompt": prompt} | {k: v for k, v in asdict(generation).items() if k != "tokens"}) + "\n")
+    sys.stdout.write(
+        dumps({"prompt": prompt} | {k: v for k, v in asdict(generation).items() if "tokens" not in k or "num" in k})
+        + "\n"
+    )

@@ -21,6 +21,7 @@ def serve(
     max_length: int | None = None,
     max_queue: int = 128,
     shutdown_timeout_s: float = 30.0,
+    allowed_origins: list[str] | None = None,
     json: bool = False,
 ) -> None:
     """Serve MODEL over HTTP until Ctrl-C or SIGTERM.
@@ -50,6 +51,9 @@ def serve(
         Sequences that may wait for a slot; more are refused.
     shutdown_timeout_s
         How long open requests may go on after a stop signal.
+    allowed_origins
+        Web pages that may ask this server from a browser, such as https://chat.example.org; may be given several
+        times, and '*' is every page. Without it, pages on this machine.
     json
         Print events as JSON lines.
     """
@@ -69,6 +73,8 @@ def serve(
         max_queue=max_queue,
         shutdown_timeout_s=shutdown_timeout_s,
     )
+    if allowed_origins is not None:
+        config = config.override({"allowed_origins": tuple(allowed_origins)})
     loaded = load_decoder(model)
     loaded = pack_(make_int8_(loaded) if quantize == "int8" else loaded)
     api_key = os.environ.get(API_KEY_VARIABLE)

@@ -106,6 +106,19 @@ def export_tensors(tensors: Mapping[str, Tensor], family: Family) -> Tensors:
     return family.pack({_translate(name, family.names, family): tensor for name, tensor in tensors.items()})
 
 
+def tie_as_stored(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> DecoderConfig:
+    """Return `config` with the tying that `tensors`, under our names, have: a file with another head is not tied.
+
+    What a config says about it may be older than the file: a head that was trained on is in the file, a head that is
+    the embedding is left out of it.
+    """
+    head, embedding = tensors.get("head.weight"), tensors.get("embed.weight")
+    if embedding is None:
+        return config
+    is_tied = head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
+    return config.override({"tie_embeddings": is_tied})
+
+
 # ---- settings
 
 # Tables of angles and masks that old files carry beside what was learned.
