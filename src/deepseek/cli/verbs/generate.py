@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 DEFAULT_TOKENS = 64
 
 
 def generate(
     model: Path,
-    prompt: str | None = None,
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     *,
     max_tokens: int | None = None,
     temperature: float = 0.0,
