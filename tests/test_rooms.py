@@ -224,7 +224,6 @@ KNOWN_CLASS_NAMES = {
     "Operation",
     "Place",
     "Placement",
-    "Plan",
     "Rejection",
     "Rewritten",
     "Row",
@@ -310,8 +309,6 @@ KNOWN_UNTESTED = {
     "compiler/runtimes/digests.py",
     "compiler/runtimes/selection_report.py",
     "models/architectures.py",
-    "models/decoder/keymap.py",
-    "models/decoder/model.py",
     "models/mobilenet_v3/keymap.py",
     "models/mobilenet_v3/model.py",
     "models/programs.py",
@@ -336,10 +333,6 @@ KNOWN_UNTESTED = {
     "onnx/operators/shapes.py",
     "onnx/resizing.py",
     "recipes/quickstart.py",
-    "serve/engine_thread.py",
-    "serve/metrics.py",
-    "serve/responses.py",
-    "serve/sequences.py",
 }
 
 

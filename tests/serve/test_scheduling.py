@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import OverloadedError
-from deepseek.serve.scheduling import Move, Plan, Scheduler
+from deepseek.serve.scheduling import Move, Schedule, Scheduler
 from deepseek.serve.sequences import GenerationRequest, LiveSequence
 
 
@@ -24,15 +24,15 @@ class Slots:
     def __init__(self, num_slots: int) -> None:
         self.slots: list[tuple[int, int] | None] = [None] * num_slots
 
-    def run(self, plan: Plan) -> None:
-        for chunk in plan.chunks:
+    def run(self, schedule: Schedule) -> None:
+        for chunk in schedule.chunks:
             expected = None if chunk.start == 0 else (chunk.sequence.id, chunk.start)
             assert chunk.start == 0 or self.slots[chunk.slot] == expected, "a prompt goes on where it ended"
             self.slots[chunk.slot] = (chunk.sequence.id, chunk.stop)
-        for slot, sequence in enumerate(plan.decode):
+        for slot, sequence in enumerate(schedule.decode):
             assert self.slots[slot] == (sequence.id, sequence.num_cached), "decoding needs all earlier keys in its slot"
             self.slots[slot] = (sequence.id, sequence.num_cached + 1)
-        for sequence in plan.choosing:
+        for sequence in schedule.choosing:
             sequence.tokens.append(0)
 
     def follow(self, moves: list[Move]) -> None:
@@ -63,12 +63,12 @@ def test_all_sequences_finish_with_their_own_keys_and_in_bounded_time(
             sequences[victim].is_cancelled = True
         for sequence in scheduler.cancelled():
             slots.follow(scheduler.remove(sequence))
-        plan = scheduler.plan()
-        assert sum(chunk.stop - chunk.start for chunk in plan.chunks) <= prefill_tokens
+        schedule = scheduler.plan()
+        assert sum(chunk.stop - chunk.start for chunk in schedule.chunks) <= prefill_tokens
         assert len(scheduler.running) <= num_slots
         assert all(sequence.is_read for sequence in scheduler.running[:-1]), "at most the last is still being read"
-        slots.run(plan)
-        for sequence in plan.choosing:
+        slots.run(schedule)
+        for sequence in schedule.choosing:
             if len(sequence.tokens) == sequence.request.max_tokens:
                 slots.follow(scheduler.remove(sequence))
         if not scheduler.running and not scheduler.waiting:
@@ -85,9 +85,9 @@ def test_every_decodable_sequence_decodes_in_every_step(requests: list[tuple[int
     scheduler.submit([make_sequence(*lengths) for lengths in requests])
     while scheduler.running or scheduler.waiting:
         decodable = {sequence.id for sequence in scheduler.running if sequence.is_read}
-        plan = scheduler.plan()
-        assert {sequence.id for sequence in plan.decode} == decodable
-        for sequence in plan.choosing:
+        schedule = scheduler.plan()
+        assert {sequence.id for sequence in schedule.decode} == decodable
+        for sequence in schedule.choosing:
             sequence.tokens.append(0)
             if len(sequence.tokens) == sequence.request.max_tokens:
                 scheduler.remove(sequence)
@@ -99,9 +99,9 @@ def test_prompts_start_in_the_order_they_came() -> None:
     scheduler.submit(sequences)
     started: list[int] = []
     while scheduler.running or scheduler.waiting:
-        plan = scheduler.plan()
-        started += [chunk.sequence.id for chunk in plan.chunks if chunk.start == 0]
-        for sequence in plan.choosing:
+        schedule = scheduler.plan()
+        started += [chunk.sequence.id for chunk in schedule.chunks if chunk.start == 0]
+        for sequence in schedule.choosing:
             scheduler.remove(sequence)
     assert started == [sequence.id for sequence in sequences]
 
@@ -109,9 +109,9 @@ def test_prompts_start_in_the_order_they_came() -> None:
 def test_several_short_prompts_share_one_step_and_none_is_cut_to_fit() -> None:
     scheduler = Scheduler(num_slots=4, max_waiting=8, prefill_tokens=10)
     scheduler.submit([make_sequence(prompt_length=4) for _ in range(3)])
-    plan = scheduler.plan()
-    assert [(chunk.slot, chunk.start, chunk.stop) for chunk in plan.chunks] == [(0, 0, 4), (1, 0, 4)]
-    assert [chunk.is_last for chunk in plan.chunks] == [True, True]
+    schedule = scheduler.plan()
+    assert [(chunk.slot, chunk.start, chunk.stop) for chunk in schedule.chunks] == [(0, 0, 4), (1, 0, 4)]
+    assert [chunk.is_last for chunk in schedule.chunks] == [True, True]
     assert [(chunk.slot, chunk.start, chunk.stop) for chunk in scheduler.plan().chunks] == [(2, 0, 4)]
 
 
@@ -122,11 +122,11 @@ def test_a_prompt_is_cut_where_it_would_be_cut_alone(
     scheduler = Scheduler(num_slots, len(requests), prefill_tokens)
     scheduler.submit([make_sequence(*lengths) for lengths in requests])
     while scheduler.running or scheduler.waiting:
-        plan = scheduler.plan()
-        for chunk in plan.chunks:
+        schedule = scheduler.plan()
+        for chunk in schedule.chunks:
             assert chunk.start % prefill_tokens == 0
             assert chunk.stop == chunk.start + prefill_tokens or chunk.is_last
-        for sequence in plan.choosing:
+        for sequence in schedule.choosing:
             sequence.tokens.append(0)
             if len(sequence.tokens) == sequence.request.max_tokens:
                 scheduler.remove(sequence)

@@ -34,7 +34,7 @@ from deepseek.nn.kv_cache import KVCache
 from deepseek.serve.config import EngineConfig
 from deepseek.serve.detokenizing import TextWriter
 from deepseek.serve.sampling import choose, score
-from deepseek.serve.scheduling import Chunk, Plan, Scheduler
+from deepseek.serve.scheduling import Chunk, Schedule, Scheduler
 from deepseek.serve.sequences import (
     FinishReason,
     Generation,
@@ -155,14 +155,14 @@ class Engine:
     def step(self) -> list[Output]:
         """Read some prompts, decode one token for each running sequence, and report what came out."""
         cancelled = self._drop_cancelled()
-        plan = self._plan()
-        if not plan.choosing and not plan.chunks:
+        schedule = self._schedule()
+        if not schedule.choosing and not schedule.chunks:
             return cancelled
-        logits_V = self._forward(plan)
-        outputs = self._choose(plan.choosing, logits_V)
-        failed = [sequence for sequence in plan.taking_part if sequence.error and sequence not in plan.choosing]
+        logits_V = self._forward(schedule)
+        outputs = self._choose(schedule.choosing, logits_V)
+        failed = [sequence for sequence in schedule.taking_part if sequence.error and sequence not in schedule.choosing]
         outputs += [_output(sequence, time.perf_counter()) for sequence in failed]
-        self._drop([sequence for sequence in plan.taking_part if sequence.finish_reason])
+        self._drop([sequence for sequence in schedule.taking_part if sequence.finish_reason])
         return cancelled + outputs
 
     def run(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Output]]:
@@ -220,25 +220,25 @@ class Engine:
         while unsent and self._scheduler.num_free:
             self.submit([unsent.pop()])
 
-    def _plan(self) -> Plan:
+    def _schedule(self) -> Schedule:
         with self._lock:
-            plan = self._scheduler.plan()
-        for chunk in plan.chunks:
+            schedule = self._scheduler.plan()
+        for chunk in schedule.chunks:
             if chunk.sequence.started_s is None:
                 chunk.sequence.started_s = time.perf_counter()
-        return plan
+        return schedule
 
     def _encode(self, text: str) -> Sequence[int]:
         beginning = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         return self.tokenizer.encode(text, add_special_tokens=True) or ([] if text else [beginning])
 
-    def _forward(self, plan: Plan) -> dict[int, Tensor]:
-        """Return logits (V,) by sequence id, for those of `plan.choosing` that did not fail."""
+    def _forward(self, schedule: Schedule) -> dict[int, Tensor]:
+        """Return logits (V,) by sequence id, for those of `schedule.choosing` that did not fail."""
         logits: dict[int, Tensor] = {}
-        for chunk in plan.chunks:
+        for chunk in schedule.chunks:
             logits |= self._guard((chunk.sequence,), partial(self._read, chunk))
-        if plan.decode:
-            logits |= self._guard(plan.decode, partial(self._decode, plan.decode))
+        if schedule.decode:
+            logits |= self._guard(schedule.decode, partial(self._decode, schedule.decode))
         return logits
 
     def _guard(self, sequences: Sequence[LiveSequence], work: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:

@@ -40,7 +40,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """One step: `decode[i]` is in slot `i`."""
 
     chunks: tuple[Chunk, ...]
@@ -102,8 +102,8 @@ class Scheduler:
         """Sequences that somebody cancelled and that were not removed yet."""
         return [sequence for sequence in (*self.running, *self.waiting) if sequence.is_cancelled]
 
-    def plan(self) -> Plan:
-        """Decide the next step and count its chunks as read; an empty plan means there is nothing to do."""
+    def plan(self) -> Schedule:
+        """Decide the next step and count its chunks as read; an empty schedule means there is nothing to do."""
         decode = tuple(sequence for sequence in self.running if sequence.is_read)
         chunks = []
         budget = self.prefill_tokens
@@ -112,7 +112,7 @@ class Scheduler:
             chunks.append(Chunk(sequence, len(self.running) - 1, sequence.num_read, stop))
             budget -= stop - sequence.num_read
             sequence.num_read = stop
-        return Plan(tuple(chunks), decode)
+        return Schedule(tuple(chunks), decode)
 
     def remove(self, sequence: LiveSequence) -> list[Move]:
         """Forget `sequence` and close the gap it leaves: the moves, in order, that the KV cache has to follow."""
