@@ -224,6 +224,7 @@ KNOWN_CLASS_NAMES = {
     "Operation",
     "Place",
     "Placement",
+    "Plan",
     "Rejection",
     "Rewritten",
     "Row",
