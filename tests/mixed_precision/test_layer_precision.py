@@ -1,11 +1,13 @@
 import copy
+import gc
 
 import pytest
 import torch
 from torch import nn
 
+from deepseek.mixed_precision import DynamicPrecision
 from deepseek.mixed_precision import layer_precision as narrowing_module
-from deepseek.mixed_precision.layer_precision import Compute, Narrowing, clear_compute_, set_compute_
+from deepseek.mixed_precision.layer_precision import Compute, Narrowing, clear_compute_, set_compute_, share_inputs
 
 BF16 = Compute("cpu", torch.bfloat16)
 FP32 = Compute("cpu", None)
@@ -160,7 +162,7 @@ def test_layers_that_read_one_tensor_share_its_narrow_copy():
             kept.add(value.data_ptr())
         return value
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value), share_inputs():
         outputs = [layer(x) for layer in set_layers]
     assert len(kept) == 1
     sum(each.float().sum() for each in outputs).backward()
@@ -173,6 +175,65 @@ def test_an_input_changed_in_place_is_narrowed_again():
     nn.init.eye_(layer.weight)
     set_compute_(layer, Compute("cpu", torch.bfloat16, is_layer=True))
     x = torch.ones(1, 4)
-    assert layer(x)[0, 0].item() == 1.0
-    x.mul_(2)
-    assert layer(x)[0, 0].item() == 2.0
+    with share_inputs():
+        assert layer(x)[0, 0].item() == 1.0
+        x.mul_(2)
+        assert layer(x)[0, 0].item() == 2.0
+
+
+def tensor_bytes():
+    """Bytes of all storages that a tensor known to Python's collector points to, each once."""
+    gc.collect()
+    storages = {}
+    for value in gc.get_objects():
+        if type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided:
+            storages[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+class Siblings(nn.Module):
+    """Two layers that read one tensor, and a third that fails where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.fails = False
+
+    def forward(self, x):
+        y = self.left(x + 1) + self.right(x + 1)
+        if self.fails:
+            raise KeyError
+        return y
+
+
+@pytest.mark.parametrize("ending", ["whole", "no backward", "error"])
+def test_no_activation_outlives_its_forward_pass(ending):
+    model, x = Siblings(), torch.ones(512, 64)
+    dynamic = DynamicPrecision(model, low="bf16", costs="assumed")
+    model(x[:1]).sum().backward()  # whatever is made once is there now
+    model.zero_grad(set_to_none=True)
+    before = tensor_bytes()
+    if ending == "error":
+        model.fails = True
+        with pytest.raises(KeyError):
+            model(x)
+    elif ending == "no backward":
+        model(x)
+    else:
+        model(x).sum().backward()
+        model.zero_grad(set_to_none=True)
+    dynamic._unwatch()  # what a sampled step has seen is the sample's
+    assert tensor_bytes() <= before
+    dynamic.remove()
+    assert tensor_bytes() <= before
+
+
+def test_passes_inside_one_another_share_each_within_itself():
+    layer, x, seen = nn.Linear(64, 64, bias=False), torch.ones(256, 64), []
+    set_compute_(layer, Compute("cpu", torch.bfloat16, is_layer=True))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with share_inputs():
+        layer(x)
+        with share_inputs():
+            layer(x + 1)
+        assert torch.equal(layer(x), seen[0]) and not torch.equal(seen[1], seen[0])

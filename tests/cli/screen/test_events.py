@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deepseek.cli import Stopped
-from deepseek.cli.screen.events import _Bars, follow, print_event, show_table
+from deepseek.cli.screen.events import _Bars, follow, print_event
 from deepseek.core.errors import StorageError
 from deepseek.core.events import Event
 from deepseek.train.events import RunStarted, StepDone
@@ -143,13 +143,6 @@ def test_the_bar_of_a_resumed_run_begins_where_it_was() -> None:
         bars.show(step(405))
         assert (task.completed, task.total) == (405, 650)
         assert not task.finished
-
-
-def test_text_that_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    show_table("[bold]title", ("", "value"), [("runs/[red]x[/red]", "[1]")])
-    out = capsys.readouterr().out
-    for text in ("[bold]title", "runs/[red]x[/red]", "[1]"):
-        assert text in out
 
 
 def test_an_event_nobody_waits_for_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:

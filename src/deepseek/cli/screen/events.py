@@ -1,4 +1,4 @@
-"""Events on a screen: progress bars for long work, lines for what happened, a table and a curve at the end.
+"""Events on a screen: progress bars for long work, lines for what happened.
 
 What is not a terminal gets lines alone: a log would keep every state of a bar, or none.
 
@@ -13,19 +13,17 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from deepseek.cli import Stopped
 from deepseek.core.events import Event, record
-from deepseek.core.units import format_bytes, format_count, format_seconds
+from deepseek.core.units import format_bytes, format_count
 
 _STEP_LINE_EVERY_S = 10.0
 
@@ -51,63 +49,6 @@ def print_event(event: Event, *, as_json: bool) -> None:
     if text:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-
-
-def show_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A small table on standard output; numbers to the right."""
-    table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=any(header))
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 or not any(header) else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # plain text: a path may hold what rich takes for markup
-    Console().print(table)
-
-
-def show_summary(report: dict[str, Any], losses: dict[int, float], folder: Path, *, as_json: bool) -> None:
-    """The end of the quickstart: the loss by step as a picture and in the terminal, and the table of what came out."""
-    from deepseek.cli.screen.plots import draw_loss, print_loss
-
-    draw_loss(losses, report, folder / "loss.png")
-    if as_json:
-        return
-    print_loss(losses, width=Console().width)
-    train, baseline, int8, serve = report["train"], report["baseline"], report["int8"], report["serve"]
-    show_table(
-        "What came out",
-        ("", "value"),
-        [
-            ("parameters", format_count(train["num_parameters"])),
-            ("training loss, first -> last", f"{train['loss_first']:.2f} -> {train['loss_last']:.2f}"),
-            ("held-out loss, nats per token", f"{train['heldout_loss']:.3f}"),
-            ("  unigram", f"{baseline['unigram_loss']:.3f}"),
-            ("  bigram, add-one", f"{baseline['bigram_loss']:.3f}"),
-            ("  bigram, discounted", f"{baseline['bigram_discounted_loss']:.3f}"),
-            ("training, tokens/s", f"{train['tokens_per_s']:.0f}"),
-            ("int8 bytes / FP32 bytes", f"{int8['bytes_ratio']:.3f}"),
-            ("int8 held-out loss", f"{int8['heldout_loss']:.3f}"),
-            ("int8 decoding speed / FP32", f"{int8['decode_speedup']:.2f}"),
-            ("server, first token", f"{serve['first_token_ms']:.0f} ms"),
-            ("server, tokens/s", f"{serve['tokens_per_s']:.0f}"),
-            (_name_wall_time(train["first_step"]), format_seconds(report["wall_s"])),
-        ],
-    )
-    for name in ("report.json", "loss.png", "model", "model-int8"):
-        sys.stdout.write(f"{folder / name}\n")
-
-
-def _name_wall_time(first_step: int) -> str:
-    return f"wall time, from step {first_step} on" if first_step else "wall time"
-
-
-@contextmanager
-def working(title: str) -> Iterator[None]:
-    """A spinner on standard error while the block runs; nothing where nobody looks."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(title):
-        yield
 
 
 class Interrupt:

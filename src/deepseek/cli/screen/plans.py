@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek.cli.screen.events import show_table
+from deepseek.cli.screen.plots import COLORS
+from deepseek.cli.screen.tables import show_table
 from deepseek.core.errors import ConfigError
 from deepseek.core.storage import write_file
 from deepseek.core.units import format_bytes, format_count, format_seconds
@@ -173,7 +174,6 @@ def draw_picture(
         raise ConfigError(f"{path} is no .png, .html or .svg file; choose one of these endings")
 
 
-COLORS = {"forward": "#4c78a8", "backward": "#f58518", "weight": "#54a24b"}
 _WIDTH, _ROW, _GAP, _LEFT, _TOP = 1200, 24, 4, 70, 56
 
 

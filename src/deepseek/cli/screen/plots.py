@@ -1,4 +1,4 @@
-"""The loss of a run as a picture and as characters, and the timeline of a pipeline as a picture."""
+"""The loss of a run as an image and as characters, and the timeline of a pipeline as an image."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from deepseek.core.storage import write_file
 if TYPE_CHECKING:
     from deepseek.planning.estimate.simulation import Timeline
 
+# The passes of a pipeline's timeline.
+COLORS = {"forward": "#4c78a8", "backward": "#f58518", "weight": "#54a24b"}
 _BASELINES = {"unigram_loss": "unigram", "bigram_loss": "bigram", "bigram_discounted_loss": "bigram, discounted"}
 
 
-def draw_loss(losses: dict[int, float], report: dict[str, Any], path: Path) -> None:
-    """A PNG of the training loss by step, with the baselines and the held-out loss as lines."""
+def plot_loss(losses: dict[int, float], report: dict[str, Any], path: Path) -> None:
+    """Write a PNG of the training loss by step, with the baselines and the held-out loss as lines."""
     require("matplotlib", extra="train")
     from matplotlib.figure import Figure
 
@@ -30,13 +32,13 @@ def draw_loss(losses: dict[int, float], report: dict[str, Any], path: Path) -> N
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", xlim=(0, max(losses)))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_file(path, picture.getvalue())
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_file(path, image.getvalue())
 
 
 def print_loss(losses: dict[int, float], *, width: int) -> None:
-    """The training loss by step in a terminal of `width` columns."""
+    """Print the training loss by step in a terminal of `width` columns."""
     plot = require("plotext", extra="train")
     plot.clear_figure()
     plot.theme("clear")
@@ -52,8 +54,6 @@ def draw_timeline(timeline: Timeline, title: str, path: Path) -> None:
     require("matplotlib", extra="train")
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-
-    from deepseek.cli.screen.plans import COLORS
 
     figure = Figure(figsize=(12, 1.6 + 0.32 * timeline.num_stages), layout="constrained")
     axes = figure.subplots()
@@ -75,6 +75,6 @@ def draw_timeline(timeline: Timeline, title: str, path: Path) -> None:
     kinds = [kind for kind in COLORS if any(event.work.kind == kind for event in timeline.events)]
     handles = [Patch(color=COLORS[kind], label=kind) for kind in kinds]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_file(path, picture.getvalue())
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_file(path, image.getvalue())

@@ -37,7 +37,7 @@ def advise(
     json
         Print the whole advice as JSON.
     """
-    from deepseek.cli.screen.events import show_table
+    from deepseek.cli.screen.tables import show_table
     from deepseek.compat.advice import advise as find
     from deepseek.core.units import parse_bytes, parse_count
 

@@ -108,7 +108,7 @@ def _whole_number(word: str) -> int:
 
 def _show(model: str, rows: tuple[Row, ...]) -> None:
     """A table for each batch size, and below it what its rows have to say."""
-    from deepseek.cli.screen.events import show_table
+    from deepseek.cli.screen.tables import show_table
 
     header = ("", "backend", "precision", "latency", "p95", "per second", "memory", "agrees", "cosine", "accuracy")
     for size in dict.fromkeys(row.batch_size for row in rows):

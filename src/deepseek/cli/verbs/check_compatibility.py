@@ -15,7 +15,7 @@ def check_compatibility(*, json: bool = False) -> None:
     json
         Print the checks as one JSON object.
     """
-    from deepseek.cli.screen.events import show_table
+    from deepseek.cli.screen.tables import show_table
     from deepseek.compat.compatibility import check_compatibility as check
 
     checks = check()

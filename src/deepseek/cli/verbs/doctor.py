@@ -20,7 +20,7 @@ def doctor(*, apply: bool = False, json: bool = False) -> None:
     json
         Print the measurements as JSON.
     """
-    from deepseek.cli.screen.events import show_table
+    from deepseek.cli.screen.tables import show_table
     from deepseek.compat.doctor import apply_hints, diagnose, time_network
     from deepseek.core.units import format_seconds
 

@@ -19,7 +19,7 @@ def explain(model: str, *, json: bool = False) -> None:
     json
         Print the decisions as one JSON object.
     """
-    from deepseek.cli.screen.events import show_table
+    from deepseek.cli.screen.tables import show_table
     from deepseek.compiler.runtimes.decisions import find_decisions, to_dict
     from deepseek.compiler.runtimes.selection_report import (
         COLUMNS,

@@ -21,7 +21,7 @@ def info(path: Path, *, verify: bool = True, json: bool = False) -> None:
         Print the whole manifest as JSON.
     """
     from deepseek.artifact.reading import open_artifact, read_manifest
-    from deepseek.cli.screen.events import show_table
+    from deepseek.cli.screen.tables import show_table
     from deepseek.core.units import format_bytes
 
     manifest = open_artifact(path).manifest if verify else read_manifest(path)

@@ -202,7 +202,7 @@ def _find_machine() -> Cluster:
 
 
 def _measure_to(path: Path) -> Cluster:
-    from deepseek.cli.screen.events import working
+    from deepseek.cli.screen.tables import working
     from deepseek.planning.machines.measurement import build_cluster, describe_surroundings, measure_machine
     from deepseek.planning.naming import save_cluster
 
@@ -321,8 +321,8 @@ def _draw(request: Asked, result: PlanningResult, path: Path) -> None:
 
 def _check(request: Asked, result: PlanningResult, steps: int, *, as_json: bool) -> None:
     from deepseek.bench.plan_check import check_plan
-    from deepseek.cli.screen.events import working
     from deepseek.cli.screen.plans import show_check
+    from deepseek.cli.screen.tables import working
 
     assert request.recipe is not None
     with working("training some steps of the plan"):

@@ -54,7 +54,7 @@ def quantize(
     json
         Print the report as JSON.
     """
-    from deepseek.cli.screen.events import show_table, working
+    from deepseek.cli.screen.tables import show_table, working
     from deepseek.compress.quantizing import quantize as run
 
     with working("int8, and both models side by side"), heldout_batches(model, text, max_tokens) as batches:

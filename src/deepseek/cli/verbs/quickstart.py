@@ -45,7 +45,8 @@ def quickstart(
     """
     for library, extra in _LIBRARIES.items():
         require(library, extra=extra)  # now, and not when minutes of work are done
-    from deepseek.cli.screen.events import follow, show_summary
+    from deepseek.cli.screen.events import follow
+    from deepseek.cli.screen.report import show_summary
     from deepseek.recipes.main_job import EVENTS_FILE, ReportWritten, read_events, run_main_job, steps_by_number
     from deepseek.recipes.quickstart import quickstart as recipe
 
