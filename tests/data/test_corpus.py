@@ -8,7 +8,7 @@ import pytest
 from deepseek.core.errors import DataError
 from deepseek.core.events import Event
 from deepseek.data.config import DataConfig
-from deepseek.data.corpus import TokenizerReady, load_data, prepare_data
+from deepseek.data.corpus import TokenizerReady, load_data, open_corpora, prepare_data
 from deepseek.data.sources import Corpus
 from deepseek.data.token_cache import CacheReady
 from deepseek.data.tokenizing import save_tokenizer, train_tokenizer
@@ -126,3 +126,23 @@ def test_somebody_elses_tokenizer_folder_is_left_alone(text: Path, tmp_path: Pat
     config = _config(text, tokenizer=str(tmp_path / "data" / "tokenizer"))
     with pytest.raises(DataError, match=r"holds 'vocab\.json', which is not ours"):
         list(prepare_data(config, tmp_path / "data"))
+
+
+def test_a_file_that_is_held_out_by_name_is_not_trained_on(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    (tmp_path.parent / "elsewhere.txt").symlink_to(tmp_path / "2.txt")
+    heldout_sources = (f"{tmp_path}/1.txt", f"{tmp_path.parent}/elsewhere.txt")
+    with pytest.warns(UserWarning, match=r"2 files of data\.sources are in data\.heldout_sources as well.*1\.txt"):
+        train, heldout = open_corpora(DataConfig(sources=(str(tmp_path),), heldout_sources=heldout_sources))
+    assert heldout is not None
+    assert [document.text for document in train] == ["text 0"]
+    assert [document.text for document in heldout] == ["text 1", "text 2"]
+
+
+def test_held_out_files_that_lie_elsewhere_change_nothing(tmp_path: Path) -> None:
+    for folder in ("train", "heldout"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(folder)
+    train, _ = open_corpora(DataConfig(sources=(f"{tmp_path}/train",), heldout_sources=(f"{tmp_path}/heldout",)))
+    assert [document.text for document in train] == ["train"]

@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sysconfig
 from pathlib import Path
 
 import fsspec
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from deepseek.core.errors import DataError
-from deepseek.data.sources import HELDOUT, TRAIN, Corpus, Document, is_heldout
+from deepseek.data.documents import Document
+from deepseek.data.sources import HELDOUT, TRAIN, Corpus, is_heldout
 
 
 @pytest.fixture
@@ -26,11 +26,6 @@ def folder(tmp_path: Path) -> Path:
     (root / "empty.txt").write_text(" \n", encoding="utf-8")
     (root / ".hidden").write_text("not read", encoding="utf-8")
     return root
-
-
-def _write_jsonl(path: Path, lines: list[object]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def test_a_folder_gives_its_files_sorted_without_hidden_and_empty_ones(folder: Path) -> None:
@@ -77,76 +72,9 @@ def test_a_url_is_read_like_a_folder() -> None:
         memory.rm("/shelf", recursive=True)
 
 
-@given(st.binary(max_size=200))
-def test_replaced_places_are_those_that_the_codec_reports(content: bytes) -> None:
-    import codecs
-
-    from deepseek.data.sources import _decode
-
-    reported = []
-    codecs.register_error("counting", lambda error: (reported.append(error) or "\ufffd", error.end))
-    text = content.decode("utf-8", errors="counting")
-    assert _decode("x", content) == Document("x", text, len(reported))
-
-
 def test_text_that_is_not_utf8_is_read_and_counted(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 \xef\xbf\xbd")
     assert list(Corpus((str(tmp_path),))) == [Document("latin.txt", "caf\ufffd \ufffd", num_undecodable=1)]
-
-
-def test_jsonl_takes_the_chosen_field_and_skips_blank_lines_and_nulls(tmp_path: Path) -> None:
-    path = _write_jsonl(tmp_path / "a.jsonl", [{"body": "one", "text": "no"}, {"body": None}, {"body": "two"}])
-    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert list(Corpus((str(path),), text_field="body")) == [Document("a.jsonl:1", "one"), Document("a.jsonl:3", "two")]
-
-
-def test_half_a_surrogate_in_json_is_replaced_and_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude00"}')
-    (document,) = Corpus((str(tmp_path),))
-    assert document.num_undecodable > 0
-    assert document.text.startswith("a\ufffd")
-    assert document.text.endswith("b 😀")
-
-
-@pytest.mark.parametrize(
-    ("line", "seen"),
-    [
-        ('{"texts": "x"}', "unknown text_field 'text'; did you mean 'texts'"),
-        ('{"text": 3}', "has a int in 'text'"),
-        ("[1]", "holds a JSON list"),
-        ('{"text": ', "is not JSON"),
-    ],
-)
-def test_a_malformed_json_line_is_named_by_its_number(tmp_path: Path, line: str, seen: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line, encoding="utf-8")
-    with pytest.raises(DataError, match="line 2") as raised:
-        list(Corpus((str(tmp_path),)))
-    assert seen in str(raised.value)
-
-
-def test_parquet_rows_are_documents_and_nulls_are_left_out(tmp_path: Path) -> None:
-    table = pa.table({"text": ["one", None, "three"], "label": [1, 2, 3]})
-    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    assert list(Corpus((str(tmp_path),))) == [Document("a.parquet:0", "one"), Document("a.parquet:2", "three")]
-
-
-def test_a_missing_parquet_column_lists_the_columns(tmp_path: Path) -> None:
-    parquet.write_table(pa.table({"content": ["one"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"unknown text_field 'text'.*known: content"):
-        list(Corpus((str(tmp_path),)))
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.parquet", b"PAR1 not really"), ("a.txt.gz", b"\x1f\x8b\x08 no")])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name} cannot be read"):
-        list(Corpus((str(tmp_path),)))
-
-
-def test_a_truncated_gzip_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(bytes(range(256)) * 50)[:-20])
-    with pytest.raises(DataError, match=r"a\.txt\.gz cannot be read"):
-        list(Corpus((str(tmp_path),)))
 
 
 @pytest.mark.parametrize("source", ["missing", "missing/*.txt", "missing.jsonl"])
@@ -176,7 +104,8 @@ def test_one_document_cannot_be_split(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_a_split_are_the_whole(tmp_path: Path) -> None:
-    _write_jsonl(tmp_path / "a.jsonl", [{"text": f"line {number}"} for number in range(500)])
+    lines = [json.dumps({"text": f"line {number}"}) for number in range(500)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for number in range(100):
         (tmp_path / f"{number}.txt").write_text(f"file {number}", encoding="utf-8")
     corpus = Corpus((str(tmp_path),))
@@ -205,3 +134,83 @@ def test_the_standard_library_is_over_8_mb_of_its_own_source_files() -> None:
     assert [each.name for each in documents] == sorted(each.name for each in documents)
     assert {"json/decoder.py", "argparse.py"} <= {each.name for each in documents}
     assert not [each.name for each in documents if "/test/" in each.name or "site-packages" in each.name]
+
+
+def link(path: Path, target: str) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder of which nearly everything lies elsewhere, as in a cache of a model hub."""
+    blobs, notes = tmp_path / "blobs", tmp_path / "notes"
+    (blobs / "more" / "deep").mkdir(parents=True)
+    notes.mkdir()
+    (blobs / "one").write_text("one")
+    (blobs / "more" / "two.md").write_text("two")
+    (blobs / "more" / "deep" / "three.md").write_text("three")
+    (notes / "zero.md").write_text("zero")
+    link(notes / "one.md", "../blobs/one")
+    link(notes / "more", "../blobs/more")
+    return notes
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("", ["more/deep/three.md", "more/two.md", "one.md", "zero.md"]),
+        ("/*.md", ["one.md", "zero.md"]),
+        ("/**/*.md", ["more/deep/three.md", "more/two.md", "one.md", "zero.md"]),
+        ("/*/*.md", ["more/two.md"]),
+        ("/more/**", ["deep/three.md", "two.md"]),
+        ("/one.md", ["one.md"]),
+    ],
+)
+def test_links_are_followed_to_files_and_folders(linked: Path, source: str, names: list[str]) -> None:
+    corpus = Corpus((f"{linked}{source}",))
+    assert [file.name for file in corpus.list_files()] == names
+    assert corpus.num_bytes() == sum(len(document.text) for document in corpus)
+
+
+def test_a_file_with_several_names_is_read_once_and_lies_on_one_side(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"text{number}.txt").write_text(f"text {number}")
+        link(tmp_path / f"link{number}.txt", f"text{number}.txt")
+    train, heldout = Corpus((str(tmp_path),)).split(0.5)
+    sides = [{document.text for document in part} for part in (train, heldout)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {f"text {number}" for number in range(40)}
+    assert len(Corpus((str(tmp_path),)).list_files()) == 40
+
+
+def test_what_is_no_file_is_named_and_never_opened(linked: Path) -> None:
+    link(linked / "broken.md", "nowhere")
+    link(linked / "back", "..")
+    (linked.parent / "up").mkdir()
+    os.mkfifo(linked / "pipe.md")
+    with pytest.warns(UserWarning, match=r"neither a file nor a folder is .*broken\.md, .*pipe\.md"):
+        documents = list(Corpus((f"{linked}/*.md",)))
+    assert [document.text for document in documents] == ["one", "zero"]
+    with pytest.raises(DataError, match=r"cannot be opened .*a link that leads to no file"):
+        list(Corpus((f"{linked}/broken.md",)))
+    with pytest.raises(DataError, match=r"cannot be opened .*a pipe, a device or a socket"):
+        list(Corpus((f"{linked}/pipe.md",)))
+
+
+def test_a_link_to_a_folder_above_is_no_endless_folder(linked: Path) -> None:
+    link(linked / "back", "../notes")
+    with pytest.warns(UserWarning, match=r"neither a file nor a folder is .*back, which is left out"):
+        assert len(list(Corpus((str(linked),)))) == 4
+
+
+def test_an_image_among_text_is_left_out_and_named_and_alone_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("text")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(range(256)) * 4)
+    (tmp_path / "c").write_bytes("Съешь же ещё этих мягких французских булок".encode("cp1251"))
+    with pytest.warns(UserWarning, match=r"no text is in .*b\.png, .*c, which is left out"):
+        assert [document.text for document in Corpus((str(tmp_path),))] == ["text"]
+    for name, seen in (("b.png", "NUL bytes"), ("c", "places that are not UTF-8")):
+        with pytest.raises(DataError, match=rf"{name} is no text: it has \d+ {seen}"):
+            list(Corpus((str(tmp_path / name),)))

@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 from deepseek.core.errors import DataError
 from deepseek.data import token_cache
-from deepseek.data.sources import Document
+from deepseek.data.documents import Document
 from deepseek.data.token_cache import (
     CacheReady,
     TokenCache,

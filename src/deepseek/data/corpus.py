@@ -16,10 +16,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import DataError
 from deepseek.core.events import Event
 from deepseek.core.storage import new_folder
@@ -81,13 +82,26 @@ def load_data(config: DataConfig, folder: Path, *, is_verified: bool = False) ->
 
 
 def open_corpora(config: DataConfig) -> tuple[Corpus, Corpus | None]:
-    """The training text and the held-out text of `config`."""
+    """The training text and the held-out text of `config`; a file of both is held out, and a warning says so."""
     corpus = Corpus(config.sources, config.text_field, config.document_separator)
     if config.heldout_sources:
-        return corpus, Corpus(config.heldout_sources, config.text_field, config.document_separator)
+        heldout = Corpus(config.heldout_sources, config.text_field, config.document_separator)
+        return _exclude_files(corpus, heldout), heldout
     if not config.has_heldout:
         return corpus, None
     return corpus.split(config.heldout_fraction)
+
+
+def _exclude_files(corpus: Corpus, heldout: Corpus) -> Corpus:
+    """`corpus` without the files of `heldout`."""
+    shared = {file.identity for file in corpus.list_files()} & {file.identity for file in heldout.list_files()}
+    if not shared:
+        return corpus
+    warn_caller(
+        f"{len(shared)} files of data.sources are in data.heldout_sources as well and are not trained on, "
+        f"{min(shared)} for one"
+    )
+    return replace(corpus, excluded=frozenset(shared))
 
 
 def _provide_tokenizer(config: DataConfig, train: Corpus, folder: Path) -> tuple[Tokenizer, bool]:

@@ -7,9 +7,12 @@
 A corpus is a value that can be read as often as needed: sources in the order given, files sorted by name, so the same
 files give the same documents in the same order everywhere. Opening and decompressing are fsspec's work.
 
-What is read, and what is not:
+Which files are read (documents.py says how):
 - Files and folders whose name starts with a dot are left out, and so are documents without any text.
-- Bytes that are not UTF-8 become U+FFFD; each document carries how often that happened.
+- Links are followed, to files and to folders. A file that has several names in one source is read once, under the first
+  of them, so that it cannot lie on both sides of the split.
+- What a link does not lead to, what is no file (a pipe, a device), and files that hold no text (images) are left out of
+  folders and globs with a warning that names them. Named as a source, they are refused.
 - `stdlib` is every `.py` file of the standard library without installed packages, without tests (Linux distributions
   package them apart, and some are broken on purpose), and without generated files: the 0.8 MB help text in
   `pydoc_data` and the character tables in `encodings`. With these, what a discounted bigram reaches on
@@ -24,20 +27,18 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import posixpath
+import re
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import DataError
-from deepseek.core.extras import require
-from deepseek.core.names import explain_unknown
+from deepseek.data.documents import Document, NotTextError, SourceFile, read_documents
 
 STDLIB = "stdlib"
 ALL, TRAIN, HELDOUT = "all", "train", "held-out"
@@ -45,28 +46,7 @@ ALL, TRAIN, HELDOUT = "all", "train", "held-out"
 _INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
 _TESTS = {"test", "tests", "idle_test"}
 _GENERATED = {"pydoc_data", "encodings"}
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text with the name that decides on which side of the split it lies."""
-
-    name: str
-    text: str
-    num_undecodable: int = 0
-    """Places where bytes that are not UTF-8 were replaced by U+FFFD."""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a source; `name` is its path below the source, the same on every machine."""
-
-    name: str
-    path: str
-    size_bytes: int
-    filesystem: Any
-    """The fsspec filesystem that opens `path`."""
+_MOST_NAMED = 3  # files that a warning names
 
 
 @dataclass(frozen=True)
@@ -89,6 +69,8 @@ class Corpus:
     """Share of documents that are held out, from 0 to 1."""
     part: str = ALL
     """Which documents this is: `all`, `train` or `held-out`."""
+    excluded: frozenset[str] = frozenset()
+    """Identities of files that are not read."""
 
     def split(self, heldout_fraction: float) -> tuple[Corpus, Corpus]:
         """The training part and the held-out part; together they are this corpus."""
@@ -103,7 +85,7 @@ class Corpus:
 
     def list_files(self) -> list[SourceFile]:
         """The files that have to be read for this part, without reading them."""
-        files = [file for source in self.sources for file in list_source(source)]
+        files = [file for source in self.sources for file in list_source(source) if file.identity not in self.excluded]
         return [file for file in files if not self._is_one_document(file) or self.has_part(file.name)]
 
     def num_bytes(self) -> int:
@@ -112,24 +94,24 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         num_documents = 0
+        no_texts: list[str] = []
         for file in self.list_files():
-            for document in self._read(file):
-                if self.has_part(document.name) and document.text and not document.text.isspace():
-                    num_documents += 1
-                    yield document
+            try:
+                for document in read_documents(file, text_field=self.text_field, separator=self.document_separator):
+                    if self.has_part(document.name) and document.text and not document.text.isspace():
+                        num_documents += 1
+                        yield document
+            except NotTextError:
+                if file.is_named:
+                    raise
+                no_texts.append(file.path)
+        if no_texts:
+            warn_caller(f"no text is in {_name_some(no_texts)}, which is left out")
         if num_documents == 0:
             raise DataError(self._explain_emptiness())
 
-    def _read(self, file: SourceFile) -> Iterator[Document]:
-        kind = _kind(file)
-        with _explained_reading(file), file.filesystem.open(file.path, "rb", compression="infer") as stream:
-            if kind in _TABLE_READERS:
-                yield from _TABLE_READERS[kind](file, stream, self.text_field)
-            else:
-                yield from _read_text(file, stream, self.document_separator)
-
     def _is_one_document(self, file: SourceFile) -> bool:
-        return _kind(file) not in _TABLE_READERS and self.document_separator is None
+        return not file.may_be_table and self.document_separator is None
 
     def _explain_emptiness(self) -> str:
         where = ", ".join(self.sources) or "an empty list of sources"
@@ -159,7 +141,10 @@ def list_source(source: str) -> list[SourceFile]:
         raise DataError(
             f"source {source!r} holds no file; check the path, it counts from {Path.cwd()} if it is relative"
         )
-    return sorted(files, key=lambda file: file.name)
+    firsts: dict[str, SourceFile] = {}
+    for file in sorted(files, key=lambda file: file.name):
+        firsts.setdefault(file.identity, file)
+    return list(firsts.values())
 
 
 def _list_stdlib() -> list[SourceFile]:
@@ -176,15 +161,18 @@ def _list_stdlib() -> list[SourceFile]:
 
 def _list_url(source: str) -> list[SourceFile]:
     import fsspec
+    from fsspec.implementations.local import LocalFileSystem
 
     try:
         filesystem, path = fsspec.url_to_fs(source)
+        if isinstance(filesystem, LocalFileSystem):
+            return _list_local(filesystem, path)
         root, found = _find(filesystem, path)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"source {source!r} cannot be opened ({error}); check the path or URL") from error
     named = {posixpath.relpath(each, root): info for each, info in found.items() if info["type"] == "file"}
     return [
-        SourceFile(name, info["name"], info["size"] or 0, filesystem)
+        SourceFile(name, info["name"], info["size"] or 0, filesystem, is_named=list(found) == [path])
         for name, info in named.items()
         if not any(part.startswith(".") for part in name.split("/"))
     ]
@@ -196,91 +184,67 @@ def _find(filesystem: Any, path: str) -> tuple[str, dict[str, Any]]:
         return posixpath.dirname(path), {path: filesystem.info(path)}
     if not glob.has_magic(path):
         return path, filesystem.find(path, detail=True)
-    parts = path.split("/")
-    fixed = next(depth for depth, part in enumerate(parts) if glob.has_magic(part))
-    return "/".join(parts[:fixed]) or "/", filesystem.glob(path, detail=True)
+    return _fixed_part(path), filesystem.glob(path, detail=True)
 
 
-def _kind(file: SourceFile) -> str:
-    """The suffix that says how a file is read; `part-0.jsonl.gz` is `.jsonl`."""
-    stem, suffix = posixpath.splitext(file.path)
-    return posixpath.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
+def _fixed_part(pattern: str) -> str:
+    """The folder in which all that `pattern` matches lies.
+
+    >>> _fixed_part("/notes/2*/**/*.md")
+    '/notes'
+    """
+    parts = pattern.split("/")
+    return "/".join(parts[: next(depth for depth, part in enumerate(parts) if glob.has_magic(part))]) or "/"
 
 
-def _read_text(file: SourceFile, stream: IO[bytes], separator: str | None) -> Iterator[Document]:
-    content = stream.read()
-    if separator is None:
-        yield _decode(file.name, content)
-        return
-    for number, piece in enumerate(content.split(separator.encode())):
-        yield _decode(f"{file.name}:{number}", piece)
+def _list_local(filesystem: Any, path: str) -> list[SourceFile]:
+    """Like `_find`, and through links, which fsspec leaves out without a word."""
+    from fsspec.utils import glob_translate
+
+    if Path(path).is_file():
+        return [SourceFile(Path(path).name, path, Path(path).stat().st_size, filesystem, is_named=True)]
+    if os.path.lexists(path) and not Path(path).is_dir():
+        kind = "a link that leads to no file" if Path(path).is_symlink() else "a pipe, a device or a socket"
+        raise OSError(f"it is {kind}")
+    root, matches, depth = path, re.compile(""), None
+    if glob.has_magic(path):
+        root, matches = _fixed_part(path), re.compile(glob_translate(path))
+        depth = None if "**" in path else path.count("/") - root.rstrip("/").count("/")
+    found = list(_walk(root, depth, above=frozenset())) if Path(root).is_dir() else []
+    found = [(path, is_file) for path, is_file in found if matches.match(path)]
+    if strange := sorted(path for path, is_file in found if not is_file):
+        warn_caller(f"neither a file nor a folder is {_name_some(strange)}, which is left out")
+    return [
+        SourceFile(posixpath.relpath(path, root), path, Path(path).stat().st_size, filesystem)
+        for path, is_file in found
+        if is_file
+    ]
 
 
-def _read_jsonl(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(stream, start=1):
-        if not line.isspace():
-            yield _read_json_line(f"{file.name}:{number}", line, f"{file.path} line {number}", text_field)
+def _walk(folder: str, depth: int | None, *, above: frozenset[str]) -> Iterator[tuple[str, bool]]:
+    """Every visible path below `folder` that is no folder, and whether it is a file; links to folders above are not.
+
+    `depth` bounds the levels; `above` holds the real paths of the folders on the way here.
+    """
+    above |= {os.path.realpath(folder)}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = f"{folder.rstrip('/')}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield path, entry.is_file()
+            elif os.path.realpath(path) in above:
+                yield path, False
+            elif depth is None or depth > 1:
+                yield from _walk(path, None if depth is None else depth - 1, above=above)
 
 
-def _read_json_line(name: str, line: bytes, where: str, text_field: str) -> Document:
-    decoded = _decode(name, line)
-    try:
-        values = json.loads(decoded.text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error}); expected one object on each line") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{where} holds a JSON {type(values).__name__}; expected an object with the text in a field")
-    text = _text_of(values, text_field, where)
-    # JSON can spell half a surrogate pair (\ud800), which no UTF-8 text holds; it goes the way of other broken bytes.
-    document = _decode(name, text.encode("utf-8", "surrogatepass"))
-    return replace(document, num_undecodable=document.num_undecodable + decoded.num_undecodable)
+def _name_some(paths: list[str]) -> str:
+    """The first of `paths`, and how many more there are.
 
-
-def _read_parquet(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
-    parquet = require("pyarrow.parquet", extra="data")
-    arrow = require("pyarrow", extra="data")
-    try:
-        table = parquet.ParquetFile(stream)
-        columns = dict.fromkeys(table.schema_arrow.names)
-        if text_field not in columns:
-            _text_of(columns, text_field, file.path)
-        values = (value.as_py() for batch in table.iter_batches(columns=[text_field]) for value in batch.column(0))
-        for row, value in enumerate(values):
-            yield Document(f"{file.name}:{row}", _text_of({text_field: value}, text_field, f"{file.path} row {row}"))
-    except arrow.ArrowException as error:
-        raise DataError(f"{file.path} cannot be read as Parquet ({error}); write it again or leave it out") from error
-
-
-def _text_of(values: dict[str, Any], text_field: str, where: str) -> str:
-    """The text among `values`; a null is an empty text."""
-    if text_field not in values:
-        raise DataError(f"{where}: {explain_unknown('text_field', text_field, values)}")
-    text = values[text_field]
-    if text is not None and not isinstance(text, str):
-        raise DataError(
-            f"{where} has a {type(text).__name__} in {text_field!r}; expected text: choose another text_field"
-        )
-    return text or ""
-
-
-def _decode(name: str, content: bytes) -> Document:
-    try:
-        return Document(name, content.decode("utf-8"))
-    except UnicodeDecodeError:
-        text = content.decode("utf-8", errors="replace")
-        return Document(name, text, text.count("\ufffd") - content.count("\ufffd".encode()))
-
-
-@contextmanager
-def _explained_reading(file: SourceFile) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"{file.path} cannot be read ({error}); check that it is whole and yours to read") from error
-
-
-_TABLE_READERS: dict[str, Callable[[SourceFile, IO[bytes], str], Iterator[Document]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+    >>> _name_some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = len(paths) - _MOST_NAMED
+    return ", ".join(paths[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -35,7 +35,7 @@ from deepseek.core.config import Config
 from deepseek.core.errors import DataError
 from deepseek.core.events import Event
 from deepseek.core.storage import new_folder, sha256_of
-from deepseek.data.sources import Document
+from deepseek.data.documents import Document
 from deepseek.data.tokenizing import Tokenizer
 
 SCHEMA_VERSION = 1

@@ -1,0 +1,272 @@
+r"""What a file holds, as documents: plain text, JSON Lines, JSON arrays, CSV and Parquet.
+
+    for document in read_documents(file, text_field="text", separator=None):
+        use(document.name, document.text)
+
+`Corpus` (sources.py) finds the files and calls this for each. What is read, and what is not:
+- Text is UTF-8, or what its byte order mark says: UTF-8, UTF-16 or UTF-32. The mark is no text, and in a text file
+  `\r\n` is one line end.
+- Bytes that are not UTF-8 become U+FFFD; each document carries how often that happened. A file with NUL bytes, or with
+  three tenths of its characters replaced, is no text (an image, another encoding), and `NotTextError` says so.
+- JSON and CSV files are tables where they have the text field: a JSON array of objects or JSON Lines in a `.json`, CSV
+  and TSV with a line of names. Others are the text they are, as in a folder of code; where a table was probably meant,
+  a warning says which fields there are, or, where the file was named as a source, an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import posixpath
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import IO, Any
+
+from deepseek.core.caller_warnings import warn_caller
+from deepseek.core.errors import DataError
+from deepseek.core.extras import require
+from deepseek.core.names import explain_unknown
+
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# Longer marks first: UTF-32's begins with UTF-16's.
+_BYTE_ORDER_MARKS = (
+    (b"\xef\xbb\xbf", "utf-8"),
+    (b"\xff\xfe\x00\x00", "utf-32-le"),
+    (b"\x00\x00\xfe\xff", "utf-32-be"),
+    (b"\xff\xfe", "utf-16-le"),
+    (b"\xfe\xff", "utf-16-be"),
+)
+_MOST_REPLACED = 0.3  # share of the characters of a text
+
+
+class NotTextError(DataError):
+    """A file that was to be read as text holds something else."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with the name that decides on which side of the split it lies."""
+
+    name: str
+    text: str
+    num_undecodable: int = 0
+    """Places where bytes that are not UTF-8 were replaced by U+FFFD."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source; `name` is its path below the source, the same on every machine."""
+
+    name: str
+    path: str
+    size_bytes: int
+    filesystem: Any
+    """The fsspec filesystem that opens `path`."""
+    is_named: bool = False
+    """Whether the source is this very file, and not a folder or a glob that has it."""
+
+    @property
+    def identity(self) -> str:
+        """The same for two names of one file on one filesystem."""
+        protocol = self.filesystem.protocol
+        is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        return os.path.realpath(self.path) if is_local else f"{protocol}:{self.path}"
+
+    @property
+    def kind(self) -> str:
+        """The suffix that says how the file is read; `part-0.jsonl.gz` is `.jsonl`."""
+        stem, suffix = posixpath.splitext(self.path)
+        return (posixpath.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix).lower()
+
+    @property
+    def may_be_table(self) -> bool:
+        """Whether each of its rows may be a document."""
+        return self.kind in _TABLE_READERS
+
+
+def read_documents(file: SourceFile, *, text_field: str, separator: str | None) -> Iterator[Document]:
+    """Yield the documents of `file`; raises `DataError` where it is damaged, and `NotTextError` where it is no text."""
+    with _explained_reading(file), file.filesystem.open(file.path, "rb", compression="infer") as stream:
+        if file.kind in _TABLE_READERS:
+            yield from _TABLE_READERS[file.kind](file, stream, text_field)
+        else:
+            yield from _read_text(file, stream.read(), separator)
+
+
+def decode(name: str, content: bytes) -> Document:
+    """Return `content` as text in the encoding that its byte order mark says, or in UTF-8."""
+    encoding, content = _split_mark(content)
+    try:
+        return Document(name, content.decode(encoding))
+    except UnicodeDecodeError:
+        text = content.decode(encoding, errors="replace")
+        genuine = content.decode(encoding, errors="ignore").count("\ufffd")
+        return Document(name, text, text.count("\ufffd") - genuine)
+
+
+def _split_mark(content: bytes) -> tuple[str, bytes]:
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if content.startswith(mark):
+            return encoding, content[len(mark) :]
+    return "utf-8", content
+
+
+def _read_text(file: SourceFile, content: bytes, separator: str | None) -> Iterator[Document]:
+    whole = _decode_text(file, content)
+    if separator is None:
+        yield whole
+        return
+    encoding, body = _split_mark(content)
+    if encoding == "utf-8":
+        pieces = [decode("", piece) for piece in body.replace(b"\r\n", b"\n").split(separator.encode())]
+    else:
+        pieces = [Document("", piece) for piece in whole.text.split(separator)]
+        pieces[0] = replace(pieces[0], num_undecodable=whole.num_undecodable)
+    for number, piece in enumerate(pieces):
+        yield replace(piece, name=f"{file.name}:{number}")
+
+
+def _decode_text(file: SourceFile, content: bytes) -> Document:
+    document = decode(file.name, content)
+    num_nul = document.text.count("\0")
+    if num_nul or document.num_undecodable > max(1, _MOST_REPLACED * len(document.text)):
+        seen = f"{num_nul} NUL bytes" if num_nul else f"{document.num_undecodable} places that are not UTF-8"
+        raise NotTextError(
+            f"{file.path} is no text: it has {seen} among {len(document.text)} characters; "
+            "leave it out, or write it in UTF-8"
+        )
+    return replace(document, text=document.text.replace("\r\n", "\n"))
+
+
+def _read_jsonl(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
+    head = stream.readline()
+    encoding, first = _split_mark(head)
+    if encoding == "utf-8":
+        lines: Iterator[bytes] = chain([first], stream)
+    else:
+        lines = (line.encode() for line in io.StringIO(decode(file.name, head + stream.read()).text, newline="\n"))
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _read_json_line(f"{file.name}:{number}", line, f"{file.path} line {number}", text_field)
+
+
+def _read_json_line(name: str, line: bytes, where: str, text_field: str) -> Document:
+    decoded = decode(name, line)
+    try:
+        values = json.loads(decoded.text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error}); expected one object on each line") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{where} holds a JSON {type(values).__name__}; expected an object with the text in a field")
+    document = _document_of(name, values, text_field, where)
+    return replace(document, num_undecodable=document.num_undecodable + decoded.num_undecodable)
+
+
+def _read_json(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
+    """An array of objects, or an object on each line, that have the field; anything else is a text."""
+    content = stream.read()
+    whole = _decode_text(file, content)
+    try:
+        value = json.loads(whole.text)
+    except json.JSONDecodeError:
+        value = _parse_lines(whole.text)
+    rows = value if isinstance(value, list) and all(isinstance(row, dict) for row in value) else []
+    if any(text_field in row for row in rows):
+        for number, row in enumerate(rows):
+            yield _document_of(f"{file.name}:{number}", row, text_field, f"{file.path} row {number}")
+        return
+    if rows:
+        _report_missing_field(file, list(dict.fromkeys(field for row in rows for field in row)), text_field)
+    yield from _read_text(file, content, None)
+
+
+def _parse_lines(text: str) -> list[Any] | None:
+    """The values of JSON Lines; `None` for a text that is none."""
+    try:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError:
+        return None
+
+
+def _read_csv(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
+    content = stream.read()
+    decoded = decode(file.name, content)
+    limit = csv.field_size_limit(len(decoded.text) + 1)
+    try:
+        delimiter = "\t" if file.kind == ".tsv" else ","
+        table = csv.DictReader(io.StringIO(decoded.text, newline=""), delimiter=delimiter, strict=True)
+        names = list(table.fieldnames or ())
+        rows = list(table) if text_field in names else []
+    except csv.Error as error:
+        raise DataError(f"{file.path} cannot be read as a table ({error}); mend it or leave it out") from error
+    finally:
+        csv.field_size_limit(limit)
+    if text_field not in names:
+        if names:
+            _report_missing_field(file, names, text_field)
+        yield from _read_text(file, content, None)
+    for number, row in enumerate(rows):
+        document = _document_of(f"{file.name}:{number}", row, text_field, f"{file.path} row {number}")
+        yield replace(document, num_undecodable=decoded.num_undecodable if number == 0 else 0)
+
+
+def _report_missing_field(file: SourceFile, names: Sequence[str], text_field: str) -> None:
+    unknown = explain_unknown("text_field", text_field, names)
+    if file.is_named:
+        raise DataError(f"{file.path}: {unknown}")
+    warn_caller(f"{file.path} is read as plain text, and it may be a table: {unknown}")
+
+
+def _read_parquet(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
+    parquet = require("pyarrow.parquet", extra="data")
+    arrow = require("pyarrow", extra="data")
+    try:
+        table = parquet.ParquetFile(stream)
+        columns = dict.fromkeys(table.schema_arrow.names)
+        if text_field not in columns:
+            _text_of(columns, text_field, file.path)
+        values = (value.as_py() for batch in table.iter_batches(columns=[text_field]) for value in batch.column(0))
+        for row, value in enumerate(values):
+            yield Document(f"{file.name}:{row}", _text_of({text_field: value}, text_field, f"{file.path} row {row}"))
+    except arrow.ArrowException as error:
+        raise DataError(f"{file.path} cannot be read as Parquet ({error}); write it again or leave it out") from error
+
+
+def _document_of(name: str, values: dict[str, Any], text_field: str, where: str) -> Document:
+    # JSON can spell half a surrogate pair (\ud800), which no UTF-8 text holds; it goes the way of other broken bytes.
+    return decode(name, _text_of(values, text_field, where).encode("utf-8", "surrogatepass"))
+
+
+def _text_of(values: dict[str, Any], text_field: str, where: str) -> str:
+    """The text among `values`; a null is an empty text."""
+    if text_field not in values:
+        raise DataError(f"{where}: {explain_unknown('text_field', text_field, values)}")
+    text = values[text_field]
+    if text is not None and not isinstance(text, str):
+        raise DataError(
+            f"{where} has a {type(text).__name__} in {text_field!r}; expected text: choose another text_field"
+        )
+    return text or ""
+
+
+@contextmanager
+def _explained_reading(file: SourceFile) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise DataError(f"{file.path} cannot be read ({error}); check that it is whole and yours to read") from error
+
+
+_TABLE_READERS: dict[str, Callable[[SourceFile, IO[bytes], str], Iterator[Document]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
