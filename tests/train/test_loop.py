@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from deepseek.checkpoint.restoring import newest_valid
-from deepseek.core.errors import CheckpointError, ConfigError, DataError
+from deepseek.core.errors import CheckpointError, ConfigError, DataError, StorageError
+from deepseek.core.folder_lock import LOCK_FILE
 from deepseek.data.corpus import load_data
 from deepseek.data.ngrams import measure_ngrams
 from deepseek.models.loading import load_model
@@ -235,3 +236,19 @@ def test_bad_settings_are_one_sentence(
     with pytest.raises(error, match=message) as caught:
         list(train(make_config(corpus, tmp_path, **changes)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_second_run_in_a_folder_is_refused_and_disturbs_nothing(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    config = make_config(corpus, tmp_path / "run")
+    first = train(config)
+    for event in first:
+        if isinstance(event, StepDone) and event.step == 5:
+            break
+    with pytest.raises(StorageError, match=f"run is being written by process {os.getpid()} on"):
+        next(train(config))
+    for _ in first:
+        pass
+    assert_bit_equal(finished, tmp_path / "run")
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+    next(again := train(config))  # it is free again
+    again.close()

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import deepseek as ds
 from deepseek.core.errors import ConfigError
@@ -72,3 +80,121 @@ def test_optimizer_of_another_model_is_refused() -> None:
     optimizer = torch.optim.SGD(make_model().parameters(), lr=1.0)
     with pytest.raises(ConfigError, match="does not have"):
         ds.prepare(make_model(), optimizer, make_loader())
+
+
+class Net(nn.Module):
+    """At the top of a module, so that it can be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.layer(x) * scale
+
+
+def prepared(model: nn.Module, **settings: Any) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, _, _ = ds.prepare(model, optimizer, make_loader(), **settings)
+    return model
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: through_a_file(model),
+    "EMA": lambda model: AveragedModel(model).module,
+}
+
+
+def through_a_file(model: nn.Module) -> nn.Module:
+    file = BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("copy_of", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_a_copy_computes_with_its_own_weights_under_the_policy(
+    copy_of: Callable[[nn.Module], nn.Module], compile: bool
+) -> None:
+    if compile and copy_of is not COPIES["deepcopy"]:
+        pytest.skip("torch itself does not pickle a compiled module")
+    model = prepared(Net(), precision="bf16", compile=compile)
+    x = torch.randn(4, 8)
+    own = copy_of(model)
+    assert type(own) is Net
+    assert torch.equal(own(x), model(x))
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.zero_()
+    assert own(x).abs().max() == 0
+    assert own(x).dtype == torch.bfloat16
+    assert model(x).abs().max() > 0
+
+
+def test_a_part_of_a_copied_model_follows_its_copy() -> None:
+    part = prepared(Net(), precision="bf16")
+    whole = nn.Sequential(part, nn.ReLU())
+    own = copy.deepcopy(whole)
+    nn.init.zeros_(own[0].layer.weight)
+    nn.init.zeros_(own[0].layer.bias)
+    assert own(torch.ones(2, 8)).abs().max() == 0
+    assert whole(torch.ones(2, 8)).dtype == torch.bfloat16
+
+
+def test_the_signature_of_a_prepared_forward_is_the_models() -> None:
+    assert list(inspect.signature(prepared(Net(), precision="fp32").forward).parameters) == ["x", "scale"]
+
+
+def test_a_forward_that_stood_on_the_instance_still_runs() -> None:
+    model = Net()
+    model.forward = types.MethodType(lambda self, x: self.layer(x) + 100, model)
+    prepared(model, precision="bf16")
+    assert model(torch.zeros(1, 8)).min() > 50
+    assert model(torch.zeros(1, 8)).dtype == torch.bfloat16
+
+
+def test_a_loader_can_be_copied_and_pickled() -> None:
+    model = make_model()
+    _, _, loader = ds.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0), make_loader())
+    for other in (copy.copy(loader), copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))):
+        assert type(other) is type(loader)
+        assert len(list(other)) == 6
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = loader.nothing
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_a_step_with_a_closure_clips_what_each_evaluation_computes(as_keyword: bool) -> None:
+    """LBFGS evaluates several times within a step; by hand one clips inside the closure."""
+    inputs, targets = make_loader()[0]
+    by_hand, model = make_model(), make_model()
+    norms: list[float] = []
+
+    def evaluate(network: nn.Module, optimizer: torch.optim.Optimizer, *, clips: bool) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(network(inputs), targets) * 50
+            loss.backward()
+            if clips:
+                norms.append(float(nn.utils.clip_grad_norm_(network.parameters(), 0.1)))
+            return loss
+
+        return closure
+
+    optimizer = torch.optim.LBFGS(by_hand.parameters(), lr=0.5, max_iter=4)
+    optimizer.step(evaluate(by_hand, optimizer, clips=True))
+    prepared_optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+    ds.prepare(model, prepared_optimizer, make_loader(), precision="fp32", grad_clip=0.1)
+    closure = evaluate(model, prepared_optimizer, clips=False)
+    if as_keyword:
+        prepared_optimizer.step(closure=closure)
+    else:
+        prepared_optimizer.step(closure)
+    assert len(norms) == 4
+    assert min(norms) > 0.1
+    for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

@@ -22,6 +22,7 @@ from deepseek.compress.quality import Comparison
 from deepseek.compress.quantizing import quantize
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event, record
+from deepseek.core.folder_lock import locked_folder
 from deepseek.core.machine import describe_machine, describe_versions
 from deepseek.core.storage import write_file
 from deepseek.data.batching import evaluation_batches
@@ -29,7 +30,7 @@ from deepseek.data.corpus import load_data
 from deepseek.data.ngrams import NgramLosses, measure_ngrams
 from deepseek.recipes.server_probe import Completion, probe_server
 from deepseek.train.config import TrainConfig
-from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, train
+from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, open_device, train_in_locked_folder
 
 INT8_FOLDER, EVENTS_FILE, REPORT_FILE = "model-int8", "events.jsonl", "report.json"
 PROMPTS = ("def ", "import ", "class ")
@@ -96,15 +97,17 @@ def run_main_job(config: TrainConfig) -> Generator[Event, None, None]:
         )
     began_s = time.perf_counter()
     folder = Path(config.folder)
-    with contextlib.closing(_run_phases(config)) as phases:  # left early, training saves itself
-        yield from record(phases, folder / EVENTS_FILE)
-    report = build_report(read_events(folder / EVENTS_FILE), wall_s=time.perf_counter() - began_s)
-    write_file(folder / REPORT_FILE, json.dumps(report, indent=2).encode())
+    open_device(config.device)
+    with locked_folder(folder):
+        with contextlib.closing(_run_phases(config)) as phases:  # left early, training saves itself
+            yield from record(phases, folder / EVENTS_FILE)
+        report = build_report(read_events(folder / EVENTS_FILE), wall_s=time.perf_counter() - began_s)
+        write_file(folder / REPORT_FILE, json.dumps(report, indent=2).encode())
     yield ReportWritten(str(folder / REPORT_FILE), report)
 
 
 def _run_phases(config: TrainConfig) -> Generator[Event, None, None]:
-    yield from train(config)
+    yield from train_in_locked_folder(config)
     yield PhaseStarted("counting n-grams")
     yield from _measure_baselines(config)
     yield PhaseStarted("int8")

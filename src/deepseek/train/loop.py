@@ -30,6 +30,7 @@ from deepseek.checkpoint.rng_state import capture_rng, restore_rng
 from deepseek.checkpoint.saving import save
 from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.core.events import Event
+from deepseek.core.folder_lock import locked_folder
 from deepseek.data.batching import BatchLoader, evaluation_batches
 from deepseek.data.corpus import PreparedData, load_data, prepare_data
 from deepseek.mixed_precision.amp_levels import choose_level
@@ -81,8 +82,16 @@ class Run:
 def train(config: TrainConfig) -> Generator[Event, None, None]:
     """Train from `config`, or go on with it where an earlier call was stopped; the model is in `folder/model`.
 
-    Raises `ConfigError`, `DataError`, `TrainingError`, `CheckpointError` or `StorageError`.
+    Raises `ConfigError`, `DataError`, `TrainingError`, `CheckpointError` or `StorageError`, the last where another run
+    is at work in the folder as well.
     """
+    open_device(config.device)
+    with locked_folder(Path(config.folder)):
+        yield from train_in_locked_folder(config)
+
+
+def train_in_locked_folder(config: TrainConfig) -> Generator[Event, None, None]:
+    """As `train`, for a caller who holds the folder's lock for longer."""
     open_device(config.device)
     folder = Path(config.folder)
     yield from prepare_data(config.data, folder / DATA_FOLDER)

@@ -8,13 +8,15 @@
         optimizer.zero_grad()
 
 The same objects come back, changed in place: the model's forward pass runs under the precision policy (and compiled, if
-asked), the optimizer clips the gradient before each step, and batches arrive on the device. Nothing is hidden in a
-wrapper, so state dicts, hooks and type checks work as before.
+asked), the optimizer clips the gradient before each step, and after each evaluation of a closure, and batches arrive on
+the device. Nothing is hidden in a wrapper, so state dicts, hooks and type checks work as before; a deep copy (an EMA)
+runs its own weights, and what could be pickled before can be pickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -45,7 +47,34 @@ class DeviceLoader(Generic[B]):
         return len(self.loader)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
+        # How this object is copied and pickled is its own business, and while that is done it has no loader yet.
+        if name == "loader" or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.loader, name)
+
+
+class PolicyForward:
+    """The forward of `module` under a precision policy, which stands in its place on the instance.
+
+    A value of a class at the top of a module, with the module as an attribute: a deep copy refers to the copied module,
+    and pickle knows it by name. A closure would do neither.
+    """
+
+    def __init__(self, module: nn.Module, precision: Precision, device: torch.device) -> None:
+        self.module, self.precision, self.device = module, precision, device
+        self.plain: Callable[..., Any] | None = module.__dict__.get("forward")
+        """The forward that stood on the instance before, if one did."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with autocast(self.precision, self.device):
+            if self.plain is not None:
+                return self.plain(*args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        plain = self.plain or type(self.module).forward.__get__(self.module)
+        return inspect.signature(plain)
 
 
 def prepare(
@@ -66,11 +95,11 @@ def prepare(
     target = torch.device(device) if device is not None else next(model.parameters()).device
     _check_belongs(model, optimizer)
     model.to(target)
-    _run_under(model, choose_precision(precision, target), target)
+    model.forward = PolicyForward(model, choose_precision(precision, target), target)
     if compile:
         model.compile()
     if grad_clip is not None:
-        optimizer.register_step_pre_hook(lambda optimizer, *_: _clip(optimizer, grad_clip))
+        optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: _clip(optimizer, grad_clip, args, kwargs))
     return model, optimizer, DeviceLoader(loader, target)
 
 
@@ -98,15 +127,22 @@ def _check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _run_under(model: nn.Module, precision: Precision, device: torch.device) -> None:
-    forward = model.forward
+def _clip(
+    optimizer: torch.optim.Optimizer, grad_clip: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Clip the gradients before a step; for one that evaluates a closure, return its arguments with one that clips."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _, *positional = args  # the first is the optimizer itself
+    closure = positional[0] if positional else kwargs.get("closure")
+    if closure is None:
+        clip_gradients_(parameters, grad_clip)
+        return None
 
-    def forward_under_policy(*args: Any, **kwargs: Any) -> Any:
-        with autocast(precision, device):
-            return forward(*args, **kwargs)
+    def evaluate_and_clip() -> Any:
+        loss = closure()
+        clip_gradients_(parameters, grad_clip)
+        return loss
 
-    model.forward = forward_under_policy
-
-
-def _clip(optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
-    clip_gradients_([each for group in optimizer.param_groups for each in group["params"]], grad_clip)
+    if positional:
+        return (optimizer, evaluate_and_clip, *positional[1:]), kwargs
+    return args, kwargs | {"closure": evaluate_and_clip}
