@@ -40,7 +40,7 @@ DOORS = {
     "plotext": {"cli/screen/plots.py"},
     "tokenizers": {"data/tokenizing.py"},
     "fsspec": {"data/sources.py"},
-    "pyarrow": {"data/sources.py"},
+    "pyarrow": {"data/documents.py"},
     "jinja2": {"data/template_worker.py"},
     "safetensors": {"artifact", "compat/migration/applying.py"},
     "libcst": {"compat/migration/python_files.py"},
