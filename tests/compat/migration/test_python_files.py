@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek.compat.migration.findings import apply_edits
 from deepseek.compat.migration.python_files import check_python
 from tests.compat.migration.checks import (
     RULES,
@@ -80,9 +81,8 @@ def test_options_that_may_hold_the_keyword_are_left_for_a_person() -> None:
         (b"x = '\xff'  # np.float\n", 1, "not valid Python"),
         (b"\x00 np.float", 1, "null bytes"),
         (b"x = np.float" + b"+1" * 20_000, 1, "nested too deeply"),
-        (b"x = np.float " + b"and a " * 20_000, 1, "nested too deeply"),
-        (b"x = np.float, " + b"'' " * 20_000, 1, "nested too deeply"),
-        (b"import np.float" + b".a" * 20_000, 1, "nested too deeply"),
+        (b"x = np.float" + b"[0]" * 200_000, 1, "nested too deeply"),
+        (b"x = " + b"(" * 300 + b"np.float" + b")" * 300, 1, "nested too deeply"),
     ],
 )
 def test_broken_source_is_reported_with_its_place(content: bytes, line: int, why: str) -> None:
@@ -125,3 +125,95 @@ def test_no_source_makes_the_python_checker_crash(pieces: list[str]) -> None:
     with contextlib.suppress(SyntaxError, ValueError):
         compile(text, "before", "exec")
         compile(changed, "after", "exec")
+
+
+@pytest.mark.parametrize("rest", [b"and a " * 20_000, b", " + b"'' " * 20_000, b"; import x" + b".a" * 20_000])
+def test_long_flat_source_is_checked_like_any_other(rest: bytes) -> None:
+    (finding,) = check_python(b"import numpy as np\nx = np.float " + rest, "x.py", RULES.python)
+    assert (finding.rule, finding.line, finding.column) == ("python-numpy-float", 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # Arguments by position, with brackets, comments and trailing commas of their own.
+        (
+            "from torch.cuda.amp import autocast\nautocast(flag)\n",
+            'from torch.amp import autocast\nautocast("cuda", enabled=flag)\n',
+        ),
+        (
+            "from torch.cuda.amp import autocast\nautocast((a), # b (\n  (c), cache_enabled=(d),)\n",
+            'from torch.amp import autocast\nautocast("cuda", enabled=(a), # b (\n  dtype=(c), cache_enabled=(d),)\n',
+        ),
+        ("import torch\ntorch.load((p))\n", "import torch\ntorch.load((p), weights_only=True)\n"),
+        ("import torch\n(torch.load)(p # )\n)\n", "import torch\n(torch.load)(p, weights_only=True # )\n)\n"),
+        ("import torch\ntorch . load(p)\n", "import torch\ntorch . load(p, weights_only=True)\n"),
+        # Two names in one statement, one of them for another module.
+        (
+            "from torch.cuda.amp import GradScaler, autocast\nGradScaler(); autocast()\n",
+            'from torch.amp import GradScaler\nfrom torch.amp import autocast\nGradScaler("cuda"); autocast("cuda")\n',
+        ),
+        (
+            "from numpy import (zeros, product, # c\n  trapz, ones, in1d)\nx = product(1), trapz(2)\n",
+            "from numpy import prod as product\nfrom numpy import trapezoid as trapz\n"
+            "from numpy import (zeros, ones, in1d)\nx = product(1), trapz(2)\n",
+        ),
+        (
+            "if 1: from numpy import product, ones\n",
+            "if 1: from numpy import prod as product; from numpy import ones\n",
+        ),
+        # Strings inside f-strings, which share no quotes before Python 3.12.
+        ('import torch\nf"{torch.cuda.amp.GradScaler()}"\n', "import torch\nf\"{torch.amp.GradScaler('cuda')}\"\n"),
+        ("import torch\nf'{torch.cuda.amp.GradScaler()}'\n", "import torch\nf'{torch.amp.GradScaler(\"cuda\")}'\n"),
+        # A new import stands after docstring, shebang, coding line and future, with the line end of the file.
+        (
+            '#!/usr/bin/env python\n"""A.\n\nfrom b import c\n"""\nfrom __future__ import annotations\n'
+            "from torch.cuda import amp\namp.autocast()\n",
+            '#!/usr/bin/env python\n"""A.\n\nfrom b import c\n"""\nfrom __future__ import annotations\n'
+            'import torch.amp\nfrom torch.cuda import amp\ntorch.amp.autocast("cuda")\n',
+        ),
+        (
+            "# c\r\nif 1:\r\n  from torch.cuda import amp\r\n  amp.autocast()\r\n",
+            '# c\r\nimport torch.amp\r\nif 1:\r\n  from torch.cuda import amp\r\n  torch.amp.autocast("cuda")\r\n',
+        ),
+        # Old defaults are named, given ones kept.
+        (
+            "import transformers\ntransformers.AdamW(p, 1e-3, eps=1e-8)\n",
+            "import torch.optim\nimport transformers\ntorch.optim.AdamW(p, 1e-3, eps=1e-8, weight_decay=0.0)\n",
+        ),
+    ],
+)
+def test_one_pass_settles_a_file(before: str, after: str) -> None:
+    assert apply_edits(before, python_findings(before)) == after
+    compile(after, "after", "exec")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from torch.cuda.amp import *\nx = GradScaler()\n",
+        "try:\n    from torch.amp import autocast\nexcept ImportError:\n    from torch.cuda.amp import autocast\n"
+        "x = autocast()\n",
+        "from torch.cuda.amp import autocast\n__all__ = ['autocast']\nx = autocast()\n",
+        "from torch.cuda.amp import autocast\nx = autocast(*flags)\n",
+        "from torch.cuda.amp import autocast\nx = autocast(y := True)\n",
+        "from torch.cuda import amp\nfrom apex import torch\nx = amp.autocast()\n",
+        "import numpy as np\nnp.float = float\n",
+        "import numpy as np\nfloat = np.float\n",
+        "from numpy import float\nx = float(1)\n",
+        "import torch\ntorch.load(p, pickle_module=dill)\n",
+        "import torch\ntorch.load(p, None, dill)\n",
+        "import torch\ntorch.load(*a)\n",
+        "import torch\ntorch.load(p for p in q)\n",
+        "import torch\nf\"{f'{torch.cuda.amp.GradScaler()}'}\"\n",
+        "import torch\ntorch.testing.assert_allclose(a, b)\n",
+        "import numpy as np\nnp.in1d(a, b)\n",
+        "import transformers\ntransformers.AdamW(p, correct_bias=False)\n",
+        "import transformers\ntransformers.AutoModelWithLMHead.from_pretrained('t5')\n",
+        "from transformers import TrainingArguments\nTrainingArguments('o', no_cuda=True, use_cpu=False)\n",
+    ],
+)
+def test_what_only_a_person_can_settle_is_found_and_left(text: str) -> None:
+    findings = python_findings(text)
+    assert findings
+    assert apply_edits(text, findings) == text

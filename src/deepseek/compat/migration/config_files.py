@@ -56,7 +56,7 @@ def _apply(
             edits = _add(rule, entry, entries, text, suffix)
         else:
             edits = _replace(rule, entry, text, suffix, match, target)
-        yield find(rule, path, *lines.place(entry.start), edits, ".".join(entry.path))
+        yield find(rule, path, *lines.line_and_column(entry.start), edits, ".".join(entry.path))
 
 
 def _same_generation(value: str, target: str) -> bool:

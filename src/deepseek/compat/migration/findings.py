@@ -1,8 +1,9 @@
-"""What a scan says, and the change to the text that would settle it."""
+"""The findings of a scan, and the changes to the text that settle them."""
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Finding:
-    """One place that has to change, or a file that could not be read (`rule` is then `unreadable`)."""
+    """One position that has to change, or a file that could not be read (`rule` is then `unreadable`)."""
 
     path: str
     line: int
@@ -35,13 +36,17 @@ class Finding:
 
     @property
     def is_unreadable(self) -> bool:
-        """Whether the file itself was the trouble."""
+        """Whether the file itself could not be read."""
         return self.rule == UNREADABLE
 
     @property
     def is_fixable(self) -> bool:
         """Whether `--apply` settles it: by an edit, or by converting the file."""
         return bool(self.edits) or self.rule in ("checkpoint-layout", "checkpoint-pickle")
+
+    def with_edits(self, edits: Iterable[Edit]) -> Finding:
+        """Return the same finding with other edits."""
+        return dataclasses.replace(self, edits=tuple(edits))
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}:{self.column}: {self.severity} {self.rule}: {self.why}; {self.fix}"
@@ -56,18 +61,18 @@ UNREADABLE = "unreadable"
 
 
 def unreadable(path: str, why: str, fix: str, line: int = 1, column: int = 1) -> Finding:
-    """The finding for a file that cannot be checked."""
+    """Make the finding for a file that cannot be checked."""
     return Finding(path, line, column, UNREADABLE, "error", why, fix)
 
 
 def find(rule: Rule, path: str, line: int, column: int, edits: Iterable[Edit] = (), detail: str = "") -> Finding:
-    """The finding of a rule at a place; `detail` says what was seen there."""
+    """Make the finding of a rule at a position; `detail` says what was seen there."""
     why = f"{rule.why} ({detail})" if detail else rule.why
     return Finding(path, line, column, rule.id, rule.severity, why, rule.fix, tuple(edits))
 
 
 def apply_edits(text: str, findings: Iterable[Finding]) -> str:
-    """`text` with the edits of all findings; one whose edits would touch another's is left for the next run."""
+    """Apply the edits of all findings to `text`; a finding whose edits would touch another's is left out."""
     accepted: set[Edit] = set()
     for finding in findings:
         new = set(finding.edits) - accepted
@@ -79,16 +84,16 @@ def apply_edits(text: str, findings: Iterable[Finding]) -> str:
 
 
 class Lines:
-    """Where lines begin: from (line, column) to an offset and back; lines count from 1, columns as asked."""
+    """Starts of lines: from (line, column) to an offset and back; lines count from 1."""
 
     def __init__(self, text: str) -> None:
         self.starts = [0, *(match.end() for match in re.finditer(r"\r\n|\r|\n", text))]
 
     def offset(self, line: int, column: int) -> int:
-        """Offset of a place whose column counts from 0."""
+        """Return the offset of a position whose column counts from 0."""
         return self.starts[line - 1] + column
 
-    def place(self, offset: int) -> tuple[int, int]:
-        """Line and column of an offset, both counting from 1."""
+    def line_and_column(self, offset: int) -> tuple[int, int]:
+        """Return line and column of an offset, both counting from 1."""
         line = bisect.bisect_right(self.starts, offset)
         return line, offset - self.starts[line - 1] + 1

@@ -1,6 +1,6 @@
 """The rules of a migration, read from `rules.yaml` and checked; the checkers beside this file apply them.
 
-A rule applies when its `since` lies above the generation one comes from and not above the one one goes to.
+A rule applies when its `since` lies above the source generation and not above the target.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 from pathlib import Path
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from deepseek.compat.generations import Generation, find_generation
 from deepseek.core.config import Config
@@ -18,7 +18,7 @@ Severity = Literal["error", "warning"]
 
 
 class Rule(Config):
-    """What all kinds of rules have."""
+    """The fields of all kinds of rules."""
 
     id: str
     since: str
@@ -28,7 +28,7 @@ class Rule(Config):
     fix: str
     source: str
     is_always: bool = False
-    """Whether it applies whichever generations one comes from and goes to."""
+    """Whether it applies between any two generations."""
 
 
 class ConfigRule(Rule):
@@ -55,12 +55,27 @@ class PythonRule(Rule):
     replace_with: str | None = None
     first_argument: str | None = None
     """Source of an argument that the new name takes before all others."""
+    parameters: tuple[str, ...] = ()
+    """The old parameters in their order, where it matters which of them a call gives."""
+    num_positional: int | None = None
+    """How many arguments stay positional; the others are given by name. All of them without it."""
+    defaults: dict[str, str] = Field(default_factory=dict)
+    """Old defaults that the new name does not have, and that a call without them has to name."""
+    needs: tuple[str, ...] = ()
+    """Parameters without which the new name means something else, so that a person has to look."""
+    refuses: tuple[str, ...] = ()
+    """Parameters that the new name does not take."""
     keyword: str | None = None
     keyword_to: str | None = None
     add_keyword: str | None = None
     add_value: str | None = None
     before: str
     after: str
+
+    @property
+    def changes_arguments(self) -> bool:
+        """Whether calls under the new name take other arguments, so that a use that is no call needs a person."""
+        return bool(self.first_argument or self.parameters)
 
 
 class Markers(Config):
@@ -89,7 +104,7 @@ class Rules(Config):
         return self
 
     def between(self, source: Generation | None, target: Generation) -> Rules:
-        """The rules that matter on the way from `source` (`None`: from any) to `target`."""
+        """Return the rules that matter on the way from `source` (`None`: from any) to `target`."""
         floor = (0, 0) if source is None else source.version
 
         def matters(rule: Rule) -> bool:
@@ -105,5 +120,5 @@ class Rules(Config):
 
 @functools.cache
 def load_rules() -> Rules:
-    """All rules, read and checked once."""
+    """Read and check all rules, once."""
     return Rules.from_file(Path(__file__).with_name("rules.yaml"))
