@@ -43,7 +43,6 @@ DOORS = {
     "pyarrow": {"data/documents.py"},
     "jinja2": {"data/template_worker.py"},
     "safetensors": {"artifact", "compat/migration/applying.py"},
-    "libcst": {"compat/migration/python_files.py"},
     "starlette": {"serve/app.py", "serve/server.py"},
     "uvicorn": {"serve/server.py"},
     "prometheus_client": {"serve/metrics.py", "serve/server.py"},
