@@ -40,6 +40,7 @@ DOORS = {
     "plotext": {"cli/screen/plots.py"},
     "tokenizers": {"data/tokenizing.py"},
     "fsspec": {"data/sources.py"},
+    "PIL": {"data/images.py"},
     "pyarrow": {"data/documents.py"},
     "jinja2": {"data/template_worker.py"},
     "safetensors": {"artifact", "compat/migration/applying.py"},
@@ -194,10 +195,7 @@ KNOWN_UNREACHED = {
     "deepseek.models.key_tables",
     "deepseek.models.mobilenet_v3.keymap",
     "deepseek.models.resnet.keymap",
-    "deepseek.models.transformers_models.pooling",
     "deepseek.models.vit.keymap",
-    "deepseek.models.yolov7.detection",
-    "deepseek.models.yolov7.letterbox",
     "deepseek.models.yolov7.reparameterization",
     "deepseek.planning.models.from_module",
 }

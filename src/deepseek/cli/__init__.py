@@ -5,6 +5,7 @@
     deepseek train RECIPE ...           ->  an artifact
     deepseek quantize MODEL OUT         ->  a smaller artifact
     deepseek generate MODEL PROMPT      ->  text
+    deepseek predict MODEL INPUT...     ->  classes, boxes or vectors of images and texts
     deepseek serve MODEL                ->  an HTTP server (also as `deepseek-serve`)
     deepseek info PATH                  ->  what a folder holds
     deepseek advise ...                 ->  a generation, and why
@@ -42,6 +43,7 @@ VERBS = {
     "train": "Train a model from a recipe or a config file.",
     "quantize": "Make an int8 version of a model, and say what it costs.",
     "generate": "Continue a text with a model.",
+    "predict": "Say what a model finds in images or texts: classes, boxes, vectors.",
     "serve": "Serve a model over HTTP, with the OpenAI API.",
     "info": "Say what a model folder holds, and verify it.",
     "advise": "Recommend a generation for a model and the place it runs in.",

@@ -238,14 +238,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise DataError(f"there is no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{file} cannot be read as a tokenizer ({error}); copy it again from where it came") from error
-    backend.no_truncation()
-    backend.no_padding()
+    backend = read_tokenizer_file(file)
     folder = ModelFolder(file.parent)
-    _add_tokens(backend, folder.tokenizer)
     eos_token = _find_end_token(backend, folder, file)
     end_ids = (number for number in folder.end_ids if number != backend.token_to_id(eos_token))
     known = {name: token for name, token in folder.special_tokens.items() if backend.token_to_id(token) is not None}
@@ -257,6 +251,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         other_end_ids=tuple(number for number in end_ids if backend.id_to_token(number) is not None),
         special_tokens={name: token for name, token in known.items() if name not in ("eos_token", "bos_token")},
     )
+
+
+def read_tokenizer_file(file: Path) -> tokenizers.Tokenizer:
+    """Read a `tokenizer.json` as the library `tokenizers` has it, with the tokens that its folder adds.
+
+    Truncation and padding that were saved in it are what its last user did, not a rule of the model, and are left out.
+    """
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{file} cannot be read as a tokenizer ({error}); copy it again from where it came") from error
+    backend.no_truncation()
+    backend.no_padding()
+    _add_tokens(backend, ModelFolder(file.parent).tokenizer)
+    return backend
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

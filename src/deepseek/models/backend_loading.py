@@ -100,7 +100,7 @@ def _select(
     batches = _take_inputs(opened.draw_inputs(settings), settings)
     options = replace(_options_of(settings, opened.name, batches), further=further)
     selection = select(model.float(), batches[0], options, on_event=on_event)
-    return _present(selection, opened.summary, batches[0], model)
+    return _present(selection, opened.summary, batches[0], model, opened.folder)
 
 
 def _options_of(settings: LoadConfig, name: str, batches: Sequence[Batch]) -> SelectionOptions:
@@ -116,8 +116,10 @@ def _options_of(settings: LoadConfig, name: str, batches: Sequence[Batch]) -> Se
     )
 
 
-def _present(selection: Selection, summary: str, inputs: Batch, module: nn.Module | None) -> RunModel:
-    origin = Origin(summary, partial(tuple, inputs), selection.explain(), str(selection.decision.chosen))
+def _present(
+    selection: Selection, summary: str, inputs: Batch, module: nn.Module | None, folder: Path | None = None
+) -> RunModel:
+    origin = Origin(summary, partial(tuple, inputs), selection.explain(), str(selection.decision.chosen), folder)
     return RunModel(selection.model, origin, module)
 
 

@@ -15,7 +15,7 @@ and what would change weights is refused. `module` is `None` for a file that onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -23,6 +23,8 @@ from typing import Any, NoReturn, Self
 from torch import Tensor, nn
 
 from deepseek.core.errors import ConfigError
+from deepseek.models import predictions
+from deepseek.models.predictions import Image, Objects, Predictor
 
 Batch = tuple[Tensor, ...]
 
@@ -81,6 +83,34 @@ class LoadedModel(nn.Module):
         """Say what the model is, who runs it, what it is measured with, and why."""
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.sample_inputs)
         return f"{self.summary}\nsample inputs: {shapes}\n{self.reason}"
+
+    def detect(
+        self, images: Image | Sequence[Image], *, min_score: float = 0.25, max_overlap: float = 0.45
+    ) -> list[Objects]:
+        """Find the objects in each of `images`: paths, or tensors (3, H, W) with values in [0, 1].
+
+        Boxes with a score above `min_score` count, and of boxes of one class that overlap by more than `max_overlap`
+        the best. Raises `ConfigError` for a model that is no detector, `DataError` for a file that is no image.
+        """
+        return predictions.detect(self._predictor(), images, min_score=min_score, max_overlap=max_overlap)
+
+    def embed(self, texts: str | Sequence[str], *, normalize: bool = True) -> Tensor:
+        """One vector for each text, (N, D), of length one with `normalize`; two are compared by their dot product.
+
+        Texts longer than the model takes are cut. Raises `ConfigError` for a model that is no text encoder, and for a
+        model without a tokenizer.
+        """
+        return predictions.embed(self._predictor(), texts, normalize=normalize)
+
+    def classify(self, inputs: Image | Sequence[Image]) -> list[list[tuple[str, float]]]:
+        """Name the likeliest classes of each image or text, at most five, with their probabilities, best first.
+
+        Raises `ConfigError` for a model that is no classifier.
+        """
+        return predictions.classify(self._predictor(), inputs)
+
+    def _predictor(self) -> Predictor:
+        return Predictor(self.module, self, None, self.origin.folder)
 
     def extra_repr(self) -> str:
         return f"{self.summary}; run by {self.choice}"
@@ -169,6 +199,9 @@ class RunModel(LoadedModel):
         if mode:
             self._refuse("trained")
         return self
+
+    def _predictor(self) -> Predictor:
+        return Predictor(self.module, self, tuple(self.sample_inputs[0].shape), self.origin.folder)
 
     def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
         """Refuse another device or dtype."""

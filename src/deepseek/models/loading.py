@@ -100,11 +100,11 @@ def load_model(
     draw = partial(opened.draw_inputs, settings)
     if isinstance(opened.model, Program):
         program = opened.model
-        return RunModel(program, Origin(opened.summary, draw, program.explain(), program.runtime), None)
+        return RunModel(program, Origin(opened.summary, draw, program.explain(), program.runtime, opened.folder), None)
     module = _as_precision(opened.model, settings.precision, source)
     if packed:
         module = _as_packed(module, source)
-    return LoadedModule(module, Origin(opened.summary, draw, _PLAIN, "torch"))
+    return LoadedModule(module, Origin(opened.summary, draw, _PLAIN, "torch", opened.folder))
 
 
 _PLAIN = "as it was loaded, by torch; give a backend, for example auto, to have what is fastest here"

@@ -106,6 +106,8 @@ class Opened:
     """Sample inputs for a config."""
     name: str
     """What people call it."""
+    folder: Path | None = None
+    """Where its tokenizer and other files are."""
 
 
 def open_source(source: str | Path, config: LoadConfig, *, verify: bool = True) -> Opened:
@@ -148,7 +150,9 @@ def _open_name(name: str, config: LoadConfig) -> Opened:
             f"{name} has random weights, so its answers mean nothing; give weights=FOLDER_OR_FILE for trained ones"
         )
     summary = f"{name}, {'a text model' if is_text else 'from the zoo'}, with {origin}"
-    return Opened(summary, model, partial(draw_for, model), name)
+    weights = Path(config.weights) if config.weights is not None else None
+    folder = weights if weights is None or weights.is_dir() else weights.parent
+    return Opened(summary, model, partial(draw_for, model), name, folder)
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
@@ -248,7 +252,7 @@ def _open_artifact(folder: Path, config: LoadConfig, verify: bool) -> Opened:
             tensors = import_tensors(tensors, FAMILIES[model_type])
         model = assemble(manifest.architecture, manifest.architecture_config, tensors, source=folder)
     summary = f"{folder}, an artifact of architecture {manifest.architecture}, stored in {manifest.precision}"
-    return Opened(summary, model.eval(), partial(draw_for, model), str(folder))
+    return Opened(summary, model.eval(), partial(draw_for, model), str(folder), folder)
 
 
 def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source: Path) -> nn.Module:
@@ -277,12 +281,14 @@ def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
         read_tensor_file(file)  # refuses what is damaged or a pickle in disguise before another library opens it
     model = read_transformers(folder, values, None)
     kind = type(model.model).__name__
-    return Opened(f"{folder}, a {kind} through transformers", model, partial(draw_for, model), str(folder))
+    return Opened(f"{folder}, a {kind} through transformers", model, partial(draw_for, model), str(folder), folder)
 
 
 def _open_decoder(folder: Path, settings: DecoderConfig, tensors: Tensors) -> Opened:
     model = assemble(DECODER, settings.to_dict(), tensors, source=folder).eval()
-    return Opened(f"{folder}, a Hugging Face folder as our decoder", model, partial(draw_for, model), str(folder))
+    return Opened(
+        f"{folder}, a Hugging Face folder as our decoder", model, partial(draw_for, model), str(folder), folder
+    )
 
 
 def find_weight_files(folder: Path) -> list[Path]:

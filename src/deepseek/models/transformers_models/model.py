@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.artifact.format import CONFIG_NAME
+from deepseek.compiler.runtimes.backends.interface import quiet as hold_back
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.extras import require
@@ -73,6 +74,41 @@ class TransformersModel(nn.Module):
         return tuple(self._draw(name, batch_size, sequence_length, generator) for name in self.input_names)
 
     @property
+    def is_text(self) -> bool:
+        """Whether it takes tokens."""
+        return self.input_names[0] == "input_ids"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it answers something else than the hidden states of its tokens."""
+        return self.model.base_model is not self.model
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that its table of positions has room for; `None` where there is no such table.
+
+        RoBERTa and its relatives begin to count behind the number of their padding.
+        """
+        for name, table in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+                return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        longest: int | None = getattr(self._settings, "max_position_embeddings", None)
+        return longest
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills short rows up; what it is does not matter where a mask hides it."""
+        return int(getattr(self._settings, "pad_token_id", None) or 0)
+
+    def encode(self, *inputs: Tensor) -> Tensor:
+        """Hidden states (B, T, D) of the tokens, without the head and without a decoder behind the encoder."""
+        given = dict(zip(self.input_names, inputs, strict=False))
+        is_pair = getattr(self._settings, "is_encoder_decoder", False)
+        model: Any = self.model
+        hidden: Tensor = (model.get_encoder() if is_pair else model.base_model)(**given).last_hidden_state
+        return hidden
+
+    @property
     def _settings(self) -> Any:
         return self.model.config
 
@@ -119,13 +155,13 @@ def read_transformers(folder: Path, values: Mapping[str, Any], dtype: torch.dtyp
 
 def list_settings(model_type: str) -> list[str]:
     """The names of the settings that a config of this model type has."""
-    transformers = require("transformers", extra="models")
+    transformers = _require_transformers()
     return sorted(transformers.AutoConfig.for_model(model_type).to_dict())
 
 
 def _find_class(values: Mapping[str, Any]) -> tuple[Any, Any]:
     """The class of `transformers` that a `config.json` names, and its config."""
-    transformers = require("transformers", extra="models")
+    transformers = _require_transformers()
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
     model_type = str(values.get("model_type"))
     if values.get("auto_map") and model_type not in known:
@@ -135,7 +171,8 @@ def _find_class(values: Mapping[str, Any]) -> tuple[Any, Any]:
     if model_type not in known:
         raise ConfigError(explain_unknown("Hugging Face model type", model_type, known))
     names = values.get("architectures") or []
-    kind = getattr(transformers, str(names[0]), None) if names else None
+    with quiet():
+        kind = getattr(transformers, str(names[0]), None) if names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ConfigError(
             f"{CONFIG_NAME} has architectures={names!r}, which names no model class of transformers "
@@ -156,15 +193,22 @@ def _check_report(report: Any, folder: Path) -> None:
         warn_caller(f"{folder} holds weights that its model has no place for: {', '.join(unused[:3])}")
 
 
+def _require_transformers() -> Any:
+    """The library, imported without what others that it looks for have to say of themselves."""
+    with hold_back():
+        return require("transformers", extra="models")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """`transformers` shows no progress bars and logs errors only inside; what was set before is set again after."""
-    logging = require("transformers", extra="models").utils.logging
+    logging = _require_transformers().utils.logging
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with hold_back():
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if had_bars:

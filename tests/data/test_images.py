@@ -1,0 +1,85 @@
+"""Images from files: every mode that people have, damaged ones refused, and boxes that are where they should be."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deepseek.core.errors import DataError, DeepSeekError
+from deepseek.data import images
+from deepseek.data.images import read_image, save_with_boxes
+
+
+def write(tmp_path, image, name="image.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_an_image_is_its_bytes_over_255_channels_first(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = read_image(write(tmp_path, Image.fromarray(pixels)))
+    assert image.dtype is torch.float32 and image.is_contiguous()
+    np.testing.assert_array_equal((image * 255).round().permute(1, 2, 0).numpy(), pixels)
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("L", 51, (0.2, 0.2, 0.2)),
+        ("RGBA", (255, 0, 0, 255), (1, 0, 0)),
+        ("RGBA", (255, 0, 0, 0), (1, 1, 1)),
+        ("LA", (0, 0), (1, 1, 1)),
+        ("1", 1, (1, 1, 1)),
+        ("I;16", 65535, (1, 1, 1)),
+        ("I;16", 0, (0, 0, 0)),
+    ],
+)
+def test_every_mode_becomes_red_green_blue(tmp_path, mode, color, expected):
+    image = read_image(write(tmp_path, Image.new(mode, (3, 2), color)))
+    assert image.shape == (3, 2, 3)
+    torch.testing.assert_close(image[:, 0, 0], torch.tensor(expected, dtype=torch.float32))
+
+
+def test_an_image_is_turned_the_way_its_camera_says(tmp_path):
+    turned = Image.new("RGB", (6, 2), "black")
+    turned.paste("white", (0, 0, 3, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right
+    image = read_image(write(tmp_path, turned, "photo.png", exif=exif))
+    assert image.shape == (3, 6, 2)
+    assert image[:, 0].min() == 1 and image[:, -1].max() == 0  # what was left is now above
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_a_file_that_is_no_image_is_refused(tmp_path, content):
+    (tmp_path / "odd.png").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        read_image(tmp_path / "odd.png")
+
+
+def test_half_a_file_is_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = write(tmp_path, Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        read_image(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DeepSeekError, match=r"nothing\.png"):
+        read_image(tmp_path / "nothing.png")
+
+
+def test_an_image_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    with pytest.raises(DataError, match="is 10 x 10 and 99 pixels are the limit"):
+        read_image(write(tmp_path, Image.new("1", (10, 10))))
+
+
+def test_a_box_is_drawn_on_its_edges_and_nowhere_else(tmp_path):
+    boxes = torch.tensor([[20.0, 30.0, 60.0, 80.0]])
+    save_with_boxes(torch.zeros(3, 100, 100), boxes, [""], tmp_path / "out.png", kinds=[3])
+    drawn = read_image(tmp_path / "out.png").sum(0) > 0
+    assert drawn[79:81, 25:55].any() and drawn[35:75, 60].all() and drawn[35:75, 20].all()
+    assert not drawn[:28].any() and not drawn[82:].any() and not drawn[:, :18].any() and not drawn[:, 62:].any()
+    assert not drawn[50:75, 25:55].any()
