@@ -189,13 +189,8 @@ KNOWN_UNREACHED = {
     "deepseek.compiler.passes.placement",
     "deepseek.compiler.passes.placement.assignment",
     "deepseek.compiler.passes.placement.devices",
-    "deepseek.compiler.runtimes.backends.dynamo",
     "deepseek.compiler.runtimes.cuda_graphs",
     "deepseek.distributed.collectives.executing",
-    "deepseek.models.key_tables",
-    "deepseek.models.mobilenet_v3.keymap",
-    "deepseek.models.resnet.keymap",
-    "deepseek.models.vit.keymap",
     "deepseek.models.yolov7.reparameterization",
     "deepseek.planning.models.from_module",
 }

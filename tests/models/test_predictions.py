@@ -13,7 +13,7 @@ from torch import nn
 
 from deepseek.core.errors import ConfigError, CorruptArtifactError
 from deepseek.models.loading import load_model
-from deepseek.models.predictions import Predictor, classify, detect, prepare_images
+from deepseek.models.predictions import Predictor, classify, detect, embed, prepare_images
 from deepseek.models.yolov7.model import YOLOv7, YOLOv7Config
 from tests.models import minilm
 
@@ -271,7 +271,8 @@ def test_a_model_that_is_asked_for_what_it_cannot_do_says_what_can(encoder):
         warnings.simplefilter("ignore")
         decoder = load_model("gpt2", {"overrides": {"num_layers": 1, "hidden_size": 24, "ffn_size": 48}})
     with pytest.raises(ConfigError, match="deepseek generate continues texts"):
-        decoder.embed("a text")
+        embed(predictor_of(decoder.module), "a text", normalize=True)
+    assert decoder.embed is decoder.module.embed  # a layer, as it was before there was a method of this name
     with pytest.raises(ConfigError, match=r"an image is \(1, 8, 8\)"):
         classify(predictor_of(Mean()), torch.zeros(1, 8, 8))
 

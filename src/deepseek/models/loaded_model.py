@@ -15,10 +15,11 @@ and what would change weights is refused. `module` is `None` for a file that onl
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -43,6 +44,27 @@ class Origin:
     """The backend that runs it, in a few words."""
     folder: Path | None = None
     """The folder with its tokenizer and other files, if it came from one."""
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class _YieldingMethod:
+    """A method that gives way to a layer of its name, which the same model always had: our decoder's `embed` is one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, model: nn.Module | None, kind: type | None = None) -> Any:
+        if model is None:
+            return self.function
+        layer = model._modules.get(self.function.__name__)
+        return types.MethodType(self.function, model) if layer is None else layer
+
+
+def yields_to_layer(method: Method) -> Method:
+    """Let `method` give way to a layer of its name."""
+    return cast("Method", _YieldingMethod(method))
 
 
 class LoadedModel(nn.Module):
@@ -84,6 +106,7 @@ class LoadedModel(nn.Module):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.sample_inputs)
         return f"{self.summary}\nsample inputs: {shapes}\n{self.reason}"
 
+    @yields_to_layer
     def detect(
         self, images: Image | Sequence[Image], *, min_score: float = 0.25, max_overlap: float = 0.45
     ) -> list[Objects]:
@@ -94,6 +117,7 @@ class LoadedModel(nn.Module):
         """
         return predictions.detect(self._predictor(), images, min_score=min_score, max_overlap=max_overlap)
 
+    @yields_to_layer
     def embed(self, texts: str | Sequence[str], *, normalize: bool = True) -> Tensor:
         """One vector for each text, (N, D), of length one with `normalize`; two are compared by their dot product.
 
@@ -102,6 +126,7 @@ class LoadedModel(nn.Module):
         """
         return predictions.embed(self._predictor(), texts, normalize=normalize)
 
+    @yields_to_layer
     def classify(self, inputs: Image | Sequence[Image]) -> list[list[tuple[str, float]]]:
         """Name the likeliest classes of each image or text, at most five, with their probabilities, best first.
 

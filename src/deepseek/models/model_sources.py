@@ -34,9 +34,15 @@ from deepseek.models.architectures import DECODER, TRANSFORMERS, list_architectu
 from deepseek.models.decoder.keymap import FAMILIES, find_family, import_config, import_tensors, tie_as_stored
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loaded_model import plain_module
+from deepseek.models.mobilenet_v3 import keymap as mobilenet_v3_keymap
+from deepseek.models.mobilenet_v3.model import MobileNetV3
 from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow, run_tensorflow
+from deepseek.models.resnet import keymap as resnet_keymap
+from deepseek.models.resnet.model import ResNet
 from deepseek.models.transformers_models.model import TransformersModel, read_transformers
-from deepseek.models.weight_loading import PRECISIONS, build_without_values, fill_, is_int8
+from deepseek.models.vit import keymap as vit_keymap
+from deepseek.models.vit.model import ViT
+from deepseek.models.weight_loading import PRECISIONS, build_without_values, fill_, is_int8, strip_wrappers
 from deepseek.nn.quantized import replace_with_int8_
 from deepseek.onnx.files import ONNX_SUFFIX, read_onnx
 from deepseek.onnx.importing import import_onnx
@@ -158,20 +164,42 @@ def _open_name(name: str, config: LoadConfig) -> Opened:
 def load_weights_(model: nn.Module, path: Path) -> None:
     """Replace the parameters of `model`, in place, by those of a safetensors file or model folder.
 
-    Names may be our own or, for text models, those of Hugging Face; vision models have torchvision's. Raises
+    Names may be our own, for text models those of Hugging Face, and for vision models torchvision's, those of Hugging
+    Face (ResNet, ViT) and of timm (MobileNetV3); what wrappers of torch put before them is taken off. Raises
     `ArtifactError` where one is missing, left over or of another shape.
     """
     tensors = _read_weights(path)
+    if isinstance(model, TransformersModel):
+        tensors = _fit_names(model, strip_wrappers(tensors, set(model.model.state_dict()), source=path))
+    else:
+        known = set(model.state_dict())
+        tensors = strip_wrappers(tensors, known, source=path)
+        if not set(tensors) <= known:
+            tensors = _import_names(model, tensors)
     if isinstance(model, Decoder):
-        family = find_family(model.config)
-        if family is not None and not set(tensors) <= set(model.state_dict()):
-            tensors = import_tensors(tensors, family)
         model.config = tie_as_stored(model.config, tensors)
         if model.config.tie_embeddings:
             model.head.weight = model.embed.weight
-    if isinstance(model, TransformersModel):
-        tensors = _fit_names(model, tensors)
     fill_(model, tensors, None, source=path)
+
+
+def _import_names(model: nn.Module, tensors: Tensors) -> Tensors:
+    """Tensors of another library under our names."""
+    config: Any = getattr(model, "config", None)
+    if isinstance(model, Decoder):
+        family = find_family(model.config)
+        return tensors if family is None else import_tensors(tensors, family)
+    for kind, import_names in _IMPORTERS.items():
+        if isinstance(model, kind):
+            return import_names(tensors, config)
+    return tensors
+
+
+_IMPORTERS: dict[type[nn.Module], Callable[[Tensors, Any], Tensors]] = {
+    ResNet: resnet_keymap.import_tensors,
+    ViT: vit_keymap.import_weights,
+    MobileNetV3: mobilenet_v3_keymap.import_tensors,
+}
 
 
 def _read_weights(path: Path) -> Tensors:
@@ -275,7 +303,8 @@ def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
         except ConfigError as error:
             warn_caller(f"{folder}: {error}; it is loaded through transformers instead")
         else:
-            return _open_decoder(folder, settings, import_tensors(read_tensors(find_weight_files(folder)), family))
+            tensors = strip_wrappers(read_tensors(find_weight_files(folder)), (), source=folder)
+            return _open_decoder(folder, settings, import_tensors(tensors, family))
     files = find_weight_files(folder)
     for file in files:
         read_tensor_file(file)  # refuses what is damaged or a pickle in disguise before another library opens it

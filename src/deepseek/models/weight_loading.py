@@ -8,7 +8,7 @@ goes into a file.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.names import explain_unknown
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DATA_PARALLEL = "module"
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+NUM_NAMED = 3
+"""Names of tensors that an error lists of each kind."""
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "int8"}
 
 
@@ -49,8 +53,59 @@ def fill_(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | 
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise ArtifactError(f"the weights in {source} do not fit its config ({problems}); mend the config") from error
+        raise ArtifactError(f"the weights in {source} do not fit the model: {_explain_misfit(model, state)}") from error
+
+
+def _explain_misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What is wrong with names and shapes, a few of each, and what to do about it."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} is {list(tensor.shape)} instead of {list(expected[name].shape)}"
+        for name, tensor in state.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    kinds = ((missing, "missing"), (unknown, "left over"), (shapes, ""))
+    problems = "; ".join(f"{_some(names)} {what}".rstrip() for names, what in kinds if names)
+    return f"{problems}; give the weights of this very model, or mend its config"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return f"{', '.join(names[:NUM_NAMED])}{more}"
+
+
+def strip_wrappers(tensors: Mapping[str, Tensor], known: Collection[str], *, source: Path) -> dict[str, Tensor]:
+    """Tensors without what wrappers of torch put into their names, where that makes them names that are `known`.
+
+    `DistributedDataParallel` and `AveragedModel` write `module.`, `torch.compile` `_orig_mod.`, FSDP and checkpointing
+    names of their own, anywhere in a name and inside each other. Raises `ArtifactError` where two become one.
+
+    >>> list(strip_wrappers({"module.fc._orig_mod.bias": torch.ones(1)}, {"fc.bias"}, source=Path("file")))
+    ['fc.bias']
+    """
+    stripped: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        chosen = name if name in known else _strip(name, known)
+        if chosen in stripped:
+            raise ArtifactError(
+                f"{source} holds {chosen!r} twice, with and without the name of a wrapper; save only one of them"
+            )
+        if chosen not in known and name.partition(".")[0] == "n_averaged":
+            continue  # how many models an AveragedModel is the mean of
+        stripped[chosen] = tensor
+    return stripped
+
+
+def _strip(name: str, known: Collection[str]) -> str:
+    """`name` without wrappers; `module` may be a layer of a model, and counts where it leads or hides a known name."""
+    parts = name.split(".")
+    plain = ".".join(part for part in parts if part not in (*WRAPPERS, DATA_PARALLEL))
+    if plain in known or parts[0] in (*WRAPPERS, DATA_PARALLEL):
+        return plain
+    return ".".join(part for part in parts if part not in WRAPPERS)
 
 
 def stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:

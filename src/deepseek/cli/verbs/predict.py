@@ -28,7 +28,7 @@ def predict(
 ) -> None:
     """Say what MODEL finds in each INPUT: the classes of an image or a text, the boxes of a detector, a text's vector.
 
-    Texts are given in quotes; without any INPUT each line of standard input is one. `deepseek generate` continues texts.
+    Texts are given in quotes; without INPUT each line of standard input is one. `deepseek generate` continues texts.
 
     Example: deepseek predict yolov7 street.jpg --weights yolov7.safetensors --out boxes
 
@@ -132,6 +132,6 @@ def _print(values: dict[str, Any]) -> None:
 
 
 def _show_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from deepseek.cli.screen.events import show_table
+    from deepseek.cli.screen.tables import show_table
 
     show_table(title, header, rows)

@@ -23,6 +23,7 @@ from deepseek.compiler.jit.tracing.probe_removal import erase_probes_
 from deepseek.compiler.jit.tracing.random_numbers import seed_branches_
 from deepseek.compiler.passes.memory.recomputation import eager_with_budget, inductor_with_budget
 from deepseek.compiler.passes.optimizing import OptimizationReport, optimize
+from deepseek.compiler.runtimes.backends.dynamo import COMPILERS, find_compiler
 from deepseek.core.errors import ConfigError
 
 
@@ -47,6 +48,8 @@ def compile_graph(
     """The backend of `jit`."""
     prepare_(graph_module)
     is_fixed = all(isinstance(each, Tensor) for each in example_inputs) and not _has_symbols(example_inputs)
+    if settings.backend in COMPILERS:  # runtimes of their own, which fuse for themselves and read no kernels of oneDNN
+        return run_backend(graph_module, example_inputs, settings)
     if torch.is_grad_enabled() or not settings.optimize or not is_fixed or not has_tensor_parameters(graph_module):
         return run_backend(graph_module, example_inputs, settings)
     return Optimizing(graph_module, settings, reports)
@@ -58,7 +61,7 @@ def _has_symbols(inputs: Sequence[Any]) -> bool:
 
 def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Any) -> Callable[..., Any]:
     """The graph compiled by the backend that the user named."""
-    compiler: Any = settings.backend
+    compiler: Any = find_compiler(settings.backend)
     if settings.memory_budget is not None and torch.is_grad_enabled():
         compiler = choose_budgeted(settings)
     elif compiler == "inductor":

@@ -92,6 +92,13 @@ def import_tensors(tensors: Mapping[str, Tensor], config: ViTConfig) -> dict[str
     return joined
 
 
+def import_weights(tensors: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """Tensors of Hugging Face, or of an old file of torchvision, under torchvision's names of today."""
+    if any(_OLD_MLP.search(name) for name in tensors):
+        return modernize(tensors)
+    return import_tensors(tensors, config)
+
+
 def modernize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of an old file of torchvision under the names of today.
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import deepseek
 from deepseek.compiler.runtimes.backends import BACKENDS, BackendError, calibration_memory, dynamo
 from deepseek.compiler.runtimes.backends import inductor as inductor_backend
 from deepseek.compiler.runtimes.backends import onnxruntime as onnxruntime_backend
@@ -436,12 +437,13 @@ def test_torch_compile_runs_on_our_backends(name, pictures):
         assert torch.allclose(fast(pictures.samples * 2), pictures.model(pictures.samples * 2), atol=1e-5)
 
 
-def test_torch_compile_knows_our_backends_by_name(pictures):
-    assert dynamo.register() == dynamo.register()
-    torch._dynamo.reset()
-    fast = torch.compile(pictures.model, backend="deepseek_openvino", dynamic=False)
+@pytest.mark.parametrize("name", [each for each in ("onnxruntime", "openvino") if each in HERE])
+def test_jit_knows_our_backends_by_name(name, pictures):
+    fast = deepseek.jit(pictures.model, backend=name, dynamic=False)
     with torch.no_grad():
-        assert torch.allclose(fast(pictures.samples), pictures.model(pictures.samples), atol=1e-5)
+        for samples in (pictures.samples, pictures.samples * 2):
+            assert torch.allclose(fast(samples), pictures.model(samples), atol=1e-5)
+    assert dynamo.find_compiler("inductor") == "inductor"
 
 
 def test_gradients_are_refused_where_there_are_none(pictures):

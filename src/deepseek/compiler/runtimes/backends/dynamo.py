@@ -1,12 +1,12 @@
-"""Backends for `torch.compile` itself: ONNX Runtime, OpenVINO and TVM, where torch's own are gone or broken.
+"""Backends for `torch.compile` and `ds.jit`: ONNX Runtime, OpenVINO and TVM, where torch's own are gone or broken.
 
-    fast = torch.compile(model.eval(), backend=deepseek.compiler.runtimes.backends.dynamo.onnxruntime, dynamic=False)
+    fast = ds.jit(model.eval(), backend="openvino")
+    fast = torch.compile(model.eval(), backend=deepseek.compiler.runtimes.backends.dynamo.openvino, dynamic=False)
     with torch.no_grad():
         fast(x)
 
-`register()` makes them known by name as well: `torch.compile(model, backend="deepseek_onnxruntime")`. Weights become
-constants of the compiled program, as with freezing, so these are for inference: gradients are refused, and a weight
-that changes later is not seen.
+Weights become constants of the compiled program, as with freezing, so these are for inference: gradients are refused,
+and a weight that changes later is not seen.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from deepseek.compiler.runtimes.backends import BACKENDS
 from deepseek.compiler.runtimes.backends.interface import BackendError, Compiled
 from deepseek.core.errors import ConfigError
-
-PREFIX = "deepseek_"
-NAMES = ("onnxruntime", "openvino", "tvm")
 
 
 class Specialized(nn.Module):
@@ -55,18 +52,16 @@ def tvm(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
     return _compile("tvm", graph, inputs)
 
 
-def register() -> list[str]:
-    """Make the backends known to `torch.compile` by name, and return the names; doing it twice changes nothing.
+COMPILERS: dict[str, Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]] = {
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "tvm": tvm,
+}
 
-    >>> register()
-    ['deepseek_onnxruntime', 'deepseek_openvino', 'deepseek_tvm']
-    """
-    from torch._dynamo.backends.registry import _COMPILER_FNS, register_backend
 
-    for function in (onnxruntime, openvino, tvm):
-        if PREFIX + function.__name__ not in _COMPILER_FNS:
-            register_backend(function, name=PREFIX + function.__name__)
-    return [PREFIX + name for name in NAMES]
+def find_compiler(backend: str | Callable[..., Any]) -> str | Callable[..., Any]:
+    """Return what `torch.compile` takes as a backend: the function of a name in `COMPILERS`, anything else as it is."""
+    return COMPILERS.get(backend, backend) if isinstance(backend, str) else backend
 
 
 def _compile(name: str, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
