@@ -33,7 +33,8 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from deepseek.compiler.dynamic_shapes.execution import DynamicGraph, find_backend
+from deepseek.compiler.dynamic_shapes.capture import find_backend
+from deepseek.compiler.dynamic_shapes.execution import DynamicGraph
 from deepseek.compiler.dynamic_shapes.options import DynamicOptions, Explanation
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown

@@ -1,9 +1,9 @@
 """A function or module as `dynamic_graph` runs it: call by call, in pieces, checked against the plain function.
 
-`DynamicGraph` takes a call apart into named leaves, finds out what their dims mean (`padding.py`), asks where pieces
-should end (`length_planning.py`), runs each through compiled regions (`regions.py`) and puts the answers together. The
-first batches of every way are compared with the plain function before an answer is given; where numbers differ, batches
-stay as they are from then on, with a warning that says why.
+`DynamicGraph` takes a call apart and finds out what its dims mean (`call_arguments.py`), asks where pieces should end
+(`length_policy.py`), runs each through compiled regions (`regions.py`) and puts the answers together. The first batches
+of every way are compared with the plain function (`reference_runs.py`) before an answer is given; where numbers differ,
+batches stay as they are from then on, with a warning that says why.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import inspect
 import statistics
 import threading
 import time
 import types
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,63 +26,39 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deepseek.compiler.dynamic_shapes.buckets import SYMBOLIC, Way, group_rows
-from deepseek.compiler.dynamic_shapes.codegen import compile_graph, start_probing
+from deepseek.compiler.dynamic_shapes.call_arguments import Call, CallReader
+from deepseek.compiler.dynamic_shapes.capture import compiling, describe_code, find_backend
+from deepseek.compiler.dynamic_shapes.codegen import start_probing
 from deepseek.compiler.dynamic_shapes.compiled_cache import CompiledStore, digest_of
 from deepseek.compiler.dynamic_shapes.length_policy import Compiled, LengthPlanner, Piece
 from deepseek.compiler.dynamic_shapes.options import DynamicOptions, Explanation
 from deepseek.compiler.dynamic_shapes.padding import (
-    InputRole,
     PaddingRefusedError,
+    Shapes,
     compare,
     cut_length,
-    find_input_roles,
     find_roles,
-    find_varying,
     join_rows,
-    name_leaves,
     read_lengths,
     shapes_of,
     take_rows,
 )
+from deepseek.compiler.dynamic_shapes.reference_runs import ReferenceRuns
 from deepseek.compiler.dynamic_shapes.regions import (
-    Backend,
     DynamicGraphWarning,
     Ledger,
     Region,
     Situation,
     find_repeated,
     share,
-    structure_of,
 )
-from deepseek.core.errors import ConfigError
-from deepseek.core.names import explain_unknown
 
-Shapes = tuple[tuple[int, ...] | None, ...]
 _Outputs = tuple[list[Any], Any]  # leaves, and the tree they came from
 
 # What a compilation is taken to cost in a process that has found all of its code on disk.
 _COMPILE_S = 10.0
-# Shapes of calls that are kept to tell lengths from other dims, and calls that may be unclear about it.
-_MAX_HISTORY = 16
-_MAX_UNCLEAR = 8
 # Of numbers that were computed in 16 bits on the way, relative to the largest.
 _AUTOCAST_TOLERANCE = 5e-2
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call, taken apart into named leaves."""
-
-    bound: inspect.BoundArguments
-    names: list[str]
-    leaves: list[Any]
-    spec: Any
-    shapes: tuple[tuple[int, ...] | None, ...]
-
-    def rebuild(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments like those of the call, with other leaves."""
-        bound = inspect.BoundArguments(self.bound.signature, dict(pytree.tree_unflatten(leaves, self.spec)))
-        return bound.args, bound.kwargs
 
 
 @dataclass(frozen=True)
@@ -116,7 +90,8 @@ class DynamicGraph:
         self._name = type(self._owner).__name__ if self._owner is not None else self._function.__qualname__
         if self._owner is None:
             functools.update_wrapper(self, self._function)
-        self._signature = inspect.signature(self._function)
+        self._reader = CallReader(self._function, options, self._name)
+        self._reference = ReferenceRuns(self._plain, self._owner)
         self._lock = threading.RLock()
         self._situation = Situation()
         self._ledger = Ledger(options.max_compilations)
@@ -126,14 +101,9 @@ class DynamicGraph:
         self._store: CompiledStore | None = None
         self._num_loaded, self._num_kept = 0, 0
         self._known: set[Any] = set()
-        self._history: list[Shapes] = []
-        self._varying: list[tuple[int, ...]] = []
         self._planner = LengthPlanner(options.strategy, boundaries=options.boundaries, cost=options.cost)
         self._refusal: str | None = None
-        self._roles: list[tuple[int, ...]] | None = None
-        self._has_seen_lengths, self._has_probed, self._has_warned = False, False, False
-        self._checks: Counter[Way] = Counter()
-        self._num_unclear = 0
+        self._has_warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self._situation.is_busy:
@@ -141,7 +111,7 @@ class DynamicGraph:
         with self._lock:
             self._prepare()
             self._keep_compiled()
-        call = self._take_apart(args, kwargs)
+        call = self._reader.read(args, kwargs)
         self._planner.counts.calls += 1
         try:
             return self._run(call)
@@ -194,7 +164,7 @@ class DynamicGraph:
             self._blocks += (f"{kind.__name__}, {len(group)} times",)
         self._whole = self._function if groups else self._make_region(self._function, self._name)
         if self._options.cache:
-            self._store = CompiledStore(digest_of(self._name, *_describe(self._function, self._owner)))
+            self._store = CompiledStore(digest_of(self._name, *describe_code(self._function, self._owner)))
             self._num_loaded = self._store.load()
             atexit.register(_keep_at_exit, weakref.ref(self))
 
@@ -222,18 +192,7 @@ class DynamicGraph:
 
     # Running
 
-    def _take_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        bound = self._signature.bind(*args, **kwargs)
-        names, leaves, spec = name_leaves(bound.arguments)
-        shapes = shapes_of(leaves)
-        if self._history and len(shapes) != len(self._history[0]):
-            self._history.clear()
-        if shapes not in self._history and len(self._history) < _MAX_HISTORY:
-            self._history.append(shapes)
-            self._varying = find_varying(self._history)
-        return _Call(bound, names, leaves, spec, shapes)
-
-    def _run(self, call: _Call) -> Any:
+    def _run(self, call: Call) -> Any:
         if self._options.may_pad and self._refusal is None:
             try:
                 answer = self._run_rows(call) if self._options.mask is not None else self._run_padded(call)
@@ -242,22 +201,24 @@ class DynamicGraph:
                 self._refuse(error)
         return self._run_whole(call)
 
-    def _run_whole(self, call: _Call) -> Any:
-        """The call as it came: the first one eagerly, to see its shapes; later ones compiled, with symbols."""
-        if self._planner.counts.calls == 1:
+    def _run_whole(self, call: Call) -> Any:
+        """Run the call as it came: the first of its kind eagerly, to see its shapes; others compiled, with symbols."""
+        if call.kind.num_calls == 1:
             return self._plain(call.bound.args, call.bound.kwargs, is_learning=True)
-        return self._compiled(call.bound.args, call.bound.kwargs, call.shapes, SYMBOLIC)
+        return self._compiled(call, call.leaves, SYMBOLIC)
 
-    def _run_rows(self, call: _Call) -> _Outputs | None:
+    def _run_rows(self, call: Call) -> _Outputs | None:
         """The rows in groups of similar length, each as long as its longest row; `None` while shapes are unclear."""
-        mask = self._find_mask(call)
-        roles = self._find_input_roles(call)
+        mask = self._reader.find_mask(call)
+        roles = self._reader.find_input_roles(call)
         if mask is None or roles is None:
             return None
-        self._refuse_statistics()
-        values, lengths = self._pad_values(call), read_lengths(mask)
+        self._reference.refuse_statistics()
+        values, lengths = self._reader.pad_values(call), read_lengths(mask)
         self._planner.count(lengths, mask.numel())
-        self._probe(call, roles, values, mask)
+        if not call.kind.has_probed:
+            self._reference.probe(call, roles, values, mask)
+            call.kind.has_probed = True
         self._planner.plan(self._look)
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         rows = torch.tensor(order, device=mask.device)
@@ -269,52 +230,52 @@ class DynamicGraph:
             parts.append(_Part(stop - start, length, longest, way, leaves))
         outputs, specs = zip(*(self._run_part(call, part) for part in parts), strict=True)
         self._check(call, parts, outputs, _Batch(mask.shape[1], rows, mask))
-        assert self._roles is not None
-        return join_rows(outputs, rows, self._roles, mask.shape[1]), specs[0]
+        assert call.kind.roles is not None
+        return join_rows(outputs, rows, call.kind.roles, mask.shape[1]), specs[0]
 
-    def _run_padded(self, call: _Call) -> _Outputs | None:
+    def _run_padded(self, call: Call) -> _Outputs | None:
         """The whole batch at the boundary above its length; `None` while no length has varied."""
-        roles = self._find_length_roles(call)
+        roles = self._reader.find_length_roles(call)
         sizes = {leaf.shape[dim] for leaf, role in zip(call.leaves, roles, strict=True) for dim in role.length_dims}
         if not sizes:
             return None
         if len(sizes) > 1:
             raise PaddingRefusedError(f"its length dims are {sorted(sizes)} long; name those of one length with dims=")
-        self._refuse_statistics()
+        self._reference.refuse_statistics()
         (length,) = sizes
         self._planner.count([length], length)
         self._planner.plan(self._look)
         if not any(region.has_varied for region in self._regions):
             self._plain(call.bound.args, call.bound.kwargs, is_learning=True)
         target, way = self._planner.find_way(length)
-        leaves = take_rows(call.leaves, roles, None, target, self._pad_values(call))
+        leaves = take_rows(call.leaves, roles, None, target, self._reader.pad_values(call))
         part = _Part(1, target, length, way, leaves)
         outputs, spec = self._run_part(call, part)
         self._check(call, [part], [outputs], _Batch(length, None, None))
-        assert self._roles is not None
-        return cut_length(outputs, self._roles, length), spec
+        assert call.kind.roles is not None
+        return cut_length(outputs, call.kind.roles, length), spec
 
-    def _run_part(self, call: _Call, part: _Part) -> _Outputs:
+    def _run_part(self, call: Call, part: _Part) -> _Outputs:
         """One piece; while times are wanted, how long it took is noted."""
-        args, kwargs = call.rebuild(part.leaves)
         self._planner.counts.run += part.rows * part.length
         is_timed = self._planner.wants_times
         num_compiled = len(self._ledger.compilations)
         began_s = _now_s(part.leaves) if is_timed else 0.0
-        answer = self._compiled(args, kwargs, shapes_of(part.leaves), part.way)
+        answer = self._compiled(call, part.leaves, part.way)
         if is_timed and len(self._ledger.compilations) == num_compiled:
             self._planner.note(part, _now_s(part.leaves) - began_s, self._look)
         return pytree.tree_flatten(answer)
 
-    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes, way: Way) -> Any:
+    def _compiled(self, call: Call, leaves: list[Any], way: Way) -> Any:
         """The function with its regions compiled; a call of a new kind may compile, and marks what varies."""
         assert self._whole is not None
         self._planner.counts.pieces += 1
-        kind = (way, self._mode(), _kind_of(shapes, self._varying))
+        args, kwargs = call.rebuild(leaves)
+        kind = (call.key, way, self._mode(), _kind_of(shapes_of(leaves), call.kind.history.varying))
         if kind in self._known:
             with self._situation.set(way, is_learning=False), self._bounded():
                 return self._whole(*args, **kwargs)
-        with self._lock, self._situation.set(way, is_learning=True), self._bounded(), _compiling(self._options):
+        with self._lock, self._situation.set(way, is_learning=True), self._bounded(), compiling(self._options):
             answer = self._whole(*args, **kwargs)
         self._known.add(kind)
         return answer
@@ -338,87 +299,19 @@ class DynamicGraph:
         autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), is_training, *autocast
 
-    # What arguments mean
-
-    def _find_mask(self, call: _Call) -> Tensor | None:
-        name = self._options.mask
-        mask = call.leaves[call.names.index(name)] if name in call.names else None
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
-            seen = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ConfigError(f"the mask {name!r} of {self._name} is {seen}; expected (rows, length) of zeros and ones")
-        return mask
-
-    def _find_input_roles(self, call: _Call) -> list[InputRole] | None:
-        """What the dims of all arguments mean; `None` while shapes do not tell, which is refused in the end."""
-        if self._options.mask not in call.names:
-            return None
-        mask = call.names.index(self._options.mask)
-        try:
-            return find_input_roles(call.shapes, mask, self._history, self._given_dims(call))
-        except PaddingRefusedError:
-            self._num_unclear += 1
-            if self._num_unclear >= _MAX_UNCLEAR:
-                raise
-            return None
-
-    def _find_length_roles(self, call: _Call) -> list[InputRole]:
-        """The dims that are lengths where no mask says how long rows are: those given, or all that varied but rows."""
-        given = self._given_dims(call)
-        if given:
-            return [InputRole(False, given.get(index, ())) for index in range(len(call.leaves))]
-        varying = self._varying
-        ranks = [len(shape or ()) for shape in call.shapes]
-        return [
-            InputRole(False, tuple(dim for dim in dims if dim > 0 or rank == 1))
-            for dims, rank in zip(varying, ranks, strict=True)
-        ]
-
-    def _given_dims(self, call: _Call) -> dict[int, tuple[int, ...]]:
-        given = {}
-        for name, dims in (self._options.dims or {}).items():
-            for index, leaf in enumerate(call.names):
-                shape = call.shapes[index]
-                if (leaf == name or leaf.startswith(f"{name}[")) and shape is not None:
-                    given[index] = tuple(
-                        _checked_dim(dim, len(shape), name) for dim in ([dims] if isinstance(dims, int) else dims)
-                    )
-        return given
-
-    def _pad_values(self, call: _Call) -> list[float]:
-        value = self._options.pad_value
-        if isinstance(value, Mapping):
-            return [value.get(name, value.get(name.partition("[")[0], 0.0)) for name in call.names]
-        return [value or 0.0] * len(call.leaves)
-
-    def _probe(self, call: _Call, roles: list[InputRole], values: list[float], mask: Tensor) -> None:
-        """Run the batch and half of it, in rows and in length, to see which dims follow inside the model."""
-        if self._has_probed:
-            return
-        num_rows, length = mask.shape
-        half = torch.arange(num_rows // 2) if num_rows > 1 else torch.zeros(2, dtype=torch.long)
-        part = take_rows(call.leaves, roles, half.to(mask.device), length // 2 if length > 1 else 2, values)
-        with self._without_traces():
-            self._plain(call.bound.args, call.bound.kwargs, is_learning=True)
-            try:
-                self._plain(*call.rebuild(part), is_learning=True)
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                raise PaddingRefusedError(f"it does not run on half of a batch ({_first_line(error)})") from error
-        self._has_probed = True
-
     # Whether it is right
 
-    def _check(self, call: _Call, parts: Sequence[_Part], outputs: Sequence[list[Any]], batch: _Batch) -> None:
+    def _check(self, call: Call, parts: Sequence[_Part], outputs: Sequence[list[Any]], batch: _Batch) -> None:
         """Compare what parts gave with the plain function, for the first batches of every way; learn output dims."""
         is_cut = any(part.length != batch.length for part in parts)
-        is_new = any(self._checks[part.way] < self._options.num_checks for part in parts)
-        if self._roles is not None and not is_new and (self._has_seen_lengths or not is_cut):
+        kind = call.kind
+        is_new = any(kind.checks[part.way] < self._options.num_checks for part in parts)
+        if kind.roles is not None and not is_new and (kind.has_seen_lengths or not is_cut):
             return
-        reference, is_random = self._run_reference(call)
+        reference, is_random = self._reference.run(call)
         if is_random:
-            reference, outputs = self._run_in_evaluation(call, parts)
-        found = [self._roles] if self._roles is not None else []
+            reference, outputs = self._reference.run_in_evaluation(call, [part.leaves for part in parts])
+        found = [kind.roles] if kind.roles is not None else []
         for part, out in zip(parts, outputs, strict=True):
             rows = None if batch.rows is None else (len(batch.rows), part.rows)
             found.append(find_roles(reference, out, length=batch.length, piece_length=part.length, rows=rows))
@@ -430,54 +323,8 @@ class DynamicGraph:
         )
         tolerance = self._options.tolerance or (_AUTOCAST_TOLERANCE if any(self._mode()[3:]) else None)
         compare(whole, reference, mask=batch.mask, roles=roles, tolerance=tolerance)
-        self._roles, self._has_seen_lengths = roles, self._has_seen_lengths or is_cut
-        self._checks.update({part.way for part in parts})
-
-    def _run_reference(self, call: _Call) -> tuple[list[Any], bool]:
-        """The outputs of the plain function, and whether it drew random numbers for them."""
-        with self._without_traces():
-            before = torch.get_rng_state()
-            reference = pytree.tree_leaves(self._plain(call.bound.args, call.bound.kwargs))
-            return reference, not torch.equal(before, torch.get_rng_state())
-
-    def _run_in_evaluation(self, call: _Call, parts: Sequence[_Part]) -> tuple[list[Any], list[list[Any]]]:
-        """The outputs of the batch and of its parts from the plain function with dropout switched off."""
-        if self._owner is None:
-            raise PaddingRefusedError("it draws random numbers, so that there is nothing to compare its numbers with")
-        modes = {module: module.training for module in self._owner.modules()}
-        self._owner.eval()
-        try:
-            reference, is_random = self._run_reference(call)
-            if is_random:
-                raise PaddingRefusedError("it draws random numbers even in evaluation mode, so nothing can be compared")
-            with self._without_traces():
-                return reference, [pytree.tree_leaves(self._plain(*call.rebuild(part.leaves))) for part in parts]
-        finally:
-            for module, is_training in modes.items():
-                module.training = is_training
-
-    @contextlib.contextmanager
-    def _without_traces(self) -> Iterator[None]:
-        """Run something extra: no gradients, and random numbers and buffers afterwards as before.
-
-        A forward pass that changes buffers changes them once for each piece, so it is refused.
-        """
-        buffers = [] if self._owner is None else list(self._owner.buffers())
-        kept = [each.clone() for each in buffers]
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-            changed = [each for each, before in zip(buffers, kept, strict=True) if not torch.equal(each, before)]
-            for buffer, before in zip(buffers, kept, strict=True):
-                buffer.copy_(before)
-        if changed:
-            raise PaddingRefusedError("it changes its buffers in each call, and would do so for each piece")
-
-    def _refuse_statistics(self) -> None:
-        """Layers that average over the batch see what was added to it."""
-        modules = () if self._owner is None else self._owner.modules()
-        if any(isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training for each in modules):
-            raise PaddingRefusedError("in training, its batch normalization would average over padding")
+        kind.roles, kind.has_seen_lengths = roles, kind.has_seen_lengths or is_cut
+        kind.checks.update({part.way for part in parts})
 
     def _refuse(self, error: PaddingRefusedError) -> None:
         self._refusal = str(error)
@@ -519,57 +366,6 @@ def _kind_of(shapes: Shapes, varying: Sequence[tuple[int, ...]]) -> Any:
         shape and tuple(min(size, 2) if dim in dims else size for dim, size in enumerate(shape))
         for shape, dims in zip(shapes, varying, strict=True)
     )
-
-
-def _checked_dim(dim: int, rank: int, name: str) -> int:
-    if not -rank <= dim < rank:
-        raise ConfigError(f"dims names dim {dim} of {name!r}, which has {rank} dims")
-    return dim % rank
-
-
-def find_backend(backend: str | Backend) -> Backend:
-    if callable(backend):
-        return backend
-    if backend == "inductor":
-        return compile_graph
-    if backend not in torch.compiler.list_backends(exclude_tags=()):
-        raise ConfigError(explain_unknown("backend", backend, torch.compiler.list_backends(exclude_tags=())))
-    found: Backend = torch._dynamo.backends.registry.lookup_backend(backend)
-    return found
-
-
-@contextlib.contextmanager
-def _compiling(options: DynamicOptions) -> Iterator[None]:
-    """Sizes that happen to be equal are not taken for one, and torch's own bound does not come before ours."""
-    patch_shapes: Any = torch.fx.experimental._config.patch  # type: ignore[attr-defined]
-    limit = max(torch._dynamo.config.recompile_limit, 8 * (options.max_compilations + 1))
-    with (
-        patch_shapes(use_duck_shape=False),
-        torch._dynamo.config.patch(recompile_limit=limit),
-        warnings.catch_warnings(),
-    ):
-        # torch looks at this attribute of every input, and hides its own warning unless warnings are errors.
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        yield
-
-
-def _describe(function: Callable[..., Any], owner: nn.Module | None) -> tuple[str, ...]:
-    """What decides the compiled code: the source of a function, the structure and the classes of a module."""
-    if owner is None:
-        return (_code_text(function.__code__),)
-    kinds = {type(module): None for module in owner.modules()}
-    codes = [f"{kind.__qualname__} {_code_text(kind.forward.__code__)}" for kind in kinds if _has_code(kind)]
-    return str(structure_of(owner)), *codes
-
-
-def _has_code(kind: type) -> bool:
-    return hasattr(getattr(kind, "forward", None), "__code__")
-
-
-def _code_text(code: types.CodeType) -> str:
-    """Bytecode, names and constants, also of functions inside; no addresses and no line numbers."""
-    constants = [_code_text(each) if isinstance(each, types.CodeType) else repr(each) for each in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _now_s(leaves: Sequence[Any]) -> float:

@@ -41,6 +41,9 @@ class InputRole:
 
 
 NO_ROLE = InputRole(False, ())
+Shapes = tuple[tuple[int, ...] | None, ...]
+# Shapes that are kept to find out which dims vary.
+_MAX_HISTORY = 16
 
 
 def name_leaves(arguments: Mapping[str, Any]) -> tuple[list[str], list[Any], pytree.TreeSpec]:
@@ -57,6 +60,20 @@ def name_leaves(arguments: Mapping[str, Any]) -> tuple[list[str], list[Any], pyt
 def shapes_of(leaves: Sequence[Any]) -> tuple[tuple[int, ...] | None, ...]:
     """The shape of every tensor among `leaves`, `None` for what is no tensor."""
     return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves)
+
+
+class ShapeHistory:
+    """Shapes of calls of one kind, and the dims of each leaf that varied among them."""
+
+    def __init__(self) -> None:
+        self.shapes: list[Shapes] = []
+        self.varying: list[tuple[int, ...]] = []
+
+    def note(self, shapes: Shapes) -> None:
+        """Take note of a call's shapes."""
+        if shapes not in self.shapes and len(self.shapes) < _MAX_HISTORY:
+            self.shapes.append(shapes)
+            self.varying = find_varying(self.shapes)
 
 
 def find_varying(history: Sequence[tuple[tuple[int, ...] | None, ...]]) -> list[tuple[int, ...]]:

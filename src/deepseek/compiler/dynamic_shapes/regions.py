@@ -30,11 +30,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deepseek.compiler.dynamic_shapes.buckets import Way
-from deepseek.compiler.dynamic_shapes.padding import find_varying, shapes_of
+from deepseek.compiler.dynamic_shapes.padding import ShapeHistory, Shapes, shapes_of
 
 Backend = Callable[..., Callable[..., Any]]
-# Shapes of this many calls are kept to find out which dims vary.
-_MAX_HISTORY = 16
 # What stands for no upper bound where a lower one is given.
 _LONGEST = 2**40
 
@@ -125,8 +123,7 @@ class Region:
     ) -> None:
         self.function, self.target, self.backend = function, target, backend
         self.ledger, self.situation, self.bounds = ledger, situation, bounds
-        self.history: list[tuple[tuple[int, ...] | None, ...]] = []
-        self.varying: list[tuple[int, ...]] = []
+        self._histories: dict[Any, ShapeHistory] = {}
         self._is_strict = True
         self._compiled: dict[Way, Callable[..., Any]] = {}
 
@@ -143,15 +140,11 @@ class Region:
     def learn(self, args: Any, kwargs: Any) -> None:
         """Take note of the shapes of a call."""
         shapes = shapes_of(_leaves(args, kwargs))
-        if self.history and len(shapes) != len(self.history[0]):
-            self.history.clear()
-        if shapes not in self.history and len(self.history) < _MAX_HISTORY:
-            self.history.append(shapes)
-            self.varying = find_varying(self.history)
+        self._histories.setdefault(_kind_of_call(shapes, kwargs), ShapeHistory()).note(shapes)
 
     @property
     def has_varied(self) -> bool:
-        return any(self.varying)
+        return any(dim for history in self._histories.values() for dim in history.varying)
 
     def _run_marked(self, way: Way, args: Any, kwargs: Any) -> Any:
         """A call whose varying dims are marked, should it compile; marks that the function contradicts are softened."""
@@ -175,9 +168,10 @@ class Region:
 
     def _mark(self, way: Way, args: Any, kwargs: Any) -> None:
         leaves = _leaves(args, kwargs)
-        if len(leaves) != len(self.varying):
+        history = self._histories.get(_kind_of_call(shapes_of(leaves), kwargs))
+        if history is None:
             return
-        for leaf, dims in zip(leaves, self.varying, strict=True):
+        for leaf, dims in zip(leaves, history.varying, strict=True):
             for dim in dims:
                 if leaf.shape[dim] > 1 and leaf.shape[dim] != way:
                     self._mark_dim(leaf, dim)
@@ -264,6 +258,11 @@ def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
     if kwargs or any(isinstance(each, list | tuple | dict) for each in args):
         return pytree.tree_leaves((args, kwargs))
     return args
+
+
+def _kind_of_call(shapes: Shapes, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells apart calls that share no history: which arguments are named, which leaves are tensors."""
+    return tuple(kwargs), tuple(None if shape is None else len(shape) for shape in shapes)
 
 
 def _is_container(module: nn.Module) -> bool:
