@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,7 +146,28 @@ def test_a_closed_pipe_ends_a_listing_without_a_traceback() -> None:
         env=environment(),
     )
     os.close(writer)
-    assert_one_sentence(Result(done.returncode, "", done.stderr), 1, "whoever read the output has left")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_help_and_version_are_words_too(call: Call) -> None:
+    assert deepseek("help") == deepseek("--help")
+    assert deepseek("help", "info") == deepseek("info", "--help")
+    assert deepseek("version") == deepseek("--version")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "decoder_tiny", "more"], ["'more'", "--name value", "--help"]),
+        (["train", "decoder_tiny", "--set", "data.sources=my", "notes"], ["'notes'", "text with spaces is quoted"]),
+        (["train", "decoder_tiny", "--set", "data.sources=[a, b"], ["data.sources", "--set 'data.sources=[a, b]'"]),
+        (["train", "decoder_tiny", "--set", "num_layers=2"], ["'num_layers'", "did you mean 'model.num_layers'"]),
+        (["train", "decoder_tiny", "--set", "steps=2"], ["'steps'", "did you mean 'num_steps'"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_mistake_is_answered_with_what_was_probably_meant(call: Call, arguments: list[str], words: list[str]) -> None:
+    assert_one_sentence(call(*arguments), 2, *words)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)

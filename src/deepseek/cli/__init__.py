@@ -16,7 +16,8 @@
     deepseek doctor                     ->  settings that pay on this machine
 
 Listing the verbs imports none of them, and none imports torch before it has read its arguments. Exit status: 0 done,
-1 failed, 2 wrong usage, 130 stopped with Ctrl-C (143 with SIGTERM). An error is one line on standard error.
+1 failed, 2 wrong usage, 130 stopped with Ctrl-C (143 with SIGTERM, 129 with SIGHUP), 141 the reader of a pipe left. An
+error is one line on standard error.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 import deepseek
 from deepseek.core.errors import ConfigError, DeepSeekError
@@ -90,11 +91,25 @@ def build_app(asked: str | None = None) -> App:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     bound_spins()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _as_options(list(sys.argv[1:] if arguments is None else arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character shows "?"
     warnings.formatwarning = lambda message, *_, **__: f"deepseek: warning: {_one_line(str(message))}\n"
     sys.exit(run(build_app(asked=words[0] if words else None), words))
+
+
+def _as_options(words: list[str]) -> list[str]:
+    """`help`, `help VERB` and `version` as the options that they are in other programs' words.
+
+    >>> _as_options(["help", "train"]), _as_options(["version"]), _as_options(["train", "help"])
+    (['train', '--help'], ['--version'], ['train', 'help'])
+    """
+    match words:
+        case ["help", *rest]:
+            return [*rest, "--help"]
+        case ["version"]:
+            return ["--version"]
+    return words
 
 
 def serve_main() -> None:
@@ -121,8 +136,9 @@ def run(app: App, arguments: list[str]) -> int:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except (CycloptsError, DeepSeekError, OSError, KeyboardInterrupt) as error:
-        if isinstance(error, BrokenPipeError):
+        if isinstance(error, BrokenPipeError):  # as in `deepseek ... | head`: a filter says nothing about that
             _abandon_output()
+            return 128 + signal.SIGPIPE
         print(f"deepseek: {_one_line(_explain(error))}", file=sys.stderr)
         return _status_of(error)
     return status if isinstance(status, int) else DONE
@@ -135,12 +151,15 @@ def _status_of(error: BaseException) -> int:
 
 
 def _explain(error: BaseException) -> str:
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return (
+            f"{' '.join(error.unused_tokens)!r} is not expected here; options are written --name value, text with "
+            "spaces is quoted, and --help lists what there is"
+        )
     if isinstance(error, CycloptsError | DeepSeekError | Stopped):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
-    if isinstance(error, BrokenPipeError):
-        return "whoever read the output has left; give it a reader that stays, or a file"
     # What no room explains better: a file that this user may not read, for example.
     assert isinstance(error, OSError)
     where = f"{error.filename}: " if error.filename else ""

@@ -102,21 +102,27 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise ConfigError(f"{assignment!r} is not an override; write KEY=VALUE, for example model.num_layers=4")
-        changes[key] = _parse_value(text)
+        changes[key] = _parse_value(key, text)
     return changes
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(key: str, text: str) -> Any:
     try:
         return float(text) if _SCIENTIFIC.fullmatch(text) else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{text!r} cannot be read as a value; quote it if it is meant as text") from error
+        raise ConfigError(
+            f"{text!r} cannot be read as the value of {key}; text with signs of YAML needs quotes inside the shell's, "
+            f"""for example --set '{key}="..."', and a list --set '{key}=[a, b]'"""
+        ) from error
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any, *, whole_key: str) -> None:
     for depth, name in enumerate(path):
         if name not in values:
             known = [".".join([*path[:depth], each]) for each in values]
+            below = [full for full in _list_settings(values, path[:depth]) if full.rpartition(".")[2] == name]
+            if below:
+                raise ConfigError(f"unknown setting {'.'.join(path[: depth + 1])!r}; did you mean {below[0]!r}?")
             raise ConfigError(explain_unknown("setting", ".".join(path[: depth + 1]), known))
         if depth == len(path) - 1:
             values[name] = value
@@ -129,13 +135,23 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, *, whole_key: s
             )
 
 
+def _list_settings(values: Mapping[str, Any], above: Sequence[str]) -> Iterator[str]:
+    """The dotted names of all settings in `values`, which lie below `above`."""
+    for name, value in values.items():
+        yield ".".join([*above, name])
+        if isinstance(value, dict):
+            yield from _list_settings(value, [*above, name])
+
+
 @contextmanager
 def _explained(config: type[BaseModel]) -> Iterator[None]:
     """Turn what pydantic has to say about `config` into a `ConfigError`."""
     try:
         yield
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(config, dict(problem)) for problem in error.errors())) from None
+        # A value that fits no alternative of a setting has a problem with each, and they may read alike.
+        sentences = dict.fromkeys(_explain(config, dict(problem)) for problem in error.errors())
+        raise ConfigError("; ".join(sentences)) from None
 
 
 def _explain(config: type[BaseModel], problem: dict[str, Any]) -> str:

@@ -6,7 +6,11 @@ Used by the registry, by configs and by the command line, so that every "unknown
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Share of letters in common from which one spelling may be another, mistyped.
+_LEAST_LIKENESS = 0.65
 
 
 def explain_unknown(noun: str, name: str, known: Iterable[str]) -> str:
@@ -16,6 +20,26 @@ def explain_unknown(noun: str, name: str, known: Iterable[str]) -> str:
     "unknown precision 'bf61'; did you mean 'bf16'? (known: bf16, fp32)"
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    nearest = find_nearest(name, names)
+    hint = f"; did you mean {nearest!r}?" if nearest else ""
     return f"unknown {noun} {name!r}{hint} (known: {', '.join(names) or 'none'})"
+
+
+def find_nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant: one with all words of `name`, else one that is spelled like it.
+
+    >>> find_nearest("steps", ["seed", "num_steps"]), find_nearest("model.layers", ["model.num_layers", "model.norm"])
+    ('num_steps', 'model.num_layers')
+    >>> find_nearest("sead", ["seed", "num_steps"]), find_nearest("gpus", ["seed", "num_steps"])
+    ('seed', None)
+    """
+    names = sorted(known)
+    words = _words(name)
+    with_all = [other for other in names if words and words <= _words(other)]
+    if with_all:
+        return min(with_all, key=len)
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=_LEAST_LIKENESS)), None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z]+|\d+", name.lower()))

@@ -33,7 +33,7 @@ from deepseek.train.config import TrainConfig
 from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, open_device, train_in_locked_folder
 
 INT8_FOLDER, EVENTS_FILE, REPORT_FILE = "model-int8", "events.jsonl", "report.json"
-PROMPTS = ("def ", "import ", "class ")
+PROMPTS = ("def get", "class Test", "def read(self")
 # The likeliest token each time leads so small a model in circles; these are drawn, and the same for the same weights.
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "seed": 1}
 _MAX_TOKENS = 48

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from deepseek.core.errors import PermanentError
 
-_START_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 180.0  # importing torch takes a minute on a machine that is busy enough
 _ANSWER_TIMEOUT_S = 60.0  # for each piece of an answer
 _STOP_TIMEOUT_S = 30.0
 GREEDY: Mapping[str, float] = {"temperature": 0}
@@ -131,9 +131,12 @@ def _wait_for_url(process: subprocess.Popen[str], timeout_s: float) -> str:
                 return str(event["url"])
     finally:
         timer.cancel()
+    if process.wait() in (-signal.SIGINT, 128 + signal.SIGINT):
+        # Ctrl-C in a terminal reaches a process that has just been made before it is in a group of its own.
+        raise KeyboardInterrupt
     raise PermanentError(
-        f"the server ended with status {process.wait()} before it was ready, or was not ready after {timeout_s:g} s; "
-        "see its messages above"
+        f"the server ended with status {process.returncode} before it was ready, or was not ready after "
+        f"{timeout_s:g} s; see its messages above"
     )
 
 

@@ -17,7 +17,7 @@ from deepseek.cli import Stopped
 from deepseek.cli.screen.events import _Bars, follow, print_event
 from deepseek.core.errors import StorageError
 from deepseek.core.events import Event
-from deepseek.train.events import RunStarted, StepDone
+from deepseek.train.events import Evaluated, RunStarted, StepDone
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Source:
             raise
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_stream_at_its_next_event(
     number: signal.Signals, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -130,7 +130,49 @@ def test_a_log_gets_a_step_now_and_then(capsys: pytest.CaptureFixture[str]) -> N
 
     follow(events(), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["model: 7000 parameters, bf16, steps 0 to 650", "step 1: loss 2.500, 1000 tokens/s"]
+    assert lines == [
+        "model: 7000 parameters, bf16, steps 0 to 650",
+        "step 1 of 650: loss 2.500, 1000 tokens/s",
+        "step 399 of 650: loss 2.500, 1000 tokens/s",  # the last one, however soon it came
+    ]
+
+
+def test_the_last_step_stands_before_what_followed_it_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def events() -> Generator[Event, None, None]:
+        yield run_started(0)
+        yield from map(step, (1, 2, 3))
+        yield Counted(0)  # nothing that anybody waits for
+        yield step(4)
+        yield Evaluated(4, 3.25, 100)
+
+    follow(events(), as_json=False)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "step 1 of 650: loss 2.500, 1000 tokens/s",
+        "step 4 of 650: loss 2.500, 1000 tokens/s",
+        "held-out loss after step 4: 3.2500 nats per token over 100 tokens",
+    ]
+
+
+def test_the_last_step_before_a_signal_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def events() -> Generator[Event, None, None]:
+        yield run_started(0)
+        yield step(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        yield step(2)
+
+    with pytest.raises(Stopped):
+        follow(events(), as_json=False)
+    assert capsys.readouterr().out.splitlines()[-1] == "step 2 of 650: loss 2.500, 1000 tokens/s"
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As `nohup` leaves it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert follow(Source({1: signal.SIGHUP}).events(3), as_json=True) == Counted(2)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_bar_of_a_resumed_run_begins_where_it_was() -> None:

@@ -187,7 +187,7 @@ def test_what_is_no_terminal_gets_plain_lines(copy: Path, tiny_moe: dict[str, An
     assert "\x1b" not in result.out
     assert "\r" not in result.out
     assert max(map(len, result.out.splitlines())) < 200
-    for words in ("held-out loss", "served 'def '", "bigram, discounted", "wall time, from step 20 on", "loss.png"):
+    for words in ("held-out loss", "served 'def get'", "bigram, discounted", "wall time, from step 20 on", "loss.png"):
         assert words in result.out
 
 
@@ -245,7 +245,7 @@ def test_a_reader_that_leaves_ends_the_run_and_the_same_command_finishes(
             process.stdout.readline()
         process.stdout.close()
         err = process.stderr.read()
-    assert_one_sentence(Result(process.returncode, "", err), 1, "whoever read the output has left")
+    assert (process.returncode, err) == (128 + signal.SIGPIPE, "")
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".old"))]
     if options:
         assert deepseek(*command).status == 0

@@ -2,8 +2,8 @@
 
 What is not a terminal gets lines alone: a log would keep every state of a bar, or none.
 
-`follow` is the one reader of event streams. The first Ctrl-C, or SIGTERM, asks the stream to end at its next event,
-which is where its state is whole and can be saved; a second one stops at once.
+`follow` is the one reader of event streams. The first Ctrl-C, SIGTERM or SIGHUP (a terminal that is closed) asks the
+stream to end at its next event, which is where its state is whole and can be saved; a second one stops at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,12 +26,14 @@ from deepseek.core.events import Event, record
 from deepseek.core.units import format_bytes, format_count
 
 _STEP_LINE_EVERY_S = 10.0
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def follow(events: Generator[Event, None, None], *, file: Path | None = None, as_json: bool) -> Event | None:
     """Show all of `events`, appending them to `file`, and return the last one.
 
-    Raises `Stopped` after Ctrl-C or SIGTERM. However it ends, `events` is closed, which is when a run saves itself.
+    Raises `Stopped` after Ctrl-C, SIGTERM or SIGHUP. However it ends, `events` is closed, which is when a run saves
+    itself.
     """
     last = None
     with Interrupt() as interrupt, _display(as_json) as show, closing(events):
@@ -44,22 +46,29 @@ def follow(events: Generator[Event, None, None], *, file: Path | None = None, as
 
 
 def print_event(event: Event, *, as_json: bool) -> None:
-    """One event as a line, at once."""
-    text = json.dumps(event.to_dict()) if as_json else _describe(event.to_dict())
+    """Print one event as a line, at once."""
+    _write_line(json.dumps(event.to_dict()) if as_json else _describe(event.to_dict()))
+
+
+def _write_line(text: str) -> None:
     if text:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
 
 class Interrupt:
-    """Remembers the first Ctrl-C or SIGTERM while the block runs, and lets the second one through."""
+    """Remembers the first Ctrl-C, SIGTERM or SIGHUP while the block runs, and lets the second one through.
+
+    A signal that is ignored stays so: `nohup` ignores SIGHUP.
+    """
 
     def __init__(self) -> None:
         self.number: signal.Signals | None = None
         """The signal that came; `None` while none has."""
 
     def __enter__(self) -> Self:
-        self._previous = {each: signal.signal(each, self._handle) for each in (signal.SIGINT, signal.SIGTERM)}
+        handled = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,7 +79,8 @@ class Interrupt:
         if self.number is not None:
             raise Stopped(self.number)
         self.number = signal.Signals(number)
-        sys.stderr.write("deepseek: stopping at the next safe point; Ctrl-C again stops at once\n")
+        with suppress(OSError):  # the terminal may be what is gone
+            sys.stderr.write("deepseek: stopping at the next safe point; Ctrl-C again stops at once\n")
 
 
 @contextmanager
@@ -80,7 +90,13 @@ def _display(as_json: bool) -> Iterator[Callable[[Event], None]]:
         yield lambda event: print_event(event, as_json=True)
         return
     if not Console().is_terminal:
-        yield _Lines().show
+        lines = _Lines()
+        try:
+            yield lines.show
+        except Stopped:
+            lines.show_last_step()
+            raise
+        lines.show_last_step()
         return
     columns = (
         SpinnerColumn(),
@@ -95,17 +111,31 @@ def _display(as_json: bool) -> Iterator[Callable[[Event], None]]:
 
 
 class _Lines:
-    """A line for everything that happened, and now and then one for a step."""
+    """A line for everything that happened, now and then one for a step, and always one for the last step."""
 
     def __init__(self) -> None:
         self._step_shown_s = -math.inf
+        self._num_steps = 0
+        self._unshown: Event | None = None
 
     def show(self, event: Event) -> None:
         if event.kind == "step_done":
-            if time.monotonic() - self._step_shown_s < _STEP_LINE_EVERY_S:
-                return
-            self._step_shown_s = time.monotonic()
+            self._unshown = event
+            if time.monotonic() - self._step_shown_s >= _STEP_LINE_EVERY_S:
+                self.show_last_step()
+            return
+        values = event.to_dict()
+        if values["kind"] == "run_started":
+            self._num_steps = values["num_steps"]
+        if _describe(values):  # whatever is said next comes after the step that it followed
+            self.show_last_step()
         print_event(event, as_json=False)
+
+    def show_last_step(self) -> None:
+        """Print the step that came last, unless it is on the screen."""
+        if self._unshown is not None:
+            _write_line(_describe(self._unshown.to_dict() | {"num_steps": self._num_steps}))
+            self._unshown, self._step_shown_s = None, time.monotonic()
 
 
 class _Bars:
@@ -129,7 +159,8 @@ class _Bars:
             self._num_steps = values["num_steps"]
             self._advance("training", values["first_step"], self._num_steps, "")
         elif values["kind"] == "step_done":
-            note = f"loss {values['loss']:.3f}  {values['tokens_per_s']:.0f} tokens/s"
+            count = f"{values['step']}/{self._num_steps}"
+            note = f"{count}  loss {values['loss']:.3f}  {values['tokens_per_s']:.0f} tokens/s"
             self._advance("training", values["step"], self._num_steps, note)
         elif values["kind"] == "phase_started":
             self._advance(values["phase"], 0, None, "")
@@ -161,7 +192,7 @@ _LINES = {
     "cache_ready": "text: {num_documents} documents, {num_tokens} tokens in {folder}",
     "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
     "activations_checkpointed": "activations: {policy}, {num_blocks} blocks computed again in the backward pass",
-    "step_done": "step {step}: loss {loss:.3f}, {tokens_per_s:.0f} tokens/s",
+    "step_done": "step {step} of {num_steps}: loss {loss:.3f}, {tokens_per_s:.0f} tokens/s",
     "evaluated": "held-out loss after step {step}: {heldout_loss:.4f} nats per token over {num_tokens} tokens",
     "model_saved": "model: {path} ({num_bytes})",
     "baselines_measured": (
@@ -181,4 +212,4 @@ def _describe(values: dict[str, Any]) -> str:
     if values.get("num_undecodable"):
         line += _UNDECODABLE
     shown = {key: format_bytes(value) if key == "num_bytes" else value for key, value in values.items()}
-    return line.format(**shown)
+    return line.format(**({"num_steps": "?"} | shown))
