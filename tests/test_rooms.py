@@ -190,7 +190,6 @@ KNOWN_UNREACHED = {
     "deepseek.compiler.passes.placement.assignment",
     "deepseek.compiler.passes.placement.devices",
     "deepseek.compiler.runtimes.cuda_graphs",
-    "deepseek.distributed.collectives.executing",
     "deepseek.models.yolov7.reparameterization",
     "deepseek.planning.models.from_module",
 }
@@ -226,7 +225,6 @@ KNOWN_CLASS_NAMES = {
     "_Recorder",
 }
 KNOWN_UNTESTED = {
-    "bench/plan_check.py",
     "bench/worker.py",
     "checkpoint/layout.py",
     "cli/screen/plans.py",

@@ -71,7 +71,7 @@ def test_a_device_without_a_peak_is_refused():
 
 
 def test_files_that_are_no_clusters_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="write it with deepseek plan --measure"):
+    with pytest.raises(ConfigError, match="write it with deepseek plan measure"):
         load_cluster(tmp_path / "none.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):

@@ -22,6 +22,7 @@ error is one line on standard error.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import signal
@@ -60,6 +61,8 @@ _EPILOGUE = (
     f"{' '.join(f'{name}={bound}' for name, bound in SPIN_BOUNDS.items())}, "
     "unless these or OMP_WAIT_POLICY are set. `deepseek doctor` measures what that brings here."
 )
+# Verbs with subcommands: `build_app` in the verb's file adds them.
+GROUPS = frozenset({"plan"})
 
 
 class Stopped(KeyboardInterrupt):
@@ -83,7 +86,10 @@ def build_app(asked: str | None = None) -> App:
     for verb, purpose in VERBS.items():
         # One line of help is there without loading the verb; without it, the help is the docstring of its function.
         name = verb.replace("-", "_")
-        app.command(f"deepseek.cli.verbs.{name}:{name}", name=verb, help=None if verb == asked else purpose)
+        if verb == asked and verb in GROUPS:
+            app.command(importlib.import_module(f"deepseek.cli.verbs.{name}").build_app())
+        else:
+            app.command(f"deepseek.cli.verbs.{name}:{name}", name=verb, help=None if verb == asked else purpose)
     app.register_install_completion_command()
     return app
 

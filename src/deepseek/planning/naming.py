@@ -124,11 +124,11 @@ def _read_cluster_file(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} is not there; write it with deepseek plan --measure --out {path}") from error
+        raise ConfigError(f"{path} is not there; write it with deepseek plan measure --out {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); write it with deepseek plan --measure") from error
+        raise ConfigError(f"{path} is not JSON ({error}); write it with deepseek plan measure") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no table of a cluster; write it with deepseek plan --measure")
+        raise ConfigError(f"{path} holds no table of a cluster; write it with deepseek plan measure")
     return values
 
 

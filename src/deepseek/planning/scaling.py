@@ -84,11 +84,16 @@ def build_curve(name: str, *, accelerator: str = "A100-SXM-80GB", nodes: tuple[i
     >>> build_curve("hierarchical-all-reduce", nodes=(1, 2)).header[0]
     'bytes'
     """
-    if name not in CURVES:
-        raise ConfigError(explain_unknown("scaling curve", name, CURVES))
+    check_curve(name)
     if not nodes or min(nodes) < 1:
         raise ConfigError(f"nodes={nodes!r} names no cluster; give numbers of nodes from 1 up")
     return CURVES[name](accelerator, nodes)
+
+
+def check_curve(name: str) -> None:
+    """Refuse a curve that does not exist."""
+    if name not in CURVES:
+        raise ConfigError(explain_unknown("scaling curve", name, CURVES))
 
 
 def count_model_flops(model: ModelShape, sequences: int) -> float:

@@ -1,31 +1,51 @@
-"""Plans on a screen and as pictures: what `deepseek plan` found, as tables, and the pipeline's timeline."""
+"""Plans on a screen: what `deepseek plan` and its subcommands found, as tables or as JSON."""
 
 from __future__ import annotations
 
+import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from deepseek.cli.screen.plots import COLORS
 from deepseek.cli.screen.tables import show_table
-from deepseek.core.errors import ConfigError
-from deepseek.core.storage import write_file
 from deepseek.core.units import format_bytes, format_count, format_seconds
-from deepseek.distributed.plan import Plan
-from deepseek.planning.estimate.columns import describe_case, stack_cases
-from deepseek.planning.estimate.simulation import Timeline, simulate
-from deepseek.planning.estimate.step import list_stage_work
 from deepseek.planning.machines.cluster import Cluster
-from deepseek.planning.machines.software import MODERN, Software
+from deepseek.planning.machines.measured_collectives import MeasuredCollective
 from deepseek.planning.models.model_shape import ModelShape
 from deepseek.planning.scaling import ScalingCurve
+from deepseek.planning.search.estimates import Progress
+from deepseek.planning.search.planner import plan_request
+from deepseek.planning.search.request import Request
 from deepseek.planning.search.results import EstimatedPlan, PlanningResult, describe_plan_shortly
 
 if TYPE_CHECKING:
-    from deepseek.bench.plan_check import Checked
+    from deepseek.bench.plan_trial import Checked
 
 _FRONT_SHOWN = 8
-_ROUNDS_DRAWN = 4  # micro-batches per stage; a longer steady state looks like a shorter one
+
+
+def search(request: Request[ModelShape]) -> PlanningResult:
+    """Answer a request, with a bar on standard error while that takes long."""
+    with _progress() as report:
+        return plan_request(request, report)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Show a bar on standard error while a long search goes on; nothing where nobody looks."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("plans", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one line of JSON."""
+    sys.stdout.write(json.dumps(value) + "\n")
 
 
 def show_result(result: PlanningResult, top: int) -> None:
@@ -108,7 +128,7 @@ def show_curve(curve: ScalingCurve) -> None:
 def show_cluster(cluster: Cluster) -> None:
     """Show what is known of a measured machine."""
     device = cluster.accelerators[0]
-    peaks = [(f"{name} products", f"{format_count(rate)} FLOP/s") for name, rate in device.peak_flops.items()]
+    peaks = [(f"{name} matmuls", f"{format_count(rate)} FLOP/s") for name, rate in device.peak_flops.items()]
     shares = device.constants
     attention = shares.attention_fraction * shares.matmul_fraction * device.get_peak_flops("bf16")
     elementwise = shares.memory_fraction * device.memory_bandwidth_bytes_per_s
@@ -127,6 +147,24 @@ def show_cluster(cluster: Cluster) -> None:
             ("link between processes", f"{format_bytes(device.scale_up.bandwidth_bytes_per_s)}/s"),
         ],
     )
+
+
+def show_collectives(measured: Sequence[MeasuredCollective]) -> None:
+    """Show collectives as they ran between processes, beside what the measured link says of their messages."""
+    rows = [
+        (
+            row.name.replace("_", " "),
+            format_bytes(row.buffer_bytes),
+            format_bytes(row.sent_bytes),
+            f"{1e3 * row.estimated_s:.3g}",
+            f"{1e3 * row.measured_s:.3g}",
+            f"{row.measured_s / row.estimated_s:.1f}",
+        )
+        for row in measured
+    ]
+    title = f"Collectives between {measured[0].world_size} processes of this machine"
+    header = ("collective", "buffer", "a rank sends", "estimated, ms", "measured, ms", "ratio")
+    show_table(title, header, rows)
 
 
 def show_check(result: PlanningResult, checked: Checked) -> None:
@@ -150,77 +188,3 @@ def show_check(result: PlanningResult, checked: Checked) -> None:
             ),
         ],
     )
-
-
-def draw_picture(
-    model: ModelShape, cluster: Cluster, plan: Plan, global_batch: int, path: Path, software: Software = MODERN
-) -> None:
-    """Plot the timeline of a plan's pipeline; a plan without one is a single row."""
-    count = plan.count_micro_batches(global_batch)
-    drawn = min(count, _ROUNDS_DRAWN * plan.pp)
-    works = list_stage_work(stack_cases([describe_case(model, cluster, plan, global_batch, software)]))
-    timeline = simulate(plan.schedule, works, drawn, virtual_stages=plan.virtual_stages)
-    shown = f"the first {drawn} of {count} micro-batches" if drawn < count else f"{count} micro-batches"
-    title = f"{model.name or 'model'}: {describe_plan_shortly(plan)}, {shown}"
-    if path.suffix == ".png":
-        from deepseek.cli.screen.plots import draw_timeline
-
-        draw_timeline(timeline, title, path)
-    elif path.suffix in (".html", ".svg"):
-        svg = draw_svg(timeline, title)
-        page = f"<!doctype html><meta charset='utf-8'><title>{_escape(title)}</title>\n{svg}"
-        write_file(path, (page if path.suffix == ".html" else svg).encode())
-    else:
-        raise ConfigError(f"{path} is no .png, .html or .svg file; choose one of these endings")
-
-
-_WIDTH, _ROW, _GAP, _LEFT, _TOP = 1200, 24, 4, 70, 56
-
-
-def draw_svg(timeline: Timeline, title: str) -> str:
-    """Plot a timeline as SVG: one row per stage, one box per pass, which says what it is when pointed at."""
-    scale = (_WIDTH - _LEFT - 10) / timeline.step_time_s
-    height = _TOP + timeline.num_stages * (_ROW + _GAP) + 30
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="10" y="20" font-size="15">{_escape(title)}</text>',
-        *_draw_legend(timeline),
-    ]
-    for stage in range(timeline.num_stages):
-        y = _TOP + stage * (_ROW + _GAP)
-        parts.append(f'<text x="10" y="{y + 16}">stage {stage}</text>')
-        parts.append(f'<rect x="{_LEFT}" y="{y}" width="{_WIDTH - _LEFT - 10}" height="{_ROW}" fill="#eeeeee"/>')
-    for event in timeline.events:
-        x, width = _LEFT + event.start_s * scale, (event.end_s - event.start_s) * scale
-        y = _TOP + event.stage * (_ROW + _GAP)
-        opacity = 1.0 - 0.5 * (event.work.chunk % 4) / 4
-        label = f"{event.work.kind} of micro-batch {event.work.micro_batch}, chunk {event.work.chunk}: " + (
-            f"{1e3 * event.start_s:.3f} to {1e3 * event.end_s:.3f} ms"
-        )
-        parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_ROW}" fill="{COLORS[event.work.kind]}" '
-            f'fill-opacity="{opacity:.2f}" stroke="white" stroke-width="0.5"><title>{label}</title></rect>'
-        )
-        if width > 16:
-            parts.append(
-                f'<text x="{x + width / 2:.2f}" y="{y + 16}" fill="white" text-anchor="middle">'
-                f"{event.work.micro_batch}</text>"
-            )
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def _draw_legend(timeline: Timeline) -> list[str]:
-    kinds = [kind for kind in COLORS if any(event.work.kind == kind for event in timeline.events)]
-    parts = []
-    for place, kind in enumerate(kinds):
-        x = 10 + 110 * place
-        parts.append(f'<rect x="{x}" y="32" width="12" height="12" fill="{COLORS[kind]}"/>')
-        parts.append(f'<text x="{x + 18}" y="43">{kind}</text>')
-    ends = f"{format_seconds(timeline.step_time_s)}, {timeline.bubble_fraction:.1%} waiting"
-    return [*parts, f'<text x="{10 + 110 * len(kinds)}" y="43">{ends}</text>']
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

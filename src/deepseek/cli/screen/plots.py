@@ -49,8 +49,8 @@ def print_loss(losses: dict[int, float], *, width: int) -> None:
     sys.stdout.write(plot.uncolorize(plot.build()) + "\n")
 
 
-def draw_timeline(timeline: Timeline, title: str, path: Path) -> None:
-    """A PNG with one row per stage of a pipeline and one box per pass, from left to right as time goes."""
+def plot_timeline(timeline: Timeline, title: str, path: Path) -> None:
+    """Write a PNG with one row per stage of a pipeline and one box per pass, from left to right as time goes."""
     require("matplotlib", extra="train")
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

@@ -1,40 +1,47 @@
-"""`deepseek plan`: which parallel plan trains a model fastest on a cluster, what it costs, and why not another one."""
+"""`deepseek plan`: which parallel plan trains a model fastest on a cluster, what it costs, and why not another one.
+
+    deepseek plan MODEL ...          the fastest plan, with time and memory by item
+    deepseek plan check RECIPE       train a plan for some steps here, predicted against measured
+    deepseek plan measure            measure this machine, for later plans
+    deepseek plan runs FILE          predict a table of runs that somebody else measured
+    deepseek plan scaling CURVE...   what the model says about often quoted scaling figures
+
+Each has a file of its own; this one holds the search.
+"""
 
 from __future__ import annotations
 
 import json as json_format
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
+from cyclopts import App
 
+from deepseek.cli.verbs.plan_check import plan_check
+from deepseek.cli.verbs.plan_measure import find_machine, plan_measure
+from deepseek.cli.verbs.plan_runs import plan_runs, predict_into
+from deepseek.cli.verbs.plan_scaling import plan_scaling
 from deepseek.core.errors import ConfigError
 from deepseek.core.units import parse_seconds
 
 if TYPE_CHECKING:
-    from deepseek.planning.machines.cluster import Cluster
     from deepseek.planning.models.model_shape import ModelShape
-    from deepseek.planning.search.estimates import Progress
-    from deepseek.planning.search.request import Limits
-    from deepseek.planning.search.results import PlanningResult
-    from deepseek.train.config import TrainConfig
+    from deepseek.planning.search.request import Space
 
 _PLANS_SHOWN = 10
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is planned: a model, where, with how many sequences a step; `recipe` if the model came from one."""
-
-    model: ModelShape
-    cluster: Cluster
-    global_batch: int
-    precision: str
-    recipe: TrainConfig | None = None
+def build_app() -> App:
+    """Build the verb with its subcommands."""
+    app = App(name="plan")
+    app.default(plan)
+    app.command(plan_check, name="check")
+    app.command(plan_measure, name="measure")
+    app.command(plan_runs, name="runs")
+    app.command(plan_scaling, name="scaling")
+    return app
 
 
 def plan(
@@ -54,11 +61,7 @@ def plan(
     top: int = _PLANS_SHOWN,
     picture: Path | None = None,
     predict: Path | None = None,
-    scaling: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
-    measure: bool = False,
     out: Path | None = None,
-    check: bool = False,
-    steps: int = 12,
     json: bool = False,
 ) -> None:
     """Find the fastest plan for MODEL on a cluster, with memory and time by item and ten runners-up.
@@ -97,186 +100,72 @@ def plan(
     top
         Runners-up to show.
     picture
-        Draw the pipeline's timeline into this .png, .html or .svg file.
+        Plot the pipeline's timeline into this .png, .html or .svg file.
     predict
-        Predict every run of this CSV file instead; --out says where to.
-    scaling
-        Draw a scaling curve instead: weak-scaling, weak-scaling-1750b, data-parallel-only, bert-large,
-        hierarchical-all-reduce.
-    measure
-        Measure this machine instead, and keep the result for later plans.
+        The same as `plan runs FILE`: predict every run of this CSV file instead; --out says where to.
     out
-        File for --predict or --measure.
-    check
-        Train the plan for some steps on this machine and show predicted against measured; MODEL is a recipe.
-    steps
-        Optimizer steps of --check.
+        File for --predict.
     json
         Print JSON.
     """
     if predict is not None:
-        _predict_runs(predict, out)
-    elif scaling:
-        for name in scaling:
-            _print_curve(name, cluster, as_json=json)
-    elif measure:
-        _measure(out, as_json=json)
-    elif model is None:
-        raise ConfigError("give a model (a known shape, a folder or a recipe), or --predict, --scaling or --measure")
-    else:
-        request = _read_request(
-            model, cluster, nodes, gpus_per_node, network_gbit_per_s, global_batch, sequence, precision
-        )
-        limits = _read_limits(headroom, max_step_time, max_energy_j)
-        if check and (request.recipe is None or cluster is not None):
-            raise ConfigError("--check trains a recipe on this machine; give a recipe (quickstart) and no --cluster")
-        compiles = request.recipe is not None and request.recipe.compile != "none"
-        result = _search(request, limits, strategy, is_compiled=compiles and not check)
-        if check:
-            _check(request, result, steps, as_json=json)
-            return
-        _print_result(result, top, as_json=json)
-        if picture is not None:
-            _draw(request, result, picture)
+        if model is not None or picture is not None or json:
+            raise ConfigError("--predict takes --out and nothing else; plan MODEL in a command of its own")
+        predict_into(predict, out)
+        return
+    if out is not None:
+        raise ConfigError("--out belongs to --predict; give --picture FILE for the timeline, or > FILE with --json")
+    if model is None:
+        raise ConfigError("give a model (a known shape, a folder or a recipe), or see deepseek plan --help")
+    from deepseek.cli.screen.plans import print_json, search, show_result
+    from deepseek.planning.naming import find_cluster
+    from deepseek.planning.search.request import Limits, Request, Space, read_precision
+    from deepseek.planning.strategies import read_strategy
 
-
-def _read_limits(headroom: float, max_step_time: str | None, max_energy_j: float | None) -> Limits:
-    from deepseek.planning.search.request import Limits
-
-    return Limits(headroom, None if max_step_time is None else parse_seconds(max_step_time), max_energy_j)
-
-
-def _read_request(
-    name: str,
-    cluster: str | None,
-    nodes: int,
-    gpus_per_node: int,
-    network_gbit_per_s: float | None,
-    global_batch: int | None,
-    sequence: int | None,
-    precision: str | None,
-) -> Asked:
-    from deepseek.planning.naming import find_cluster, find_model, read_config
-    from deepseek.recipes import RECIPES, load_recipe
-
+    limits = Limits(headroom, None if max_step_time is None else parse_seconds(max_step_time), max_energy_j)
+    space = read_strategy(_read_json(strategy)).space if strategy else Space()
     machine = (
-        _find_machine()
+        find_machine()
         if cluster is None
         else find_cluster(cluster, nodes=nodes, gpus_per_node=gpus_per_node, network_gbit_per_s=network_gbit_per_s)
     )
-    if name not in RECIPES:
-        if global_batch is None:
-            raise ConfigError("--global-batch is missing; say how many sequences one step takes")
-        return Asked(find_model(name, sequence=sequence), machine, global_batch, precision or "bf16")
-    recipe = load_recipe(name)
-    shape = read_config(
-        {**recipe.model.to_dict(), "model_type": name}, sequence=sequence or recipe.data.sequence_length
+    shape, usual_batch, space = _read_model(
+        model, space, num_devices=machine.num_devices, is_here=cluster is None, sequence=sequence
     )
-    batch = global_batch or recipe.sequences_per_step
-    return Asked(shape, machine, batch, precision or _choose_precision(recipe, has_machine=cluster is None), recipe)
-
-
-def _choose_precision(recipe: TrainConfig, *, has_machine: bool) -> str:
-    asked = "auto" if recipe.precision == "dynamic" else recipe.precision  # most of its layers end in 16 bits
-    if not has_machine:
-        return "bf16" if asked == "auto" else asked
-    from deepseek.mixed_precision.forward_precision import choose_precision
-    from deepseek.train.loop import open_device
-
-    return choose_precision(asked, open_device(recipe.device))
-
-
-def _find_machine() -> Cluster:
-    """This machine, as it was measured before, or as it is measured now."""
-    from deepseek.planning.machines.measurement import default_file, describe_surroundings
-    from deepseek.planning.naming import load_measured
-
-    path = default_file()
-    if not path.exists():
-        return _measure_to(path)
-    kept = load_measured(path, describe_surroundings())
-    if isinstance(kept, str):
-        print(f"{kept}; measuring again", file=sys.stderr)
-        return _measure_to(path)
-    return kept
-
-
-def _measure_to(path: Path) -> Cluster:
-    from deepseek.cli.screen.tables import working
-    from deepseek.planning.machines.measurement import build_cluster, describe_surroundings, measure_machine
-    from deepseek.planning.naming import save_cluster
-
-    with working("measuring this machine"):
-        cluster = build_cluster(measure_machine())
-    save_cluster(cluster, path, measured_on=describe_surroundings())
-    print(f"measured this machine, kept in {path}", file=sys.stderr)
-    return cluster
-
-
-def _measure(out: Path | None, *, as_json: bool) -> None:
-    from deepseek.cli.screen.plans import show_cluster
-    from deepseek.planning.machines.measurement import default_file
-    from deepseek.planning.naming import cluster_to_dict
-
-    cluster = _measure_to(out or default_file())
-    if as_json:
-        _print_json(cluster_to_dict(cluster))
+    batch = usual_batch if global_batch is None else global_batch
+    if batch is None:
+        raise ConfigError("--global-batch is missing; say how many sequences one step takes")
+    if precision is not None:
+        space = replace(space, precision=read_precision(precision))
+    request = Request(shape, machine, batch, limits, space)
+    result = search(request)
+    if json:
+        print_json(result.to_dict())
     else:
-        show_cluster(cluster)
+        show_result(result, top)
+    if picture is not None:
+        from deepseek.cli.screen.timelines import plot_plan
+
+        plot_plan(request, result, picture)
+        print(f"timeline: {picture}", file=sys.stderr)
 
 
-def _predict_runs(runs: Path, out: Path | None) -> None:
-    from deepseek.planning.published_runs import predict_file
+def _read_model(
+    name: str, space: Space, *, num_devices: int, is_here: bool, sequence: int | None
+) -> tuple[ModelShape, int | None, Space]:
+    """Read what `name` stands for: its shape, the batch that it brings, and what may be chosen for it."""
+    from deepseek.recipes import RECIPES, load_recipe
 
-    if out is None:
-        raise ConfigError("--out is missing; say which CSV file the predictions go to")
-    print(f"{predict_file(runs, out)} runs predicted in {out}")
+    if name not in RECIPES:
+        from deepseek.planning.naming import find_model
 
+        return find_model(name, sequence=sequence), None, space
+    from deepseek.bench.recipe_requests import choose_recipe_precision, narrow_space, read_recipe_shape
 
-def _print_curve(name: str, cluster: str | None, *, as_json: bool) -> None:
-    from deepseek.cli.screen.plans import show_curve
-    from deepseek.planning.naming import find_accelerator
-    from deepseek.planning.scaling import build_curve
-
-    curve = build_curve(name, accelerator=find_accelerator(cluster or "dgx-a100").name)
-    if as_json:
-        _print_json(curve.to_dict())
-    else:
-        show_curve(curve)
-
-
-def _search(request: Asked, limits: Limits, strategy: str | None, *, is_compiled: bool) -> PlanningResult:
-    from deepseek.planning.search.planner import plan as search
-    from deepseek.planning.strategies import read_strategy
-
-    space = read_strategy(_read_json(strategy)).space if strategy else None
-    with _progress() as tell:
-        return search(
-            request.model,
-            request.cluster,
-            global_batch=request.global_batch,
-            limits=limits,
-            space=_narrow(request, space, is_compiled=is_compiled),
-            on_progress=tell,
-        )
-
-
-def _narrow(request: Asked, space: Any, *, is_compiled: bool) -> Any:
-    """The space of a request: its precision, and for a recipe what this trainer does."""
-    from dataclasses import replace
-
-    from deepseek.core.names import explain_unknown
-    from deepseek.distributed.plan import PRECISIONS
-    from deepseek.planning.machines.software import SOFTWARE
-    from deepseek.planning.search.request import Space
-
-    if request.precision not in PRECISIONS:
-        raise ConfigError(explain_unknown("precision", request.precision, PRECISIONS))
-    narrowed = replace(space or Space(), precision=request.precision)
-    if request.recipe is None:
-        return narrowed
-    narrowed = replace(narrowed, software=replace(SOFTWARE["deepseek"], is_compiled=is_compiled))
-    return replace(narrowed, recomputations=("none",)) if request.cluster.num_devices == 1 else narrowed
+    recipe = load_recipe(name)
+    space = replace(space, precision=choose_recipe_precision(recipe, is_here=is_here))
+    narrowed = narrow_space(space, recipe, num_devices=num_devices, is_compiled=True)
+    return read_recipe_shape(recipe, name, sequence=sequence), recipe.sequences_per_step, narrowed
 
 
 def _read_json(text: str) -> dict[str, Any]:
@@ -289,49 +178,3 @@ def _read_json(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f'--strategy {text} is no table; write for example \'{{"type": "AutoParallel"}}\'')
     return value
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on standard error while a long search goes on; nothing where nobody looks."""
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("plans", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-def _print_result(result: PlanningResult, top: int, *, as_json: bool) -> None:
-    from deepseek.cli.screen.plans import show_result
-
-    if as_json:
-        _print_json(result.to_dict())
-    else:
-        show_result(result, top)
-
-
-def _draw(request: Asked, result: PlanningResult, path: Path) -> None:
-    from deepseek.cli.screen.plans import draw_picture
-
-    draw_picture(request.model, request.cluster, result.best.plan, request.global_batch, path, result.software)
-    print(f"timeline: {path}", file=sys.stderr)
-
-
-def _check(request: Asked, result: PlanningResult, steps: int, *, as_json: bool) -> None:
-    from deepseek.bench.plan_check import check_plan
-    from deepseek.cli.screen.plans import show_check
-    from deepseek.cli.screen.tables import working
-
-    assert request.recipe is not None
-    with working("training some steps of the plan"):
-        checked = check_plan(request.recipe, result, request.global_batch, steps)
-    if as_json:
-        _print_json(checked.to_dict())
-    else:
-        show_check(result, checked)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json_format.dumps(value) + "\n")

@@ -1,6 +1,6 @@
 """Measuring this machine: how fast it multiplies, how fast its memory is, and what a message between processes costs.
 
-`deepseek plan --measure` calls `measure_machine`; out comes a `Cluster` of one device (a GPU each, or all cores of
+`deepseek plan measure` calls `measure_machine`; out comes a `Cluster` of one device (a GPU each, or all cores of
 the processor together) that `save_cluster` stores and `--cluster FILE` reads. Rates are medians over shapes and
 repeats, each after a warm-up; alpha and beta come from a straight line through the shortest round trips of growing
 messages (Hockney 1994).

@@ -64,8 +64,12 @@ def plan(
     limits, space = limits or Limits(), space or Space()
     if isinstance(model, OperatorList):
         return _plan_operators(Request(model, cluster, global_batch, limits, space))
-    request = Request(model, cluster, global_batch, limits, space)
-    return _plan_uniform(request, on_progress) if cluster.is_uniform else plan_mixed(request)
+    return plan_request(Request(model, cluster, global_batch, limits, space), on_progress)
+
+
+def plan_request(request: Request[ModelShape], on_progress: Progress | None = None) -> PlanningResult:
+    """Answer one request for a decoder, as `plan` does."""
+    return _plan_uniform(request, on_progress) if request.cluster.is_uniform else plan_mixed(request)
 
 
 def _plan_uniform(request: Request[ModelShape], on_progress: Progress | None) -> PlanningResult:

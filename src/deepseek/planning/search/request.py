@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, get_args
 
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
@@ -15,7 +15,20 @@ from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.machines.software import MODERN, Software
 from deepseek.planning.models.model_shape import ModelShape, OperatorList
 
+_PRECISIONS: dict[str, Precision] = dict(zip(PRECISIONS, get_args(Precision), strict=True))
+
 Model = TypeVar("Model", ModelShape, OperatorList)
+
+
+def read_precision(name: str) -> Precision:
+    """Read the name of a precision; an unknown one lists the known ones.
+
+    >>> read_precision("bf16")
+    'bf16'
+    """
+    if name not in _PRECISIONS:
+        raise ConfigError(explain_unknown("precision", name, PRECISIONS))
+    return _PRECISIONS[name]
 
 
 @dataclass(frozen=True)
@@ -77,8 +90,7 @@ class Space:
             for word in getattr(self, name):
                 if word not in known:
                     raise ConfigError(explain_unknown(name[:-1], str(word), known))
-        if self.precision not in PRECISIONS:
-            raise ConfigError(explain_unknown("precision", str(self.precision), PRECISIONS))
+        read_precision(self.precision)
         if not set(self.zero_stages) <= {0, 1, 2, 3} or not all(
             (self.zero_stages, self.recomputations, self.schedules)
         ):

@@ -52,7 +52,7 @@ def check_plan(recipe: TrainConfig, result: PlanningResult, global_batch: int, s
     """Train `recipe` under the best plan for `steps` steps; raises `ConfigError` for plans of several devices."""
     plan = result.best.plan
     if plan.num_devices > 1:
-        raise ConfigError(f"--check runs plans of one device, this one has {plan.num_devices}; plan for one device")
+        raise ConfigError(f"plan check runs plans of one device, this one has {plan.num_devices}; plan for one device")
     if steps < _FEWEST_STEPS:
         raise ConfigError(f"--steps {steps} leaves nothing to measure after the warm-up; give at least {_FEWEST_STEPS}")
     with tempfile.TemporaryDirectory() as folder:
