@@ -130,6 +130,18 @@ def test_int8_without_a_backend_is_explained(folder):
         load_model(folder, precision="int8")
 
 
+def test_a_detector_is_run_without_what_only_training_needs_and_kept_with_it(tmp_path):
+    torch.manual_seed(0)
+    save_model(zoo.build("yolov7", width_multiple=0.125, image_size=64).eval(), tmp_path / "detector")
+    loaded = load_model(tmp_path / "detector", {"backend": "eager", "precision": "fp32"} | QUICK)
+    (images,) = loaded.sample_inputs
+    norms = [each for each in loaded.module.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+    run = [type(each) for each in backend_loading.prepare(loaded.module).modules()]
+    assert norms and torch.nn.BatchNorm2d not in run
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(images), loaded.module(images), rtol=1e-3, atol=1e-3)
+
+
 # ---- ONNX
 
 

@@ -12,6 +12,7 @@ A runtime that is asked for by name takes the file without a search.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,8 @@ from deepseek.models.loaded_model import Batch, LoadedModel, Origin, RunModel
 from deepseek.models.model_sources import LoadConfig, Opened, draw_for_specs, is_onnx, open_source
 from deepseek.models.programs import RUNTIMES, Program, run_onnx
 from deepseek.models.sample_file import read_samples
+from deepseek.models.yolov7.model import YOLOv7
+from deepseek.models.yolov7.reparameterization import fold_
 from deepseek.onnx.files import UnsupportedOperatorError, read_onnx
 
 Listener = Callable[[SelectionEvent], None] | None
@@ -99,8 +102,15 @@ def _select(
         )
     batches = _take_inputs(opened.draw_inputs(settings), settings)
     options = replace(_options_of(settings, opened.name, batches), further=further)
-    selection = select(model.float(), batches[0], options, on_event=on_event)
+    selection = select(prepare(model.float()), batches[0], options, on_event=on_event)
     return _present(selection, opened.summary, batches[0], model, opened.folder)
+
+
+def prepare(module: nn.Module) -> nn.Module:
+    """Return `module` as it is best run: a copy of a YOLOv7 without what only training needs, others as they are."""
+    if isinstance(module, YOLOv7) and not module.config.is_folded:
+        return fold_(copy.deepcopy(module))
+    return module
 
 
 def _options_of(settings: LoadConfig, name: str, batches: Sequence[Batch]) -> SelectionOptions:

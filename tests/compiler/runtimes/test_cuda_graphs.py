@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from deepseek.compiler.runtimes.cuda_graphs import (
     GraphedFunction,
@@ -15,28 +14,10 @@ from deepseek.compiler.runtimes.cuda_graphs import (
     refuse_without_cuda,
 )
 from deepseek.core.errors import ConfigError
+from tests.compiler.runtimes.recorder import Recorder
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-
-
-class Recorder:
-    """Records as a GPU does: the same addresses each time, and nothing but the kernels runs again."""
-
-    def __init__(self):
-        self.num_recorded = 0
-        self.inputs = []
-
-    def __call__(self, function, inputs):
-        self.num_recorded += 1
-        self.inputs.append(inputs)
-        outputs = function(*inputs)
-
-        def replay():
-            for old, new in zip(tree_leaves(outputs), tree_leaves(function(*inputs)), strict=True):
-                old.copy_(new)
-
-        return outputs, replay
 
 
 def test_each_size_goes_into_the_smallest_bucket_that_holds_it():

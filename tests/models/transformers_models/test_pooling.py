@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.models.transformers_models.pooling import POOLINGS, pool_mean
@@ -20,6 +20,7 @@ def test_every_way_of_pooling_has_a_reference_here():
 
 
 @pytest.mark.parametrize("name", POOLINGS)
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 99), is_left=st.booleans())
 def test_a_text_is_pooled_as_if_it_were_alone(name, lengths, seed, is_left):
     hidden_BTD = torch.randn(len(lengths), 5, 3, generator=torch.Generator().manual_seed(seed))

@@ -2,7 +2,8 @@
 
 An accelerator is entered like any other backend: absent, it says exactly what is missing, and a selection lists that as
 the reason; present, the model is copied to it, inputs go there and answers come back to where the samples were. `cuda`
-and `rocm` also capture a graph of kernels, which takes launching them off the processor.
+and `rocm` also record a graph of kernels, with inductor's or as they are (`cuda_graphs.py`), which takes launching them
+off the processor.
 
 Nothing of this has run on the machine this was written on, which has no accelerator; what could be tested without one
 (what is missing, where tensors go) is.
@@ -19,6 +20,7 @@ from torch import Tensor
 from deepseek.compiler.runtimes.backends.eager import in_channels_last, output_dtypes, restore_dtypes
 from deepseek.compiler.runtimes.backends.inductor import compile_graph
 from deepseek.compiler.runtimes.backends.interface import Backend, Built, Job, Missing, Variant, export
+from deepseek.compiler.runtimes.cuda_graphs import GraphedFunction, Record, record_on_gpu
 from deepseek.core.extras import has_library, require
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,6 +92,17 @@ def run_compiled(device: str, precision: str) -> Callable[[Job], Built]:
     return run
 
 
+def run_recorded(device: str, precision: str, record: Record = record_on_gpu) -> Callable[[Job], Built]:
+    """Build the model on `device`, its kernels recorded once and started as one: nothing is compiled."""
+
+    def run(job: Job) -> Built:
+        dtype = _DTYPES[precision]
+        model = in_channels_last(job.copy_model().to(device=device, dtype=dtype))
+        return Built(on_device(GraphedFunction(model, record=record), device, dtype, job))
+
+    return run
+
+
 def run_tensorrt(precision: str) -> Callable[[Job], Built]:
     """Build the model with TensorRT in `precision`."""
 
@@ -138,7 +151,11 @@ def _variants(device: str, *, is_compiled: bool) -> tuple[Variant, ...]:
         Variant("graph", precision, "inductor and one captured graph", run_compiled(device, precision), 1)
         for precision in ("fp32", "bf16", "fp16")
     ]
-    return (*compiled, *eager)
+    recorded = [
+        Variant("recorded", precision, "kernels recorded once and replayed", run_recorded(device, precision), 3)
+        for precision in ("fp32", "bf16", "fp16")
+    ]
+    return (*compiled, *eager, *recorded)
 
 
 _NO_INT8 = {"int8": "int8 on an accelerator is not among its variants; ask for fp16 or bf16"}
