@@ -186,9 +186,6 @@ KNOWN_CIRCLES = [
 ]
 KNOWN_UNREACHED = {
     "deepseek.compat.rendering",
-    "deepseek.compiler.passes.placement",
-    "deepseek.compiler.passes.placement.assignment",
-    "deepseek.compiler.passes.placement.devices",
     "deepseek.planning.models.from_module",
 }
 KNOWN_FILE_NAMES = {"decorator", "rules"}
@@ -280,8 +277,6 @@ KNOWN_UNTESTED = {
     "compiler/passes/fusion/operator_values.py",
     "compiler/passes/memory/peak.py",
     "compiler/passes/memory/peak_tracking.py",
-    "checkpoint/segments.py",
-    "compiler/passes/placement/devices.py",
     "compiler/passes/shape_inference.py",
     "compiler/runtimes/digests.py",
     "compiler/runtimes/selection_report.py",

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from deepseek.compiler.passes.optimizing import optimize
+from deepseek.compiler.passes.placement import devices
+from deepseek.compiler.passes.placement.assignment import Link
 from deepseek.core.errors import ConfigError
 from deepseek.models.zoo import build
 
@@ -214,3 +216,25 @@ def test_models_of_the_zoo_are_optimized_within_rounding(name):
         error = (optimized.graph_module(x) - expected).abs().max() / expected.abs().max()
     assert float(error) < 1e-4
     assert optimized.report.fusion.num_operators_after < optimized.report.fusion.num_operators_before
+
+
+def test_several_devices_are_measured_and_the_report_says_what_was_chosen(monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).eval(), torch.randn(3, 8)
+    with torch.no_grad():
+        graph = torch.export.export(model, (x,)).run_decompositions().module()
+        monkeypatch.setattr(devices, "measure_link", lambda *_: Link(1e3, 1.0))  # nothing comes back from meta in time
+        optimized = optimize(graph, (x,), is_training=False, kernels="eager", devices=("cpu", "meta"))
+        torch.testing.assert_close(optimized.run(x), model(x))
+    placement = optimized.report.placement
+    assert set(placement.devices.values()) == {"cpu"}
+    assert placement.time_s <= min(placement.single_device_time_s.values())
+    assert "devices: " in str(optimized.report) and "cpu alone" in str(optimized.report)
+    assert "devices: " not in str(optimize(graph, (x,), is_training=False, kernels="eager").report)
+
+
+def test_several_devices_are_refused_in_training():
+    x = torch.randn(3, 8)
+    graph = torch.export.export(nn.Linear(8, 4), (x,)).module()
+    with pytest.raises(ConfigError, match=r"devices=\('cpu', 'meta'\) is for inference"):
+        optimize(graph, (x,), is_training=True, devices=("cpu", "meta"))

@@ -1,4 +1,4 @@
-"""All passes over one captured graph, in their order: fusion, then memory.
+"""All passes over one captured graph, in their order: fusion, devices where there are several, then memory.
 
     optimized = optimize(graph_module, example_inputs, is_training=False)
     optimized.graph_module(*example_inputs)
@@ -22,6 +22,8 @@ from deepseek.compiler.passes.fusion.graphs import Kernels
 from deepseek.compiler.passes.fusion.rules import FusionReport, copy_graph, fuse_graph
 from deepseek.compiler.passes.memory.peak import MemoryReport, lower_peak
 from deepseek.compiler.passes.memory.recomputation import eager_with_budget, inductor_with_budget
+from deepseek.compiler.passes.placement.assignment import Placement
+from deepseek.compiler.passes.placement.devices import place_graph
 from deepseek.core.errors import ConfigError
 
 _GUARDS = "_guards_fn"  # the checks of input shapes that torch.export adds
@@ -33,9 +35,13 @@ class OptimizationReport:
 
     fusion: FusionReport
     memory: MemoryReport
+    placement: Placement | str | None = None
+    """Which device runs what, or why the graph stays where it is; `None` where one device was given."""
 
     def __str__(self) -> str:
-        return f"{self.fusion}\n{self.memory}"
+        lines = [str(self.fusion), str(self.memory)]
+        lines += [f"devices: {self.placement}"] if self.placement is not None else []
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def optimize(
     is_training: bool,
     memory_budget: float | None = None,
     kernels: Kernels = "inductor",
+    devices: Sequence[str] = (),
 ) -> Optimized:
     """Rewrite a captured graph so that it computes the same with fewer operators and less memory.
 
@@ -63,17 +70,25 @@ def optimize(
     inference: its fused kernels have no gradient. `kernels` says who runs it: a code generator like `inductor`, to
     which activations are left, or `eager`, operator by operator, for which they join the kernels of oneDNN.
     `memory_budget`, for training, is the share in (0, 1] of what the backward pass needs again that may be kept; the
-    rest is computed twice by `run`. Raises `ConfigError` for a graph of other operators, and for a budget where there
-    is no backward pass.
+    rest is computed twice by `run`. With several `devices`, for inference, operators are timed on each and go where the
+    graph is fastest; results come back on the device of the inputs. Raises `ConfigError` for a graph of other
+    operators, for a budget where there is no backward pass, and for devices where there is one.
     """
     refuse_other_operators(graph_module)
     if memory_budget is not None and not is_training:
         raise ConfigError(f"memory_budget={memory_budget:g} is for training, where values are kept; leave it out here")
     inputs = flatten_inputs(graph_module, example_inputs)
+    if is_training and len(devices) > 1:
+        raise ConfigError(f"devices={tuple(devices)} is for inference, where no gradients flow back; leave it out here")
     fused = fuse_graph(copy_graph(graph_module), inputs, is_training=is_training, kernels=kernels)
-    memory = lower_peak(fused.graph_module, inputs, is_training=is_training)
-    run = fused.graph_module if memory_budget is None else _keep_less(fused.graph_module, memory_budget, kernels)
-    return Optimized(fused.graph_module, OptimizationReport(fused.report, memory), run)
+    optimized = fused.graph_module
+    placement: Placement | str | None = None
+    if len(devices) > 1:
+        placed = place_graph(optimized, inputs, devices)
+        optimized, placement = placed.graph_module, placed.placement
+    memory = lower_peak(optimized, inputs, is_training=is_training)
+    run = optimized if memory_budget is None else _keep_less(optimized, memory_budget, kernels)
+    return Optimized(optimized, OptimizationReport(fused.report, memory, placement), run)
 
 
 def _keep_less(graph_module: fx.GraphModule, memory_budget: float, kernels: Kernels) -> Callable[..., Any]:

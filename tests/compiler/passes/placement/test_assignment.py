@@ -1,20 +1,13 @@
-"""Placements are the best there are where that is claimed, never worse than one device, and compute the same."""
+"""Placements are the best there are where that is claimed, and never worse than one device."""
 
 from itertools import product
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from deepseek.compiler.passes.placement.assignment import Link, Operation, Workload, place, time_s
-from deepseek.compiler.passes.placement.devices import apply_placement, measure_link, measure_workload
 from deepseek.core.errors import ConfigError
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-
-# The policy
 
 
 @st.composite
@@ -136,98 +129,3 @@ def test_bad_workloads_are_refused():
         place(Workload((Operation("o", {"b": 1.0}),), link, {}, {"o": "a"}))
     with pytest.raises(ConfigError, match="has to run beside p, which it does not read"):
         place(Workload((Operation("p", {"a": 1.0}), Operation("o", {"a": 1.0}, beside="p")), link, {}, {}))
-
-
-# Graphs
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.norm, self.two = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
-
-    def forward(self, x):
-        y = torch.relu(self.norm(self.one(x)))
-        return self.two(y.mean((2, 3)) + torch.ones(4, device=x.device)), y.sum()
-
-
-def capture(model, *inputs):
-    with torch.no_grad():
-        return torch.export.export(model.eval(), inputs).run_decompositions().module()
-
-
-META = {("cpu", "meta"): Link(0.0, 1e12), ("meta", "cpu"): Link(1e3, 1.0)}
-
-
-def test_every_operator_of_a_graph_is_timed_on_every_device():
-    x = torch.randn(2, 3, 8, 8)
-    graph_module = capture(Net(), x)
-    workload = measure_workload(graph_module, [x], ["cpu", "meta"], links=META)
-    computed = [node.name for node in graph_module.graph.nodes if node.op == "call_function"]
-    assert [each.name for each in workload.operations] == computed
-    assert all(each.times_s["cpu"] > 0 and each.times_s["meta"] > 0 for each in workload.operations)
-    assert workload.inputs == {"x": ("cpu", x.nbytes)}
-    assert set(workload.outputs.values()) == {"cpu"}
-    placement = place(workload)
-    assert set(placement.devices.values()) == {"cpu"}  # nothing comes back from meta in time
-
-
-def test_a_graph_on_one_device_computes_the_same():
-    x = torch.randn(2, 3, 8, 8)
-    model = Net()
-    graph_module = capture(model, x)
-    names = [node.name for node in graph_module.graph.nodes if node.op == "call_function"]
-    placed = apply_placement(graph_module, dict.fromkeys(names, "cpu"))
-    with torch.no_grad():
-        for one, two in zip(placed(x), model(x), strict=True):
-            torch.testing.assert_close(one, two)
-
-
-@pytest.mark.parametrize("num_first", [0, 3, 6])
-def test_values_and_weights_go_where_they_are_read_and_go_once(num_first):
-    x = torch.randn(2, 3, 8, 8)
-    graph_module = capture(Net(), x)
-    names = [node.name for node in graph_module.graph.nodes if node.op == "call_function"]
-    devices = {name: "cpu" if index < num_first else "meta" for index, name in enumerate(names)}
-    placed = apply_placement(graph_module, devices, output_device="meta")
-    assert [each.device.type for each in placed(x)] == ["meta", "meta"]
-    sent = [node for node in placed.graph.nodes if node.target is torch.ops.aten.to.device]
-    assert len({(node.args[0], node.args[1]) for node in sent}) == len(sent)
-    for node in placed.graph.nodes:
-        if node.name in devices:
-            read = [each for each in node.all_input_nodes if each.op == "get_attr"]
-            assert all(getattr(placed, each.target).device.type == devices[node.name] for each in read)
-
-
-def test_a_graph_that_writes_in_place_is_refused():
-    class Writing(nn.Module):
-        def forward(self, x):
-            y = x * 2
-            y.add_(1)
-            return y
-
-    with torch.no_grad():
-        graph_module = torch.export.export(Writing(), (torch.ones(2),)).module()
-    with pytest.raises(ConfigError, match=r"add_ may write .* run_decompositions\(\)"):
-        measure_workload(graph_module, [torch.ones(2)], ["cpu"])
-    with pytest.raises(ConfigError, match="add_ may write"):
-        apply_placement(graph_module, {})
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cpu_and_gpu_together_compute_the_same_and_are_no_slower_than_predicted_alone():
-    x = torch.randn(8, 3, 64, 64)
-    model = Net()
-    graph_module = capture(model, x)
-    workload = measure_workload(graph_module, [x], ["cpu", "cuda"])
-    assert measure_link("cpu", "cuda").bandwidth_bytes_per_s > 1e8
-    placement = place(workload)
-    assert placement.time_s <= min(placement.single_device_time_s.values())
-    for devices in (
-        placement.devices,
-        {name: ("cuda" if each % 2 else "cpu") for each, name in enumerate(placement.devices)},
-    ):
-        placed = apply_placement(graph_module, devices)
-        with torch.no_grad():
-            for one, two in zip(placed(x), model(x), strict=True):
-                torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

@@ -1,12 +1,13 @@
 """A captured graph over several devices: what its operators cost on each, and the graph with the transfers in it.
 
-    workload = measure_workload(graph_module, inputs, ["cpu", "cuda"])
-    placement = place(workload)                      # pure, in placement.py
-    spread = apply_placement(graph_module, placement.devices, output_device="cpu")
+    placed = place_graph(graph_module, inputs, ["cpu", "cuda"])
+    placed.graph_module(*inputs)
+    print(placed.placement)
 
-Every operator is timed on every device with the values that reach it, and every pair of devices with a small and a
-large block. Operators stay in their order. A graph that writes into its values is refused: a copy on another device
-would not see it. `torch.export` leaves none of that after `run_decompositions()`.
+`optimize` calls this where `ds.jit` was given several devices. Every operator is timed on every device that runs it,
+with the values that reach it, and every pair of devices with a small and a large block; `assignment.py` chooses, with
+the fastest single device as the floor. Operators stay in their order. A graph that writes into its values is refused: a
+copy on another device would not see it. `torch.export` leaves none of that after `run_decompositions()`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +27,68 @@ from deepseek.compiler.passes.effects import find_written, is_opaque
 from deepseek.compiler.passes.fusion.graphs import read_attribute
 from deepseek.compiler.passes.fusion.rules import copy_graph
 from deepseek.compiler.passes.memory.peak_tracking import tensors_in
-from deepseek.compiler.passes.placement.assignment import Link, Operation, Workload
+from deepseek.compiler.passes.placement.assignment import Link, Operation, Placement, Workload, place
+from deepseek.compiler.passes.shape_inference import observe
 from deepseek.core.errors import ConfigError
 
 _NUM_RUNS = 3
 _SMALL_BYTES, _LARGE_BYTES = 1 << 10, 1 << 24
+
+
+@dataclass(frozen=True)
+class PlacedGraph:
+    """A graph over devices, and why it is placed so."""
+
+    graph_module: fx.GraphModule
+    placement: Placement | str
+    """What was chosen, or why the graph stays where it is."""
+
+
+def place_graph(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    devices: Sequence[str],
+    *,
+    measure: Callable[..., Workload] | None = None,
+) -> PlacedGraph:
+    """Put each operator on the device where the whole graph is fastest; results come back on the device of the inputs.
+
+    `inputs` has one value per placeholder. `measure` replaces `measure_workload` where costs are known. The graph is
+    the one that was given where one device alone is fastest and holds the inputs already, and where it writes in place
+    or branches. Raises `ConfigError` for a device that this machine does not have.
+    """
+    names = list(dict.fromkeys(_find_device(device) for device in devices))
+    if len(names) < 2:
+        return PlacedGraph(graph_module, f"everything on {names[0]}, the only device given")
+    refusal = _explain_writes(graph_module)
+    if refusal is not None:
+        return PlacedGraph(graph_module, refusal)
+    home = _name(next((tensor.device for tensor in tensors_in(list(inputs))), torch.device(names[0])))
+    workload = (measure or measure_workload)(graph_module, inputs, names, output_device=home)
+    placement = place(workload)
+    if set(placement.devices.values()) <= {home}:
+        return PlacedGraph(graph_module, placement)
+    known = copy_graph(graph_module)
+    values = {node.name: value for node, value in observe(graph_module, inputs).values.items()}
+    for node in known.graph.nodes:
+        node.meta.setdefault("val", values.get(node.name))
+    return PlacedGraph(apply_placement(known, placement.devices, output_device=home), placement)
+
+
+def list_devices() -> tuple[str, ...]:
+    """List the devices of this machine that torch can compute on: the CPU, and every GPU."""
+    return ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
+
+
+def _find_device(name: str) -> str:
+    """Return the name that torch gives to a device: `cpu:0` is `cpu`."""
+    try:
+        return _name(torch.zeros(1, device=name).device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used here ({reason}); choose among {', '.join(list_devices())}"
+        ) from error
 
 
 def measure_workload(
@@ -51,7 +110,7 @@ def measure_workload(
         Operation(
             node.name,
             runner.times_s[node],
-            tuple(each.name for each in node.all_input_nodes if each.op in ("placeholder", "call_function")),
+            tuple(source.name for source in node.all_input_nodes if source.op in ("placeholder", "call_function")),
             runner.sizes_bytes[node],
             node.all_input_nodes[0].name if node.target is operator.getitem else None,
         )
@@ -83,7 +142,7 @@ def measure_link(source: str, target: str) -> Link:
 def apply_placement(
     graph_module: fx.GraphModule, devices: Mapping[str, str], *, output_device: str = "cpu"
 ) -> fx.GraphModule:
-    """A graph that runs each operation of `devices` on its device; results come back on `output_device`.
+    """Copy the graph so that each operation of `devices` runs on its device; results come back on `output_device`.
 
     Weights are put on the device that reads them, once; values go where they are read, once each.
     """
@@ -135,12 +194,17 @@ def _is_tensor(placed: fx.GraphModule, node: Node) -> bool:
 
 
 def _refuse_writes(graph_module: fx.GraphModule) -> None:
+    refusal = _explain_writes(graph_module)
+    if refusal is not None:
+        raise ConfigError(f"{refusal}; capture the graph with torch.export and run_decompositions()")
+
+
+def _explain_writes(graph_module: fx.GraphModule) -> str | None:
+    """Say why a graph cannot be spread over devices; `None` where it can."""
     writer = next((node for node in graph_module.graph.nodes if find_written(node) or _is_opaque_call(node)), None)
-    if writer is not None:
-        raise ConfigError(
-            f"{writer.name} may write into a value, of which another device would keep an old copy; capture the graph "
-            "with torch.export and run_decompositions()"
-        )
+    if writer is None:
+        return None
+    return f"{writer.name} may write into a value, of which another device would keep an old copy"
 
 
 def _is_opaque_call(node: Node) -> bool:
@@ -169,22 +233,31 @@ class _Timer(fx.Interpreter):
         if n.op == "call_module":
             return None
         if n.op == "call_function":
-            self.times_s[n] = {device: self._time_on(n, device) for device in self.devices}
+            times_s = {device: self._time_on(n, device) for device in self.devices}
+            self.times_s[n] = {device: time_s for device, time_s in times_s.items() if time_s is not None}
         value = super().run_node(n)
         tensors = tensors_in(value)
-        self.sizes_bytes[n] = sum(each.nbytes for each in tensors)
+        if n.op in ("placeholder", "call_function"):
+            self.sizes_bytes[n] = sum(tensor.nbytes for tensor in tensors)
         if n.op == "placeholder":
             self.device_of_input[n] = _name(tensors[0].device) if tensors else self.devices[0]
         return value
 
-    def _time_on(self, node: Node, device: str) -> float:
+    def _time_on(self, node: Node, device: str) -> float | None:
+        """Time an operator; `None` on a device that has no kernel for it, as the CPU's own kernels on a GPU."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
+        taken = [*args, *kwargs.values()]
+        if any(tensor.layout != torch.strided and _name(tensor.device) != device for tensor in tensors_in(taken)):
+            return None  # weights that are laid out for one device
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device(device)}
-        moved = tree_map(lambda each: _copy(each, device) if isinstance(each, Tensor) else each, (args, kwargs))
+        moved = tree_map(lambda value: _copy(value, device) if isinstance(value, Tensor) else value, (args, kwargs))
         assert callable(node.target)
         target = node.target
-        return _time(lambda taken: target(*taken[0], **taken[1]), moved, (device,))
+        try:
+            return _time(lambda taken: target(*taken[0], **taken[1]), moved, (device,))
+        except NotImplementedError:
+            return None
 
 
 def _copy(value: Tensor, device: str) -> Tensor:
@@ -196,7 +269,7 @@ def _name(device: torch.device) -> str:
 
 
 def _time(run: Callable[[Any], object], argument: Any, devices: Sequence[str]) -> float:
-    """The shortest of a few runs."""
+    """Return the time of the shortest of a few runs."""
     times_s = []
     for _ in range(_NUM_RUNS + 1):
         _wait_for(devices)
