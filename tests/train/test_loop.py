@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,13 @@ def test_a_second_run_in_a_folder_is_refused_and_disturbs_nothing(corpus: Path, 
     assert not (tmp_path / "run" / LOCK_FILE).exists()
     next(again := train(config))  # it is free again
     again.close()
+
+
+def test_a_run_that_nobody_reads_says_that_nothing_was_done(corpus: Path, tmp_path: Path) -> None:
+    config = make_config(corpus, tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"nothing was trained.*for event in train\(config\)"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(config).close()  # on purpose

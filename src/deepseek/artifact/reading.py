@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+RUN_MODEL_NAME = "model"  # where a training run leaves its model
+
+
 @dataclass(frozen=True)
 class Artifact:
     """An opened artifact: its manifest, and its files on demand."""
@@ -79,6 +82,12 @@ def read_manifest(folder: str | Path) -> Manifest:
 def is_artifact(folder: str | Path) -> bool:
     """Whether `folder` holds a manifest; a Hugging Face folder holds none."""
     return (Path(folder) / MANIFEST_NAME).is_file()
+
+
+def find_model_folder(folder: str | Path) -> Path:
+    """Return the model's folder: `folder` itself, or the `model` in it where it is the folder of a training run."""
+    folder = Path(folder)
+    return folder / RUN_MODEL_NAME if not is_artifact(folder) and is_artifact(folder / RUN_MODEL_NAME) else folder
 
 
 def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:

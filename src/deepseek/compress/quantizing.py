@@ -33,15 +33,15 @@ def quantize(
     max_loss_increase: float = MAX_LOSS_INCREASE,
     overwrite: bool = False,
 ) -> Comparison:
-    """Write the int8 version of the artifact `source` to `target` and say what it costs and brings.
+    """Write the int8 version of `source`, an artifact or a Hugging Face folder, to `target` and say what it costs.
 
     `batches` are held-out text in the model's own tokens. Writes nothing and raises `ConfigError` when `source` is int8
     already or is `target` itself, `ArtifactError` when `target` is there already, and `PermanentError` when the loss
     rises by more than `max_loss_increase` (relative).
     """
     source, target = Path(source), Path(target)
-    original = read_manifest(source)
-    if original.precision == "int8":
+    original = read_manifest(source) if is_artifact(source) else None  # a Hugging Face folder has none
+    if original is not None and original.precision == "int8":
         raise ConfigError(f"{source} is int8 already; give the float model that it came from")
     if target.resolve() == source.resolve():
         raise ConfigError(f"{target} is the float model itself, which is kept; give another folder for the int8 one")
@@ -66,8 +66,8 @@ def quantize(
         target,
         tokenizer=load_tokenizer(source) if (source / TOKENIZER_NAME).is_file() else None,
         metrics={"heldout_loss": comparison.loss_after},
-        parent_digest=original.digest,
-        config_digest=original.config_digest,
+        parent_digest=original.digest if original else None,
+        config_digest=original.config_digest if original else None,
         overwrite=overwrite,
     )
     return comparison

@@ -23,7 +23,14 @@ from pydantic import Field, JsonValue, field_validator
 from torch import Tensor, nn
 
 from deepseek.artifact.format import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, is_plain_name
-from deepseek.artifact.reading import is_artifact, open_artifact, read_tensor_file, read_tensors
+from deepseek.artifact.reading import (
+    find_model_folder,
+    is_artifact,
+    open_artifact,
+    read_manifest,
+    read_tensor_file,
+    read_tensors,
+)
 from deepseek.artifact.verifying import SAFETENSORS_SUFFIX, refuse_pickles
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.config import Config
@@ -123,7 +130,7 @@ def open_source(source: str | Path, config: LoadConfig, *, verify: bool = True) 
     """
     if isinstance(source, str) and source in KNOWN_NAMES:
         return _open_name(source, config)
-    path = Path(source)
+    path = find_model_folder(source)
     refuse_named_settings(path, config)
     refuse_pickles(path)
     for is_kind, read in _KINDS:
@@ -336,6 +343,16 @@ def find_weight_files(folder: Path) -> list[Path]:
     return paths
 
 
+def read_max_length(folder: Path) -> int | None:
+    """Return the tokens that the model in `folder` takes at once, or `None` where its config does not say."""
+    if is_artifact(folder):
+        length = read_manifest(folder).architecture_config.get("max_length")
+    else:
+        values = read_json(folder / CONFIG_NAME) if is_huggingface(folder) else {}
+        length = next((values[name] for name in _LENGTH_NAMES if name in values), None)
+    return length if isinstance(length, int) else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of somebody else's."""
     try:
@@ -380,6 +397,8 @@ def is_huggingface(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file()
 
 
+# What configs of Hugging Face call the longest sequence.
+_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, LoadConfig, bool], Opened]], ...] = (
     (is_artifact, _open_artifact),
     (is_huggingface, _open_huggingface),

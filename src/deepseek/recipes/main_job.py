@@ -30,6 +30,7 @@ from deepseek.data.corpus import load_data
 from deepseek.data.ngrams import NgramLosses, measure_ngrams
 from deepseek.recipes.server_probe import Completion, probe_server
 from deepseek.train.config import TrainConfig
+from deepseek.train.events import read_events, steps_by_number
 from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, open_device, train_in_locked_folder
 
 INT8_FOLDER, EVENTS_FILE, REPORT_FILE = "model-int8", "events.jsonl", "report.json"
@@ -143,25 +144,6 @@ def build_report(events: list[dict[str, Any]], *, wall_s: float) -> dict[str, An
         "versions": describe_versions(),
         "machine": describe_machine(),
     }
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of the run that `record` wrote to `path`, oldest first: those since it last began with step 0.
-
-    A line that a kill or a full disk cut short is left out.
-    """
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-    starts = [index for index, event in enumerate(events) if event["kind"] == "run_started" and not event["first_step"]]
-    return events[starts[-1] if starts else 0 :]
-
-
-def steps_by_number(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The optimizer steps among `events`, in order; of one that a killed process had done already, the later."""
-    steps = {event["step"]: event for event in events if event["kind"] == "step_done"}
-    return dict(sorted(steps.items()))
 
 
 def _measure_baselines(config: TrainConfig) -> Iterator[Event]:

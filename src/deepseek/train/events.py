@@ -5,7 +5,11 @@ Tokens are targets that count towards the loss; losses are in nats per token.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from deepseek.core.events import Event
 
@@ -85,3 +89,22 @@ class ModelSaved(Event):
 
 
 TrainEvent = RunStarted | ActivationsCheckpointed | StepDone | Evaluated | CheckpointSaved | ModelSaved
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of the run that `record` wrote to `path`, oldest first: those since it last began with step 0.
+
+    A line that a kill or a full disk cut short is left out.
+    """
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    starts = [index for index, event in enumerate(events) if event["kind"] == "run_started" and not event["first_step"]]
+    return events[starts[-1] if starts else 0 :]
+
+
+def steps_by_number(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The optimizer steps among `events`, in order; of one that a killed process had done already, the later."""
+    steps = {event["step"]: event for event in events if event["kind"] == "step_done"}
+    return dict(sorted(steps.items()))

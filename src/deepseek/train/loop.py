@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepseek.artifact.reading import RUN_MODEL_NAME
 from deepseek.checkpoint.activation_budget import checkpoint_within_budget_
 from deepseek.checkpoint.activations import checkpoint_blocks_
 from deepseek.checkpoint.restoring import newest_valid
 from deepseek.checkpoint.rng_state import capture_rng, restore_rng
 from deepseek.checkpoint.saving import save
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.core.events import Event
 from deepseek.core.folder_lock import locked_folder
@@ -45,7 +47,7 @@ from deepseek.train.evaluation import measure_loss
 from deepseek.train.events import ActivationsCheckpointed, CheckpointSaved, Evaluated, ModelSaved, RunStarted, StepDone
 from deepseek.train.steps import StepResult, take_step
 
-DATA_FOLDER, CHECKPOINT_FOLDER, MODEL_FOLDER = "data", "checkpoints", "model"
+DATA_FOLDER, CHECKPOINT_FOLDER, MODEL_FOLDER = "data", "checkpoints", RUN_MODEL_NAME
 # Settings that a resumed run may change without becoming another run.
 _FREE_SETTINGS = (
     "ds_activation_checkpoint",
@@ -79,12 +81,46 @@ class Run:
     """Steps done when the newest checkpoint was saved."""
 
 
-def train(config: TrainConfig) -> Generator[Event, None, None]:
+class EventStream(Generator[Event, None, None]):
+    """The events of a run, which works while they are read; one that is dropped unread says that nothing was done."""
+
+    def __init__(self, events: Generator[Event, None, None]) -> None:
+        self._events = events
+        self._is_begun = False
+
+    def send(self, value: None) -> Event:
+        """Work until the next event."""
+        self._is_begun = True
+        return self._events.send(value)
+
+    def throw(self, *error: Any) -> Event:
+        """Raise `error` where the run stands."""
+        self._is_begun = True
+        return self._events.throw(*error)
+
+    def close(self) -> None:
+        """End the run, which saves itself."""
+        self._is_begun = True
+        self._events.close()
+
+    def __del__(self) -> None:
+        if not self._is_begun:
+            warn_caller(
+                "train(config) was called and nothing was trained, since a run works while its events are read; "
+                "write `for event in train(config): ...`"
+            )
+
+
+def train(config: TrainConfig) -> EventStream:
     """Train from `config`, or go on with it where an earlier call was stopped; the model is in `folder/model`.
 
     Raises `ConfigError`, `DataError`, `TrainingError`, `CheckpointError` or `StorageError`, the last where another run
     is at work in the folder as well.
     """
+    return EventStream(_train(config))
+
+
+def _train(config: TrainConfig) -> Generator[Event, None, None]:
     open_device(config.device)
     with locked_folder(Path(config.folder)):
         yield from train_in_locked_folder(config)

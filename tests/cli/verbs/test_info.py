@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deepseek.artifact.format import Manifest
 from deepseek.artifact.reading import read_manifest
-from tests.cli.commands import Result, assert_one_sentence
+from tests.cli.commands import Finished, Result, assert_one_sentence
 
 LLAMA = {
     "model_type": "llama",
@@ -124,9 +125,7 @@ def test_a_pickle_offered_as_a_model_is_refused_unread(call: Call, tmp_path: Pat
     (folder / "config.json").write_text(json.dumps(LLAMA))
     for path in (folder, tmp_path / "alone.pt"):
         result = call(verb, path, *(["def "] if verb == "generate" else []))
-        if name == "model.safetensors" and path == folder and verb == "info":
-            assert_one_sentence(result, 1, "not an artifact")  # no weights are looked at
-        elif name == "model.safetensors" and path == folder:
+        if name == "model.safetensors" and path == folder and verb != "info":
             assert result.status in (1, 2)  # its config comes first
             assert result.err.count("\n") == 1
         else:
@@ -143,3 +142,38 @@ def test_a_path_without_a_model_is_one_sentence(call: Call, tmp_path: Path, what
         path.mkdir()
     for verb in ("info", "serve"):
         assert_one_sentence(call(verb, path), 1, str(path))
+
+
+@pytest.fixture
+def huggingface(copy: Path) -> Path:
+    """What comes from a hub: the same folder without a manifest."""
+    (copy / "manifest.json").unlink()
+    return copy
+
+
+def test_a_hugging_face_folder_is_described_from_its_config_and_its_weights(call: Call, huggingface: Path) -> None:
+    result = call("info", huggingface, "--json")
+    assert (result.status, result.err) == (0, "")
+    facts = json.loads(result.out)
+    stored = load_file(huggingface / "model.safetensors")
+    assert facts["architecture"] == json.loads((huggingface / "config.json").read_text())["architectures"][0]
+    assert facts["num_parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert facts["dtypes"] == ["float32"]
+    assert facts["files"] == {path.name: path.stat().st_size for path in huggingface.iterdir()}
+    table = call("info", huggingface).out
+    for word in ("float32", "model.safetensors", "no checksums"):
+        assert word in table
+
+
+def test_a_truncated_file_is_found_where_there_is_no_manifest(call: Call, huggingface: Path) -> None:
+    path = huggingface / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert_one_sentence(call("info", huggingface), 1, "model.safetensors", "not a whole safetensors file")
+
+
+def test_the_folder_of_a_run_is_understood_as_its_model(call: Call, trained: Finished) -> None:
+    run, model = trained.folder, trained.folder / "model"
+    assert call("info", run) == call("info", model)
+    arguments = ["--max-tokens", 4, "--seed", 1]
+    assert call("generate", run, "def ", *arguments) == call("generate", model, "def ", *arguments)
+    assert call("generate", run, "def ", *arguments).status == 0

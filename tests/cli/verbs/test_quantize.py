@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from deepseek.artifact.reading import open_artifact
-from tests.cli.commands import Result, assert_one_sentence
+from tests.cli.commands import Finished, Result, assert_one_sentence
 
 Call = Callable[..., Result]
 
@@ -108,3 +109,17 @@ def test_text_that_is_missing_or_empty_is_one_sentence(
     result = call("quantize", model, "int8", "--text", text, "--json")
     assert_one_sentence(result, 1, words)
     assert not (tmp_path / "int8").exists()
+
+
+def test_a_hugging_face_folder_and_a_run_are_quantized_like_the_artifact(
+    call: Call, trained: Finished, corpus: Path, tmp_path: Path
+) -> None:
+    huggingface = shutil.copytree(trained.folder / "model", tmp_path / "hub")
+    (huggingface / "manifest.json").unlink()
+    weights = {}
+    for name, source in (("artifact", trained.folder / "model"), ("hub", huggingface), ("run", trained.folder)):
+        result = call("quantize", source, tmp_path / f"{name}-int8", "--text", corpus)
+        assert (result.status, result.err) == (0, ""), name
+        weights[name] = (tmp_path / f"{name}-int8" / "model.safetensors").read_bytes()
+    assert weights["artifact"] == weights["hub"] == weights["run"]
+    assert open_artifact(tmp_path / "hub-int8").manifest.parent_digest is None

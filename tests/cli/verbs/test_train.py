@@ -128,3 +128,19 @@ def test_text_that_is_not_utf8_is_counted_and_shown(
 
 def cache_events(result: Result) -> list[dict[str, Any]]:
     return [event for event in result.events if event["kind"] == "cache_ready"]
+
+
+def test_the_loss_of_the_whole_run_is_drawn_at_the_end(call: Call, tiny: dict[str, Any], copy: Path) -> None:
+    """Its steps were done by another process."""
+    result = call("train", "decoder_tiny", f"--set=folder={copy}", *as_options(tiny))
+    assert (result.status, result.err) == (0, "")
+    curve = result.out.splitlines()[-17:]
+    losses = [
+        event["loss"] for event in map(json.loads, (copy / "events.jsonl").read_text().splitlines()) if "loss" in event
+    ]
+    assert any(line.lstrip().startswith(f"{max(losses):.2f}") for line in curve)
+    assert any("optimizer step" in line for line in curve[-3:])
+    assert "step_done" not in result.out
+    assert (
+        "optimizer step" not in call("train", "decoder_tiny", f"--set=folder={copy}", *as_options(tiny), "--json").out
+    )

@@ -48,6 +48,7 @@ def generate(
     json
         Print one JSON object at the end instead of the text as it comes.
     """
+    from deepseek.artifact.reading import find_model_folder
     from deepseek.core.errors import ConfigError
     from deepseek.data.tokenizing import load_tokenizer
     from deepseek.models.loading import load_decoder
@@ -59,6 +60,7 @@ def generate(
         raise ConfigError("there is no prompt and nothing comes through a pipe; give the text to continue")
     if prompt in (None, "-"):
         prompt = sys.stdin.read()
+    model = find_model_folder(model)
     engine = Engine(load_decoder(model, packed=True), load_tokenizer(model), EngineConfig(max_num_seqs=1))
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     request = engine.request(prompt, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop or ()))

@@ -40,7 +40,7 @@ def quantize(
     Parameters
     ----------
     model
-        Folder of an artifact with a tokenizer.
+        Folder of an artifact, of a Hugging Face model or of a training run, with a tokenizer.
     out
         Folder of the int8 artifact.
     text
@@ -54,9 +54,11 @@ def quantize(
     json
         Print the report as JSON.
     """
+    from deepseek.artifact.reading import find_model_folder
     from deepseek.cli.screen.tables import show_table, working
     from deepseek.compress.quantizing import quantize as run
 
+    model = find_model_folder(model)
     with working("int8, and both models side by side"), heldout_batches(model, text, max_tokens) as batches:
         report = run(model, out, batches, max_loss_increase=max_loss_increase, overwrite=overwrite)
     if json:
@@ -91,14 +93,14 @@ def quantize(
 @contextmanager
 def heldout_batches(model: Path, text: str, max_tokens: int) -> Iterator[Iterator[Batch]]:
     """About `max_tokens` tokens of `text` in the tokens of `model`, in batches; warns of text that is not UTF-8."""
-    from deepseek.artifact.reading import read_manifest
     from deepseek.data.batching import evaluation_batches
     from deepseek.data.config import DataConfig
     from deepseek.data.sources import Corpus
     from deepseek.data.token_cache import CacheReady, build_token_cache, load_token_cache
     from deepseek.data.tokenizing import load_tokenizer
+    from deepseek.models.model_sources import read_max_length
 
-    longest = int(str(read_manifest(model).architecture_config.get("max_length", _ROW_TOKENS)))
+    longest = read_max_length(model) or _ROW_TOKENS
     config = DataConfig(sources=(text,), sequence_length=min(_ROW_TOKENS, longest), batch_size=16)
     with tempfile.TemporaryDirectory() as folder:
         for event in build_token_cache(Corpus(config.sources), load_tokenizer(model), Path(folder) / "tokens"):

@@ -47,8 +47,9 @@ def quickstart(
         require(library, extra=extra)  # now, and not when minutes of work are done
     from deepseek.cli.screen.events import follow
     from deepseek.cli.screen.report import show_summary
-    from deepseek.recipes.main_job import EVENTS_FILE, ReportWritten, read_events, run_main_job, steps_by_number
+    from deepseek.recipes.main_job import EVENTS_FILE, ReportWritten, run_main_job
     from deepseek.recipes.quickstart import quickstart as recipe
+    from deepseek.train.events import read_events, steps_by_number
 
     config = recipe().override({"folder": str(folder)} | parse_overrides(set or []))
     keep_freed_memory()

@@ -57,6 +57,7 @@ def serve(
     json
         Print events as JSON lines.
     """
+    from deepseek.artifact.reading import find_model_folder
     from deepseek.cli.screen.events import print_event
     from deepseek.data.tokenizing import load_tokenizer
     from deepseek.models.loading import load_decoder, make_int8_
@@ -75,6 +76,7 @@ def serve(
     )
     if allowed_origins is not None:
         config = config.override({"allowed_origins": tuple(allowed_origins)})
+    model = find_model_folder(model)
     loaded = load_decoder(model)
     loaded = pack_(make_int8_(loaded) if quantize == "int8" else loaded)
     api_key = os.environ.get(API_KEY_VARIABLE)

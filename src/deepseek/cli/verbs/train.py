@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.config import parse_overrides
 from deepseek.core.errors import ConfigError
+from deepseek.core.extras import has_library
 from deepseek.recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
@@ -53,7 +54,22 @@ def train(
     from deepseek.train.loop import train as run
 
     keep_freed_memory()
-    follow(run(settings), file=Path(settings.folder) / EVENTS_FILE, as_json=json)
+    events_file = Path(settings.folder) / EVENTS_FILE
+    follow(run(settings), file=events_file, as_json=json)
+    if not json and has_library("plotext"):
+        _draw_loss(events_file)
+
+
+def _draw_loss(events_file: Path) -> None:
+    """The loss of the whole run in the terminal, whichever processes did its steps."""
+    from rich.console import Console
+
+    from deepseek.cli.screen.plots import print_loss
+    from deepseek.train.events import read_events, steps_by_number
+
+    losses = {number: step["loss"] for number, step in steps_by_number(read_events(events_file)).items()}
+    if len(losses) > 1:
+        print_loss(losses, width=Console().width)
 
 
 def _print_settings(settings: TrainConfig, *, as_json: bool) -> None:
