@@ -11,7 +11,7 @@ import pytest
 from deepseek.compat.doctor import (
     HINTS,
     Hint,
-    Job,
+    WorkKind,
     apply_hints,
     diagnose,
     measure_in_process,
@@ -42,7 +42,7 @@ def test_a_hint_pays_when_every_round_says_so() -> None:
 def test_sides_are_measured_in_turn() -> None:
     order: list[str] = []
 
-    def measure(job: Job, hint: Hint | None) -> float:
+    def measure(job: WorkKind, hint: Hint | None) -> float:
         order.append(hint.name if hint else job)
         return 1.0
 

@@ -35,7 +35,7 @@ _LEAST_GAIN = 1.1
 
 
 # What a hint is measured on: passes of a network on a machine as it is, or training steps beside a busy process.
-Job = Literal["network", "steps-beside-another"]
+WorkKind = Literal["network", "steps-beside-another"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Hint:
     """Variables that must stand before torch is imported."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Variables with which a program of the user's own is started, where they are not those of `environment`."""
-    job: Job = "network"
+    job: WorkKind = "network"
 
     @property
     def line(self) -> str:
@@ -133,12 +133,12 @@ HINTS: tuple[Hint, ...] = (
 
 def diagnose(
     hints: Sequence[Hint] = HINTS,
-    measure: Callable[[Job, Hint | None], float] | None = None,
+    measure: Callable[[WorkKind, Hint | None], float] | None = None,
     num_rounds: int = _NUM_ROUNDS,
 ) -> list[Diagnosis]:
     """Measure every hint's job with and without it, in turn within each round so that both see the same machine."""
     measure = measure or measure_in_process
-    before_s: dict[Job, list[float]] = {hint.job: [] for hint in hints}
+    before_s: dict[WorkKind, list[float]] = {hint.job: [] for hint in hints}
     after_s: dict[str, list[float]] = {hint.name: [] for hint in hints}
     for _ in range(num_rounds):
         for job, durations_s in before_s.items():
@@ -166,7 +166,7 @@ def apply_hints(names: Sequence[str]) -> None:
         hint.apply()
 
 
-def measure_in_process(job: Job, hint: Hint | None) -> float:
+def measure_in_process(job: WorkKind, hint: Hint | None) -> float:
     """Seconds for one pass or step of `job` in a fresh process with `hint`, and without the others' variables."""
     ours = {name for each in HINTS for name in each.environment}
     environment = {name: value for name, value in os.environ.items() if name not in ours}

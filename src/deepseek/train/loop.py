@@ -81,7 +81,7 @@ class Run:
     """Steps done when the newest checkpoint was saved."""
 
 
-class EventStream(Generator[Event, None, None]):
+class RunEvents(Generator[Event, None, None]):
     """The events of a run, which works while they are read; one that is dropped unread says that nothing was done."""
 
     def __init__(self, events: Generator[Event, None, None]) -> None:
@@ -111,13 +111,13 @@ class EventStream(Generator[Event, None, None]):
             )
 
 
-def train(config: TrainConfig) -> EventStream:
+def train(config: TrainConfig) -> RunEvents:
     """Train from `config`, or go on with it where an earlier call was stopped; the model is in `folder/model`.
 
     Raises `ConfigError`, `DataError`, `TrainingError`, `CheckpointError` or `StorageError`, the last where another run
     is at work in the folder as well.
     """
-    return EventStream(_train(config))
+    return RunEvents(_train(config))
 
 
 def _train(config: TrainConfig) -> Generator[Event, None, None]:
