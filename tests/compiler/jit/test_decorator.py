@@ -370,7 +370,7 @@ def test_a_variable_without_value_is_an_unbound_local():
         f(torch.ones(1), False)
 
 
-def test_a_variable_of_a_loop_without_turns_is_noticed_when_it_runs():
+def test_a_variable_of_a_loop_without_iterations_is_noticed_when_it_runs():
     @ds.jit(backend="eager")
     def f(x):
         while x.sum() < 10:
@@ -379,7 +379,7 @@ def test_a_variable_of_a_loop_without_turns_is_noticed_when_it_runs():
         return last
 
     assert torch.equal(f(torch.ones(2)), torch.full((2,), 9.0))
-    with pytest.raises(RuntimeError, match=r"last has no value: the loop at .*test_decorator.py:\d+ made no turn"):
+    with pytest.raises(RuntimeError, match=r"last has no value: the loop at .*test_decorator.py:\d+ made no iteration"):
         f(torch.ones(2) * 20)
 
 
@@ -547,7 +547,7 @@ def test_dropout_in_a_branch_has_the_gradient_of_the_mask_that_ran(backend):
     assert 0.4 < (y == 0).float().mean() < 0.6
 
 
-def test_dropout_in_a_loop_draws_anew_each_turn_and_obeys_the_seed():
+def test_dropout_in_a_loop_draws_anew_each_iteration_and_obeys_the_seed():
     @ds.jit(backend="aot_eager")
     def f(x):
         k = torch.zeros(())

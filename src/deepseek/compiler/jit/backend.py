@@ -1,7 +1,7 @@
-"""Between the tracer and the backend: a captured graph is cleaned, optimized where that is safe, and compiled.
+"""Between the tracer and the backend: a captured graph is made repeatable, optimized where that is safe, and compiled.
 
 `compile_graph` is the backend that `jit` hands to `torch.compile`. Training graphs go to the backend as they are
-(cleaned and with repeatable random numbers). For inference the graph is captured once more at the level of ATen
+(with repeatable random numbers). For inference the graph is captured once more at the level of ATen
 operators when its first real inputs arrive, with parameters inside, and passes through `optimizing.optimize`;
 parameters that change afterwards (loading weights, an optimizer's step) are noticed by their version counters, and
 the passes run again.
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from deepseek.compiler.jit.tracing.probe_removal import erase_probes_
+from deepseek.compiler.jit.options import JitOptions
 from deepseek.compiler.jit.tracing.random_numbers import seed_branches_
+from deepseek.compiler.jit.tracing.speculation import erase_probes_
 from deepseek.compiler.passes.memory.recomputation import eager_with_budget, inductor_with_budget
 from deepseek.compiler.passes.optimizing import OptimizationReport, optimize
 from deepseek.compiler.runtimes.backends.dynamo import COMPILERS, find_compiler
@@ -34,54 +35,53 @@ class Captured:
     graphs: list[tuple[fx.GraphModule, list[Any], bool]] = field(default_factory=list)
 
 
-def prepare_(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Clean a graph that the tracer made, in place: no probes, and in training no random numbers that cannot repeat."""
+def prepare_(graph_module: fx.GraphModule) -> None:
+    """Free a graph of what was only looked at, and in training of random numbers that cannot repeat."""
     erase_probes_(graph_module)
     if torch.is_grad_enabled():
         seed_branches_(graph_module)
-    return graph_module
 
 
 def compile_graph(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, settings: Any, reports: list[Any]
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: JitOptions, reports: list[Any]
 ) -> Callable[..., Any]:
     """The backend of `jit`."""
     prepare_(graph_module)
-    is_fixed = all(isinstance(each, Tensor) for each in example_inputs) and not _has_symbols(example_inputs)
-    if settings.backend in COMPILERS:  # runtimes of their own, which fuse for themselves and read no kernels of oneDNN
-        return run_backend(graph_module, example_inputs, settings)
-    if torch.is_grad_enabled() or not settings.optimize or not is_fixed or not has_tensor_parameters(graph_module):
-        return run_backend(graph_module, example_inputs, settings)
-    return Optimizing(graph_module, settings, reports)
+    is_fixed = all(isinstance(value, Tensor) for value in example_inputs) and not _has_symbols(example_inputs)
+    if options.backend in COMPILERS:  # runtimes of their own, which fuse for themselves and read no kernels of oneDNN
+        return run_backend(graph_module, example_inputs, options)
+    if torch.is_grad_enabled() or not options.optimize or not is_fixed or not has_tensor_parameters(graph_module):
+        return run_backend(graph_module, example_inputs, options)
+    return Optimizing(graph_module, options, reports)
 
 
 def _has_symbols(inputs: Sequence[Any]) -> bool:
-    return any(isinstance(size, torch.SymInt) for each in inputs for size in each.shape)
+    return any(isinstance(size, torch.SymInt) for value in inputs for size in value.shape)
 
 
-def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Any) -> Callable[..., Any]:
+def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], options: JitOptions) -> Callable[..., Any]:
     """The graph compiled by the backend that the user named."""
-    compiler: Any = find_compiler(settings.backend)
-    if settings.memory_budget is not None and torch.is_grad_enabled():
-        compiler = choose_budgeted(settings)
+    compiler: Any = find_compiler(options.backend)
+    if options.memory_budget is not None and torch.is_grad_enabled():
+        compiler = choose_budgeted(options)
     elif compiler == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        compiler = functools.partial(compile_fx, config_patches=settings.options)
+        compiler = functools.partial(compile_fx, config_patches=options.options)
     elif isinstance(compiler, str):
         compiler = torch._dynamo.lookup_backend(compiler)
     compiled: Callable[..., Any] = compiler(graph_module, list(inputs))
     return compiled
 
 
-def choose_budgeted(settings: Any) -> Callable[..., Any]:
+def choose_budgeted(options: JitOptions) -> Callable[..., Any]:
     """The backend that keeps no more than the memory budget for backward."""
     backends: dict[Any, Any] = {"inductor": inductor_with_budget, "aot_eager": eager_with_budget}
-    if settings.backend not in backends:
+    if options.backend not in backends:
         raise ConfigError(
-            f"memory_budget was given with the backend {settings.backend!r}; it works with {', '.join(backends)}"
+            f"memory_budget was given with the backend {options.backend!r}; it works with {', '.join(backends)}"
         )
-    budgeted: Callable[..., Any] = backends[settings.backend](settings.memory_budget)
+    budgeted: Callable[..., Any] = backends[options.backend](options.memory_budget)
     return budgeted
 
 
@@ -103,9 +103,9 @@ def has_tensor_parameters(graph_module: fx.GraphModule) -> bool:
 class Optimizing:
     """A graph for inference that is optimized when its first inputs arrive, and again when its parameters change."""
 
-    def __init__(self, graph_module: fx.GraphModule, settings: Any, reports: list[Any]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, options: JitOptions, reports: list[Any]) -> None:
         self.graph_module = graph_module
-        self.settings = settings
+        self.options = options
         self.reports = reports
         self.static = find_static(graph_module)
         self.versions: tuple[Any, ...] | None = None
@@ -122,7 +122,7 @@ class Optimizing:
         result = self.compiled(*_others(inputs, self.static))
         if self._read_versions(inputs) != before:  # a batch norm in training mode, a buffer that counts
             self.writes = True
-            self.compiled = run_backend(self.graph_module, inputs, self.settings)
+            self.compiled = run_backend(self.graph_module, inputs, self.options)
         return result
 
     def _read_versions(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -132,23 +132,23 @@ class Optimizing:
         graph = inline_parameters(self.graph_module, inputs, self.static)
         others = _others(inputs, self.static)
         try:
-            optimized = optimize(graph, others, is_training=False, kernels=kernels_of(self.settings))
+            optimized = optimize(graph, others, is_training=False, kernels=kernels_of(self.options))
         except Exception as error:  # noqa: BLE001 - the graph is right as it is; the user is told what is missing
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"the graph is compiled as it was captured, since the passes failed: {reason}", stacklevel=2)
-            return run_backend(graph, others, self.settings)
+            return run_backend(graph, others, self.options)
         self.reports.append(optimized.report)
-        return run_backend(optimized.graph_module, others, self.settings)
+        return run_backend(optimized.graph_module, others, self.options)
 
 
-def kernels_of(settings: Any) -> Literal["eager", "inductor"]:
+def kernels_of(options: JitOptions) -> Literal["eager", "inductor"]:
     """Who will run the operators of an optimized graph."""
-    return "eager" if settings.backend in ("eager", "aot_eager") else "inductor"
+    return "eager" if options.backend in ("eager", "aot_eager") else "inductor"
 
 
 def _others(inputs: Sequence[Any], static: Sequence[int]) -> list[Any]:
     hidden = set(static)
-    return [each for index, each in enumerate(inputs) if index not in hidden]
+    return [value for index, value in enumerate(inputs) if index not in hidden]
 
 
 def inline_parameters(graph_module: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int]) -> fx.GraphModule:
@@ -165,7 +165,7 @@ def inline_parameters(graph_module: fx.GraphModule, inputs: Sequence[Any], stati
     for child, module in traced.named_children():
         root.add_module(child, module)
     graph = traced.graph
-    for index, node in enumerate([each for each in graph.nodes if each.op == "placeholder"]):
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
         if index in held:
             with graph.inserting_before(node):
                 inside = graph.create_node("get_attr", f"parameter_{index}")
@@ -183,7 +183,7 @@ class _Stop(Exception):  # noqa: N818 - not an error
 
 
 def capture_inputs(
-    function: Callable[..., Any], captured: Captured, args: Sequence[Any], kwargs: dict[str, Any], settings: Any
+    function: Callable[..., Any], captured: Captured, args: Sequence[Any], kwargs: dict[str, Any], options: JitOptions
 ) -> None:
     """Trace `function` on these arguments and keep its graphs with their inputs, in `captured`.
 
@@ -196,13 +196,13 @@ def capture_inputs(
 
         def run(*inputs: Any) -> Any:
             captured.graphs.append((graph_module, list(inputs), is_training))
-            if settings.fullgraph:
+            if options.fullgraph:
                 raise _Stop
             return graph_module.forward(*inputs)
 
         return run
 
-    compiled = torch.compile(function, backend=backend, fullgraph=settings.fullgraph, dynamic=settings.dynamic)
+    compiled = torch.compile(function, backend=backend, fullgraph=options.fullgraph, dynamic=options.dynamic)
     try:
         compiled(*args, **kwargs)
     except _Stop:
@@ -210,10 +210,10 @@ def capture_inputs(
 
 
 def report_on(
-    graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Any, *, is_training: bool
+    graph_module: fx.GraphModule, inputs: Sequence[Any], options: JitOptions, *, is_training: bool
 ) -> OptimizationReport:
     """What the passes find in a captured graph."""
     static = find_static(graph_module)
     with torch.no_grad():
         graph = inline_parameters(graph_module, inputs, static)
-        return optimize(graph, _others(inputs, static), is_training=is_training, kernels=kernels_of(settings)).report
+        return optimize(graph, _others(inputs, static), is_training=is_training, kernels=kernels_of(options)).report

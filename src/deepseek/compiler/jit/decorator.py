@@ -23,39 +23,38 @@ import copy
 import functools
 import inspect
 import sys
-import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
 import torch
 import torch._dynamo.config as dynamo
 from torch import nn
 from torch._dynamo.utils import graph_break_reasons
+from torch._higher_order_ops.utils import setup_compilation_env
 
 from deepseek.compiler.jit.backend import Captured, capture_inputs, compile_graph
 from deepseek.compiler.jit.explanation import Explanation, explain_captured
-from deepseek.compiler.jit.rewriting.counterparts import keep_twin
-from deepseek.compiler.jit.rewriting.parsing import describe
-from deepseek.compiler.jit.tracing import operators
+from deepseek.compiler.jit.options import Backend, JitOptions
+from deepseek.compiler.jit.rewriting.counterparts import ENTRY, keep_counterpart
+from deepseek.compiler.jit.rewriting.sources import describe
 from deepseek.compiler.jit.tracing.calls import Rewritable
-from deepseek.compiler.jit.tracing.operators import BUILDING
 from deepseek.compiler.jit.tracing.sites import (
+    OWN_FILES,
     ControlFlowError,
     GraphBreakWarning,
     Site,
     Trace,
     find_refusal,
+    last_own_frame,
     recording,
 )
-from deepseek.compiler.passes.memory.recomputation import check_budget
+from deepseek.compiler.jit.tracing.speculation import register
 from deepseek.core.errors import ConfigError
 
 Target = TypeVar("Target")
-Backend = str | Callable[..., Any]
 MAX_FRAMES = 10_000
 MAX_BREAKS = 64  # places that one function may be broken at before something else must be wrong
 MAX_KINDS = 64  # of arguments that one function is compiled for: types, Python values, shapes of different rank
@@ -109,63 +108,41 @@ def jit(
     >>> absolute(torch.tensor(-3.0))
     tensor(3.)
     """
-    settings = Settings(fullgraph, backend, dynamic, options, optimize, memory_budget)
+    chosen = JitOptions(fullgraph, backend, dynamic, options, optimize, memory_budget)
     if target is None:
-        return functools.partial(_jit, settings=settings)
-    return _jit(target, settings)
+        return functools.partial(_jit, options=chosen)
+    return _jit(target, chosen)
 
 
-class Settings:
-    """What `jit` was told, for all that it compiles."""
-
-    def __init__(
-        self,
-        fullgraph: bool,
-        backend: Backend,
-        dynamic: bool | None,
-        options: dict[str, Any] | None,
-        optimize: bool,
-        memory_budget: float | None,
-    ) -> None:
-        self.fullgraph = fullgraph
-        self.backend = backend
-        self.dynamic = dynamic
-        self.options = options
-        self.optimize = optimize
-        self.memory_budget = memory_budget
-        if memory_budget is not None:
-            check_budget(memory_budget)
-
-
-def _jit(target: Any, settings: Settings) -> Any:
+def _jit(target: Any, options: JitOptions) -> Any:
     if isinstance(target, Jitted):
         return target
     if isinstance(target, nn.Module):
-        return _jit_module(inspect.unwrap(target), settings)  # of a loaded model, the module that it is a face of
+        return _jit_module(inspect.unwrap(target), options)  # of a loaded model, the module that it is a face of
     if inspect.isclass(target):
-        return _jit_class(target, settings)
+        return _jit_class(target, options)
     if isinstance(target, types.MethodType):
-        return Jitted(target.__func__, settings).__get__(target.__self__)
-    return Jitted(target, settings)
+        return Jitted(target.__func__, options).__get__(target.__self__)
+    return Jitted(target, options)
 
 
-def _jit_module(module: nn.Module, settings: Settings) -> nn.Module:
-    """A module of the same class with the same parameters, buffers and children, whose forward is compiled."""
+def _jit_module(module: nn.Module, options: JitOptions) -> nn.Module:
+    """Give a module of the same class with the same parameters, buffers and children, whose forward is compiled."""
     forward = _forward_of(type(module))
-    twin = copy.copy(module)
+    counterpart = copy.copy(module)
     function = forward.function if isinstance(forward, Jitted) else forward
-    bound = Jitted(function, settings).__get__(twin)
-    twin.__dict__["forward"] = bound
-    twin.__dict__["explain"] = bound.explain
-    return twin
+    bound = Jitted(function, options).__get__(counterpart)
+    counterpart.__dict__["forward"] = bound
+    counterpart.__dict__["explain"] = bound.explain
+    return counterpart
 
 
-def _jit_class(target: type, settings: Settings) -> type:
+def _jit_class(target: type, options: JitOptions) -> type:
     if not issubclass(target, nn.Module):
         raise ConfigError(f"jit was given the class {target.__qualname__}; it takes functions and classes of nn.Module")
     forward = _forward_of(target)
     if not isinstance(forward, Jitted):
-        target.forward = Jitted(forward, settings)
+        target.forward = Jitted(forward, options)
     return target
 
 
@@ -194,12 +171,13 @@ def refuse_unwritable(function: Any) -> None:
 class Jitted(Rewritable):
     """A compiled function; as an attribute of a class, a compiled method."""
 
-    def __init__(self, function: Any, settings: Settings, owner: Any = None) -> None:
+    def __init__(self, function: Any, options: JitOptions, owner: Any = None) -> None:
         refuse_unwritable(function)
         self.function = function
-        self.settings = settings
+        self.options = options
         self.owner = owner
-        self.twin = keep_twin(function)
+        register()
+        self.counterpart = keep_counterpart(function)
         self.trace = Trace()
         self.reports: list[Any] = []
         self._compiled: Any = None
@@ -231,7 +209,7 @@ class Jitted(Rewritable):
         return self._bind(copy.deepcopy(self.owner, memo) if self.owner is not None else None)
 
     def __reduce__(self) -> Any:
-        return _restore, (self.function.__module__, self.function.__qualname__, self.settings, self.owner)
+        return _restore, (self.function.__module__, self.function.__qualname__, self.options, self.owner)
 
     # ---- running
 
@@ -239,54 +217,61 @@ class Jitted(Rewritable):
         """Run the function; the first call with new types of arguments compiles it."""
         if self.owner is not None:
             args = (self.owner, *args)
+        if torch.compiler.is_dynamo_compiling():
+            return self.counterpart(ENTRY, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return self.twin(BUILDING, *args, **kwargs)
+            return self._trace_for_export(args, kwargs)
         if self._compiled is None:
             self._compiled = self._compile()
         for _ in range(MAX_BREAKS):
             try:
-                with recording(self.trace), tracing(), self._telling_breaks():
-                    return self._compiled(BUILDING, *args, **kwargs)
+                with recording(self.trace), tracing(), self._reporting_breaks():
+                    return self._compiled(ENTRY, *args, **kwargs)
             except ControlFlowError as error:
                 self._break_at(error)
             except Exception as error:  # noqa: BLE001 - raised again, in our words where they help
                 self._break_at(_explain_failure(error, self.function))
         raise ControlFlowError(f"{describe(self.function)} breaks at more than {MAX_BREAKS} places; split it")
 
+    def _trace_for_export(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run inside an export that traces Python as it runs: the tracer's graph stands for the function there."""
+        with recording(self.trace), tracing(), setup_compilation_env() as backend:
+            return torch.compile(self.counterpart, backend=backend, fullgraph=True)(ENTRY, *args, **kwargs)
+
     def _compile(self) -> Any:
-        backend = functools.partial(compile_graph, settings=self.settings, reports=self.reports)
+        backend = functools.partial(compile_graph, options=self.options, reports=self.reports)
         return torch.compile(
-            self.twin,
+            self.counterpart,
             backend=backend,
-            fullgraph=self.settings.fullgraph,
-            dynamic=self.settings.dynamic,
+            fullgraph=self.options.fullgraph,
+            dynamic=self.options.dynamic,
         )
 
     def _break_at(self, error: ControlFlowError) -> None:
         """Let the graph break where it cannot be rewritten, if that is allowed; say so either way."""
         sites = [site for site in error.sites if not site.is_native]
-        if self.settings.fullgraph or not sites:
+        if self.options.fullgraph or not sites:
             raise error
         for site in sites:
             site.is_native = True
-        self.trace.breaks.append((sites[-1], str(error)))
+        self.trace.breaks.append((_site_of(error), str(error)))
         warnings.warn(f"one graph becomes two: {error}", GraphBreakWarning, stacklevel=3)
 
     @contextmanager
-    def _telling_breaks(self) -> Iterator[None]:
+    def _reporting_breaks(self) -> Iterator[None]:
         """Warn of graph breaks that the tracer makes by itself, for other reasons than control flow."""
         num_known = len(graph_break_reasons)
         yield
         for found in graph_break_reasons[num_known:]:
-            frame = _last_own_frame(found.user_stack)
-            if not found.graph_break or frame is None or found.user_stack[-1].filename == operators.__file__:
+            frame = last_own_frame(found.user_stack)
+            if not found.graph_break or frame is None or found.user_stack[-1].filename.startswith(OWN_FILES):
                 continue
             site = Site(frame.filename, frame.lineno or 0, "a graph break", frame.name)
             reason = f"{site.place}: {found.reason.partition(chr(10))[0]} (in {site.function}: `{site.text}`)"
             self.trace.breaks.append((site, reason))
             warnings.warn(f"one graph becomes two: {reason}", GraphBreakWarning, stacklevel=4)
 
-    # ---- telling
+    # ---- explaining
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What becomes of the function on these arguments: graphs, breaks, rewritten control flow, fusions, memory.
@@ -297,16 +282,16 @@ class Jitted(Rewritable):
             args = (self.owner, *args)
         captured = Captured()
         trace = Trace()
-        with recording(trace), tracing(), self._telling_breaks():
+        with recording(trace), tracing(), self._reporting_breaks():
             self._capture(captured, trace, args, kwargs)
-        return explain_captured(self.function, captured, trace, self.trace, self.settings)
+        return explain_captured(self.function, captured, trace, self.trace, self.options)
 
     def _capture(self, captured: Captured, trace: Trace, args: Any, kwargs: Any) -> None:
         for _ in range(MAX_BREAKS):
             captured.graphs.clear()
             trace.rewritten.clear()
             try:
-                capture_inputs(self.twin, captured, (BUILDING, *args), kwargs, self.settings)
+                capture_inputs(self.counterpart, captured, (ENTRY, *args), kwargs, self.options)
             except ControlFlowError as error:
                 self._break_at(error)
             except Exception as error:  # noqa: BLE001 - raised again, in our words where they help
@@ -332,12 +317,12 @@ def tracing() -> Iterator[None]:
         dynamo.recompile_limit, dynamo.specialize_float = limit, is_special
 
 
-def _restore(module: str, name: str, settings: Settings, owner: Any) -> Any:
+def _restore(module: str, name: str, options: JitOptions, owner: Any) -> Any:
     """A pickled jitted function, found again by its name."""
     found: Any = __import__(module, fromlist=["_"])
     for part in name.split("."):
         found = inspect.getattr_static(found, part)
-    jitted = found if isinstance(found, Jitted) else Jitted(found, settings)
+    jitted = found if isinstance(found, Jitted) else Jitted(found, options)
     return jitted if owner is None else jitted.__get__(owner)
 
 
@@ -345,7 +330,7 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
     """A tracer's failure in our words where it is about control flow; anything else is raised as it is."""
     refusal = find_refusal(error)
     if refusal is not None:
-        raised = ControlFlowError(str(refusal).partition("\n")[0], refusal.sites)
+        raised = ControlFlowError(str(refusal).partition("\n")[0], refusal.sites, refusal.place)
         raised.__cause__ = error
         return raised
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
@@ -365,6 +350,15 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
     return raised
 
 
+def _site_of(error: ControlFlowError) -> Site:
+    """The site of a refusal: the statement that no graph can hold, which may stand inside the one that decides."""
+    site = error.sites[-1]
+    if error.place in ("", site.place):
+        return site
+    file, _, line = error.place.rpartition(":")
+    return Site(file, int(line), site.kind, site.function)
+
+
 def _last_difference() -> str:
     """The check of what was compiled last that the arguments do not pass, in the tracer's words."""
     metrics = torch._dynamo.utils.get_compilation_metrics()
@@ -377,15 +371,8 @@ def _last_difference() -> str:
 
 def _user_place(error: Exception) -> str | None:
     """The last line of the user's own code in a tracer's report."""
-    frame = _last_own_frame(getattr(error, "real_stack", None) or [])
+    frame = last_own_frame(getattr(error, "real_stack", None) or [])
     return None if frame is None else f"{frame.filename}:{frame.lineno}"
-
-
-def _last_own_frame(stack: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
-    """The innermost frame that is neither torch's nor of these files."""
-    ours = str(Path(__file__).parents[1])
-    own = [frame for frame in stack if not frame.filename.startswith(ours) and "/torch/" not in frame.filename]
-    return own[-1] if own else None
 
 
 __all__ = ["ControlFlowError", "GraphBreakWarning", "Jitted", "jit"]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.compiler.jit.backend import Captured, report_on
-from deepseek.compiler.jit.rewriting.parsing import describe
+from deepseek.compiler.jit.options import JitOptions
+from deepseek.compiler.jit.rewriting.sources import describe
 from deepseek.compiler.jit.tracing.sites import Site, Trace
 from deepseek.core.units import format_bytes
 
@@ -43,8 +44,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.function}: {_count(self.num_graphs, 'graph')}, {_count(self.num_operators, 'operator')}"]
-        lines += _section("rewritten control flow", [_show(each) for each in self.rewritten])
-        lines += _section("graph breaks", [_show(each) for each in self.breaks])
+        lines += _section("rewritten control flow", [_show(statement) for statement in self.rewritten])
+        lines += _section("graph breaks", [_show(statement) for statement in self.breaks])
         lines += _section("fusions", list(self.fusions))
         if self.peak_bytes_before is not None and self.peak_bytes_after is not None:
             before, after = format_bytes(self.peak_bytes_before), format_bytes(self.peak_bytes_after)
@@ -60,28 +61,31 @@ def _section(title: str, rows: list[str]) -> list[str]:
     return [f"{title}: {'none' if not rows else ''}".rstrip(), *(f"  {row}" for row in rows)]
 
 
-def _show(each: Rewritten) -> str:
-    place = f"{Path(each.file).name}:{each.line}"
-    return f"{place:24} {each.kind:12} {each.text}" + (f"\n    {each.reason}" if each.reason else "")
+def _show(statement: Rewritten) -> str:
+    line = f"{Path(statement.file).name}:{statement.line}"
+    reason = f"\n    {statement.reason}" if statement.reason else ""
+    return f"{line:24} {statement.kind:12} {statement.text}{reason}"
 
 
-def explain_captured(function: Any, captured: Captured, trace: Trace, earlier: Trace, settings: Any) -> Explanation:
+def explain_captured(
+    function: Any, captured: Captured, trace: Trace, earlier: Trace, options: JitOptions
+) -> Explanation:
     """The explanation of graphs that were captured, with the breaks that calls met `earlier`."""
     breaks = {site.key: _describe_site(site, reason) for site, reason in [*earlier.breaks, *trace.breaks]}
     reports, notes = [], []
-    for graph_module, inputs, is_training in captured.graphs if settings.optimize else []:
+    for graph_module, inputs, is_training in captured.graphs if options.optimize else []:
         try:
-            reports.append(report_on(graph_module, inputs, settings, is_training=is_training))
+            reports.append(report_on(graph_module, inputs, options, is_training=is_training))
         except Exception as error:  # noqa: BLE001 - an explanation is given all the same, and says what is missing
             notes.append(f"fusions and memory of this graph are not known: {str(error).strip().partition(chr(10))[0]}")
-    fusions = tuple(f"{each.rule} at {each.where}" for report in reports for each in report.fusion.fusions)
+    fusions = tuple(f"{fusion.rule} at {fusion.where}" for report in reports for fusion in report.fusion.fusions)
     peaks = [(report.memory.peak_before_bytes, report.memory.peak_in_place_bytes) for report in reports]
     return Explanation(
         function=describe(function),
         num_graphs=len(captured.graphs),
         num_operators=sum(count_operators(graph) for graph, _, _ in captured.graphs),
         rewritten=tuple(
-            _describe_site(site) for site in sorted(trace.rewritten, key=lambda each: (each.file, each.line))
+            _describe_site(site) for site in sorted(trace.rewritten, key=lambda site: (site.file, site.line))
         ),
         breaks=tuple(breaks.values()),
         fusions=fusions,

@@ -7,20 +7,20 @@
 
 What follows an `if` that may leave the block moves into the branches that do not leave (both, where both may go on).
 A `return` inside a loop sets a flag and a value and ends the loop; after the loop the flag is looked at. A statement
-whose condition is a Python value for certain (`x is None`, `isinstance(...)`, `self.training`'s like are not: they
-are decided at run time) keeps its jumps, and so does everything inside `try`, `match` and nested functions. Every
-`if` that stays in tail position with returns inside gets the mark `gives_result`.
+whose condition is a Python value for certain (`x is None`, `isinstance(...)`, `self.training`) keeps its jumps, and so
+does everything inside `try`, `match` and nested functions. Every `if` that stays in tail position with returns inside
+gives the function's result. What is found out about statements is kept beside the tree, as a `Fact` for each.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from deepseek.compiler.jit.names import INTERNAL, UNDEFINED_NAME
 from deepseek.compiler.jit.rewriting.variables import SCOPES, never_ends
-from deepseek.compiler.jit.tracing.merging import INTERNAL
 from deepseek.core.errors import ConfigError
 
 MAX_COPIES = 256
@@ -30,13 +30,36 @@ PYTHON_CALLS = {"isinstance", "hasattr", "callable", "issubclass", "len", "torch
 PYTHON_ITERABLES = {"enumerate", "zip", "reversed", "sorted", "map", "filter"}
 
 
+@dataclass(frozen=True)
+class Fact:
+    """What lowering found out about a statement."""
+
+    stays_native: bool = False
+    """Whether it stays Python, its jumps included."""
+    gives_result: bool = False
+    """Whether it is an `if` in tail position whose branches give the function's result."""
+    stop: str | None = None
+    """The flag that ends a loop."""
+
+
+NOTHING = Fact()
+Facts = Mapping[ast.stmt, Fact]
+
+
 @dataclass
 class Lowering:
-    """The state of one function's lowering: flags in use, and how often a rest was copied."""
+    """The state of one function's lowering: flags in use, how often a rest was copied, facts about statements."""
 
+    where: str
     flags: list[str] = field(default_factory=list)
     num_copies: int = 0
-    where: str = ""
+    facts: dict[ast.stmt, Fact] = field(default_factory=dict)
+
+    def of(self, statement: ast.stmt) -> Fact:
+        return self.facts.get(statement, NOTHING)
+
+    def keep_native(self, statement: ast.stmt) -> None:
+        self.facts[statement] = replace(self.of(statement), stays_native=True)
 
     def make_flag(self, name: str) -> str:
         flag = f"{INTERNAL}{name}_{len(self.flags)}"
@@ -51,9 +74,10 @@ class Loop:
     stop: str
 
 
-def lower(statements: list[ast.stmt], where: str) -> list[ast.stmt]:
-    """The statements of a function without jumps out of what may depend on a tensor."""
-    return _lower_block(statements, None, Lowering(where=where))
+def lower(statements: list[ast.stmt], where: str) -> tuple[list[ast.stmt], Facts]:
+    """Give the statements of a function without jumps out of what may depend on a tensor, and facts about them."""
+    state = Lowering(where)
+    return _lower_block(statements, None, state), state.facts
 
 
 def is_python(test: ast.expr) -> bool:  # noqa: PLR0911 - a table
@@ -62,8 +86,8 @@ def is_python(test: ast.expr) -> bool:  # noqa: PLR0911 - a table
         case ast.Constant():
             return True
         case ast.Compare(ops=ops):
-            return all(isinstance(each, (ast.Is, ast.IsNot)) for each in ops) or any(
-                isinstance(each, ast.Constant) and isinstance(each.value, str) for each in test.comparators
+            return all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops) or any(
+                isinstance(right, ast.Constant) and isinstance(right.value, str) for right in test.comparators
             )
         case ast.Call(func=function):
             return ast.unparse(function) in PYTHON_CALLS
@@ -119,9 +143,9 @@ def has_jump(statements: list[ast.stmt], *, inside_loop: bool = False) -> bool:
         for name in ("body", "orelse", "finalbody"):
             if has_jump(getattr(statement, name, []), inside_loop=nested if name == "body" else inside_loop):
                 return True
-        if any(has_jump(each.body, inside_loop=inside_loop) for each in getattr(statement, "handlers", [])):
+        if any(has_jump(handler.body, inside_loop=inside_loop) for handler in getattr(statement, "handlers", [])):
             return True
-        if any(has_jump(each.body, inside_loop=inside_loop) for each in getattr(statement, "cases", [])):
+        if any(has_jump(case.body, inside_loop=inside_loop) for case in getattr(statement, "cases", [])):
             return True
     return False
 
@@ -164,7 +188,7 @@ def _has_hidden_exit(statements: list[ast.stmt]) -> bool:
         if isinstance(statement, (ast.Try, ast.Match, ast.With)) and has_jump([statement]):
             return True
         is_loop = isinstance(statement, (ast.While, ast.For))
-        if is_loop and any(_has_hidden_exit(each) and has_return(each) for each in blocks_of(statement)):
+        if is_loop and any(_has_hidden_exit(block) and has_return(block) for block in blocks_of(statement)):
             return True
         if isinstance(statement, ast.If) and (_has_hidden_exit(statement.body) or _has_hidden_exit(statement.orelse)):
             return True
@@ -181,7 +205,7 @@ def _lower_block(  # noqa: PLR0911 - a table
     for index, statement in enumerate(statements):
         rest = statements[index + 1 :]
         if isinstance(statement, ast.If):
-            statement = _put_raise_first(statement)  # noqa: PLW2901 - the same statement, turned
+            statement = _put_raise_first(statement)  # noqa: PLW2901 - the same statement, inverted
         match statement:
             case ast.Return() | ast.Break() | ast.Continue() if loop is not None:
                 return lowered + _end(statement, loop)
@@ -224,9 +248,9 @@ def _put_raise_first(statement: ast.If) -> ast.If:
     match statement.orelse:
         case [ast.Raise(exc=error)] if error is not None and not is_guard(statement):
             test = ast.copy_location(ast.UnaryOp(ast.Not(), statement.test), statement.test)
-            turned = _if(test, statement.orelse, statement)
-            turned.orelse = statement.body
-            return turned
+            inverted = _if(test, statement.orelse, statement)
+            inverted.orelse = statement.body
+            return inverted
         case _:
             return statement
 
@@ -256,20 +280,20 @@ def _lower_jump(statement: ast.If, rest: list[ast.stmt], loop: Loop | None, stat
         state.num_copies += 1
         if state.num_copies > MAX_COPIES:
             raise ConfigError(f"{state.where} has too many early exits to follow them all; split it into functions")
-        copied = [copy.deepcopy(each) for each in rest]
+        copied = [copy.deepcopy(following) for following in rest]
     orelse = statement.orelse if never_ends(statement.orelse) else statement.orelse + copied
     statement.body = _lower_block(body, loop, state) or [_pass(statement)]
     statement.orelse = _lower_block(orelse, loop, state)
     if loop is None:
-        _finish(statement.body)
-        _finish(statement.orelse)
-        mark(statement, gives_result=True)
+        _finish(statement.body, state)
+        _finish(statement.orelse, state)
+        state.facts[statement] = Fact(gives_result=True)
     return [statement]
 
 
-def _finish(block: list[ast.stmt]) -> None:
+def _finish(block: list[ast.stmt], state: Lowering) -> None:
     """A block in tail position that runs to its end returns None."""
-    if not never_ends(block) and not (block and getattr(block[-1], "gives_result", False)):
+    if not never_ends(block) and not (block and state.of(block[-1]).gives_result):
         last = block[-1] if block else None
         value = ast.Return(value=ast.Constant(None))
         block.append(ast.copy_location(value, last) if last is not None else value)
@@ -279,7 +303,7 @@ def _lower_loop(
     statement: ast.While | ast.For, rest: list[ast.stmt], loop: Loop | None, state: Lowering
 ) -> list[ast.stmt]:
     if stays_native(statement):
-        mark(statement, stays_native=True)
+        state.keep_native(statement)
         statement.body = _lower_native(statement.body, state)
         statement.orelse = _lower_native(statement.orelse, state)
         return [statement, *_lower_block(rest, loop, state)]
@@ -288,11 +312,11 @@ def _lower_loop(
     leaves = _has_break(statement.body)
     breaks = leaves or returns
     statement.body = _lower_block(statement.body, Loop(stop), state) or [_pass(statement)]
-    mark(statement, stop=stop if breaks else None)
+    state.facts[statement] = Fact(stop=stop if breaks else None)
     before: list[ast.stmt] = [_assign(stop, ast.Constant(False), statement)] if breaks else []
     if returns and loop is None:
         before.append(_assign(RETURNED, ast.Constant(False), statement))
-        before.append(_assign(RESULT, ast.Name(f"{INTERNAL}undefined", ast.Load()), statement))
+        before.append(_assign(RESULT, ast.Name(UNDEFINED_NAME, ast.Load()), statement))
     after = list(rest)
     if statement.orelse and breaks:
         after.insert(0, _if(ast.UnaryOp(ast.Not(), _name(stop)), statement.orelse, statement))
@@ -312,12 +336,12 @@ def _lower_native(statements: list[ast.stmt], state: Lowering) -> list[ast.stmt]
     for statement in statements:
         is_open = has_jump([statement]) and not isinstance(statement, (ast.While, ast.For))
         if is_open or isinstance(statement, (ast.Try, ast.Match)):
-            mark(statement, stays_native=True)
+            state.keep_native(statement)
             for block in blocks_of(statement):
                 block[:] = _lower_native(block, state)
             lowered.append(statement)
         elif isinstance(statement, (ast.While, ast.For)) and has_return(statement.body):
-            mark(statement, stays_native=True)
+            state.keep_native(statement)
             statement.body = _lower_native(statement.body, state)
             lowered.append(statement)
         else:
@@ -328,8 +352,8 @@ def _lower_native(statements: list[ast.stmt], state: Lowering) -> list[ast.stmt]
 def blocks_of(statement: ast.stmt) -> list[list[ast.stmt]]:
     """The lists of statements inside a statement."""
     blocks = [getattr(statement, name) for name in ("body", "orelse", "finalbody") if getattr(statement, name, None)]
-    blocks.extend(each.body for each in getattr(statement, "handlers", []))
-    blocks.extend(each.body for each in getattr(statement, "cases", []))
+    blocks.extend(handler.body for handler in getattr(statement, "handlers", []))
+    blocks.extend(case.body for case in getattr(statement, "cases", []))
     return blocks
 
 
@@ -346,10 +370,10 @@ def _leave(statement: ast.stmt, loop: Loop | None) -> list[ast.stmt]:
 
 
 def _lower_with(statement: ast.With, rest: list[ast.stmt], state: Lowering) -> list[ast.stmt]:
-    """A `with` that may be left early by a return: its body becomes a loop of one turn."""
+    """A `with` that may be left early by a return: its body becomes a loop of one iteration."""
     if not rest:
         statement.body = _lower_block(statement.body, None, state)
-        _finish(statement.body)
+        _finish(statement.body, state)
         return [statement]
     once = ast.For(
         target=ast.Name(state.make_flag("once"), ast.Store()),
@@ -377,11 +401,6 @@ def _has_break(statements: list[ast.stmt]) -> bool:
 
 
 # ---- small trees
-
-
-def mark(statement: ast.stmt, **facts: Any) -> None:
-    """Note facts on a statement for `transforming`: `stays_native`, `gives_result`, `stop`."""
-    vars(statement).update(facts)
 
 
 def _name(name: str) -> ast.Name:

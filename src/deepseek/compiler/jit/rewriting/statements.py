@@ -2,42 +2,30 @@
 
     if c: y = f(x)                   def _ds_then_1(_ds1, y): y = _ds1.call(f)(x); return (y,)
     else: y = y + 1        =>        def _ds_else_1(_ds1, y): y = y + 1; return (y,)
-                                     (y,) = _ds0.cond(c, _ds_then_1, _ds_else_1, (y,), ("y",), site, (x,))
+                                     (y,) = _ds0.cond(c, _ds_then_1, _ds_else_1, (y,), site)
 
-Variables that a branch only reads come to it as free variables; those that it may write are parameters where it may
-read them first, and results where somebody reads them afterwards (`liveness`). `_ds0`, `_ds1`, ... are the operators
-of each level, so that code can tell what was made outside of it. Every generated node carries the line and column of
-the statement that it stands for, so that tracebacks and debuggers show the user's own lines.
+Variables that a branch may write are parameters where it may read them first, and results where somebody reads them
+afterwards (`variables`); those that it only reads are parameters, too. `_ds0`, `_ds1`, ... are the operators of each
+level. Every generated node carries the line and column of the statement that it stands for, so that tracebacks and
+debuggers show the user's own lines.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from deepseek.compiler.jit.rewriting.aliasing import (
-    APPEND,
-    SET,
-    find_fresh,
-    find_numbers,
-    is_plain_counter,
-    is_real_number,
-    is_special,
-    name_writes,
-    parameters_of,
-    root_of,
-)
-from deepseek.compiler.jit.rewriting.expressions import Expressions, Place, Scope
-from deepseek.compiler.jit.rewriting.lowering import is_guard, is_python, lower, mark
+from deepseek.compiler.jit.names import BINARY, INTERNAL, ITEM_NAME
+from deepseek.compiler.jit.rewriting.context import Context, Flow, Outside, Position, Scope
+from deepseek.compiler.jit.rewriting.expressions import Expressions
+from deepseek.compiler.jit.rewriting.lowering import NOTHING, Fact, Facts, is_guard, is_python, lower
 from deepseek.compiler.jit.rewriting.trees import (
     assign,
     assign_constant,
     at,
     attribute,
     call,
-    constant,
     function_of,
     load,
     store,
@@ -55,435 +43,356 @@ from deepseek.compiler.jit.rewriting.variables import (
     walk_scope,
     writes,
 )
-from deepseek.compiler.jit.tracing.merging import INTERNAL
-from deepseek.compiler.jit.tracing.operators import BINARY
-from deepseek.compiler.jit.tracing.sites import Site
+from deepseek.compiler.jit.rewriting.writes import CHANGE, SET, is_plain_counter, is_special, name_writes, parameters_of
 
-SITES_NAME = f"{INTERNAL}sites"
-MUTATORS = frozenset(
-    "append extend insert pop remove clear sort reverse update setdefault popitem add discard".split()  # noqa: SIM905
-)
+Loop = ast.While | ast.For
+Native = ast.If | ast.With | ast.Try | ast.Match
 
 
-class Transformer:
-    """Transforms one function definition; `sites` collects what it made."""
+def transform(
+    tree: ast.FunctionDef, context: Context, name: str, level: int = 0, *, is_outermost: bool = True
+) -> ast.FunctionDef:
+    """The definition with operators `_ds{level}` in scope; only the outermost takes them as its first parameter."""
+    body, facts = lower(name_writes(tree), f"{name} in {context.file}")
+    scope = find_scope(tree, body)
+    position = Position(context, scope, level, frozenset(scope.parameters), is_outermost)
+    block = Statements(facts).block(body, Flow(NONE), position)
+    start = [_undefined(missing, position, tree) for missing in sorted(scope.missing)]
+    docstring = ast.get_docstring(tree, clean=False)
+    head = [block.pop(0)] if docstring is not None and block and isinstance(block[0], ast.Expr) else []
+    tree.body = [*head, *start, *block] or [ast.Pass()]
+    return ast.fix_missing_locations(tree)
 
-    def __init__(self, file: str, name: str, resolve: Callable[[str], Any], class_name: str | None = None) -> None:
-        self.file = file
-        self.name = name
-        self.resolve = resolve
-        self.class_name = class_name
-        self.sites: list[Site] = []
 
-    def is_builtin(self, name: str) -> bool:
-        """Whether a name that no local variable has is Python's own."""
-        return hasattr(builtins, name) and self.resolve(name) is getattr(builtins, name)
+def find_scope(tree: ast.FunctionDef, body: list[ast.stmt]) -> Scope:
+    """The variables of a function, by what may happen to them."""
+    outside: dict[str, Outside] = {}
+    for kind in (ast.Global, ast.Nonlocal):
+        outside |= dict.fromkeys(declared(body, kind), kind)
+    inner = [node for node in walk_scope(body) if isinstance(node, ast.FunctionDef)]
+    moved = frozenset(name for function in inner for name in declared(function.body, ast.Nonlocal))
+    names = writes(body) - frozenset(outside) - moved
+    outside |= dict.fromkeys(moved & writes(body), ast.Nonlocal)
+    return Scope(tree.name, parameters_of(tree), names, outside, captured(body))
 
-    # ---- functions
 
-    def transform(self, tree: ast.FunctionDef, level: int = 0) -> ast.FunctionDef:
-        """The definition with operators `_ds{level}` in scope; only the outermost takes them as its first parameter."""
-        body = lower(name_writes(tree), f"{self.name} in {self.file}")
-        scope = self._make_scope(tree, body)
-        place = Place(level, dict.fromkeys(scope.names - frozenset(scope.parameters), level))
-        block = self._block(body, frozenset(), scope, place, frozenset(scope.parameters))
-        start = [self._undefined(name, place, tree) for name in sorted(scope.missing)]
-        docstring = ast.get_docstring(tree, clean=False)
-        head = [block.pop(0)] if docstring is not None and block and isinstance(block[0], ast.Expr) else []
-        tree.body = [*head, *start, *block] or [ast.Pass()]
-        return ast.fix_missing_locations(tree)
+@dataclass(frozen=True)
+class Part:
+    """What goes in and out of the function of a branch or an iteration."""
 
-    def _make_scope(self, tree: ast.FunctionDef, body: list[ast.stmt]) -> Scope:
-        parameters = parameters_of(tree)
-        outside: dict[str, type[ast.Global] | type[ast.Nonlocal]] = {}
-        for kind in (ast.Global, ast.Nonlocal):
-            outside |= dict.fromkeys(declared(body, kind), kind)
-        inner = [each for each in walk_scope(body) if isinstance(each, ast.FunctionDef)]
-        moved = frozenset(name for each in inner for name in declared(each.body, ast.Nonlocal))
-        names = writes(body) - frozenset(outside) - moved
-        outside |= dict.fromkeys(moved & writes(body), ast.Nonlocal)
-        fresh = find_fresh(body, frozenset(parameters))
-        numbers = find_numbers(body, frozenset(parameters) | frozenset(outside))
-        return Scope(tree.name, self.file, parameters, names, outside, captured(body), fresh, numbers, self.resolve)
+    kind: str
+    node: ast.stmt
+    statements: list[ast.stmt]
+    ins: Sequence[str]
+    outs: Sequence[str] | None
+    """The variables that it gives; none where it returns a result of its own."""
+    bound: Names
+    """The variables that it or its other branch writes."""
+    read_after: Names
 
-    def _undefined(self, name: str, place: Place, where: ast.AST) -> ast.stmt:
-        return assign(name, attribute(place.operators, "undefined"), where)
 
-    # ---- blocks
+class Statements:
+    """Transforms the statements of one function; `facts` are what lowering found out about them."""
 
-    def _block(
-        self,
-        statements: list[ast.stmt],
-        after: Names,
-        scope: Scope,
-        place: Place,
-        known: Names,
-        head: Names = NONE,
-        end: Names = NONE,
-    ) -> list[ast.stmt]:
-        """The statements transformed; `after` is read after them, `known` has a value before them."""
+    def __init__(self, facts: Facts) -> None:
+        self.facts = dict(facts)
+
+    def fact(self, node: ast.stmt) -> Fact:
+        return self.facts.get(node, NOTHING)
+
+    def block(self, statements: list[ast.stmt], flow: Flow, position: Position) -> list[ast.stmt]:
+        """The statements transformed."""
         result: list[ast.stmt] = []
+        scope = position.scope
         for index, statement in enumerate(statements):
-            live = live_before(statements[index + 1 :], after, head, end) | (scope.shared & scope.names)
-            result.extend(self._statement(statement, live, scope, place, known, head, end))
-            known |= surely_written([statement])
+            live = live_before(statements[index + 1 :], flow.after, flow.head, flow.end) | (scope.shared & scope.names)
+            result.extend(self._statement(statement, Flow(live, flow.head, flow.end), position))
+            position = position.knowing(surely_written([statement]))
         return result
 
     def _statement(  # noqa: PLR0911, PLR0912 - a table
-        self, node: ast.stmt, after: Names, scope: Scope, place: Place, known: Names, head: Names, end: Names
+        self, node: ast.stmt, flow: Flow, position: Position
     ) -> list[ast.stmt]:
-        rewrite = Expressions(self, scope, place, known)
+        rewrite = Expressions(position)
         match node:
-            case ast.If() if getattr(node, "stays_native", False) or is_python(node.test):
-                return self._native(node, after, scope, place, known, head, end, "a condition")
+            case ast.If() if self.fact(node).stays_native or is_python(node.test):
+                return self._native_if(node, flow, position)
             case ast.If() if is_guard(node):
-                return [self._guard(node, scope, place, rewrite)]
+                return [_guard(node, position)]
             case ast.If():
-                return self._if(node, after, scope, place, known)
-            case ast.While() | ast.For() if getattr(node, "stays_native", False):
-                return self._native_loop(node, after, scope, place, known, end)
+                return self._if(node, flow.after, position)
+            case ast.While() | ast.For() if self.fact(node).stays_native:
+                return self._native_loop(node, flow.after, position)
             case ast.While():
-                return self._while(node, after, scope, place, known)
+                return self._while(node, flow.after, position)
             case ast.For():
-                return self._for(node, after, scope, place, known)
+                return self._for(node, flow.after, position)
             case ast.With() | ast.Try() | ast.Match():
-                return self._native(node, after, scope, place, known, head, end, "try")
+                return self._native(node, flow, position)
             case ast.FunctionDef():
-                return self._function(node, place)
+                return _function(node, position)
             case ast.AsyncFunctionDef() | ast.ClassDef() | ast.Global() | ast.Nonlocal() | ast.Import():
                 return [node]
             case ast.Assert():
-                return [self._assert(node, scope, place, rewrite)]
-            case ast.Delete(targets=targets) if all(isinstance(each, ast.Name) for each in targets):
-                return [self._undefined(each.id, place, node) for each in targets if isinstance(each, ast.Name)]
+                return [_assert(node, position)]
+            case ast.Delete(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
+                return [_undefined(target.id, position, node) for target in targets if isinstance(target, ast.Name)]
             case ast.AugAssign():
-                return self._augment(node, scope, place, rewrite)
-            case ast.Assign() | ast.AnnAssign():
-                return self._assign(node, scope, place, rewrite)
-            case ast.Expr():
-                return [*self._effects(node.value, scope, place), rewrite.visit(node)]
+                return [_augment(node, position)]
+            case ast.Assign(value=ast.Call(func=ast.Name(id=name))) if name in (SET, CHANGE):
+                return [_change(node, position)]
+            case ast.Return(value=value) if value is not None and position.is_outermost and position.level == 0:
+                return [at(ast.Return(call(position.operators, "give", rewrite.visit(value))), node)]
             case _:
                 return [rewrite.visit(node)]
 
-    def _native(
-        self, node: Any, after: Names, scope: Scope, place: Place, known: Names, head: Names, end: Names, kind: str
-    ) -> list[ast.stmt]:
+    # ---- statements that stay Python
+
+    def _native_if(self, node: ast.If, flow: Flow, position: Position) -> list[ast.stmt]:
+        rewrite = Expressions(position)
+        is_checked = not is_python(node.test)
+        site = position.site(node, "a condition")
+        node.test = rewrite.visit(node.test) if is_checked else rewrite.condition(node.test)
+        if is_checked:
+            node.test = at(call(position.operators, "test", node.test, site), node.test)
+        return self._native(node, flow, position)
+
+    def _native(self, node: Native, flow: Flow, position: Position) -> list[ast.stmt]:
         """A statement that stays Python, with what is inside transformed."""
-        rewrite = Expressions(self, scope, place, known)
-        if isinstance(node, ast.If):
-            is_checked = not is_python(node.test)
-            site = self._site(node, kind, scope)
-            node.test = rewrite.visit(node.test) if is_checked else rewrite.condition(node.test)
-            if is_checked:
-                node.test = at(call(place.operators, "test", node.test, site), node.test)
-        for item in getattr(node, "items", []):
-            item.context_expr = rewrite.visit(item.context_expr)
+        items = node.items if isinstance(node, ast.With) else []
+        for item in items:
+            item.context_expr = Expressions(position).visit(item.context_expr)
         if isinstance(node, (ast.Try, ast.Match)):
-            after = after | reads(node)
-        inside = known | frozenset(name for item in getattr(node, "items", []) for name in writes(item))
+            flow = Flow(flow.after | reads(node), flow.head, flow.end)
+        inside = position.knowing(frozenset(name for item in items for name in writes(item)))
         for name in ("body", "orelse", "finalbody"):
             block = getattr(node, name, None)
             if block:
-                setattr(node, name, self._block(block, after, scope, place, inside, head, end))
+                setattr(node, name, self.block(block, flow, inside))
         for part in (*getattr(node, "handlers", []), *getattr(node, "cases", [])):
-            part.body = self._block(part.body, after, scope, place, known, head, end)
+            part.body = self.block(part.body, flow, position)
         return [node]
 
-    def _native_loop(
-        self, node: ast.While | ast.For, after: Names, scope: Scope, place: Place, known: Names, end: Names
-    ) -> list[ast.stmt]:
-        rewrite = Expressions(self, scope, place, known)
+    def _native_loop(self, node: Loop, after: Names, position: Position) -> list[ast.stmt]:
+        rewrite = Expressions(position)
         live = live_before([node], after)
-        if isinstance(node, ast.While):
-            site = self._site(node, "a loop", scope)
-            test = rewrite.condition(node.test)
-            node.test = at(call(place.operators, "test", test, site), test)
-        else:
-            site = self._site(node, "a loop", scope)
-            node.iter = at(call(place.operators, "iterate", rewrite.visit(node.iter), site), node.iter)
-            known = known | writes(node.target)
+        site = position.site(node, "a loop")
         orelse = live_before(node.orelse, after)
-        node.body = self._block(node.body, live | orelse | after, scope, place, known, live | orelse, after)
-        node.orelse = self._block(node.orelse, after, scope, place, known)
+        inside = position
+        if isinstance(node, ast.While):
+            test = rewrite.condition(node.test)
+            node.test = at(call(position.operators, "test", test, site), test)
+        else:
+            node.iter = at(call(position.operators, "iterate", rewrite.visit(node.iter), site), node.iter)
+            inside = position.knowing(writes(node.target))
+        node.body = self.block(node.body, Flow(live | orelse | after, live | orelse, after), inside)
+        node.orelse = self.block(node.orelse, Flow(after), inside)
         return [node]
-
-    def _function(self, node: ast.FunctionDef, place: Place) -> list[ast.stmt]:
-        inner = Transformer(self.file, f"{self.name}.{node.name}", self.resolve, self.class_name)
-        inner.sites = self.sites
-        changed = inner.transform(node, place.level) if not is_special(node) else node
-        if node.decorator_list or is_special(node):
-            return [changed]
-        return [changed, assign(node.name, call(place.operators, "mark", load(node.name)), node)]
-
-    # ---- checks
-
-    def _assert(self, node: ast.Assert, scope: Scope, place: Place, rewrite: Expressions) -> ast.stmt:
-        site = self._site(node, "assert", scope)
-        message = ast.Constant(None) if node.msg is None else thunk(rewrite.visit(node.msg))
-        return at(ast.Expr(call(place.operators, "assert_", rewrite.condition(node.test), message, site)), node)
-
-    def _guard(self, node: ast.If, scope: Scope, place: Place, rewrite: Expressions) -> ast.stmt:
-        error = node.body[0]
-        assert isinstance(error, ast.Raise)
-        assert error.exc is not None
-        if error.cause is not None:
-            node.test = rewrite.condition(node.test)
-            return node
-        site = self._site(node, "raise", scope)
-        test = rewrite.condition(node.test)
-        return at(ast.Expr(call(place.operators, "raise_if", test, thunk(rewrite.visit(error.exc)), site)), node)
 
     # ---- choosing and looping
 
-    def _if(self, node: ast.If, after: Names, scope: Scope, place: Place, known: Names) -> list[ast.stmt]:
-        gives_result = getattr(node, "gives_result", False)
-        test = Expressions(self, scope, place, known).condition(node.test)
-        known |= writes(node.test)
-        bound = (writes(node.body) | writes(node.orelse)) & scope.names - scope.shared
-        outs = [] if gives_result else sorted(bound & after)
-        flowing = frozenset(outs)
+    def _if(self, node: ast.If, after: Names, position: Position) -> list[ast.stmt]:
+        gives_result = self.fact(node).gives_result
+        test = Expressions(position).condition(node.test)
+        position = position.knowing(writes(node.test))
+        bound = _bound_in([*node.body, *node.orelse], position.scope)
+        outs = None if gives_result else sorted(bound & after)
+        flowing = frozenset(outs or ())
         needed = live_before(node.body, flowing) | live_before(node.orelse, flowing)
         needed |= flowing - (surely_written(node.body) & surely_written(node.orelse))
-        ins = sorted((bound & needed) | self.read_only([*node.body, *node.orelse], bound, scope, known))
-        self._note_missing(ins, scope, known)
-        then = self._part("then", node, node.body, ins, None if gives_result else outs, scope, place, known, bound)
-        other = self._part("else", node, node.orelse, ins, None if gives_result else outs, scope, place, known, bound)
-        site = self._site(node, "if", scope)
-        made = call(
-            place.operators,
-            "cond",
-            test,
-            load(then.name),
-            load(other.name),
-            tuple_of(ins),
-            ast.Constant(None) if gives_result else constant(tuple(outs)),
-            site,
-            self.like(scope, known),
-        )
-        if gives_result:
-            return [then, other, at(ast.Return(made), node)]
-        return [then, other, self._bind(outs, made, node)]
+        ins = sorted((bound & needed) | position.read_only([*node.body, *node.orelse], bound))
+        _note_missing(ins, position)
+        then = self._part(Part("then", node, node.body, ins, outs, bound, flowing), position)
+        other = self._part(Part("else", node, node.orelse, ins, outs, bound, flowing), position)
+        site = position.site(node, "if", names=None if outs is None else tuple(outs))
+        made = call(position.operators, "cond", test, load(then.name), load(other.name), tuple_of(ins), site)
+        if outs is not None:
+            return [then, other, _bind(outs, made, node)]
+        if position.is_outermost and position.level == 0:
+            made = call(position.operators, "give", made)
+        return [then, other, at(ast.Return(made), node)]
 
-    def _while(self, node: ast.While, after: Names, scope: Scope, place: Place, known: Names) -> list[ast.stmt]:
-        stop = getattr(node, "stop", None)
-        if any(isinstance(each, ast.NamedExpr) for each in ast.walk(node.test)):
-            return self._while_with_walrus(node, after, scope, place, known)
-        bound = writes(node.body) & scope.names - scope.shared
+    def _while(self, node: ast.While, after: Names, position: Position) -> list[ast.stmt]:
+        if any(isinstance(inner, ast.NamedExpr) for inner in ast.walk(node.test)):
+            return self._while_with_walrus(node, after, position)
+        stop = self.fact(node).stop
+        bound = _bound_in(node.body, position.scope)
         head = live_before([node], after)
-        carried = sorted(bound & (head | after) | ({stop} if stop else frozenset()))
-        self._note_missing(carried, scope, known)
-        inner = known | frozenset(name for name in carried if name in known)
-        deeper = place.deeper(bound)
-        test = self._define("test", node, deeper, carried, scope)
-        condition = Expressions(self, scope, deeper, inner).condition(node.test)
+        carried = sorted(bound & (head | after) | ({stop} if stop else NONE))
+        _note_missing(carried, position)
+        test = _define("test", node, carried, position)
+        condition = Expressions(position.deeper()).condition(node.test)
         test.body = [at(ast.Return(condition), node.test)]
-        flow = head | after | (frozenset({stop}) if stop else NONE)
-        extras = sorted(self.read_only(node.body, bound, scope, known))
-        body = self._part("turn", node, node.body, [*carried, *extras], carried, scope, place, inner, bound, flow)
+        read_after = head | after | (frozenset({stop}) if stop else NONE)
+        extras = sorted(position.read_only(node.body, bound))
+        part = Part("iteration", node, node.body, [*carried, *extras], carried, bound, read_after)
+        body = self._part(part, position)
+        site = position.site(node, "while", names=tuple(carried), stop=carried.index(stop) if stop else None)
         made = call(
-            place.operators,
-            "while_",
-            load(test.name),
-            load(body.name),
-            tuple_of(carried),
-            constant(tuple(carried)),
-            ast.Constant(carried.index(stop) if stop else None),
-            self._site(node, "while", scope),
-            self.like(scope, known),
-            tuple_of(extras),
+            position.operators, "while_", load(test.name), load(body.name), tuple_of(carried), tuple_of(extras), site
         )
-        return [test, body, self._bind(carried, made, node)]
+        return [test, body, _bind(carried, made, node)]
 
-    def _while_with_walrus(
-        self, node: ast.While, after: Names, scope: Scope, place: Place, known: Names
-    ) -> list[ast.stmt]:
+    def _while_with_walrus(self, node: ast.While, after: Names, position: Position) -> list[ast.stmt]:
         """`while (n := f()) > 0` as an endless loop whose first statement leaves it."""
-        stop = getattr(node, "stop", None) or f"{INTERNAL}stop_{node.lineno}_{node.col_offset}"
+        stop = self.fact(node).stop or f"{INTERNAL}stop_{node.lineno}_{node.col_offset}"
         inside = ast.If(test=node.test, body=node.body, orelse=[at(assign_constant(stop, True), node)])
         node.test = at(ast.Constant(True), node.test)
         node.body = [at(inside, node)]
-        mark(node, stop=stop)
-        scope.names |= {stop}
-        place.owners[stop] = place.level
+        self.facts[node] = Fact(stop=stop)
+        position.scope.names |= {stop}
         start = at(assign_constant(stop, False), node)
-        return [start, *self._while(node, after, scope, place, known | {stop})]
+        return [start, *self._while(node, after, position.knowing(frozenset({stop})))]
 
-    def _for(self, node: ast.For, after: Names, scope: Scope, place: Place, known: Names) -> list[ast.stmt]:
-        stop = getattr(node, "stop", None)
-        items = Expressions(self, scope, place, known).visit(node.iter)
-        bound = (writes(node.body) | writes(node.target)) & scope.names - scope.shared
+    def _for(self, node: ast.For, after: Names, position: Position) -> list[ast.stmt]:
+        stop = self.fact(node).stop
+        items = Expressions(position).visit(node.iter)
+        scope = position.scope
+        bound = (writes(node.body) | writes(node.target)) & scope.locals - scope.shared
         head = live_before([node], after)
-        carried = sorted(bound & (head | after) | ({stop} if stop else frozenset()))
-        self._note_missing(carried, scope, known)
-        site = self._site(node, "for", scope, is_plain_counter=is_plain_counter(node))
-        take = at(ast.Assign(targets=[node.target], value=load(f"{INTERNAL}item")), node.target)
-        flow = head | after | (frozenset({stop}) if stop else NONE)
-        extras = sorted(self.read_only(node.body, bound, scope, known))
-        body = self._part(
-            "turn", node, [take, *node.body], [*carried, *extras], carried, scope, place, known, bound, flow
+        carried = sorted(bound & (head | after) | ({stop} if stop else NONE))
+        _note_missing(carried, position)
+        take = at(ast.Assign(targets=[node.target], value=load(ITEM_NAME)), node.target)
+        read_after = head | after | (frozenset({stop}) if stop else NONE)
+        extras = sorted(position.read_only(node.body, bound))
+        statements = [take, *node.body]
+        part = Part("iteration", node, statements, [*carried, *extras], carried, bound, read_after)
+        body = self._part(part, position)
+        body.args.args.insert(1, ast.arg(arg=ITEM_NAME))
+        site = position.site(
+            node,
+            "for",
+            names=tuple(carried),
+            stop=carried.index(stop) if stop else None,
+            is_plain_counter=is_plain_counter(node),
         )
-        body.args.args.insert(1, ast.arg(arg=f"{INTERNAL}item"))
-        made = call(
-            place.operators,
-            "for_",
-            items,
-            load(body.name),
-            tuple_of(carried),
-            constant(tuple(carried)),
-            ast.Constant(carried.index(stop) if stop else None),
-            site,
-            self.like(scope, known),
-            tuple_of(extras),
+        made = call(position.operators, "for_", items, load(body.name), tuple_of(carried), tuple_of(extras), site)
+        return [body, _bind(carried, made, node)]
+
+    def _part(self, part: Part, position: Position) -> ast.FunctionDef:
+        """The function of one branch or iteration."""
+        function = _define(part.kind, part.node, part.ins, position)
+        function.body = _declare_outside(part.statements, position.scope)
+        known = position.known - (part.bound - frozenset(part.ins))  # what is written first in here has no value before
+        function.body += self.block(part.statements, Flow(part.read_after), position.deeper(known))
+        if part.outs is not None:
+            function.body.append(at(ast.Return(tuple_of(part.outs)), part.node))
+        function.body = function.body or [at(ast.Pass(), part.node)]
+        return function
+
+
+# ---- checks, definitions, changes
+
+
+def _assert(node: ast.Assert, position: Position) -> ast.stmt:
+    rewrite = Expressions(position)
+    site = position.site(node, "assert")
+    message = ast.Constant(None) if node.msg is None else thunk(rewrite.visit(node.msg))
+    return at(ast.Expr(call(position.operators, "assert_", rewrite.condition(node.test), message, site)), node)
+
+
+def _guard(node: ast.If, position: Position) -> ast.stmt:
+    rewrite = Expressions(position)
+    error = node.body[0]
+    assert isinstance(error, ast.Raise)
+    assert error.exc is not None
+    if error.cause is not None:
+        node.test = rewrite.condition(node.test)
+        return node
+    site = position.site(node, "raise")
+    test = rewrite.condition(node.test)
+    return at(ast.Expr(call(position.operators, "raise_if", test, thunk(rewrite.visit(error.exc)), site)), node)
+
+
+def _function(node: ast.FunctionDef, position: Position) -> list[ast.stmt]:
+    if is_special(node):
+        return [node]
+    name = f"{position.scope.name}.{node.name}"
+    changed = transform(node, position.context, name, position.level, is_outermost=False)
+    if node.decorator_list:
+        return [changed]
+    return [changed, assign(node.name, call(position.operators, "mark", load(node.name)), node)]
+
+
+def _change(node: ast.Assign, position: Position) -> ast.stmt:
+    """`x[index] = value` or `x.append(value)`, as an assignment of `x`."""
+    assert isinstance(node.value, ast.Call)
+    rewrite = Expressions(position)
+    variable, part, *values = node.value.args
+    assert isinstance(node.value.func, ast.Name)
+    assert isinstance(variable, ast.Name)
+    site = position.site(node, "assignment")
+    operators, name, now = position.operators, ast.Constant(variable.id), rewrite.visit(variable)
+    if node.value.func.id == SET:
+        return assign(
+            variable.id, call(operators, "set", now, rewrite.index(part), rewrite.visit(values[0]), name, site), node
         )
-        return [body, self._bind(carried, made, node)]
+    made = call(operators, "change", now, part, name, site, *(rewrite.visit(value) for value in values))
+    made.keywords = [rewrite.visit(keyword) for keyword in node.value.keywords]
+    return assign(variable.id, made, node)
 
-    def _part(
-        self,
-        kind: str,
-        node: ast.stmt,
-        statements: list[ast.stmt],
-        ins: Sequence[str],
-        outs: Sequence[str] | None,
-        scope: Scope,
-        place: Place,
-        known: Names,
-        bound: Names,
-        flow: Names | None = None,
-    ) -> ast.FunctionDef:
-        """The function of one branch: `ins` are its parameters, `outs` its result (none: it returns one itself)."""
-        made_here = bound - known - frozenset(ins)
-        deeper = place.deeper(made_here | ((writes(statements) & scope.names) - known))
-        part = self._define(kind, node, deeper, ins, scope)
-        part.body = self._declare_outside(statements, scope)
-        inside = known - (bound - frozenset(ins))  # what is written first in here has no value before
-        leaving = (frozenset(outs) if outs is not None else NONE) if flow is None else flow
-        part.body += self._block(statements, leaving, scope, deeper, inside)
-        if outs is not None:
-            part.body.append(at(ast.Return(tuple_of(outs)), node))
-        part.body = part.body or [at(ast.Pass(), node)]
-        return part
 
-    def _define(self, kind: str, node: ast.stmt, place: Place, names: Sequence[str], scope: Scope) -> ast.FunctionDef:
-        scope.num_parts += 1
-        arguments = ast.arguments(
-            posonlyargs=[],
-            args=[ast.arg(arg=place.operators), *(ast.arg(arg=name) for name in names)],
-            kwonlyargs=[],
-            kw_defaults=[],
-            defaults=[],
-        )
-        name = f"{INTERNAL}{kind}_{scope.num_parts}"
-        part = function_of(name, arguments, [])
-        return ast.copy_location(part, node)
+def _augment(node: ast.AugAssign, position: Position) -> ast.stmt:
+    rewrite = Expressions(position)
+    operation, scope = type(node.op).__name__, position.scope
+    if not isinstance(node.target, ast.Name) or node.target.id in scope.outside or operation not in BINARY:
+        return rewrite.visit(node)  # type: ignore[no-any-return]
+    name = node.target.id
+    made = call(
+        position.operators,
+        "augment",
+        ast.Constant(operation),
+        rewrite.visit(load(name)),
+        rewrite.visit(node.value),
+        ast.Constant(name),
+        position.site(node, "assignment"),
+    )
+    return assign(name, made, node)
 
-    def _declare_outside(self, statements: list[ast.stmt], scope: Scope) -> list[ast.stmt]:
-        written = writes(statements)
-        lines: list[ast.stmt] = []
-        for kind in (ast.Global, ast.Nonlocal):
-            names = sorted(name for name in written if scope.outside.get(name) is kind)
-            if kind is ast.Nonlocal:
-                names = sorted({*names, *(written & scope.shared & scope.names)})
-            if names:
-                lines.append(at(kind(names=names), statements[0]))
-        return lines
 
-    def read_only(self, nodes: Sequence[ast.AST], bound: Names, scope: Scope, known: Names) -> Names:
-        """Variables with a value that a branch reads and does not write: they come in as parameters, too."""
-        read = frozenset(name for node in nodes for name in reads(node))
-        return ((read & (scope.names | frozenset(scope.parameters)) & known) - bound) - scope.shared
+def _undefined(name: str, position: Position, where: ast.AST) -> ast.stmt:
+    return assign(name, attribute(position.operators, "undefined"), where)
 
-    def _bind(self, names: Sequence[str], value: ast.expr, node: ast.stmt) -> ast.stmt:
-        if not names:
-            return at(ast.Expr(value), node)
-        target = ast.Tuple([store(name) for name in names], ast.Store())
-        return at(ast.Assign(targets=[target], value=value), node)
 
-    def _note_missing(self, names: Sequence[str], scope: Scope, known: Names) -> None:
-        scope.missing |= frozenset(names) - known
+# ---- parts
 
-    def like(self, scope: Scope, known: Names) -> ast.expr:
-        return tuple_of([name for name in scope.parameters if name in known])
 
-    # ---- changes
+def _bound_in(statements: list[ast.stmt], scope: Scope) -> Names:
+    """The local variables that statements write."""
+    return writes(statements) & scope.locals - scope.shared
 
-    def _assign(
-        self, node: ast.Assign | ast.AnnAssign, scope: Scope, place: Place, rewrite: Expressions
-    ) -> list[ast.stmt]:
-        if getattr(getattr(node.value, "func", None), "id", "") == APPEND:
-            return [self._append(node, node.value.args, place, rewrite)]  # type: ignore[union-attr]
-        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == SET:
-            return [self._set(node, node.value.args, scope, place, rewrite)]
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        effects = [line for target in targets for line in self._target_effects(target, node, scope, place)]
-        return [*effects, rewrite.visit(node)]
 
-    def _append(self, node: ast.stmt, parts: list[ast.expr], place: Place, rewrite: Expressions) -> ast.stmt:
-        assert isinstance(parts[0], ast.Name)
-        name = parts[0].id
-        made = call(place.operators, "append", rewrite.visit(parts[0]), rewrite.visit(parts[1]), place.owner(name))
-        return assign(name, made, node)
+def _define(kind: str, node: ast.stmt, names: Sequence[str], position: Position) -> ast.FunctionDef:
+    """An empty function for a part of the user's function, one level deeper."""
+    position.scope.num_parts += 1
+    arguments = ast.arguments(
+        posonlyargs=[],
+        args=[ast.arg(arg=name) for name in (position.deeper().operators, *names)],
+        kwonlyargs=[],
+        kw_defaults=[],
+        defaults=[],
+    )
+    return ast.copy_location(function_of(f"{INTERNAL}{kind}_{position.scope.num_parts}", arguments, []), node)
 
-    def _set(self, node: ast.stmt, parts: list[ast.expr], scope: Scope, place: Place, rewrite: Expressions) -> ast.stmt:
-        """`x[index] = value` for a tensor that is seen nowhere else."""
-        assert isinstance(parts[0], ast.Name)
-        name = parts[0].id
-        site = self._site(node, "assignment", scope)
-        value = rewrite.visit(parts[2])
-        made = call(place.operators, "set", rewrite.visit(parts[0]), rewrite.index(parts[1]), value, site)
-        made.args.insert(3, place.owner(name))
-        return assign(name, made, node)
 
-    def _augment(self, node: ast.AugAssign, scope: Scope, place: Place, rewrite: Expressions) -> list[ast.stmt]:
-        operation = type(node.op).__name__
-        if not isinstance(node.target, ast.Name):
-            return [*self._target_effects(node.target, node, scope, place), rewrite.visit(node)]
-        name = node.target.id
-        if name in scope.outside or operation not in BINARY:
-            return [*self._target_effects(node.target, node, scope, place), rewrite.visit(node)]
-        is_real = name in scope.numbers and is_real_number(ast.BinOp(load(name), node.op, node.value), scope.numbers)
-        made = call(
-            place.operators,
-            "augment",
-            ast.Constant(operation),
-            rewrite.real(load(name)) if is_real else rewrite.visit(load(name)),
-            rewrite.visit(node.value),
-            place.owner(name),
-            ast.Constant(name in scope.fresh),
-            self._site(node, "assignment", scope),
-        )
-        return [assign(name, made, node)]
+def _declare_outside(statements: list[ast.stmt], scope: Scope) -> list[ast.stmt]:
+    written = writes(statements)
+    lines: list[ast.stmt] = []
+    for kind in (ast.Global, ast.Nonlocal):
+        names = sorted(name for name in written if scope.outside.get(name) is kind)
+        if kind is ast.Nonlocal:
+            names = sorted({*names, *(written & scope.shared & scope.locals)})
+        if names:
+            lines.append(at(kind(names=names), statements[0]))
+    return lines
 
-    def _target_effects(self, target: ast.expr, node: ast.stmt, scope: Scope, place: Place) -> list[ast.stmt]:
-        found: list[ast.stmt] = []
-        for each in walk_scope(target):
-            is_outside = isinstance(each, ast.Name) and (
-                each.id in scope.outside or (each.id in scope.shared & scope.names and place.level > 0)
-            )
-            is_part = isinstance(each, (ast.Attribute, ast.Subscript)) and isinstance(each.ctx, ast.Store)
-            if is_outside:
-                found.append(self._effect(ast.Constant(None), node, scope, place))
-            elif is_part:
-                found.append(self._effect(place.owner(root_of(each)), node, scope, place))
-        return found
 
-    def _effects(self, value: ast.expr, scope: Scope, place: Place) -> list[ast.stmt]:
-        """A guard before a call that changes what it is called on: `outs.append(y)`, `h.add_(1)`."""
-        match value:
-            case ast.Call(func=ast.Attribute(value=owner, attr=name)):
-                is_in_place = name.endswith("_") and not name.endswith("__")
-                if name in MUTATORS or is_in_place:
-                    return [self._effect(place.owner(root_of(owner)), value, scope, place)]
-        return []
+def _bind(names: Sequence[str], value: ast.expr, node: ast.stmt) -> ast.stmt:
+    if not names:
+        return at(ast.Expr(value), node)
+    target = ast.Tuple([store(name) for name in names], ast.Store())
+    return at(ast.Assign(targets=[target], value=value), node)
 
-    def _effect(self, owner: ast.expr, node: ast.AST, scope: Scope, place: Place) -> ast.stmt:
-        site = self._site(node, "a change", scope)
-        return at(ast.Expr(call(place.operators, "effect", owner, site)), node)
 
-    def _site(self, node: Any, kind: str, scope: Scope, *, is_plain_counter: bool = False) -> ast.expr:
-        self.sites.append(Site(self.file, node.lineno, kind, scope.name, is_plain_counter=is_plain_counter))
-        index = ast.Constant(len(self.sites) - 1)
-        return ast.Subscript(load(SITES_NAME), index, ast.Load())
-
-    def make_site(self, node: ast.AST, kind: str, scope: Scope) -> ast.expr:
-        """For expressions: a site at `node`."""
-        return self._site(node, kind, scope)
+def _note_missing(names: Sequence[str], position: Position) -> None:
+    position.scope.missing |= frozenset(names) - position.known

@@ -14,8 +14,8 @@ def at(node: Tree, where: ast.AST) -> Tree:
     return ast.fix_missing_locations(ast.copy_location(node, where))
 
 
-def constant(value: Any) -> ast.Constant:
-    return ast.Constant(value)
+def constant(value: str | int | float | bool | tuple[str, ...] | None) -> ast.Constant:
+    return ast.Constant(value)  # type: ignore[arg-type]  # the compiler takes tuples of constants
 
 
 def function_of(name: str, arguments: ast.arguments, body: list[ast.stmt]) -> ast.FunctionDef:
@@ -69,3 +69,8 @@ def assign(name: str, value: ast.expr, where: ast.AST) -> ast.stmt:
 
 def thunk(body: ast.expr) -> ast.Lambda:
     return ast.Lambda(arguments_of([]), body)
+
+
+def keyword_of(name: str | None, value: ast.expr) -> ast.keyword:
+    """An argument by name; without a name, a mapping of them."""
+    return ast.keyword(arg=name, value=value)

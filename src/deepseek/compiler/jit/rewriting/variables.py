@@ -22,7 +22,7 @@ def reads(node: ast.AST | None) -> Names:
     if node is None:
         return NONE
     return frozenset(
-        each.id for each in ast.walk(node) if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Store)
+        name.id for name in ast.walk(node) if isinstance(name, ast.Name) and not isinstance(name.ctx, ast.Store)
     )
 
 
@@ -53,7 +53,7 @@ def walk_scope(nodes: ast.AST | Iterable[ast.AST]) -> Iterator[ast.AST]:
         node = stack.pop()
         yield node
         if isinstance(node, COMPREHENSIONS):
-            stack.extend(each for each in ast.walk(node) if isinstance(each, ast.NamedExpr))
+            stack.extend(inner for inner in ast.walk(node) if isinstance(inner, ast.NamedExpr))
         elif not isinstance(node, SCOPES):
             stack.extend(ast.iter_child_nodes(node))
 

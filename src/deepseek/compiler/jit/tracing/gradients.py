@@ -1,11 +1,11 @@
 """`torch.cond` and `while_loop` with gradients that are right.
 
-Measured on torch 2.13, each with a test: the backward of `while_loop` makes one turn even where forward made none, so
-that each turn is itself a condition (`operators`), and drops what flows through a variable that needed no gradient at
-first, so that the first turn is made before the loop (`all_require_grad`). The backward of `torch.cond` miscounts
-where a result is a whole number (`_pack`), wants both branches' gradients in one memory layout (`steady`), and takes
-no two views of one tensor, neither as inputs (`unalias`) nor as gradients (`_unpack`). A product with one changes no
-number, and a compiling backend removes it.
+Measured on torch 2.13, each with a test: the backward of `while_loop` makes one iteration even where forward made
+none, so that each iteration is itself a condition (`loops`), and drops what flows through a variable that needed no
+gradient at first, so that the first iteration is made before the loop (`all_require_grad`). The backward of
+`torch.cond` miscounts where a result is a whole number (`_pack`), wants both branches' gradients in one memory layout
+(`steady`), and takes no two views of one tensor, neither as inputs (`unalias`) nor as gradients (`_unpack`). A
+multiplication by one changes no number, and a compiling backend removes it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def _cond(condition: Tensor, then: Any, other: Any) -> Any:
         return torch.cond(condition, then, other, ())
 
 
-def loop(going_on: Any, turn: Any, start: tuple[Tensor, ...]) -> Any:
+def loop(going_on: Any, iterate: Any, start: tuple[Tensor, ...]) -> Any:
     if torch.compiler.is_dynamo_compiling():
-        return while_loop(going_on, turn, start)
+        return while_loop(going_on, iterate, start)
     with _quiet():
-        return while_loop(going_on, turn, start)
+        return while_loop(going_on, iterate, start)
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def _pack(value: Tensor) -> Tensor:
 
 
 def _unpack(value: Tensor, dtype: torch.dtype, num_leaves: int) -> Tensor:
-    """A branch's result again; of several, each is a product, so that no two gradients coming back are one."""
+    """A branch's result again; of several, each is multiplied by one, so that no two gradients coming back are one."""
     if dtype.is_floating_point or dtype.is_complex:
         return value * 1 if num_leaves > 1 else value
     if dtype == torch.bool:
@@ -81,7 +81,7 @@ def steady(values: Any) -> list[Any]:
     """The values with tensors whose gradients come back dense.
 
     The branches of a backward `torch.cond` must agree in memory layout, and the gradient of a sum has strides of zero
-    where that of an unused input has not. A product with one changes no number and makes a dense gradient.
+    where that of an unused input has not. A multiplication by one changes no number and makes a dense gradient.
     """
     if not torch.is_grad_enabled():
         return list(values)
@@ -100,10 +100,10 @@ def _may_require_grad(value: Tensor) -> bool:
 
 
 def all_require_grad(leaves: tuple[Tensor, ...]) -> bool:
-    """Whether every variable of a loop is known to carry gradients before its first turn.
+    """Whether every variable of a loop is known to carry gradients before its first iteration.
 
     The backward of `while_loop` in torch 2.13 drops the gradients that flow through a variable whose first value needs
-    none, such as a sum that starts at zero; after one turn as a condition, every variable needs them.
+    none, such as a sum that starts at zero; after one iteration as a condition, every variable needs them.
     """
     return not torch.compiler.is_exporting() and all(leaf.requires_grad for leaf in leaves if leaf.is_floating_point())
 

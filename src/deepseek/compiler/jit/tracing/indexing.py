@@ -17,11 +17,11 @@ def is_index(value: Tensor) -> bool:
 
 def is_plain_index(index: tuple[Any, ...]) -> bool:
     """Whether it consists of whole numbers and full slices, and one of the numbers is a traced tensor."""
-    if not any(is_traced(each) for each in index):
+    if not any(is_traced(part) for part in index):
         return False
-    for each in index:
-        is_whole = isinstance(each, slice) and each.start is None and each.stop is None and each.step is None
-        is_one = (is_traced(each) and is_index(each)) or (isinstance(each, int) and not isinstance(each, bool))
+    for part in index:
+        is_whole = isinstance(part, slice) and part.start is None and part.stop is None and part.step is None
+        is_one = (is_traced(part) and is_index(part)) or (isinstance(part, int) and not isinstance(part, bool))
         if not is_whole and not is_one:
             return False
     return True
@@ -29,11 +29,11 @@ def is_plain_index(index: tuple[Any, ...]) -> bool:
 
 def as_indices(value: Tensor, index: tuple[Any, ...]) -> list[Tensor | None]:
     indices: list[Tensor | None] = []
-    for each in index:
-        if isinstance(each, slice):
+    for part in index:
+        if isinstance(part, slice):
             indices.append(None)
-        elif isinstance(each, Tensor):
-            indices.append(each)
+        elif isinstance(part, Tensor):
+            indices.append(part)
         else:
-            indices.append(torch.full((), each, dtype=torch.int64, device=value.device))
+            indices.append(torch.full((), part, dtype=torch.int64, device=value.device))
     return indices

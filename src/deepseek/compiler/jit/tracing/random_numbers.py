@@ -3,22 +3,22 @@
 The backward of `torch.cond` and `while_loop` runs a branch a second time. A dropout inside draws another mask there,
 and the gradients belong to a function that never ran (measured on torch 2.13: silent). In training, random operators
 inside branches are therefore replaced by ones that compute their numbers from a seed: it is drawn outside by torch's
-generator (so `torch.manual_seed` rules), handed in, and advanced with every turn of a loop. The numbers are a 32-bit
-integer hash (two rounds of multiply and shift, the constants found by C. Wellons' hash-prospector, bias 0.108) of the
-position and the seed; products stay under 2^63. Another stream than plain Python's, the same distribution.
+generator (so `torch.manual_seed` rules), handed in, and advanced with every iteration of a loop. The numbers are a
+32-bit integer hash (two rounds of multiply and shift, the constants found by C. Wellons' hash-prospector, bias 0.108)
+of the position and the seed; intermediate results stay under 2^63. Another stream than plain Python's, the same
+distribution.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from deepseek.compiler.jit.tracing.probe_removal import graphs_of
 from deepseek.compiler.jit.tracing.sites import ControlFlowError
 
 MASK = 0xFFFFFFFF
@@ -135,7 +135,7 @@ def seed_branches_(graph_module: fx.GraphModule) -> int:
     """
     count = 0
     for node in list(graph_module.graph.nodes):
-        if _is_control_flow(node) and any(_has_random(each) for each in _branches(graph_module, node)):
+        if _is_control_flow(node) and any(_has_random(branch) for branch in _branches(graph_module, node)):
             with graph_module.graph.inserting_before(node):
                 seed = graph_module.graph.call_function(torch.randint, (0, SEED_END, ()))
             count += _seed_node(graph_module, node, seed)
@@ -150,14 +150,20 @@ def _is_control_flow(node: fx.Node) -> bool:
 
 
 def _branches(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    found = [
-        getattr(module, str(each.target)) for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"
-    ]
-    return [each for each in found if isinstance(each, fx.GraphModule)]
+    names = [argument for argument in node.args if isinstance(argument, fx.Node) and argument.op == "get_attr"]
+    found = [getattr(module, str(name.target)) for name in names]
+    return [branch for branch in found if isinstance(branch, fx.GraphModule)]
+
+
+def graphs_of(graph_module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """Give the graph and those of all its branches and loops."""
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield module
 
 
 def _has_random(module: fx.GraphModule) -> bool:
-    return any(is_random(node) for each in graphs_of(module) for node in each.graph.nodes)
+    return any(is_random(node) for graph in graphs_of(module) for node in graph.graph.nodes)
 
 
 def _seed_node(module: fx.GraphModule, node: fx.Node, seed: fx.Node) -> int:
@@ -167,7 +173,7 @@ def _seed_node(module: fx.GraphModule, node: fx.Node, seed: fx.Node) -> int:
         operands = node.args[-1]
         assert isinstance(operands, (tuple, list))
         node.args = (*node.args[:-1], (*operands, seed))
-        return sum(_seed_graph(each, _add_input(each, len(operands))) for each in graphs)
+        return sum(_seed_graph(graph, _add_input(graph, len(operands))) for graph in graphs)
     carried, extra = node.args[2], node.args[3]
     assert isinstance(carried, (tuple, list))
     node.args = (*node.args[:2], (*carried, seed), extra)
@@ -224,7 +230,7 @@ def _replace(module: fx.GraphModule, node: fx.Node, seed: fx.Node, salt: int) ->
             f" before the condition{': ' + lines[-2].strip() if len(lines) > 1 else ''}"
         )
     with module.graph.inserting_before(node):
-        twin = module.graph.call_function(SEEDED[target], node.args, {**node.kwargs, "seed": seed, "salt": salt})
-    twin.meta = dict(node.meta)
-    node.replace_all_uses_with(twin)
+        seeded = module.graph.call_function(SEEDED[target], node.args, {**node.kwargs, "seed": seed, "salt": salt})
+    seeded.meta = dict(node.meta)
+    node.replace_all_uses_with(seeded)
     module.graph.erase_node(node)

@@ -8,22 +8,28 @@ as `ControlFlowError` with the file, the line, the line itself and a hint.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from deepseek.core.errors import PermanentError
 
+CHANGES_OUTSIDE = "this changes something outside of the tensor condition that surrounds it, on one side only"
+CHANGES_OUTSIDE_HINT = "assign to a local variable in the branch and make the change after it"
+
 
 class ControlFlowError(PermanentError):
     """Python control flow on a tensor value that cannot become one graph."""
 
-    def __init__(self, message: str, sites: tuple[Site, ...] = ()) -> None:
+    def __init__(self, message: str, sites: tuple[Site, ...] = (), place: str = "") -> None:
         super().__init__(message)
         self.sites = sites  # where Python would have to decide instead
+        self.place = place  # file and line of what no graph can hold
 
 
 class GraphBreakWarning(UserWarning):
@@ -47,7 +53,12 @@ class Site:
     line: int
     kind: str
     function: str = ""
-    is_native: bool = False  # set once it is known not to be rewritable and fullgraph=False allows a break
+    names: tuple[str, ...] | None = None
+    """The variables that come out; none where the branches give the function's result, or a value."""
+    stop: int | None = None
+    """The index among `names` of the flag that ends a loop."""
+    is_native: bool = False
+    """Whether Python decides here; set once it is known not to be rewritable and fullgraph=False allows a break."""
     is_plain_counter: bool = False
     key: str = ""  # texts, since the tracer may take a number that it meets twice for a variable one
     place: str = ""
@@ -59,7 +70,7 @@ class Site:
 
     @property
     def text(self) -> str:
-        return linecache.getline(self.file, self.line).strip()
+        return line_at(self.place)
 
 
 @dataclass
@@ -72,13 +83,20 @@ class Trace:
 
 SITES: dict[str, Site] = {}
 MAX_NESTED = 4  # times that a condition may stand inside itself before it is a recursion
+OWN_FILES = str(Path(__file__).parents[1])
 _TRACES: list[Trace] = []
 _AROUND: dict[str, Site] = {}  # depth -> what was entered there last
 
 
+def line_at(place: str) -> str:
+    """The text of the line at `file:line`."""
+    file, _, line = place.rpartition(":")
+    return linecache.getline(file, int(line)).strip()
+
+
 @contextmanager
 def recording(trace: Trace) -> Iterator[Trace]:
-    """Notes of every trace inside go into `trace`."""
+    """Collect the notes of every trace inside in `trace`."""
     _TRACES.append(trace)
     try:
         yield trace
@@ -97,10 +115,10 @@ def note(key: str) -> bool:
 
 @runs_while_tracing
 def enter(key: str, depth: str) -> bool:
-    """The branches of the site `key` are looked at now, below the tensor condition `depth`; runs while tracing."""
+    """Note that the branches of the site `key` are traced next, below the tensor condition `depth`."""
     site = SITES[key]
     _AROUND[depth] = site
-    if sum(each is site for each in _around(depth)) > MAX_NESTED:
+    if sum(around is site for around in _around(depth)) > MAX_NESTED:
         refuse(
             key,
             depth,
@@ -112,7 +130,7 @@ def enter(key: str, depth: str) -> bool:
 
 def _around(depth: str) -> list[Site]:
     """The sites that were entered down to a depth, the outermost first."""
-    return [_AROUND[each] for each in sorted(_AROUND) if each <= depth]
+    return [_AROUND[entered] for entered in sorted(_AROUND) if entered <= depth]
 
 
 @runs_while_tracing
@@ -121,11 +139,17 @@ def refuse(key: str, depth: str | None, seen: str, hint: str) -> bool:
 
     `depth` is that of the tensor conditions around it; none says that the site itself is the last that was entered.
     """
+    raise make_refusal(key, depth, seen, hint)
+
+
+def make_refusal(key: str, depth: str | None, seen: str, hint: str, place: str = "") -> ControlFlowError:
+    """The error for the site `key`, or for another `place` (file and line) inside of it."""
     site = SITES[key]
     if depth is None:
-        depth = max((each for each, entered in _AROUND.items() if entered is site), default="")
-    message = f"{site.place}: {seen}; {hint} (in {site.function}: `{site.text}`)"
-    raise ControlFlowError(message, (*_around(depth), site))
+        depth = max((entered for entered, around in _AROUND.items() if around is site), default="")
+    where = place or site.place
+    message = f"{where}: {seen}; {hint} (in {site.function}: `{line_at(where)}`)"
+    return ControlFlowError(message, (*_around(depth), site), where)
 
 
 def find_refusal(error: BaseException | None) -> ControlFlowError | None:
@@ -137,3 +161,9 @@ def find_refusal(error: BaseException | None) -> ControlFlowError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def last_own_frame(stack: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """The innermost frame of a stack that is neither torch's nor of these files."""
+    own = [frame for frame in stack if not frame.filename.startswith(OWN_FILES) and "/torch/" not in frame.filename]
+    return own[-1] if own else None

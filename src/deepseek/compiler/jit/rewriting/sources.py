@@ -80,19 +80,19 @@ def is_same_code(one: types.CodeType, other: types.CodeType) -> bool:
     """Whether two pieces of code do the same; how names of modules are called may differ with what a file imports."""
     if list(_instructions(one)) != list(_instructions(other)):
         return False
-    inner = [[each for each in code.co_consts if isinstance(each, types.CodeType)] for code in (one, other)]
+    inner = [[constant for constant in code.co_consts if isinstance(constant, types.CodeType)] for code in (one, other)]
     return len(inner[0]) == len(inner[1]) and all(map(is_same_code, *inner))
 
 
 def _instructions(code: types.CodeType) -> Iterator[tuple[str, str]]:
-    """What code does, step by step, without the places of jumps and the ways of calling."""
-    for each in dis.get_instructions(code):
-        if each.opname in WAYS_OF_CALLING:
+    """Give what code does, step by step, without the targets of jumps and the ways of calling."""
+    for step in dis.get_instructions(code):
+        if step.opname in WAYS_OF_CALLING:
             continue
-        if isinstance(each.argval, types.CodeType) or "JUMP" in each.opname or each.opname in ("FOR_ITER", "SEND"):
-            yield each.opname, ""
-        elif not (each.opname == "LOAD_CONST" and isinstance(each.argval, str)):  # may be an inner function's name
-            yield each.opname.replace("LOAD_METHOD", "LOAD_ATTR"), each.argrepr.rpartition(" + ")[2]
+        if isinstance(step.argval, types.CodeType) or "JUMP" in step.opname or step.opname in ("FOR_ITER", "SEND"):
+            yield step.opname, ""
+        elif not (step.opname == "LOAD_CONST" and isinstance(step.argval, str)):  # may be an inner function's name
+            yield step.opname.replace("LOAD_METHOD", "LOAD_ATTR"), step.argrepr.rpartition(" + ")[2]
 
 
 def _parse(lines: list[str], first: int, code: types.CodeType, file: str) -> ast.FunctionDef:
@@ -115,7 +115,7 @@ def _class_of(function: types.FunctionType) -> str | None:
 
 
 def describe(function: Any) -> str:
-    """A function's name and place for messages."""
+    """A function's name, file and line for messages."""
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     code = getattr(function, "__code__", None)
     return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
@@ -157,9 +157,9 @@ def _compile_module(tree: ast.FunctionDef, free: tuple[str, ...], source: Source
 
 def _find_code(code: types.CodeType, name: str) -> types.CodeType:
     """The code of the function `name` inside the factory (and its class, if any)."""
-    inner = next(each for each in code.co_consts if isinstance(each, types.CodeType))
+    inner = next(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     while True:
-        codes = {each.co_name: each for each in inner.co_consts if isinstance(each, types.CodeType)}
+        codes = {constant.co_name: constant for constant in inner.co_consts if isinstance(constant, types.CodeType)}
         if name in codes:
             return codes[name]
         inner = next(iter(codes.values()))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from deepseek.compiler.jit.decorator import jit
-from tests.compiler.jit.jit_corpus import CASES
+from tests.compiler.jit.corpus import CASES
 
 IDS = [case.name for case in CASES]
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -1,0 +1,141 @@
+"""The truth of values: `not`, `and`, `or`, chained comparisons, and checks (`assert`, `if c: raise`)."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from deepseek.compiler.jit.names import COMPARISONS
+from deepseek.compiler.jit.tracing.merging import UNDEFINED, describe, is_traced
+from deepseek.compiler.jit.tracing.python_numbers import Number
+from deepseek.compiler.jit.tracing.sites import Site, enter, note, refuse
+
+HINT = "move the condition out of it, or compute both sides and choose with torch.where"
+HINTS = {
+    "a comprehension": "write it as a loop, or choose with torch.where",
+    "try": "move the condition out of the try block",
+    "a condition with :=": "assign to the variable in a statement of its own before the condition",
+}
+DEPTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+OUTSIDE = DEPTHS[0]
+MAX_DEPTH = len(DEPTHS) - 1  # tensor conditions inside one another
+
+
+class Conditions:
+    """What stands at one depth of tensor conditions, for real or only to look.
+
+    Depths are letters: the tracer may take a number that it meets with two values for a variable one.
+    """
+
+    def __init__(self, depth: str, *, is_probing: bool) -> None:
+        self.is_probing = is_probing
+        self.depth = depth
+        self.undefined = UNDEFINED
+        self.probing: Self | None = None  # one condition deeper, only to look
+        self.building: Self | None = None
+
+    def deeper(self, site: Site, *, is_probing: bool) -> Self:
+        """The operators inside one more tensor condition."""
+        found = self.probing if is_probing else self.building
+        if found is None:
+            refuse(
+                site.key,
+                self.depth,
+                f"tensor conditions are nested {MAX_DEPTH} deep",
+                "split the function, or look the answer up in a table",
+            )
+            return self
+        enter(site.key, found.depth)
+        return found
+
+    def as_condition(self, value: Any, site: Site) -> Tensor:
+        """A tensor's truth as a boolean tensor without dimensions; as in Python, it must have one element."""
+        tensor: Tensor = value.tensor if isinstance(value, Number) else value
+        if tensor.numel() != 1:
+            refuse(
+                site.key,
+                self.depth,
+                f"the truth of {describe(tensor)} is ambiguous",
+                "reduce it to one element, for example with .any() or .all()",
+            )
+        tensor = tensor.reshape(())
+        return tensor if tensor.dtype == torch.bool else tensor != 0
+
+    def not_(self, value: Any, site: Site) -> Any:
+        return Number(torch.logical_not(self.as_condition(value, site))) if is_traced(value) else not value
+
+    def and_(self, left: Any, right: Callable[[], Any], site: Site) -> Any:
+        """`left and right()` where only its truth matters."""
+        if not is_traced(left):
+            return left and right()
+        value = right()
+        if is_traced(value):
+            return Number(torch.logical_and(self.as_condition(left, site), self.as_condition(value, site)))
+        return Number(self.as_condition(left, site)) if value else False
+
+    def or_(self, left: Any, right: Callable[[], Any], site: Site) -> Any:
+        """`left or right()` where only its truth matters."""
+        if not is_traced(left):
+            return left or right()
+        value = right()
+        if is_traced(value):
+            return Number(torch.logical_or(self.as_condition(left, site), self.as_condition(value, site)))
+        return True if value else Number(self.as_condition(left, site))
+
+    def compare(self, names: tuple[str, ...], left: Any, rights: Sequence[Callable[[], Any]], site: Site) -> Any:
+        """A chain such as `low < x < high`, each operand computed once and only while the chain holds."""
+        result: Any = True
+        for index in builtins.range(len(names)):
+            right = rights[index]()
+            holds = COMPARISONS[names[index]](left, right)
+            result = self._join(result, holds, site) if index > 0 else holds
+            if index + 1 < len(names) and not is_traced(result) and not result:
+                return result
+            left = right
+        return result
+
+    def _join(self, left: Any, right: Any, site: Site) -> Any:
+        return self.and_(left, lambda: right, site)
+
+    def test(self, value: Any, site: Site) -> Any:
+        """The condition of a statement that stays Python; a traced tensor is refused there."""
+        if is_traced(value) and not site.is_native:
+            refuse(
+                site.key,
+                self.depth,
+                f"a tensor condition in {site.kind} cannot become a graph",
+                HINTS.get(site.kind, HINT),
+            )
+        return value
+
+    # ---- checks
+
+    def assert_(self, value: Any, message: Callable[[], Any] | None, site: Site) -> None:
+        if not is_traced(value):
+            if not value:
+                raise AssertionError(*([] if message is None else [message()]))
+            return
+        self._require(self.as_condition(value, site), f"assertion failed at {site.place}", site)
+
+    def raise_if(self, value: Any, error: Callable[[], Any], site: Site) -> None:
+        """`if value: raise error()`; in a graph, a check that fails when it runs."""
+        if not is_traced(value):
+            if value:
+                raise error()
+            return
+        self._require(torch.logical_not(self.as_condition(value, site)), f"the error at {site.place} was raised", site)
+
+    def _require(self, condition: Tensor, message: str, site: Site) -> None:
+        if self.depth > OUTSIDE:
+            refuse(
+                site.key,
+                self.depth,
+                "a check on a tensor inside a tensor condition cannot become a graph",
+                "make the check before the condition, or combine both into one check outside",
+            )
+        note(site.key)
+        torch._assert_async(condition, message)

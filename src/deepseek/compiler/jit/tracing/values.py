@@ -1,0 +1,187 @@
+"""Numbers taken out of tensors, indices that are not known yet, and changes: `out[i] = v`, `x += v`, `found.append(v)`.
+
+Outside of tensor conditions a change is made in place, as in Python. Inside of one it is made on a copy that goes on
+under the variable's name, if that variable alone holds what is changed (`HOLDER`); if somebody else would see the
+change, it is refused.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek.compiler.jit.names import BINARY
+from deepseek.compiler.jit.tracing.conditions import OUTSIDE, Conditions
+from deepseek.compiler.jit.tracing.indexing import as_indices, is_index, is_plain_index
+from deepseek.compiler.jit.tracing.merging import UNDEFINED, is_traced
+from deepseek.compiler.jit.tracing.python_numbers import Number, as_number, as_tensor, beside
+from deepseek.compiler.jit.tracing.sites import CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT, Site, refuse
+from deepseek.compiler.jit.tracing.speculation import HOLDER
+
+NUMBERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bool}
+CHOOSERS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
+    "min": (builtins.min, torch.minimum),
+    "max": (builtins.max, torch.maximum),
+}
+CONTAINERS = (list, dict, set, collections.OrderedDict, collections.deque)
+OUTSIDE_OF_FUNCTION = "what is outside of the function"
+
+
+class Values(Conditions):
+    """What becomes of values."""
+
+    # ---- values that Python would take out of a tensor
+
+    def to_number(self, kind: str, value: Any) -> Any:
+        """`int(value)`, `float(value)` or `bool(value)`; of a traced tensor, a number of the graph without gradient."""
+        if not is_traced(value):
+            return NUMBERS[kind](value)
+        number = as_number(value) if isinstance(value, Tensor) else value
+        tensor = number.tensor
+        if kind == "bool":
+            return Number(tensor if tensor.dtype == torch.bool else tensor != 0)
+        return Number(tensor.to(torch.int64 if kind == "int" else torch.float64))
+
+    def item(self, value: Any) -> Any:
+        return as_number(value) if isinstance(value, Tensor) and is_traced(value) else value.item()
+
+    def choose(self, name: str, *values: Any) -> Any:
+        """`min` and `max` of values among which there may be numbers of the graph."""
+        plain, of_tensors = CHOOSERS[name]
+        if len(values) == 1 or not any(isinstance(value, Number) and is_traced(value) for value in values):
+            return plain(*values)
+        result = values[0]
+        for value in values[1:]:
+            if isinstance(result, Tensor) or isinstance(value, Tensor):
+                tensors = [each for each in (result, value) if isinstance(each, Tensor)]
+                pair = [_beside_all(side, tensors) for side in (result, value)]
+                result = of_tensors(pair[0], pair[1])
+            else:
+                left, right = result + 0, value + 0  # a bool is the number that it is
+                difference = (left if isinstance(left, Number) else right) * 0
+                left, right = left + difference, right + difference
+                result = Number(of_tensors(left.tensor, right.tensor))
+        return result
+
+    def tensor(self, function: Callable[..., Tensor], value: Any, *args: Any, **options: Any) -> Tensor:
+        """`torch.tensor(value)` of one number of the graph; of anything else, torch's."""
+        if not (isinstance(value, Number) and is_traced(value)):
+            return function(value, *args, **options)
+        dtype = options.get("dtype")
+        if dtype is None:
+            dtype = torch.get_default_dtype() if value.tensor.is_floating_point() else value.tensor.dtype
+        return value.tensor.to(device=options.get("device"), dtype=dtype).clone()
+
+    # ---- indices
+
+    def get(self, value: Any, index: Any) -> Any:
+        """`value[index]`, where the index may be a traced number."""
+        index = _lower_index(index)
+        if isinstance(value, Tensor) and is_traced(index) and is_index(index):
+            return torch.ops.aten.index.Tensor(value, [index])
+        if isinstance(value, Tensor) and isinstance(index, tuple) and is_plain_index(index):
+            return torch.ops.aten.index.Tensor(value, as_indices(value, index))
+        return value[index]
+
+    # ---- changes
+
+    def set(self, value: Any, index: Any, new: Any, name: str, site: Site) -> Any:
+        """`value[index] = new` for the variable `name`; gives what it holds afterwards."""
+        value = self._own(value, name, site)
+        if not isinstance(value, Tensor):
+            value[index] = new
+            return value
+        index = _lower_index(index)
+        if isinstance(new, Number):
+            new = as_tensor(new, value.dtype, value.device)
+        has_traced = (is_traced(index) and is_index(index)) or (isinstance(index, tuple) and is_plain_index(index))
+        if not has_traced:
+            value[index] = new
+            return value
+        if not isinstance(new, Tensor):
+            new = torch.full((), new, dtype=value.dtype, device=value.device)
+        indices = as_indices(value, index if isinstance(index, tuple) else (index,))
+        torch.ops.aten.index_put_(value, indices, new.to(value.dtype))
+        return value
+
+    def change(self, value: Any, method: str, name: str, site: Site, *args: Any, **options: Any) -> Any:
+        """`value.append(...)`, `value.add_(...)` as a statement; gives what the variable `name` holds afterwards."""
+        is_memory = isinstance(value, Tensor) and method.endswith("_")
+        if not is_memory and type(value) not in CONTAINERS:
+            self.method(value, method)(*args, **options)
+            return value
+        value = self._own(value, name, site)
+        getattr(value, method)(*args, **options)
+        return value
+
+    def augment(self, operation: str, value: Any, other: Any, name: str, site: Site) -> Any:
+        """`value += other`: in place as in Python, on a copy inside of a tensor condition."""
+        in_place = BINARY[operation][1]
+        if isinstance(value, Tensor):
+            value = self._own(value, name, site)
+            return in_place(value, beside(other, [value]) if isinstance(other, Number) else other)
+        if type(value) in CONTAINERS:
+            value = self._own(value, name, site)
+        return in_place(value, other)
+
+    def _own(self, value: Any, name: str, site: Site) -> Any:
+        """What a change of the variable `name` may be made on: the value, or its copy inside of a tensor condition."""
+        if self.depth == OUTSIDE or not torch.compiler.is_compiling():
+            return value  # Python makes the change
+        if not isinstance(value, Tensor) and type(value) not in CONTAINERS:
+            return value
+        holder = HOLDER(value, name) if self.is_probing else ""
+        if holder == OUTSIDE_OF_FUNCTION:
+            refuse(site.key, self.depth, CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT)
+        if holder != "":
+            refuse(
+                site.key,
+                self.depth,
+                f"{CHANGES_OUTSIDE}: {holder} holds it beside {name}",
+                f"copy it before, for example {name} = {name}.clone(), or {name} = list({name})",
+            )
+        return value.clone() if isinstance(value, Tensor) else copy_container(value)
+
+    def check(self, value: Any, name: str) -> Any:
+        """A variable that may have no value yet."""
+        if value is UNDEFINED:
+            raise UnboundLocalError(f"cannot access local variable '{name}' where it is not associated with a value")
+        return value
+
+    def method(self, value: Any, name: str) -> Any:
+        """The method to call; a mixin beside this one rewrites it."""
+        return getattr(value, name)
+
+
+def copy_container(value: Any) -> Any:
+    """A container of the same class with the same items; by constructors, which the tracer follows."""
+    if type(value) is list:
+        return list(value)
+    if type(value) is dict:
+        return dict(value)
+    if type(value) is set:
+        return set(value)
+    if type(value) is collections.OrderedDict:
+        return collections.OrderedDict(value)
+    return collections.deque(value, value.maxlen)
+
+
+def _lower_index(index: Any) -> Any:
+    """An index with tensors in place of numbers of the graph."""
+    if isinstance(index, Number):
+        return index.tensor if torch.compiler.is_compiling() else index.__index__()
+    if isinstance(index, tuple):
+        return tuple(_lower_index(part) if isinstance(part, Number) else part for part in index)
+    return index
+
+
+def _beside_all(value: Any, tensors: list[Tensor]) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    number = value if isinstance(value, Number) else Number(torch.tensor(value, device=tensors[0].device))
+    return beside(number, tensors).to(tensors[0].device)
