@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo import exc
-from torch._dynamo.variables import ConstantVariable, LazyVariableTracker, SymNodeVariable
+from torch._dynamo.variables import ConstantVariable, LazyVariableTracker
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.higher_order_ops import (
     TorchHigherOrderOperatorVariable,
@@ -35,6 +35,7 @@ from torch._dynamo.variables.higher_order_ops import (
     move_lifted_freevars_phs_to_end,
     overwrite_tensor_vt_proxy,
 )
+from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._ops import HigherOrderOperator
 
 from deepseek.compiler.jit.names import INTERNAL
