@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from deepseek.compiler.jit.options import JitOptions
+from deepseek.compiler.jit.jit_options import JitOptions
 from deepseek.compiler.jit.tracing.random_numbers import seed_branches_
 from deepseek.compiler.jit.tracing.speculation import erase_probes_
 from deepseek.compiler.passes.memory.recomputation import eager_with_budget, inductor_with_budget

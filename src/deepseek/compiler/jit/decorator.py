@@ -37,9 +37,9 @@ from torch._higher_order_ops.utils import setup_compilation_env
 
 from deepseek.compiler.jit.backend import Captured, capture_inputs, compile_graph
 from deepseek.compiler.jit.explanation import Explanation, explain_captured
-from deepseek.compiler.jit.options import Backend, JitOptions
+from deepseek.compiler.jit.jit_options import Backend, JitOptions
 from deepseek.compiler.jit.rewriting.counterparts import ENTRY, keep_counterpart
-from deepseek.compiler.jit.rewriting.sources import describe
+from deepseek.compiler.jit.rewriting.parsing import describe
 from deepseek.compiler.jit.tracing.calls import Rewritable
 from deepseek.compiler.jit.tracing.sites import (
     OWN_FILES,

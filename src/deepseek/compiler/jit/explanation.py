@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.compiler.jit.backend import Captured, report_on
-from deepseek.compiler.jit.options import JitOptions
-from deepseek.compiler.jit.rewriting.sources import describe
+from deepseek.compiler.jit.jit_options import JitOptions
+from deepseek.compiler.jit.rewriting.parsing import describe
 from deepseek.compiler.jit.tracing.sites import Site, Trace
 from deepseek.core.units import format_bytes
 

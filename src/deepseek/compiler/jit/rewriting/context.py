@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepseek.compiler.jit.names import SITES_NAME
 from deepseek.compiler.jit.rewriting.trees import load
 from deepseek.compiler.jit.rewriting.variables import Names, reads
+from deepseek.compiler.jit.shared_names import SITES_NAME
 from deepseek.compiler.jit.tracing.sites import Site
 
 Outside = type[ast.Global] | type[ast.Nonlocal]

@@ -15,11 +15,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from deepseek.compiler.jit.names import SITES_NAME
 from deepseek.compiler.jit.rewriting.context import Context
-from deepseek.compiler.jit.rewriting.sources import compile_function, describe, read
+from deepseek.compiler.jit.rewriting.parsing import compile_function, describe, read
 from deepseek.compiler.jit.rewriting.statements import transform
 from deepseek.compiler.jit.rewriting.writes import is_special
+from deepseek.compiler.jit.shared_names import SITES_NAME
 from deepseek.compiler.jit.tracing.calls import Rewritten
 from deepseek.compiler.jit.tracing.operators import make_operators
 from deepseek.compiler.jit.tracing.sites import runs_while_tracing

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 
-from deepseek.compiler.jit.names import COMPARISONS, INTERNAL, UNDEFINED_NAME
 from deepseek.compiler.jit.rewriting.context import Position
 from deepseek.compiler.jit.rewriting.lowering import is_python
 from deepseek.compiler.jit.rewriting.trees import (
@@ -24,6 +23,7 @@ from deepseek.compiler.jit.rewriting.trees import (
 )
 from deepseek.compiler.jit.rewriting.variables import NONE, Names, reads, writes
 from deepseek.compiler.jit.rewriting.writes import root_of
+from deepseek.compiler.jit.shared_names import COMPARISONS, INTERNAL, UNDEFINED_NAME
 
 LIBRARIES = {"torch", "math", "numpy"}
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp

@@ -19,8 +19,8 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from deepseek.compiler.jit.names import INTERNAL, UNDEFINED_NAME
 from deepseek.compiler.jit.rewriting.variables import SCOPES, never_ends
+from deepseek.compiler.jit.shared_names import INTERNAL, UNDEFINED_NAME
 from deepseek.core.errors import ConfigError
 
 MAX_COPIES = 256

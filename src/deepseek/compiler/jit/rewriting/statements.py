@@ -16,7 +16,6 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepseek.compiler.jit.names import BINARY, INTERNAL, ITEM_NAME
 from deepseek.compiler.jit.rewriting.context import Context, Flow, Outside, Position, Scope
 from deepseek.compiler.jit.rewriting.expressions import Expressions
 from deepseek.compiler.jit.rewriting.lowering import NOTHING, Fact, Facts, is_guard, is_python, lower
@@ -44,6 +43,7 @@ from deepseek.compiler.jit.rewriting.variables import (
     writes,
 )
 from deepseek.compiler.jit.rewriting.writes import CHANGE, SET, is_plain_counter, is_special, name_writes, parameters_of
+from deepseek.compiler.jit.shared_names import BINARY, INTERNAL, ITEM_NAME
 
 Loop = ast.While | ast.For
 Native = ast.If | ast.With | ast.Try | ast.Match

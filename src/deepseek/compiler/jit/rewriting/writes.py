@@ -14,9 +14,9 @@ import ast
 import copy
 from typing import Any
 
-from deepseek.compiler.jit.names import CHANGING_METHODS, INTERNAL
 from deepseek.compiler.jit.rewriting.trees import assign, at, load
 from deepseek.compiler.jit.rewriting.variables import SCOPES, Names, captured, declared, walk_scope, writes
+from deepseek.compiler.jit.shared_names import CHANGING_METHODS, INTERNAL
 
 SET = f"{INTERNAL}set"
 CHANGE = f"{INTERNAL}change"

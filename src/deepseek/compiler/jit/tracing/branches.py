@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.tracing.conditions import Conditions
+from deepseek.compiler.jit.tracing.conditions import ConditionOperators
 from deepseek.compiler.jit.tracing.gradients import choose, steady, unalias
 from deepseek.compiler.jit.tracing.merging import Form, Leaf, Merger, flatten, has_leaves, is_traced, leaves_of, rebuild
 from deepseek.compiler.jit.tracing.probing import Part, probe_branches
 from deepseek.compiler.jit.tracing.sites import Site, note
 
 
-class Branches(Conditions):
+class Branches(ConditionOperators):
     """Choices between two parts of a function."""
 
     def cond(self, value: Any, then: Part, other: Part, values: Sequence[Any], site: Site) -> Any:

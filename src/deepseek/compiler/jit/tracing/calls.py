@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deepseek.compiler.jit.tracing.conditions import Conditions
+from deepseek.compiler.jit.tracing.conditions import ConditionOperators
 from deepseek.compiler.jit.tracing.python_numbers import publish
 
 LIBRARIES = ("torch", "numpy", "torchvision", "math", "builtins", "functools")
@@ -35,7 +35,7 @@ class Rewritten:
         self.function = function
 
 
-class Calls(Conditions):
+class Calls(ConditionOperators):
     """Calls of functions, methods and modules."""
 
     make_counterpart: Maker

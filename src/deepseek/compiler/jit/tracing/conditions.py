@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.names import COMPARISONS
+from deepseek.compiler.jit.shared_names import COMPARISONS
 from deepseek.compiler.jit.tracing.merging import UNDEFINED, describe, is_traced
 from deepseek.compiler.jit.tracing.python_numbers import Number
 from deepseek.compiler.jit.tracing.sites import Site, enter, note, refuse
@@ -25,7 +25,7 @@ OUTSIDE = DEPTHS[0]
 MAX_DEPTH = len(DEPTHS) - 1  # tensor conditions inside one another
 
 
-class Conditions:
+class ConditionOperators:
     """What stands at one depth of tensor conditions, for real or only to look.
 
     Depths are letters: the tracer may take a number that it meets with two values for a variable one.

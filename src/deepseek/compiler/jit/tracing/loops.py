@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.names import INTERNAL
+from deepseek.compiler.jit.shared_names import INTERNAL
 from deepseek.compiler.jit.tracing.branches import Branches, sample_of
 from deepseek.compiler.jit.tracing.conditions import HINT
 from deepseek.compiler.jit.tracing.gradients import all_require_grad, choose, copy_all, loop, steady

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.names import INTERNAL
+from deepseek.compiler.jit.shared_names import INTERNAL
 from deepseek.compiler.jit.tracing.python_numbers import Number, as_tensor, is_number, number_dtype
 from deepseek.compiler.jit.tracing.sites import Site, refuse
 

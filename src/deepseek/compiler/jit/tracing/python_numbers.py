@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.names import Operation
+from deepseek.compiler.jit.shared_names import Operation
 
 PYTHON_NUMBERS = (bool, int, float)
 LOGICAL = (operator.and_, operator.or_, operator.xor)
@@ -312,7 +312,7 @@ def _fill(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str
     if function is torch.full and options.get("dtype") is None:
         is_real = value.tensor.is_floating_point()
         options["dtype"] = torch.get_default_dtype() if is_real else value.tensor.dtype
-    filled: Tensor = function(*known, 0, **options)
+    filled: Tensor = function(*known, fill_value=0, **options)
     return filled.fill_(value.tensor.to(filled.dtype))
 
 

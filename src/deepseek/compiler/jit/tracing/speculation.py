@@ -38,7 +38,7 @@ from torch._dynamo.variables.higher_order_ops import (
 from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._ops import HigherOrderOperator
 
-from deepseek.compiler.jit.names import INTERNAL
+from deepseek.compiler.jit.shared_names import INTERNAL
 from deepseek.compiler.jit.tracing.sites import (
     CHANGES_OUTSIDE,
     CHANGES_OUTSIDE_HINT,

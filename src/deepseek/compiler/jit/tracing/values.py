@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.names import BINARY
-from deepseek.compiler.jit.tracing.conditions import OUTSIDE, Conditions
+from deepseek.compiler.jit.shared_names import BINARY
+from deepseek.compiler.jit.tracing.conditions import OUTSIDE, ConditionOperators
 from deepseek.compiler.jit.tracing.indexing import as_indices, is_index, is_plain_index
 from deepseek.compiler.jit.tracing.merging import UNDEFINED, is_traced
 from deepseek.compiler.jit.tracing.python_numbers import Number, as_number, as_tensor, beside
@@ -32,7 +32,7 @@ CONTAINERS = (list, dict, set, collections.OrderedDict, collections.deque)
 OUTSIDE_OF_FUNCTION = "what is outside of the function"
 
 
-class Values(Conditions):
+class Values(ConditionOperators):
     """What becomes of values."""
 
     # ---- values that Python would take out of a tensor
