@@ -325,11 +325,9 @@ def change_config(folder, **changes):
 
 def test_a_decoder_that_ours_cannot_be_loads_through_transformers_with_a_warning(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, hidden_act="relu", **sizes)).eval()
     theirs.save_pretrained(tmp_path / "llama")
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    change_config(tmp_path / "llama", rope_parameters=rope, rope_scaling=rope)
-    with pytest.warns(UserWarning, match="rope_type='linear' .* through transformers instead"):
+    with pytest.warns(UserWarning, match="hidden_act='relu' .* through transformers instead"):
         model = load_model(tmp_path / "llama")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
     tokens_BT = torch.randint(0, 64, (1, 9))

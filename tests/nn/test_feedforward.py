@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from deepseek.nn.feedforward import MLP, SwiGLU
+from deepseek.nn.feedforward import MLP, GeGLU, SwiGLU
 
 
 def test_swiglu_is_the_formula():
@@ -26,3 +26,11 @@ def test_biases_are_where_they_were_asked_for():
         assert all(each.ndim == 2 for each in block.parameters())
     for block in (SwiGLU(4, 6, bias=True), MLP(4, 6)):
         assert sum(each.ndim == 1 for each in block.parameters()) == sum(each.ndim == 2 for each in block.parameters())
+
+
+def test_the_gelu_gated_block_is_the_formula_with_the_tanh_approximation():
+    block = GeGLU(8, 12).double()
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gate, up = block.gate_proj(x), block.up_proj(x)
+    gelu = 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    torch.testing.assert_close(block(x), block.down_proj(gelu * up), rtol=1e-6, atol=1e-7)

@@ -119,3 +119,19 @@ def test_heads_close_in_a_straight_line():
 def test_numbers_without_a_meaning_are_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         MaskConfig(**values)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 8])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_window_is_the_last_tokens_with_the_token_itself(window, is_whole):
+    positions_BT = torch.arange(8)[None]
+    visibility = see(positions_BT, 8, is_whole=is_whole, local_distance=None, openness=None, window=window)
+    expected = [[0 <= query - key < window for key in range(8)] for query in range(8)]
+    causal = [[key <= query for key in range(8)] for query in range(8)]
+    assert (visibility.causal_B1TS is None) == is_whole
+    if window == 8:  # nothing is farther away
+        assert visibility.window_B1TS is None
+    else:
+        assert visibility.window_B1TS[0, 0].tolist() == expected
+    if not is_whole:
+        assert visibility.causal_B1TS[0, 0].tolist() == causal

@@ -20,7 +20,12 @@ from deepseek.nn.rotary import rotate
 
 
 class Attention(nn.Module):
-    """Causal self-attention; `num_local_heads` of the heads are local with a gate each where `is_dynamic`."""
+    """Causal self-attention.
+
+    `num_local_heads` of the heads are local with a gate each where `is_dynamic`; with `has_window`, all of them see the
+    last tokens only. Scores are multiplied by `scale` (none is head_size**-0.5) and, with a `softcap`, bent to stay
+    within it. `q_norm` and `k_norm` are over each head's channels.
+    """
 
     def __init__(
         self,
@@ -33,17 +38,26 @@ class Attention(nn.Module):
         output_bias: bool = False,
         num_local_heads: int = 0,
         is_dynamic: bool = True,
+        scale: float | None = None,
+        softcap: float | None = None,
+        has_window: bool = False,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
         self.num_local_heads = num_local_heads
+        self.scale = scale
+        self.softcap = softcap
+        self.has_window = has_window
         self.q_proj = nn.Linear(hidden_size, num_heads * head_size, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias)
         self.qkv_proj: nn.Module | None = None  # all three in one, in a packed model
         self.o_proj = nn.Linear(num_heads * head_size, hidden_size, bias=output_bias)
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.far_gate = nn.Linear(hidden_size, num_local_heads) if num_local_heads and is_dynamic else None
 
     def forward(
@@ -56,6 +70,9 @@ class Attention(nn.Module):
         batch, length, _ = x_BTD.shape
         qkv_BTMH = self._project(x_BTD).view(batch, length, -1, self.head_size)
         qk_BTMH, v_BTKH = qkv_BTMH.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = qk_BTMH.split((self.num_heads, self.num_kv_heads), dim=2)
+            qk_BTMH = torch.cat((self.q_norm(q_BTNH), self.k_norm(k_BTKH)), dim=2)
         if table_2BTH is not None:
             qk_BTMH = rotate(qk_BTMH, table_2BTH)
         q_BTNH, k_BTKH = qk_BTMH.split((self.num_heads, self.num_kv_heads), dim=2)
@@ -78,21 +95,25 @@ class Attention(nn.Module):
         k_BKSH, v_BKSH = k_BKSH.to(q_BNTH.dtype), v_BKSH.to(q_BNTH.dtype)
         if self.far_gate is not None and torch.is_grad_enabled():
             bias_BNTS = visibility.soft_mask(self.num_heads, self.far_gate(x_BTD))
-            return attend_with_bias(q_BNTH, k_BKSH, v_BKSH, bias_BNTS)
+            return attend_with_bias(q_BNTH, k_BKSH, v_BKSH, bias_BNTS, scale=self.scale, softcap=self.softcap)
         mask = self._mask(x_BTD, visibility, q_BNTH.dtype)
-        if mask is None and _is_slow_when_fused(q_BNTH):
-            return attend_with_bias(q_BNTH, k_BKSH, v_BKSH, causal_bias(q_BNTH))
+        if self.softcap is not None or (mask is None and _is_slow_when_fused(q_BNTH)):
+            bias = causal_bias(q_BNTH) if mask is None else as_bias(mask, q_BNTH.dtype)
+            return attend_with_bias(q_BNTH, k_BKSH, v_BKSH, bias, scale=self.scale, softcap=self.softcap)
         return F.scaled_dot_product_attention(
             q_BNTH,
             k_BKSH,
             v_BKSH,
             attn_mask=mask,
             is_causal=mask is None,
+            scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
 
     def _mask(self, x_BTD: Tensor, visibility: Visibility, dtype: torch.dtype) -> Tensor | None:
         """Return what SDPA adds to the scores; `None` is the causal kernel's own mask."""
+        if self.has_window and visibility.window_B1TS is not None:
+            return visibility.window_B1TS
         if self.num_local_heads == 0:
             return visibility.causal_B1TS
         if self.far_gate is None:
@@ -101,18 +122,38 @@ class Attention(nn.Module):
         return visibility.soft_mask(self.num_heads, gate_BTN).to(dtype)
 
 
-def attend_with_bias(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BNTS: Tensor) -> Tensor:
-    """Compute attention step by step, for a bias that needs a gradient and for where the fused kernel is slower.
+def attend_with_bias(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    bias_BNTS: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Compute attention step by step, for what the fused kernel cannot do or does slower.
+
+    That is a bias that needs a gradient, short sequences in bf16 on a CPU, and a `softcap`: scores that are bent to
+    softcap * tanh(scores / softcap).
 
     Everything is stored in the inputs' dtype; matmuls and softmax accumulate in float32 inside their kernels. torch's
     own fallback for such a bias widens the inputs instead, which costs a CPU with bf16 instructions a factor of four.
     """
     group_size = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = (shared.repeat_interleave(group_size, dim=1) for shared in (k_BKSH, v_BKSH))
-    scores_BNTS = (q_BNTH * q_BNTH.shape[-1] ** -0.5) @ k_BNSH.transpose(2, 3)
+    scores_BNTS = (q_BNTH * (q_BNTH.shape[-1] ** -0.5 if scale is None else scale)) @ k_BNSH.transpose(2, 3)
+    if softcap is not None:
+        scores_BNTS = softcap * (scores_BNTS / softcap).tanh()
     weights_BNTS = (scores_BNTS + bias_BNTS.to(scores_BNTS.dtype)).softmax(dim=-1)
     y_BNTH: Tensor = weights_BNTS.to(v_BNSH.dtype) @ v_BNSH
     return y_BNTH
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as what is added to scores: bool ones are true where a key is seen, others are biases already."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def causal_bias(q_BNTH: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two feed-forward blocks of decoders: gated (Llama) and plain (GPT-2).
+"""The feed-forward blocks of decoders: gated with SiLU (Llama) or GELU (Gemma), and plain (GPT-2).
 
 Shapes: (..., D) in, (..., D) out, F inside. Cost: 3DF multiply-adds a token for the gated one and 2DF for the plain,
 and twice that again for the backward pass.
@@ -23,14 +23,25 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self._gate_and_up(x)
-        y: Tensor = self.down_proj(F.silu(gate) * up)
+        y: Tensor = self.down_proj(self.activate(gate) * up)
         return y
+
+    def activate(self, gate: Tensor) -> Tensor:
+        """What the gate is passed through."""
+        return F.silu(gate)
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.gate_up_proj is None:
             return self.gate_proj(x), self.up_proj(x)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return gate, up
+
+
+class GeGLU(SwiGLU):
+    """`down(gelu(gate(x)) * up(x))` with the tanh approximation that Gemma was trained with."""
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")
 
 
 class MLP(nn.Module):

@@ -62,6 +62,8 @@ class Visibility:
     """True where a key lies beyond the local distance; `None` for a decoder without local heads."""
     openness: Tensor | None
     """() weight of the gates; `None` for a decoder without local heads."""
+    window_B1TS: Tensor | None = None
+    """`causal_B1TS` cut to a sliding window; `None` where no query is farther from a key than that."""
 
     def hard_mask(self, num_heads: int, num_local_heads: int) -> Tensor:
         """(B, N, T, S) bool, True where a head may look: local heads, which come first, stay within their distance."""
@@ -81,17 +83,28 @@ class Visibility:
 
 
 def see(
-    positions_BT: Tensor, num_keys: int, *, is_whole: bool, local_distance: int | None, openness: Tensor | None
+    positions_BT: Tensor,
+    num_keys: int,
+    *,
+    is_whole: bool,
+    local_distance: int | None,
+    openness: Tensor | None,
+    window: int | None = None,
 ) -> Visibility:
     """Build the `Visibility` of queries at `positions_BT` over `num_keys` keys.
 
     `is_whole` says that queries and keys are the same tokens, each of which then sees itself and those before it
     whatever its position is called; `local_distance` is `None` for a decoder without local heads, which then needs no
-    mask at all.
+    mask at all. `window` is how many tokens the layers with a sliding window see, the token itself among them.
     """
-    if is_whole and local_distance is None:
+    has_window = window is not None and num_keys > window
+    if is_whole and local_distance is None and not has_window:
         return Visibility(positions_BT, None, None, None)
     keys_S = torch.arange(num_keys, device=positions_BT.device)
     distance_BTS = (keys_S[None] if is_whole else positions_BT)[..., None] - keys_S
     far_B1TS = None if local_distance is None else (distance_BTS > local_distance)[:, None]
-    return Visibility(positions_BT, (distance_BTS >= 0)[:, None], far_B1TS, openness)
+    causal_B1TS = (distance_BTS >= 0)[:, None]
+    window_B1TS = causal_B1TS & (distance_BTS < window)[:, None] if window is not None and has_window else None
+    if is_whole and local_distance is None:  # layers without a window keep the kernel's own causal mask
+        return Visibility(positions_BT, None, None, None, window_B1TS)
+    return Visibility(positions_BT, causal_B1TS, far_B1TS, openness, window_B1TS)

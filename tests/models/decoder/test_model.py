@@ -276,7 +276,7 @@ class TestMask:
             r"^mixture-of-experts blocks are gated, and feedforward is 'gelu'; choose 'swiglu'$",
         ),
         ({"num_layers": 0}, r"^setting 'num_layers' is 0: input should be greater than or equal to 1$"),
-        ({"norm": "batch"}, r"^setting 'norm' is 'batch': input should be 'rms' or 'layer'$"),
+        ({"norm": "batch"}, r"^setting 'norm' is 'batch': input should be 'rms', 'rms_centered' or 'layer'$"),
         ({"num_head": 4}, r"^unknown setting 'num_head'; did you mean 'num_heads'\?"),
         ({"moe": {"topk": 4}}, r"^unknown setting 'moe.topk'; did you mean 'moe.top_k'\?"),
         ({"mask": {"local_head": 1}}, r"^unknown setting 'mask.local_head'; did you mean 'mask.local_heads'\?"),

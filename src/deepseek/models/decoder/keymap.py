@@ -3,11 +3,13 @@
     Llama     every tensor has one counterpart; only names differ
     GPT-2     weights are stored (in, out) instead of (out, in), and queries, keys and values are one tensor
     Mixtral   each expert's projections are tensors of their own; ours are stacked, (experts, in, out)
+    Phi-3     queries, keys and values are one tensor, and so are gate and up projection
+    Mistral, Qwen 2 and 3, Gemma 1 to 3   as Llama, with more settings
 
 A `Family` is one such counterpart, written as tables: rows of (our name, their name), where `{layer}` is a number and
 `{rest}` whatever follows, and rows of (our setting, their setting, their default). `load_model` and `save_model` use
-them. Rotary halves are paired as Hugging Face pairs them, so no family needs a permutation. What ours cannot follow
-(scaled rotary angles, sliding windows) is refused by name, and a shape that they cannot express has no family.
+them. Rotary halves are paired as Hugging Face pairs them, so no family needs a permutation. What ours cannot follow is
+refused by name, and a shape that they cannot express has no family. Rotary settings are in `rope_settings.py`.
 
 Shapes: E experts, D hidden, F ffn. Cost: renaming copies nothing; GPT-2 and Mixtral copy what they transpose or stack.
 """
@@ -26,8 +28,21 @@ from torch import Tensor
 from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.models.decoder.model import DecoderConfig
+from deepseek.models.decoder.rope_settings import DEFAULTS, RopeDefaults, read_rope, write_rope
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a family says which of its layers have a sliding window."""
+
+    size: int | None
+    """Their default of `sliding_window`."""
+    full_every: int | None = None
+    """Every so many layers one sees all tokens, where `layer_types` does not say; none leaves the window to all."""
+    has_switch: bool = False
+    """Whether `use_sliding_window` has to be set, and the layers below `max_window_layers` see all tokens (Qwen)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,10 @@ class Family:
     """Transposes, splits or stacks their tensors until each is one of ours."""
     pack: Callable[[Mapping[str, Tensor]], Tensors]
     """The inverse of `unpack`."""
+    rope: RopeDefaults = DEFAULTS
+    """Their defaults of rotary settings."""
+    window: Window | None = None
+    """How their config says which layers see all tokens; none where there are no sliding windows."""
 
 
 def find_family(config: DecoderConfig) -> Family | None:
@@ -70,7 +89,7 @@ def import_config(values: Mapping[str, Any]) -> tuple[DecoderConfig, Family]:
     if model_type not in FAMILIES:
         raise ConfigError(explain_unknown("Hugging Face model type", model_type, FAMILIES))
     family = FAMILIES[model_type]
-    values = _complete(values)
+    values = _complete(values, family)
     for key, followed in family.required.items():
         if values.get(key, followed[0]) not in followed:
             raise ConfigError(
@@ -78,6 +97,11 @@ def import_config(values: Mapping[str, Any]) -> tuple[DecoderConfig, Family]:
                 f"{' or '.join(map(repr, followed))} only; choose another model"
             )
     ours = {key: values.get(their_key, default) for key, their_key, default in family.settings}
+    ours |= _read_window(values, family, int(ours["num_layers"]))
+    if family.shared["position"] == "rotary":
+        rope = read_rope(values, family.rope)
+        ours |= {key: value for key, value in rope.items() if key not in family.shared}
+        _require_default(rope, family)
     return DecoderConfig.from_dict(_nest(ours | dict(family.shared))), family
 
 
@@ -90,8 +114,20 @@ def export_config(config: DecoderConfig, family: Family, dtype: torch.dtype) -> 
         # Which tokens begin and end a text is the tokenizer's to say; left out, the family's own defaults would hold.
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
-    return identity | {their_key: _look_up(config, key) for key, their_key, _ in family.settings}
+    settings = {their_key: _look_up(config, key) for key, their_key, _ in family.settings}
+    if "num_key_value_heads" in settings:
+        settings["num_key_value_heads"] = config.kv_heads
+    if (scalar := settings.get("query_pre_attn_scalar")) is not None and scalar == int(scalar):
+        settings["query_pre_attn_scalar"] = int(scalar)
+    if settings.get("head_dim", 0) is None:  # what some classes take for a size
+        del settings["head_dim"]
+        if any(key == "head_size" and default is not None for key, _, default in family.settings):
+            settings["head_dim"] = config.size_of_head
+    if config.position == "rotary":
+        settings["max_position_embeddings"] = config.max_length
+    return identity | settings | write_rope(config) | _write_window(config, family)
 
 
 def import_tensors(tensors: Mapping[str, Tensor], family: Family) -> Tensors:
@@ -125,13 +161,56 @@ def tie_as_stored(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> Decod
 _COMPUTED = re.compile(r".*(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
 
 
-def _complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Their settings with rotary ones on the top level, wherever their version kept them, and GPT-2's default width."""
-    rotary = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    completed = dict(values) | rotary | {"rope_type": rotary.get("rope_type", rotary.get("type", "default"))}
+def _complete(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return their settings with those resolved that have a second name or depend on others."""
+    completed = dict(values)
     if completed.get("n_inner") is None:
         completed["n_inner"] = 4 * completed.get("n_embd", 768)
+    if completed.get("hidden_activation") is None and "hidden_activation" in family.required:
+        completed["hidden_activation"] = completed.get("hidden_act", family.required["hidden_activation"][0])
     return completed
+
+
+def _read_window(values: Mapping[str, Any], family: Family, num_layers: int) -> dict[str, Any]:
+    """Return our settings of sliding windows."""
+    window = family.window
+    size = None if window is None else values.get("sliding_window", window.size)
+    if window is None or size is None or (window.has_switch and not values.get("use_sliding_window", False)):
+        return {"sliding_window": None, "full_layers": ()}
+    kinds = values.get("layer_types")
+    if kinds is not None:
+        full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    elif window.has_switch:
+        full = tuple(range(min(int(values.get("max_window_layers", 28)), num_layers)))
+    else:
+        every = values.get("sliding_window_pattern", window.full_every)
+        full = tuple(layer for layer in range(num_layers) if every and (layer + 1) % every == 0)
+    if len(full) == num_layers:
+        return {"sliding_window": None, "full_layers": ()}
+    return {"sliding_window": size, "full_layers": full}
+
+
+def _write_window(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    """Return their settings of sliding windows."""
+    if family.window is None:
+        return {}
+    values: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if family.window.has_switch:
+        values["use_sliding_window"] = config.sliding_window is not None
+    if family.window.has_switch or family.window.full_every:
+        windows = [config.window_of(layer) for layer in range(config.num_layers)]
+        values["layer_types"] = ["full_attention" if size is None else "sliding_attention" for size in windows]
+    return values
+
+
+def _require_default(rope: Mapping[str, Any], family: Family) -> None:
+    """Raise `ConfigError` for a rotary setting that the family's own class does not have."""
+    for key in ("rope_fraction", "rope_theta_window"):
+        if key in family.shared and rope[key] != family.shared[key]:
+            raise ConfigError(
+                f"this {family.model_type} model has {key}={rope[key]!r} and the decoder follows "
+                f"{family.shared[key]!r} only; choose another model"
+            )
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +236,10 @@ def _is_member(config: DecoderConfig, family: Family) -> bool:
     """Whether the family's settings say all there is to say about `config`."""
     is_split_evenly = config.hidden_size % config.num_heads == 0  # transformers insists, whatever the head size
     if not is_split_evenly or any(_look_up(config, key) != value for key, value in family.shared.items()):
+        return False
+    if family.window is None and config.sliding_window is not None:
+        return False
+    if family.window is not None and not (family.window.has_switch or family.window.full_every) and config.full_layers:
         return False
     if family.model_type == "gpt2":
         return config.kv_heads == config.num_heads and config.size_of_head * config.num_heads == config.hidden_size
@@ -256,7 +339,63 @@ def _pack_mixtral(tensors: Mapping[str, Tensor]) -> Tensors:
     return packed
 
 
+# ---- Phi-3
+
+_QKV_TENSOR, _GATE_UP_TENSOR = ".self_attn.qkv_proj.weight", ".mlp.gate_up_proj.weight"
+
+
+def _unpack_phi3(tensors: Mapping[str, Tensor]) -> Tensors:
+    unpacked: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_QKV_TENSOR):
+            num_queries = tensors[name.replace("qkv_proj", "o_proj")].shape[1]
+            num_keys = (tensor.shape[0] - num_queries) // 2
+            parts = zip(_QKV, tensor.split((num_queries, num_keys, num_keys)), strict=True)
+            unpacked |= {name.replace("qkv_proj", projection): part for projection, part in parts}
+        elif name.endswith(_GATE_UP_TENSOR):
+            gate, up = tensor.chunk(2)
+            unpacked |= {name.replace("gate_up_proj", "gate_proj"): gate, name.replace("gate_up_proj", "up_proj"): up}
+        else:
+            unpacked[name] = tensor
+    return unpacked
+
+
+def _pack_phi3(tensors: Mapping[str, Tensor]) -> Tensors:
+    packed: Tensors = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            parts = [tensors[name.replace("q_proj", projection)] for projection in _QKV]
+            packed[name.replace("q_proj", "qkv_proj")] = torch.cat(parts)
+        elif ".gate_proj." in name:
+            packed[name.replace("gate_proj", "gate_up_proj")] = torch.cat(
+                (tensor, tensors[name.replace("gate_proj", "up_proj")])
+            )
+        elif not any(f".{projection}_proj." in name for projection in ("k", "v", "up")):  # they went with the first
+            packed[name] = tensor
+    return packed
+
+
 # ---- the families
+
+# What a decoder has beyond Llama, as Llama has it; families with more override rows.
+_PLAIN: dict[str, Any] = {
+    "norm": "rms",
+    "post_norms": False,
+    "qk_norm": False,
+    "feedforward": "swiglu",
+    "position": "rotary",
+    "rope_fraction": 1.0,
+    "rope_theta_window": None,
+    "query_scalar": None,
+    "attention_softcap": None,
+    "logits_softcap": None,
+    "scale_embeddings": False,
+    "attention_bias": False,
+    "output_bias": None,
+    "feedforward_bias": False,
+    "moe": None,
+    "mask": None,
+}
 
 _ROTARY_SETTINGS = (
     ("vocab_size", "vocab_size", 32000),
@@ -268,8 +407,6 @@ _ROTARY_SETTINGS = (
 )
 _ROTARY_REQUIRED = {
     "hidden_act": ("silu", "swish"),
-    "rope_type": ("default",),
-    "partial_rotary_factor": (1.0,),
     "quantization_config": (None,),
 }
 _ROTARY_NAMES = (
@@ -281,6 +418,8 @@ _ROTARY_NAMES = (
     ("head.weight", "lm_head.weight"),
 )
 
+_LLAMA_NAMES = (*_ROTARY_NAMES, ("layers.{layer}.feedforward.{rest}", "model.layers.{layer}.mlp.{rest}"))
+
 LLAMA = Family(
     model_type="llama",
     class_name="LlamaForCausalLM",
@@ -288,17 +427,163 @@ LLAMA = Family(
         *_ROTARY_SETTINGS,
         ("num_kv_heads", "num_key_value_heads", None),
         ("ffn_size", "intermediate_size", 11008),
-        ("max_length", "max_position_embeddings", 2048),
         ("norm_eps", "rms_norm_eps", 1e-6),
-        ("rope_theta", "rope_theta", 10000.0),
         ("attention_bias", "attention_bias", False),
         ("feedforward_bias", "mlp_bias", False),
     ),
-    shared={"norm": "rms", "feedforward": "swiglu", "position": "rotary", "moe": None, "mask": None},
+    shared={key: value for key, value in _PLAIN.items() if key not in ("attention_bias", "feedforward_bias")},
     required=_ROTARY_REQUIRED,
-    names=(*_ROTARY_NAMES, ("layers.{layer}.feedforward.{rest}", "model.layers.{layer}.mlp.{rest}")),
+    names=_LLAMA_NAMES,
     unpack=dict,
     pack=dict,
+)
+
+
+def _describe_dense(
+    num_kv_heads: int | None, ffn_size: int, norm_eps: float = 1e-6
+) -> tuple[tuple[str, str, Any], ...]:
+    """Return the settings of a dense family, with its defaults."""
+    return (
+        *_ROTARY_SETTINGS,
+        ("num_kv_heads", "num_key_value_heads", num_kv_heads),
+        ("ffn_size", "intermediate_size", ffn_size),
+        ("norm_eps", "rms_norm_eps", norm_eps),
+    )
+
+
+def _replace_defaults(settings: tuple[tuple[str, str, Any], ...], **defaults: Any) -> tuple[tuple[str, str, Any], ...]:
+    """Return `settings` with other defaults for some of our names."""
+    return tuple((ours, theirs, defaults.get(ours, default)) for ours, theirs, default in settings)
+
+
+MISTRAL = Family(
+    model_type="mistral",
+    class_name="MistralForCausalLM",
+    settings=_describe_dense(8, 14336),
+    shared=_PLAIN,
+    required=_ROTARY_REQUIRED,
+    names=_LLAMA_NAMES,
+    unpack=dict,
+    pack=dict,
+    rope=RopeDefaults(length=131072),
+    window=Window(size=4096),
+)
+
+_QWEN_SETTINGS = _replace_defaults(_describe_dense(32, 22016), vocab_size=151936)
+
+QWEN2 = Family(
+    model_type="qwen2",
+    class_name="Qwen2ForCausalLM",
+    settings=_QWEN_SETTINGS,
+    shared=_PLAIN | {"attention_bias": True, "output_bias": False},
+    required=_ROTARY_REQUIRED,
+    names=_LLAMA_NAMES,
+    unpack=dict,
+    pack=dict,
+    rope=RopeDefaults(length=32768),
+    window=Window(size=4096, has_switch=True),
+)
+
+QWEN3 = Family(
+    model_type="qwen3",
+    class_name="Qwen3ForCausalLM",
+    settings=(*_replace_defaults(_QWEN_SETTINGS, head_size=128), ("attention_bias", "attention_bias", False)),
+    shared={key: value for key, value in _PLAIN.items() if key != "attention_bias"} | {"qk_norm": True},
+    required=_ROTARY_REQUIRED,
+    names=_LLAMA_NAMES,
+    unpack=dict,
+    pack=dict,
+    rope=RopeDefaults(length=32768),
+    window=Window(size=4096, has_switch=True),
+)
+
+PHI3 = Family(
+    model_type="phi3",
+    class_name="Phi3ForCausalLM",
+    settings=_replace_defaults(
+        tuple(row for row in _describe_dense(None, 8192, 1e-5) if row[0] != "head_size"),
+        vocab_size=32064,
+        hidden_size=3072,
+    ),
+    shared={key: value for key, value in _PLAIN.items() if key != "rope_fraction"} | {"head_size": None},
+    required=_ROTARY_REQUIRED,
+    names=_LLAMA_NAMES,
+    unpack=_unpack_phi3,
+    pack=_pack_phi3,
+    rope=RopeDefaults(length=4096),
+    window=Window(size=None),
+)
+
+_GEMMA_SETTINGS = _replace_defaults(
+    (*_describe_dense(16, 24576), ("attention_bias", "attention_bias", False)),
+    vocab_size=256000,
+    num_layers=28,
+    hidden_size=3072,
+    num_heads=16,
+    head_size=256,
+    tie_embeddings=True,
+)
+_GEMMA_SHARED = {key: value for key, value in _PLAIN.items() if key != "attention_bias"} | {
+    "norm": "rms_centered",
+    "feedforward": "geglu",
+    "scale_embeddings": True,
+}
+_GEMMA_REQUIRED = {"quantization_config": (None,), "use_bidirectional_attention": (None, False)}
+_GELU = ("gelu_pytorch_tanh", "gelu")  # old files say gelu and mean its approximation
+
+GEMMA = Family(
+    model_type="gemma",
+    class_name="GemmaForCausalLM",
+    settings=_GEMMA_SETTINGS,
+    shared=_GEMMA_SHARED,
+    required=_GEMMA_REQUIRED | {"hidden_act": _GELU},
+    names=_LLAMA_NAMES,
+    unpack=dict,
+    pack=dict,
+    rope=RopeDefaults(length=8192),
+)
+
+_GEMMA2_SETTINGS = (
+    *_replace_defaults(
+        _GEMMA_SETTINGS, num_layers=26, hidden_size=2304, num_heads=8, num_kv_heads=4, ffn_size=9216, head_size=256
+    ),
+    ("query_scalar", "query_pre_attn_scalar", 256),
+    ("attention_softcap", "attn_logit_softcapping", 50.0),
+    ("logits_softcap", "final_logit_softcapping", 30.0),
+)
+_GEMMA2_SHARED = {key: value for key, value in _GEMMA_SHARED.items() if not key.endswith(("softcap", "query_scalar"))}
+_GEMMA2_NAMES = (
+    *(row for row in _LLAMA_NAMES if "feedforward_norm" not in row[0]),
+    ("layers.{layer}.attention_post_norm.weight", "model.layers.{layer}.post_attention_layernorm.weight"),
+    ("layers.{layer}.feedforward_norm.weight", "model.layers.{layer}.pre_feedforward_layernorm.weight"),
+    ("layers.{layer}.feedforward_post_norm.weight", "model.layers.{layer}.post_feedforward_layernorm.weight"),
+)
+
+GEMMA2 = Family(
+    model_type="gemma2",
+    class_name="Gemma2ForCausalLM",
+    settings=_GEMMA2_SETTINGS,
+    shared=_GEMMA2_SHARED | {"post_norms": True},
+    required=_GEMMA_REQUIRED | {"hidden_activation": _GELU},
+    names=_GEMMA2_NAMES,
+    unpack=dict,
+    pack=dict,
+    rope=RopeDefaults(length=8192),
+    window=Window(size=4096, full_every=2),
+)
+
+GEMMA3 = Family(
+    model_type="gemma3_text",
+    class_name="Gemma3ForCausalLM",
+    settings=_replace_defaults(_GEMMA2_SETTINGS, vocab_size=262208, attention_softcap=None, logits_softcap=None),
+    shared={key: value for key, value in _GEMMA2_SHARED.items() if key != "rope_theta_window"}
+    | {"post_norms": True, "qk_norm": True},
+    required=_GEMMA_REQUIRED | {"hidden_activation": _GELU},
+    names=_GEMMA2_NAMES,
+    unpack=dict,
+    pack=dict,
+    rope=RopeDefaults(theta=1000000.0, window_theta=10000.0, length=131072),
+    window=Window(size=4096, full_every=6),
 )
 
 GPT2 = Family(
@@ -314,14 +599,13 @@ GPT2 = Family(
         ("norm_eps", "layer_norm_epsilon", 1e-5),
         ("tie_embeddings", "tie_word_embeddings", True),
     ),
-    shared={
+    shared=_PLAIN
+    | {
         "norm": "layer",
         "feedforward": "gelu",
         "position": "learned",
         "attention_bias": True,
         "feedforward_bias": True,
-        "moe": None,
-        "mask": None,
     },
     required={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -355,22 +639,16 @@ MIXTRAL = Family(
         ("moe.num_experts", "num_local_experts", 8),
         ("moe.top_k", "num_experts_per_tok", 2),
         ("moe.ffn_size", "intermediate_size", 14336),
-        ("max_length", "max_position_embeddings", 131072),
         ("norm_eps", "rms_norm_eps", 1e-5),
-        ("rope_theta", "rope_theta", 1000000.0),
     ),
-    shared={
-        "norm": "rms",
-        "feedforward": "swiglu",
-        "position": "rotary",
-        "attention_bias": False,
-        "feedforward_bias": False,
-        "mask": None,
-    },
-    required=_ROTARY_REQUIRED | {"sliding_window": (None,)},
+    shared={key: value for key, value in _PLAIN.items() if key != "moe"},
+    required=_ROTARY_REQUIRED,
     names=(*_ROTARY_NAMES, ("layers.{layer}.feedforward.{rest}", "model.layers.{layer}.block_sparse_moe.{rest}")),
     unpack=_unpack_mixtral,
     pack=_pack_mixtral,
+    rope=RopeDefaults(theta=1000000.0, length=131072),
+    window=Window(size=None),
 )
 
-FAMILIES = {family.model_type: family for family in (LLAMA, GPT2, MIXTRAL)}
+_ALL = (LLAMA, GPT2, MIXTRAL, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3)
+FAMILIES = {family.model_type: family for family in _ALL}

@@ -3,7 +3,8 @@
     tokens -> embed (+ learned positions) -> [norm -> attention -> + -> norm -> feed-forward -> +] x L -> norm -> logits
 
 The options of `DecoderConfig` span the shapes in use: GPT-2 is layer norm, learned positions and a GELU MLP with
-biases; Llama is RMS norm, rotary positions, grouped queries and SwiGLU; a mixture of experts replaces the feed-forward
+biases; Llama is RMS norm, rotary positions, grouped queries and SwiGLU; Qwen adds biases or norms to queries and keys,
+Mistral and Phi a sliding window, Gemma more norms and bent scores; a mixture of experts replaces the feed-forward
 blocks; the dynamic local/global mask closes some heads. Nothing here knows of parallelism, precision or compilation:
 those are applied from outside.
 
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
 from deepseek.nn.attention import Attention
-from deepseek.nn.feedforward import MLP, SwiGLU
+from deepseek.nn.feedforward import MLP, GeGLU, SwiGLU
 from deepseek.nn.kv_cache import CacheView, KVCache, LayerCache
 from deepseek.nn.masks import MaskConfig, Visibility, see
 from deepseek.nn.moe import MoEConfig, MoERouter, SwiGLUExperts
-from deepseek.nn.rotary import rotary_table
+from deepseek.nn.norms import CenteredRMSNorm
+from deepseek.nn.rotary import RopeScaling, rotary_table
 
 
 class DecoderConfig(Config):
@@ -48,20 +50,44 @@ class DecoderConfig(Config):
     """Hidden units of a dense feed-forward block."""
     max_length: int = Field(default=1024, ge=1)
     """Longest sequence, in tokens."""
-    norm: Literal["rms", "layer"] = "rms"
-    """Root-mean-square norm (Llama) or layer norm (GPT-2)."""
+    norm: Literal["rms", "rms_centered", "layer"] = "rms"
+    """Root-mean-square norm (Llama), one whose weight counts from one (Gemma), or layer norm (GPT-2)."""
+    post_norms: bool = False
+    """Whether what attention and feed-forward blocks add is normed as well (Gemma 2)."""
+    qk_norm: bool = False
+    """Whether queries and keys are normed, head by head (Qwen 3)."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance before the root."""
-    feedforward: Literal["swiglu", "gelu"] = "swiglu"
-    """Gated (Llama) or plain (GPT-2) feed-forward blocks."""
+    feedforward: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    """Feed-forward blocks: gated with SiLU (Llama) or GELU (Gemma), or plain (GPT-2)."""
     position: Literal["rotary", "learned"] = "rotary"
     """Rotary angles on queries and keys, or a learned vector per position."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Longest rotary wavelength over 2 pi, in tokens."""
+    rope_theta_window: float | None = Field(default=None, gt=0)
+    """The same in layers with a sliding window, whose angles are not scaled then; none is as in all layers."""
+    rope_scaling: RopeScaling | None = None
+    """How rotary angles are slowed down for long texts; none leaves them as they are."""
+    rope_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of each head's channels that are rotated."""
+    sliding_window: int | None = Field(default=None, ge=1)
+    """How many tokens a layer sees, the newest among them; none sees all."""
+    full_layers: tuple[int, ...] = ()
+    """Layers (counted from 0) that see all tokens although there is a sliding window."""
+    query_scalar: float | None = Field(default=None, gt=0)
+    """Scores are divided by its root; none is the head size."""
+    attention_softcap: float | None = Field(default=None, gt=0)
+    """Scores of attention are bent to stay below it; none leaves them as they are."""
+    logits_softcap: float | None = Field(default=None, gt=0)
+    """Logits are bent to stay below it; none leaves them as they are."""
+    scale_embeddings: bool = False
+    """Whether embeddings are multiplied by the root of hidden_size (Gemma)."""
     tie_embeddings: bool = True
     """Whether the head shares the weights of the embedding."""
     attention_bias: bool = False
     """Bias on the query, key, value and output projections."""
+    output_bias: bool | None = None
+    """Bias on the output projection alone; none is as `attention_bias` (Qwen 2 has none there)."""
     feedforward_bias: bool = False
     """Bias in the feed-forward projections."""
     moe: MoEConfig | None = None
@@ -87,10 +113,21 @@ class DecoderConfig(Config):
             raise ConfigError(
                 f"rotary positions pair channels and head_size={self.size_of_head} is odd; choose an even one"
             )
+        if self.mask and self.sliding_window:
+            raise ConfigError("a sliding window and the local/global mask both cut what a head sees; leave one out")
+        if self.rope_scaling and self.rope_scaling.kind == "longrope":
+            num_pairs = self.num_rotated // 2
+            if len(self.rope_scaling.pair_factors) != num_pairs:
+                raise ConfigError(
+                    f"rope_scaling has {len(self.rope_scaling.pair_factors)} pair_factors and {num_pairs} pairs of "
+                    "channels are rotated; give one for each"
+                )
         if self.moe and self.feedforward_bias:
             raise ConfigError("mixture-of-experts blocks have no biases, and feedforward_bias is set; leave it out")
         if self.moe and self.feedforward != "swiglu":
-            raise ConfigError("mixture-of-experts blocks are gated, and feedforward is 'gelu'; choose 'swiglu'")
+            raise ConfigError(
+                f"mixture-of-experts blocks are gated, and feedforward is {self.feedforward!r}; choose 'swiglu'"
+            )
         return self
 
     @property
@@ -102,6 +139,15 @@ class DecoderConfig(Config):
     def size_of_head(self) -> int:
         """Channels of one head, resolved."""
         return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def num_rotated(self) -> int:
+        """Channels of one head that rotary positions turn."""
+        return int(self.size_of_head * self.rope_fraction)
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many tokens `layer` (counted from 0) sees, or none for all."""
+        return None if layer in self.full_layers else self.sliding_window
 
 
 class Block(nn.Module):
@@ -116,18 +162,29 @@ class Block(nn.Module):
             config.kv_heads,
             config.size_of_head,
             bias=config.attention_bias,
-            output_bias=config.attention_bias,
+            output_bias=config.attention_bias if config.output_bias is None else config.output_bias,
             num_local_heads=config.mask.num_local_heads(config.num_heads, layer) if config.mask else 0,
             is_dynamic=config.mask.is_dynamic if config.mask else True,
+            scale=None if config.query_scalar is None else config.query_scalar**-0.5,
+            softcap=config.attention_softcap,
+            has_window=config.window_of(layer) is not None,
+            q_norm=build_norm(config, config.size_of_head) if config.qk_norm else None,
+            k_norm=build_norm(config, config.size_of_head) if config.qk_norm else None,
         )
         self.feedforward_norm = build_norm(config)
         self.feedforward = build_feedforward(config)
+        self.attention_post_norm = build_norm(config) if config.post_norms else None
+        self.feedforward_post_norm = build_norm(config) if config.post_norms else None
 
     def forward(
         self, x_BTD: Tensor, table_2BTH: Tensor | None, visibility: Visibility, cache: LayerCache | None = None
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), table_2BTH, visibility, cache)
-        y_BTD: Tensor = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
+        added_BTD = self.attention(self.attention_norm(x_BTD), table_2BTH, visibility, cache)
+        x_BTD = x_BTD + (added_BTD if self.attention_post_norm is None else self.attention_post_norm(added_BTD))
+        added_BTD = self.feedforward(self.feedforward_norm(x_BTD))
+        y_BTD: Tensor = x_BTD + (
+            added_BTD if self.feedforward_post_norm is None else self.feedforward_post_norm(added_BTD)
+        )
         return y_BTD
 
 
@@ -140,6 +197,8 @@ class Decoder(nn.Module):
     """
 
     rotary_2LH: Tensor
+    window_rotary_2LH: Tensor
+    embed_scale: Tensor
     mask_openness: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -154,8 +213,10 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        table = rotary_table(config.max_length, config.size_of_head, theta=config.rope_theta)
-        self.register_buffer("rotary_2LH", table if config.position == "rotary" else None, persistent=False)
+        for name, table in build_rotary_tables(config).items():
+            self.register_buffer(name, table, persistent=False)
+        scale = torch.tensor(config.hidden_size**0.5) if config.scale_embeddings else None
+        self.register_buffer("embed_scale", scale, persistent=False)
         self.register_buffer("mask_openness", torch.ones(()), persistent=False)
         self.apply(self._initialize)
 
@@ -186,16 +247,23 @@ class Decoder(nn.Module):
             is_whole=cache is None,
             local_distance=self.config.mask.local_distance if self.config.mask else None,
             openness=self.mask_openness if self.config.mask else None,
+            window=self.config.sliding_window,
         )
         x_BTD = self.embed(tokens_BT)
+        if self.embed_scale is not None:
+            x_BTD = x_BTD * self.embed_scale.to(x_BTD.dtype)
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT)
         table_2BTH = None if self.rotary_2LH is None else self.rotary_2LH[:, positions_BT]
+        window_table_2BTH = table_2BTH if self.window_rotary_2LH is None else self.window_rotary_2LH[:, positions_BT]
         for index, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, table_2BTH, visibility, cache.layers[index] if cache else None)
+            table = table_2BTH if self.config.window_of(index) is None else window_table_2BTH
+            x_BTD = layer(x_BTD, table, visibility, cache.layers[index] if cache else None)
         if last_only:
             x_BTD = x_BTD[:, -1:]
         logits_BTV: Tensor = self.head(self.norm(x_BTD))
+        if self.config.logits_softcap is not None:
+            logits_BTV = self.config.logits_softcap * (logits_BTV / self.config.logits_softcap).tanh()
         return logits_BTV
 
     def new_cache(self, num_slots: int, max_length: int | None = None) -> KVCache:
@@ -231,14 +299,29 @@ class Decoder(nn.Module):
                 nn.init.normal_(getattr(residual, "weight", residual), std=0.02 / math.sqrt(2 * self.config.num_layers))
 
 
-def build_norm(config: DecoderConfig) -> nn.Module:
-    """RMS norm or layer norm over the hidden channels."""
-    norms: dict[str, type[nn.RMSNorm | nn.LayerNorm]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
-    return norms[config.norm](config.hidden_size, eps=config.norm_eps)
+def build_rotary_tables(config: DecoderConfig) -> dict[str, Tensor | None]:
+    """Build the rotary table of all layers, and that of layers with a sliding window where they have another."""
+    if config.position != "rotary":
+        return {"rotary_2LH": None, "window_rotary_2LH": None}
+    theta, size = config.rope_theta_window, config.num_rotated
+    return {
+        "rotary_2LH": rotary_table(config.max_length, size, theta=config.rope_theta, scaling=config.rope_scaling),
+        "window_rotary_2LH": None if theta is None else rotary_table(config.max_length, size, theta=theta),
+    }
+
+
+def build_norm(config: DecoderConfig, size: int | None = None) -> nn.Module:
+    """Build a norm over the hidden channels, or over `size` ones."""
+    norms: dict[str, type[nn.RMSNorm | CenteredRMSNorm | nn.LayerNorm]] = {
+        "rms": nn.RMSNorm,
+        "rms_centered": CenteredRMSNorm,
+        "layer": nn.LayerNorm,
+    }
+    return norms[config.norm](size or config.hidden_size, eps=config.norm_eps)
 
 
 def build_feedforward(config: DecoderConfig) -> nn.Module:
-    """Experts, a gated block or a plain one."""
+    """Build experts, a gated block or a plain one."""
     if config.moe is not None:
         return MoERouter(
             SwiGLUExperts(config.moe.num_experts, config.hidden_size, config.moe.ffn_size),
@@ -248,10 +331,10 @@ def build_feedforward(config: DecoderConfig) -> nn.Module:
             balance_rate=config.moe.balance_rate,
             num_candidates=config.moe.num_candidates,
         )
-    blocks = {"swiglu": SwiGLU, "gelu": MLP}
+    blocks = {"swiglu": SwiGLU, "geglu": GeGLU, "gelu": MLP}
     return blocks[config.feedforward](config.hidden_size, config.ffn_size, bias=config.feedforward_bias)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, shared ones once."""
+    """Count parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
