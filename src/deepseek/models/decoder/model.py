@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
 from deepseek.nn.attention import Attention
+from deepseek.nn.centered_norm import CenteredRMSNorm
 from deepseek.nn.feedforward import MLP, GeGLU, SwiGLU
 from deepseek.nn.kv_cache import CacheView, KVCache, LayerCache
 from deepseek.nn.masks import MaskConfig, Visibility, see
 from deepseek.nn.moe import MoEConfig, MoERouter, SwiGLUExperts
-from deepseek.nn.norms import CenteredRMSNorm
 from deepseek.nn.rotary import RopeScaling, rotary_table
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from deepseek.nn.norms import CenteredRMSNorm
+from deepseek.nn.centered_norm import CenteredRMSNorm
 
 
 @pytest.mark.parametrize(
