@@ -38,11 +38,12 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, report
+from deepseek.compiler.runtimes.accuracy import compare
 from deepseek.compiler.runtimes.backends.calibration_memory import refuse_too_large
 from deepseek.compiler.runtimes.backends.flat_signature import Flattened, flatten_model
 from deepseek.compiler.runtimes.backends.onnxruntime import CALIBRATION_SHARE
 from deepseek.compiler.runtimes.backends.openvino import without_telemetry
-from deepseek.compiler.runtimes.selection import compare, select
+from deepseek.compiler.runtimes.selection import select
 from deepseek.compiler.runtimes.selection_policy import Tolerance
 from deepseek.compiler.runtimes.timing import SLOW_CALL_S, measure_in_turns, time_call
 from deepseek.core.extras import has_library

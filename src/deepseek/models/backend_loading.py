@@ -212,7 +212,7 @@ def _build_program(program: Program, job: Job) -> Built:
         answers = program.run([tensor.detach() for tensor in inputs])
         return [answers[index] for index in kept]
 
-    return Built(run)
+    return Built(run, takes_any_shape=True)
 
 
 def _refuse(reason: str, job: Job) -> Built:

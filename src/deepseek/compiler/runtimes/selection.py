@@ -29,10 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.compiler.runtimes import decisions
+from deepseek.compiler.runtimes.accuracy import check_numbers
 from deepseek.compiler.runtimes.backends import BACKENDS
 from deepseek.compiler.runtimes.backends.flat_signature import Flattened, flatten_model, require_model
 from deepseek.compiler.runtimes.backends.interface import BackendError, Built, Job, Variant, build, first_line
 from deepseek.compiler.runtimes.digests import digest_model
+from deepseek.compiler.runtimes.selected_model import SelectedModel
 from deepseek.compiler.runtimes.selection_options import SelectionOptions
 from deepseek.compiler.runtimes.selection_policy import (
     AS_WRITTEN,
@@ -47,7 +49,6 @@ from deepseek.compiler.runtimes.selection_policy import (
     find_stale_parent,
     judge_numbers,
     keep_fastest,
-    merge_numbers,
     order,
     plan_rounds,
 )
@@ -63,7 +64,6 @@ __all__ = [
     "SelectionEvent",
     "SelectionOptions",
     "Tolerance",
-    "compare",
     "search",
     "select",
 ]
@@ -73,10 +73,6 @@ BUILD_SHARE = 0.75
 """Of the time budget, what building and short timings may use; the rest is for finalists."""
 FINALIST_MARGIN = 0.25
 NUM_SHORT_ROUNDS = 2
-CHECK_S = 2.0
-"""Of checking one candidate's answers to more than the samples."""
-GROSS = 3.0
-"""Times the bound: an error on the samples that no others can make up for."""
 SLOW_SHARE = 0.05
 """Of the time budget. A call that takes longer is timed once before the final; where the model as it was given does,
 what may be faster than eager is tried first."""
@@ -143,37 +139,6 @@ class Selection:
         return explain(self.decision)
 
 
-class SelectedModel:
-    """A model run by the backend that was chosen; called like the model, never records gradients.
-
-    A call whose shapes or types are not those of the samples is answered by the model as it was given, with one warning
-    for each such shape: a runtime compiled for one shape has no answer to another.
-    """
-
-    def __init__(self, built: Built, flattened: Flattened, candidate: Candidate) -> None:
-        self.run = built.run
-        self.flattened = flattened
-        self.candidate = candidate
-        self._warned: set[str] = set()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            try:
-                inputs = self.flattened.read_inputs(args, kwargs)
-            except ConfigError as error:
-                return self._answer_other(str(error), args, kwargs)
-            return self.flattened.restore_outputs(self.run(*inputs), inputs)
-
-    def _answer_other(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"the model runs in eager FP32 for this call: {reason}", stacklevel=3)
-        return self.flattened.model.model(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"SelectedModel({self.candidate})"
-
-
 def select(
     model: nn.Module,
     sample_inputs: Any,
@@ -224,12 +189,14 @@ def search(
         built = rebuild(job, known, options)
         if built is not None:
             yield _announce(known, began_s)
-            return Selection(SelectedModel(built, flattened, known.chosen), known)
+            build_other = partial(build_alike, known.chosen, options)
+            return Selection(SelectedModel(built, flattened, known.chosen, build_other), known)
     decision, built = yield from Search(job, options, key, began_s).run()
     if options.remember:
         decisions.remember(decision, options.name or type(inspect.unwrap(model)).__name__)
     yield _announce(decision, began_s)
-    return Selection(SelectedModel(built, flattened, decision.chosen), decision)
+    build_other = partial(build_alike, decision.chosen, options)
+    return Selection(SelectedModel(built, flattened, decision.chosen, build_other), decision)
 
 
 def copy_frozen(model: nn.Module) -> nn.Module:
@@ -329,15 +296,28 @@ class Search:
         return CandidateRejected(str(candidate), self.spent_s, reason)
 
     def _time_baseline(self) -> None:
-        """Time the model as it was given; in turns with the best, once there is one."""
+        """Time the model as it was given, unless the final has, and beside it what will be compared with it."""
+        if self.baseline_ms:
+            return
         if self._is_slow(self.job.flattened.seconds):
             self.baseline_ms = [self.job.flattened.seconds * 1000]
             return
-        sides = {BASELINE: self._call(Built(self.job.flattened.model))}
         best = self._find_best()
-        if best is not None and best != BASELINE:
-            sides[best] = self._call(self.built[best])
-        self.baseline_ms = measure_in_turns(sides, NUM_SHORT_ROUNDS)[BASELINE]
+        assert best is not None
+        self._time_together([best], NUM_SHORT_ROUNDS)
+
+    def _time_together(
+        self, candidates: Sequence[Candidate], num_rounds: int, deadline_s: float | None = None
+    ) -> dict[Candidate, list[float]]:
+        """Time candidates and the model as it was given in the same rounds, so that one may be divided by the other."""
+        sides = {candidate: self._call(self.built[candidate]) for candidate in candidates}
+        if not self._is_slow(self.job.flattened.seconds):
+            sides.setdefault(BASELINE, self._call(Built(self.job.flattened.model)))
+        fresh = measure_in_turns(sides, num_rounds, deadline_s=deadline_s)
+        self.baseline_ms = fresh.get(BASELINE, self.baseline_ms)
+        for candidate in fresh.keys() & {*self.times_ms}:
+            self.times_ms[candidate] = fresh[candidate]
+        return fresh
 
     def _is_slow(self, seconds: float) -> bool:
         """Whether the budget has no time for many calls that take so long."""
@@ -366,7 +346,7 @@ class Search:
         """Free what can no longer win, which holds a copy of the weights each."""
         best_ms = min(self.medians_ms.values())
         for each, median_ms in self.medians_ms.items():
-            if median_ms > best_ms * 2:
+            if median_ms > best_ms * 2 and each != BASELINE:  # which is the reference itself, and no copy
                 self.built[each] = replace(self.built[each], run=_let_go)
 
     def _find_best(self) -> Candidate | None:
@@ -380,10 +360,7 @@ class Search:
             yield FinalStarted(str(finalists[0]), self.spent_s, len(finalists))
             left_s = self.time_budget_s - self.spent_s
             num_rounds = plan_rounds(finalists, self.medians_ms, left_s / 2)
-            sides = {each: self._call(self.built[each]) for each in finalists}
-            fresh = measure_in_turns(sides, num_rounds, deadline_s=time.perf_counter() + left_s / 2)
-            for each, times in fresh.items():
-                self.times_ms[each] = times
+            fresh = self._time_together(finalists, num_rounds, time.perf_counter() + left_s / 2)
             finalists = keep_fastest(
                 {each: statistics.median(fresh[each]) for each in finalists}, margin=FINALIST_MARGIN
             )
@@ -489,6 +466,22 @@ def find_variant(candidate: Candidate, options: SelectionOptions) -> Variant:
     return BACKENDS[candidate.backend].find_variant(candidate.precision, candidate.variant)
 
 
+def build_alike(chosen: Candidate, options: SelectionOptions, job: Job) -> Built:
+    """Build what was chosen for a job of other shapes; raises `BackendError` where its answers are wrong.
+
+    int8 is calibrated for the shape of the samples: for others the same backend runs FP32.
+    """
+    if chosen.precision == "int8":
+        variant = BACKENDS[chosen.backend].find_variant("fp32")
+    else:
+        variant = find_variant(chosen, options)
+    built, tolerance = build(variant, job), options.tolerances[variant.precision]
+    reason = judge_numbers(check_numbers(job, built, tolerance), tolerance)
+    if reason is not None:
+        raise BackendError(reason)
+    return built
+
+
 def rebuild(job: Job, decision: Decision, options: SelectionOptions) -> Built | None:
     """The winner of a remembered decision, checked again; `None` with a warning when it no longer runs correctly."""
     chosen, tolerance = decision.chosen, options.tolerances[decision.chosen.precision]
@@ -503,84 +496,6 @@ def rebuild(job: Job, decision: Decision, options: SelectionOptions) -> Built | 
             return built
     warnings.warn(f"{chosen} was chosen before and no longer runs ({reason}); all are measured again", stacklevel=4)
     return None
-
-
-def check_numbers(job: Job, built: Built, tolerance: Tolerance) -> Numbers:
-    """How the answers of `built` compare with FP32 eager: to the samples, then to what int8 is calibrated on.
-
-    The mean over all batches that `CHECK_S` has time for: one row alone, which a batch may be, says little. An answer
-    to the samples that is beyond all bounds needs no others.
-    """
-    began_s = time.monotonic()
-    found = [compare(job.flattened.outputs, _answer(built, job.inputs), tolerance)]
-    if not found[0].is_finite or found[0].relative_error > GROSS * tolerance.relative_error:
-        return found[0]
-    for index, inputs in enumerate(job.further):
-        if time.monotonic() - began_s > CHECK_S:
-            break
-        expected = job.once(("answers", index), partial(_answer, Built(job.flattened.model), inputs))
-        found.append(compare(expected, _answer(built, inputs), tolerance))
-    return merge_numbers(found)
-
-
-def _answer(built: Built, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Copies, since a runtime may answer the next call in the same memory."""
-    try:
-        with torch.no_grad():
-            return [each.clone() for each in built.run(*inputs)]
-    except Exception as error:
-        raise BackendError(f"it fails on the samples: {type(error).__name__}: {str(error)[:200]}") from error
-
-
-def compare(references: Sequence[Tensor], answers: Sequence[Tensor], tolerance: Tolerance) -> Numbers:
-    """The worst over all outputs of relative error, cosine and top-1 agreement. Raises `BackendError` on other
-    shapes."""
-    if [each.shape for each in references] != [each.shape for each in answers]:
-        raise BackendError(
-            f"its answers have shapes {[tuple(each.shape) for each in answers]} instead of "
-            f"{[tuple(each.shape) for each in references]}"
-        )
-    found = [_compare_one(*pair, tolerance) for pair in zip(references, answers, strict=True)]
-    agreements = [each.agreement for each in found if each.agreement is not None]
-    raw = [each.raw_agreement for each in found if each.raw_agreement is not None]
-    return Numbers(
-        relative_error=max(each.relative_error for each in found),
-        cosine=min(each.cosine for each in found),
-        agreement=min(agreements, default=None),
-        raw_agreement=min(raw, default=None),
-        is_finite=all(each.is_finite for each in found),
-    )
-
-
-def _compare_one(reference: Tensor, answer: Tensor, tolerance: Tolerance) -> Numbers:
-    expected, given = reference.detach().double(), answer.detach().double()
-    if not given.isfinite().all():
-        return Numbers(float("inf"), -1.0, None, is_finite=False)
-    size = float(expected.norm())
-    error = float((given - expected).norm())
-    relative = error / size if size > 0 else (0.0 if error == 0 else float("inf"))
-    cosine = (
-        float(torch.nn.functional.cosine_similarity(expected.flatten(), given.flatten(), dim=0)) if size > 0 else 1.0
-    )
-    if relative == 0:
-        cosine = 1.0
-    agreement, raw = _agreement(expected, given, tolerance) if _is_scores(reference) else (None, None)
-    return Numbers(relative, cosine, agreement, raw)
-
-
-def _is_scores(reference: Tensor) -> bool:
-    """Whether an output looks like rows of class scores."""
-    return reference.is_floating_point() and reference.ndim == 2 and reference.shape[1] > 1
-
-
-def _agreement(expected: Tensor, given: Tensor, tolerance: Tolerance) -> tuple[float | None, float]:
-    """Top-1 agreement among rows that an allowed error cannot flip, and among all rows."""
-    same = expected.argmax(1) == given.argmax(1)
-    best = expected.topk(2, dim=1).values
-    spread = expected.std(dim=1, correction=0)
-    is_decided = (best[:, 0] - best[:, 1]) > 2 * tolerance.relative_error * spread
-    raw = float(same.double().mean())
-    return (float(same[is_decided].double().mean()) if is_decided.any() else None), raw
 
 
 def require_reference(flattened: Flattened) -> None:

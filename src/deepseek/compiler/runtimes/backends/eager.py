@@ -36,12 +36,12 @@ def find_missing() -> Missing | None:
 
 def run_as_given(job: Job) -> Built:
     """The model itself."""
-    return Built(job.flattened.model)
+    return Built(job.flattened.model, takes_any_shape=True)
 
 
 def run_channels_last(job: Job) -> Built:
     """The model with its convolutions' weights and inputs in channels-last layout."""
-    return Built(with_layout(in_channels_last(job.copy_model())))
+    return Built(with_layout(in_channels_last(job.copy_model())), takes_any_shape=True)
 
 
 def cast(dtype: torch.dtype, *, is_channels_last: bool) -> Callable[[Job], Built]:
@@ -76,14 +76,14 @@ def run_dynamic_int8(job: Job) -> Built:
     """The model with its linear layers in int8, activations quantized as they come."""
     model = job.copy_model()
     num_layers = replace_linears_(model)
-    return Built(model, notes=(f"{num_layers} linear layers in int8",))
+    return Built(model, notes=(f"{num_layers} linear layers in int8",), takes_any_shape=True)
 
 
 def watched(run: Callable[..., Sequence[Tensor]], job: Job) -> Built:
     """`run`, with findings on the kernels that oneDNN chose for it: 16 bits without instructions run in reference
     code."""
     log = listen_to_onednn(lambda: run(*job.inputs))
-    return Built(run, tuple(judge_onednn_kernels(read_onednn_kernels(log))))
+    return Built(run, tuple(judge_onednn_kernels(read_onednn_kernels(log))), takes_any_shape=True)
 
 
 def listen_to_onednn(run: Callable[[], object]) -> str:

@@ -10,6 +10,7 @@ Cost: about ten microseconds a call for nested values, one for plain positional 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class Flattened:
     """Where each returned tensor comes from: an answer of the flat model, or an input that is handed through."""
     is_plain: bool
     """Positional tensors in and one tensor out: nothing has to be taken apart or put together."""
+    names: tuple[str, ...] = ()
+    """Names of the model's positional arguments, in order, as far as its signature tells."""
     seconds: float = 0.0
     """That the answers took."""
 
@@ -103,15 +106,67 @@ class Flattened:
         )
 
     def read_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The tensors of a call, in order; raises `ConfigError` for a call that is not made like the samples."""
-        if self.is_plain and not kwargs:
-            tensors = args
+        """The tensors of a call, in order; raises `ConfigError` for a call that is not like the samples."""
+        tensors = self.bind(args, kwargs)
+        if not self.has_shapes(tensors):
+            raise ConfigError(
+                f"the inputs are {', '.join(map(_show, tensors))}; this was compiled for "
+                f"{', '.join(map(_show, self.inputs))}: call it with those, or select again with other samples"
+            )
+        return tensors
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The tensors of a call, in order and of any shape; arguments are bound by name where they were not in order.
+
+        Raises `ConfigError` for other arguments than those of the samples, and for another constant.
+        """
+        if self.is_plain and not kwargs and len(args) == len(self.inputs):
+            leaves: Sequence[Any] = args
         else:
             leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-            self._require_structure(leaves, spec)
-            tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        self._require_shapes(tensors)
-        return tensors
+            if spec != self.input_spec:
+                leaves, spec = pytree.tree_flatten(self._rebind(args, kwargs))
+            if spec != self.input_spec:
+                raise self._explain_call(args, kwargs)
+        self._require_constants(leaves)
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def has_shapes(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `tensors` have the shapes and types of the samples."""
+        return all(
+            given.shape == sample.shape and given.dtype == sample.dtype
+            for given, sample in zip(tensors, self.inputs, strict=True)
+        )
+
+    def restore_samples(self, inputs: Sequence[Tensor]) -> tuple[Any, ...] | dict[str, Any]:
+        """Sample inputs in the model's own form, with `inputs` in place of its tensors."""
+        tensors = iter(inputs)
+        leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.input_leaves]
+        args: tuple[Any, ...]
+        kwargs: dict[str, Any]
+        args, kwargs = pytree.tree_unflatten(leaves, self.input_spec)
+        return kwargs or args
+
+    @property
+    def answers_tensors_only(self) -> bool:
+        """Whether nothing among the answers, such as a length, could be another one for other inputs."""
+        return all(isinstance(leaf, Tensor) for leaf in self.output_leaves)
+
+    def _rebind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with arguments in order and by name as in the samples, as far as names tell."""
+        given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        sample_args, sample_kwargs = pytree.tree_unflatten(list(self.input_leaves), self.input_spec)
+        in_order = self.names[: len(sample_args)]
+        if len(args) > len(self.names) or set(given) != {*in_order, *sample_kwargs} or len(in_order) < len(sample_args):
+            return args, dict(kwargs)
+        return tuple(given[name] for name in in_order), {name: given[name] for name in sample_kwargs}
+
+    def _explain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ConfigError:
+        sample_args, sample_kwargs = pytree.tree_unflatten(list(self.input_leaves), self.input_spec)
+        return ConfigError(
+            f"the call has {_show_call(args, kwargs)}, and the samples had {_show_call(sample_args, sample_kwargs)}; "
+            "call it like them, or select again with other samples"
+        )
 
     def read_samples(self, samples: Any) -> tuple[Tensor, ...]:
         """The tensors of further samples, in order."""
@@ -139,11 +194,7 @@ class Flattened:
         leaves = pytree.tree_leaves(answers)
         return tuple(each if isinstance(each, Tensor) else torch.from_numpy(each) for each in leaves if _is_array(each))
 
-    def _require_structure(self, leaves: list[Any], spec: Any) -> None:
-        if spec != self.input_spec:
-            raise ConfigError(
-                f"the call has the arguments {spec}; the samples had {self.input_spec}: call it like them"
-            )
+    def _require_constants(self, leaves: Sequence[Any]) -> None:
         for given, expected in zip(leaves, self.input_leaves, strict=True):
             if isinstance(expected, Tensor) != isinstance(given, Tensor) or (
                 not isinstance(expected, Tensor) and given != expected
@@ -152,17 +203,6 @@ class Flattened:
                     f"an argument is {_show(given)} and was {_show(expected)} in the samples, where it became part of "
                     "the program; call it with the same, or select again with other samples"
                 )
-
-    def _require_shapes(self, tensors: Sequence[Any]) -> None:
-        if len(tensors) == len(self.inputs) and all(
-            isinstance(given, Tensor) and given.shape == sample.shape and given.dtype == sample.dtype
-            for given, sample in zip(tensors, self.inputs, strict=True)
-        ):
-            return
-        raise ConfigError(
-            f"the inputs are {', '.join(map(_show, tensors))}; this was compiled for "
-            f"{', '.join(map(_show, self.inputs))}: call it with those, or select again with other samples"
-        )
 
 
 def split_samples(samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -213,8 +253,22 @@ def flatten_model(model: nn.Module, samples: Any) -> Flattened:
         output_leaves=tuple(output_leaves),
         output_sources=sources,
         is_plain=not kwargs and len(inputs) == len(args) and isinstance(answer, Tensor),
+        names=read_names(model),
         seconds=seconds,
     )
+
+
+def read_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the positional arguments of `model`, in order: its own `input_names`, or those of its forward pass.
+
+    >>> read_names(nn.Linear(2, 2)), read_names(nn.Bilinear(2, 2, 2))
+    (('input',), ('input1', 'input2'))
+    """
+    named = getattr(model, "input_names", None)
+    if isinstance(named, tuple):
+        return named
+    parameters = inspect.signature(model.forward).parameters.values()
+    return tuple(each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def trace_outputs(
@@ -252,6 +306,12 @@ def require_model(model: Any) -> None:
 def _is_array(value: Any) -> bool:
     """Whether `value` is a tensor or numpy's array."""
     return isinstance(value, Tensor) or type(value).__name__ == "ndarray"
+
+
+def _show_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """The arguments of a call in words."""
+    shown = [_show(value) for value in args] + [f"{name}={_show(value)}" for name, value in kwargs.items()]
+    return f"the arguments {', '.join(shown)}" if shown else "no arguments"
 
 
 def _show(value: Any) -> str:

@@ -53,6 +53,8 @@ class Built:
     run: Run
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
+    takes_any_shape: bool = False
+    """Whether it runs inputs of other shapes than the samples' as well."""
 
 
 @dataclass(frozen=True)
