@@ -8,7 +8,7 @@ for as well; what has no schema (control flow, a called module) counts as having
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,15 +78,6 @@ def has_effects(node: Node) -> bool:
     return is_opaque(node) or is_random(node) or bool(find_written(node))
 
 
-def changes_between(first: Node, last: Node, watched: Iterable[Node]) -> Node | None:
-    """The node between the two that may write into one of `watched`, or into something it is a view of."""
-    roots = {find_root(node) for node in watched}
-    for node in _nodes_between(first, last):
-        if is_opaque(node) or roots & {find_root(each) for each in find_written(node)}:
-            return node
-    return None
-
-
 def find_root(node: Node) -> Node:
     """The node whose memory `node` may be a view of; itself for what owns its memory."""
     while is_aten(node) or node.target is operator.getitem:
@@ -134,7 +125,9 @@ def _viewed(node: Node) -> Node | None:
     returned = {name for value in schema.returns if value.alias_info for name in value.alias_info.before_set}
     arguments = read_arguments(node)
     for argument in schema.arguments:
-        if argument.alias_info is not None and returned & argument.alias_info.before_set:
+        info = argument.alias_info
+        # A list of views, as `split` returns one, is written `Tensor(a -> *)`: the argument goes into the list.
+        if info is not None and (returned & info.before_set or "*" in info.after_set):
             return _first_node([arguments[argument.name]])
     return None
 
@@ -147,12 +140,5 @@ def _nodes_in(value: Any) -> list[Node]:
     if isinstance(value, Node):
         return [value]
     if isinstance(value, list | tuple):
-        return [node for each in value for node in _nodes_in(each)]
+        return [node for element in value for node in _nodes_in(element)]
     return []
-
-
-def _nodes_between(first: Node, last: Node) -> Iterator[Node]:
-    node = first.next
-    while node is not last and node.op != "root":
-        yield node
-        node = node.next

@@ -1,7 +1,7 @@
 """The graph that is being rewritten, and what a rule may do with it: read constants, add calls, propose a rewrite.
 
 A rule looks at one node and returns a `Candidate` (these nodes could become those), a `Refusal` (this looks like mine
-and cannot be done, because) or `None`. It never removes anything itself: the driver in `fusion/__init__.py` lets it
+and cannot be done, because) or `None`. It never removes anything itself: the driver in `rules.py` lets it
 emit, compares numbers, and then removes either the old nodes or the new ones.
 """
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from deepseek.compiler.passes.effects import changes_between, find_root, find_written
+from deepseek.compiler.passes.effects import find_root, find_written, is_opaque
+from deepseek.compiler.passes.memory.peak_tracking import tensors_in
 
 Kernels = Literal["eager", "inductor"]
 
@@ -37,7 +38,7 @@ class Rewriting:
         self.kernels = kernels
         self.bound = bound or {}
         self.emitted: list[Node] = []
-        written = [each for node in self.graph.nodes for each in find_written(node)]
+        written = [source for node in self.graph.nodes for source in find_written(node)]
         paths = {str(find_root(node).target) for node in written if find_root(node).op == "get_attr"}
         self._written_storages = {_storage_of(read_attribute(graph_module, path)) for path in paths}
         self._num_constants = 0
@@ -57,6 +58,10 @@ class Rewriting:
         if not isinstance(value, Tensor) or (_storage_of(value) or 0) in self._written_storages:
             return None
         return value.detach()
+
+    def storages(self, node: Node) -> set[int]:
+        """What tells the memory of a node's value from that of others."""
+        return {key for tensor in tensors_in(self.values.get(node)) if (key := _storage_of(tensor)) is not None}
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """Shape of the value of `node` on the example inputs."""
@@ -109,15 +114,20 @@ class Refusal:
 Match = Candidate | Refusal | None
 
 
-def why_not_movable(candidate: Candidate) -> str | None:
-    """Why the inputs of a candidate cannot be read at another of its places; `None` where they can."""
+def why_not_movable(candidate: Candidate, graph: Rewriting) -> str | None:
+    """Say why the inputs of a candidate cannot be read at another of its nodes; `None` where they can.
+
+    Memory decides, as it was seen when the graph ran without computing: a write through any alias of an input counts.
+    """
     first, last = candidate.replaced[0], candidate.replaced[-1]
     inside = set(candidate.replaced)
+    read = {storage for node in candidate.inputs for storage in graph.storages(node)}
     for node in _walk(first, last):
-        if node not in inside:
-            writer = changes_between(node.prev, node.next, candidate.inputs)
-            if writer is not None:
-                return f"{writer.name} may write into what it reads, between its first and its last operator"
+        if node in inside:
+            continue
+        written = {storage for source in find_written(node) for storage in graph.storages(source)}
+        if is_opaque(node) or read & written:
+            return f"{node.name} may write into what it reads, between its first and its last operator"
     return None
 
 

@@ -4,7 +4,7 @@
     graph_module, report = fuse_graph(...)    # from a captured graph; `optimizing.py` calls this one
 
 Each row of `RULES` looks at one node and proposes. The driver lets it write the new nodes beside the old ones, runs
-both on random input of the shape that arrives there (`verifying.py`), and keeps the new ones only where they are as
+both on random input of the shape that arrives there (`equivalence.py`), and keeps the new ones only where they are as
 near to float64 as their precision allows; otherwise the graph stays as it was and the report says why. Nothing is fused
 in training: a folded weight would not be trained any more, and statistics of the batch cannot be folded.
 
@@ -264,7 +264,7 @@ def _names(match: Candidate | Refusal) -> tuple[str, ...]:
 
 def _try(candidate: Candidate, graph: Rewriting) -> float | str:
     """Rewrite, compare, and take it back where the numbers are wrong; the error, or why it was taken back."""
-    reason = why_not_movable(candidate)
+    reason = why_not_movable(candidate, graph)
     if reason is not None:
         return reason
     place = candidate.replaced[0] if len(candidate.results) > 1 else candidate.replaced[-1]
