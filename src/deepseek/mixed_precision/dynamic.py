@@ -26,14 +26,12 @@ layers' activations and gradients.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseek.core.errors import CheckpointError, ConfigError
@@ -41,13 +39,11 @@ from deepseek.core.events import Event
 from deepseek.core.names import explain_unknown
 from deepseek.mixed_precision.costs import Saving, assume_saving, measure_saving
 from deepseek.mixed_precision.forward_precision import has_native_bf16
-from deepseek.mixed_precision.gradient_statistics import ROW_SIZE, Sample, Watch, sample_gradient
+from deepseek.mixed_precision.gradient_statistics import Sample, Watch, sample_gradient
 from deepseek.mixed_precision.layer_precision import Compute, clear_compute_, set_compute_, tally_of
-from deepseek.mixed_precision.loss_scaling import Group, open_group
+from deepseek.mixed_precision.loss_scaling import Group
 from deepseek.mixed_precision.policy import (
-    NUM_BINS,
     Evidence,
-    Histogram,
     LayerState,
     Rules,
     Verdict,
@@ -56,13 +52,12 @@ from deepseek.mixed_precision.policy import (
     find_format,
     settle,
 )
+from deepseek.mixed_precision.sample_window import SampleWindow
 
 Low = Literal["auto", "bf16", "fp16"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STATE_VERSION = 1
-# Columns of a layer's row beside the two rows of counts: squared norm of the gradient's sample, and one per sample.
-_NUM_EXTRA = 2
 
 
 @dataclass(frozen=True)
@@ -138,8 +133,7 @@ class DynamicPrecision:
         self._must_sample = False
         self._watch: Watch | None = None
         self._stash = ExitStack()
-        self._gradient_sums: dict[str, Tensor] = {}
-        self._clear_window()
+        self._window = SampleWindow(tuple(self.layers), self.device, group)
         self._apply()
         self._watch_next()
 
@@ -185,9 +179,7 @@ class DynamicPrecision:
             "must_sample": self._must_sample,
             "layers": {name: (each.precision, each.num_good, each.reason) for name, each in self.states.items()},
             "savings": {name: astuple(each) for name, each in self.savings.items()},
-            "counts": self._counts.clone(),
-            "extremes": self._extremes.clone(),
-            "gradients": {name: each.clone() for name, each in self._gradient_sums.items()},
+            **self._window.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,8 +198,7 @@ class DynamicPrecision:
         self.states = {name: LayerState(*state["layers"][name]) for name in self.layers}
         self.savings = {name: Saving(*each) for name, each in state["savings"].items()}
         self.num_steps, self._must_sample = state["num_steps"], state["must_sample"]
-        self._counts, self._extremes = state["counts"].clone(), state["extremes"].clone()
-        self._gradient_sums = {name: each.clone() for name, each in state["gradients"].items()}
+        self._window.load_state_dict(state)
         self._apply()
         self._watch_next()
 
@@ -249,55 +240,10 @@ class DynamicPrecision:
             )
         if not self.savings:
             self._price(samples)
-        counts, extremes, flags = self._read(samples, gradients)
-        if bool(flags.any()):
+        flags = self._window.add(samples, gradients)
+        if flags is not None:
             return self._blame(flags)
-        self._counts += counts
-        self._extremes = torch.maximum(self._extremes, extremes)
-        for name, gradient in gradients.items():
-            if gradient is not None:
-                self._gradient_sums[name] = self._gradient_sums.get(name, torch.zeros_like(gradient)) + gradient
-        return self._decide() if int(self._counts[0, -1]) >= self.window * self._world_size() else ()
-
-    def _read(
-        self, samples: Mapping[str, Sample], gradients: Mapping[str, Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(L, columns) counts, (L, 2) extremes and (L, 3) flags of non-finite values, over all ranks, on the CPU.
-
-        The flags are of the layer's inputs, outputs and gradients; the last one is largest for the layer whose
-        gradients were seen first.
-        """
-        counts = torch.zeros_like(self._counts)
-        maxima = torch.zeros(len(samples), 5, dtype=torch.float64)
-        for row, (name, each) in enumerate(samples.items()):
-            counts[row, :ROW_SIZE] = _add(each.activations)
-            counts[row, ROW_SIZE : 2 * ROW_SIZE] = _add(each.gradients)
-            gradient = gradients[name]
-            counts[row, -2] = 0.0 if gradient is None else gradient.square().sum()
-            counts[row, -1] = 1.0
-            inputs, outputs, backwards = map(
-                _largest, (each.input_extremes, each.output_extremes, each.gradient_extremes)
-            )
-            maxima[row, 0], maxima[row, 1] = max(inputs, outputs), backwards
-            maxima[row, 2], maxima[row, 3] = math.isinf(inputs), math.isinf(outputs)
-            # Larger for what the backward pass reached earlier, so that the largest over the ranks is the first.
-            maxima[row, 4] = math.isinf(backwards) * (len(samples) * 100.0 - each.gradient_order)
-        counts, maxima = self._reduce(counts, maxima)
-        return counts, maxima[:, :2], maxima[:, 2:]
-
-    def _reduce(self, sums: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
-        group = open_group(self.group)
-        if group is None:
-            return sums, maxima
-        for values, operation in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
-            moved = values.to(self.device) if self.device.type == "cuda" else values
-            dist.all_reduce(moved, op=operation, group=group)
-            values.copy_(moved)
-        return sums, maxima
-
-    def _world_size(self) -> int:
-        group = open_group(self.group)
-        return 1 if group is None else dist.get_world_size(group)
+        return self._decide() if self._window.num_samples >= self.window else ()
 
     def _price(self, samples: Mapping[str, Sample]) -> None:
         """What each layer saves in 16 bits, as the mean over the ranks; one measurement for equal layers."""
@@ -309,8 +255,8 @@ class DynamicPrecision:
             if key not in known:
                 known[key] = self._price_one(layer, sample)
             table[row] = torch.tensor(astuple(known[key]), dtype=torch.float64)
-        table, _ = self._reduce(table, torch.zeros(0))
-        table /= self._world_size()
+        table, _ = self._window.reduce(table, torch.zeros(0))
+        table /= self._window.world_size
         self.savings = {
             name: Saving(seconds, num_bytes, is_measured=is_measured > 0)
             for name, (seconds, num_bytes, is_measured) in zip(samples, table.tolist(), strict=True)
@@ -331,7 +277,7 @@ class DynamicPrecision:
         answers = choose(self.evidence, find_format(self.low), self.rules, scale=scale)
         self.verdicts = {name: verdict for name, (_, verdict) in answers.items()}
         states = {name: settle(self.states[name], self.verdicts[name], self.low, self.rules) for name in self.layers}
-        self._clear_window()
+        self._window.clear()
         changes = self._change(states)
         lows = [name for name, state in self.states.items() if state.precision != "fp32"]
         share = sum(self.verdicts[name].share for name in lows)
@@ -339,29 +285,7 @@ class DynamicPrecision:
 
     def _gather(self) -> dict[str, Evidence]:
         """The window's evidence, equal on all ranks."""
-        sums = torch.tensor(
-            [
-                [float(self._gradient_sums[name].square().sum()) if name in self._gradient_sums else 0.0]
-                for name in self.layers
-            ],
-            dtype=torch.float64,
-        )
-        sums, _ = self._reduce(sums, torch.zeros(0))
-        num_samples = round(float(self._counts[0, -1])) // self._world_size()
-        scale = self.scaler.get_scale() if self.scaler is not None else 1.0
-        found = {}
-        for row, name in enumerate(self.layers):
-            counts, extremes = self._counts[row].tolist(), self._extremes[row].tolist()
-            saving = self.savings[name]
-            found[name] = Evidence(
-                _histogram(counts[:ROW_SIZE], extremes[0]),
-                _histogram(counts[ROW_SIZE : 2 * ROW_SIZE], extremes[1]).shifted(-math.log2(scale)),
-                estimate_signal(float(sums[row, 0]), counts[-2], num_samples),
-                num_samples,
-                saving.seconds,
-                saving.num_bytes,
-            )
-        return found
+        return self._window.gather(self.savings, self.scaler.get_scale() if self.scaler is not None else 1.0)
 
     def _blame(self, flags: Tensor) -> tuple[Event, ...]:
         """Put the layers where infinities began into FP32 at once; such a sample is no evidence otherwise."""
@@ -391,11 +315,6 @@ class DynamicPrecision:
         if changed:
             self._apply()
         return events
-
-    def _clear_window(self) -> None:
-        self._counts = torch.zeros(len(self.layers), 2 * ROW_SIZE + _NUM_EXTRA, dtype=torch.float64)
-        self._extremes = torch.zeros(len(self.layers), 2, dtype=torch.float64)
-        self._gradient_sums = {}
 
     # What is carried out
 
@@ -486,22 +405,6 @@ def choose_low(low: str, device: torch.device) -> str:
     return "fp16" if device.type == "cuda" and not has_native_bf16(device) else "bf16"
 
 
-def estimate_signal(squared_sum: float, sum_of_squares: float, num_samples: int) -> float:
-    """|E g|^2 / tr Var g without bias, from |sum of g|^2 and the sum of |g|^2 over samples; infinite without variance.
-
-    >>> estimate_signal(squared_sum=16.0, sum_of_squares=4.0, num_samples=4)
-    inf
-    >>> estimate_signal(squared_sum=4.0, sum_of_squares=4.0, num_samples=4)
-    0.0
-    """
-    if sum_of_squares == 0 or num_samples < 2:
-        return 0.0
-    mean_squared = max(0.0, (squared_sum - sum_of_squares) / (num_samples * (num_samples - 1)))
-    variance = sum_of_squares / num_samples - mean_squared
-    # Below this the difference is rounding, and the batches are one and the same.
-    return mean_squared / variance if variance > 1e-12 * mean_squared else math.inf
-
-
 def _containers(is_low: Mapping[str, bool]) -> dict[str, bool]:
     """Modules with layers among their children -> whether their own operators run low: if all those layers do."""
     children: dict[str, list[bool]] = {}
@@ -519,24 +422,6 @@ def _milliseconds(saving: Saving | None) -> str:
 
 def _weight(layer: nn.Module) -> Tensor:
     return next(each for each in layer.parameters(recurse=False) if each.dim() > 1)
-
-
-def _add(rows: Iterable[Tensor]) -> Tensor:
-    rows = list(rows)
-    return torch.stack(rows).sum(0).double().cpu() if rows else torch.zeros(ROW_SIZE, dtype=torch.float64)
-
-
-def _largest(extremes: list[Tensor]) -> float:
-    """Infinite where one value was infinite or no number."""
-    if not extremes:
-        return 0.0
-    value = float(torch.stack(extremes).amax())
-    return value if math.isfinite(value) else math.inf
-
-
-def _histogram(row: list[float], largest: float) -> Histogram:
-    exponent = math.frexp(largest)[1] - 1 if largest > 0 and math.isfinite(largest) else -math.inf
-    return Histogram(tuple(row[:NUM_BINS]), row[NUM_BINS], row[NUM_BINS + 1], exponent)
 
 
 def _check_settings(every: int, window: int, rules: Rules, start: str, costs: str) -> None:
