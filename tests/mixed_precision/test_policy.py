@@ -19,13 +19,13 @@ from deepseek.mixed_precision.policy import (
     LayerState,
     Rules,
     Verdict,
+    apply_hysteresis,
     choose,
     find_culprits,
     find_format,
     judge,
     overflows,
     rounding_noise,
-    settle,
     underflow_share,
 )
 
@@ -146,13 +146,13 @@ def test_where_16_bits_are_slower_everywhere_everything_stays_wide():
 def test_going_up_takes_one_violation_and_going_down_patience(windows, patience):
     rules, state, num_good = Rules(patience=patience), LayerState("fp32"), 0
     for is_good in windows:
-        state = settle(state, GOOD if is_good else BAD, "bf16", rules)
+        state = apply_hysteresis(state, GOOD if is_good else BAD, "bf16", rules)
         num_good = num_good + 1 if is_good else 0
         assert state.precision == ("bf16" if num_good >= patience else "fp32")
 
 
 def test_a_layer_that_began_low_stays_low_while_all_is_well():
-    assert settle(LayerState("bf16"), GOOD, "bf16", Rules(patience=3)).precision == "bf16"
+    assert apply_hysteresis(LayerState("bf16"), GOOD, "bf16", Rules(patience=3)).precision == "bf16"
 
 
 def test_only_layers_where_infinities_begin_are_to_blame():

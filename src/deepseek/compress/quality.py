@@ -78,7 +78,7 @@ def measure_losses(models: Sequence[Decoder], batches: Iterable[Batch]) -> tuple
             sums[index] += _summed_loss(model, batch).item()
     if num_tokens == 0:
         raise DataError("the held-out text has no token to predict, so nothing can be compared; give more of it")
-    return [each / num_tokens for each in sums], num_tokens
+    return [loss_sum / num_tokens for loss_sum in sums], num_tokens
 
 
 def _summed_loss(model: Decoder, batch: Batch) -> Tensor:

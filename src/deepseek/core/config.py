@@ -119,7 +119,7 @@ def _parse_value(key: str, text: str) -> Any:
 def _assign(values: dict[str, Any], path: list[str], value: Any, *, whole_key: str) -> None:
     for depth, name in enumerate(path):
         if name not in values:
-            known = [".".join([*path[:depth], each]) for each in values]
+            known = [".".join([*path[:depth], setting]) for setting in values]
             below = [full for full in _list_settings(values, path[:depth]) if full.rpartition(".")[2] == name]
             if below:
                 raise ConfigError(f"unknown setting {'.'.join(path[: depth + 1])!r}; did you mean {below[0]!r}?")

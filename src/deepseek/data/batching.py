@@ -233,14 +233,14 @@ def plan_token_budget(cache: TokenCache, config: DataConfig, random: np.random.P
         stretch = order[begin : begin + _SORTED_TOGETHER]
         batches += fill_batches(stretch[np.argsort(-lengths[stretch], kind="stable")], lengths, config.max_tokens)
     return TokenBudgetEpoch(
-        cache.tokens, cache.starts, lengths, [batches[each] for each in _shuffled(len(batches), random)]
+        cache.tokens, cache.starts, lengths, [batches[index] for index in _shuffled(len(batches), random)]
     )
 
 
 def fill_batches(documents: IntArray, lengths: IntArray, max_tokens: int) -> list[IntArray]:
     """Cut `documents`, longest first, into batches whose rows times longest row stay within `max_tokens`.
 
-    >>> [each.tolist() for each in fill_batches(np.array([2, 0, 1]), np.array([3, 2, 6]), max_tokens=6)]
+    >>> [batch.tolist() for batch in fill_batches(np.array([2, 0, 1]), np.array([3, 2, 6]), max_tokens=6)]
     [[2], [0, 1]]
     """
     batches, begin = [], 0

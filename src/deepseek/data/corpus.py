@@ -25,7 +25,7 @@ from deepseek.core.errors import DataError
 from deepseek.core.events import Event
 from deepseek.core.storage import new_folder
 from deepseek.data.config import DataConfig
-from deepseek.data.sources import Corpus
+from deepseek.data.sources import Corpus, name_some
 from deepseek.data.token_cache import TokenCache, build_token_cache, digest_documents, load_token_cache
 from deepseek.data.tokenizing import (
     SETTINGS_FILE,
@@ -97,10 +97,7 @@ def _exclude_files(corpus: Corpus, heldout: Corpus) -> Corpus:
     shared = {file.identity for file in corpus.list_files()} & {file.identity for file in heldout.list_files()}
     if not shared:
         return corpus
-    warn_caller(
-        f"{len(shared)} files of data.sources are in data.heldout_sources as well and are not trained on, "
-        f"{min(shared)} for one"
-    )
+    warn_caller(f"held out by data.heldout_sources and so not trained on: {name_some(sorted(shared))}")
     return replace(corpus, excluded=frozenset(shared))
 
 

@@ -106,7 +106,7 @@ class Corpus:
                     raise
                 no_texts.append(file.path)
         if no_texts:
-            warn_caller(f"no text is in {_name_some(no_texts)}, which is left out")
+            warn_caller(f"no text is in {name_some(no_texts)}, which is left out")
         if num_documents == 0:
             raise DataError(self._explain_emptiness())
 
@@ -153,7 +153,7 @@ def _list_stdlib() -> list[SourceFile]:
     root, local = sysconfig.get_paths()["stdlib"], fsspec.filesystem("file")
     files = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [each for each in subfolders if each not in _INSTALLED | _TESTS | _GENERATED]
+        subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in _INSTALLED | _TESTS | _GENERATED]
         paths = [Path(folder) / name for name in names if name.endswith(".py")]
         files += [SourceFile(p.relative_to(root).as_posix(), str(p), p.stat().st_size, local) for p in paths]
     return files
@@ -170,7 +170,7 @@ def _list_url(source: str) -> list[SourceFile]:
         root, found = _find(filesystem, path)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"source {source!r} cannot be opened ({error}); check the path or URL") from error
-    named = {posixpath.relpath(each, root): info for each, info in found.items() if info["type"] == "file"}
+    named = {posixpath.relpath(found_path, root): info for found_path, info in found.items() if info["type"] == "file"}
     return [
         SourceFile(name, info["name"], info["size"] or 0, filesystem, is_named=list(found) == [path])
         for name, info in named.items()
@@ -213,7 +213,7 @@ def _list_local(filesystem: Any, path: str) -> list[SourceFile]:
     found = list(_walk(root, depth, above=frozenset())) if Path(root).is_dir() else []
     found = [(path, is_file) for path, is_file in found if matches.match(path)]
     if strange := sorted(path for path, is_file in found if not is_file):
-        warn_caller(f"neither a file nor a folder is {_name_some(strange)}, which is left out")
+        warn_caller(f"neither a file nor a folder is {name_some(strange)}, which is left out")
     return [
         SourceFile(posixpath.relpath(path, root), path, Path(path).stat().st_size, filesystem)
         for path, is_file in found
@@ -240,10 +240,10 @@ def _walk(folder: str, depth: int | None, *, above: frozenset[str]) -> Iterator[
                 yield from _walk(path, None if depth is None else depth - 1, above=above)
 
 
-def _name_some(paths: list[str]) -> str:
+def name_some(paths: list[str]) -> str:
     """The first of `paths`, and how many more there are.
 
-    >>> _name_some(["a", "b", "c", "d", "e"])
+    >>> name_some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
     more = len(paths) - _MOST_NAMED

@@ -207,7 +207,7 @@ def _find_reusable(documents: Iterable[Document], tokenizer: Tokenizer, folder: 
         raise DataError(f"{folder} is a file, where a token cache is a folder; choose another path")
     if not any(folder.iterdir()):
         return None
-    foreign = {each.name for each in folder.iterdir()} - {TOKENS_FILE, STARTS_FILE, MANIFEST_FILE}
+    foreign = {entry.name for entry in folder.iterdir()} - {TOKENS_FILE, STARTS_FILE, MANIFEST_FILE}
     if foreign:
         raise DataError(f"{folder} holds {sorted(foreign)[0]!r}, so it is no token cache; choose another folder")
     if problem := find_damage(folder):

@@ -1,4 +1,4 @@
-"""Which dtype each product runs in: policies, levels, loss scaling, and precision chosen layer by layer.
+"""Which dtype each matmul runs in: policies, levels, loss scaling, and precision chosen layer by layer.
 
     from deepseek.mixed_precision import DynamicPrecision, GradScaler, PrecisionManager
 

@@ -1,7 +1,7 @@
 """How much of a model is put into 16 bits: the levels O0, O1 and O2, from a config or from the environment.
 
     O0   everything in FP32
-    O1   FP32 weights; products compute in 16 bits (the default)
+    O1   FP32 weights; matmuls compute in 16 bits (the default)
     O2   16-bit weights beside FP32 masters that the optimizer updates
 
 What is said in code or in a config's `ds_amp_level` decides; the environment variable `DS_AMP_LEVEL` speaks where

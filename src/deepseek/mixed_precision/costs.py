@@ -5,9 +5,10 @@ the precision that is tried, as it is where its neighbours run like it: with a c
 looked slower in 16 bits, and one FP32 layer left among the others made a ResNet-18's step 3 % longer. A difference in
 time that a busy machine may have made counts as none.
 
-Instructions decide, not the name of the format: on a CPU with bf16 products, a wide linear layer gets four times faster
-and a narrow one slower, and a CPU without them loses everywhere. Each distinct layer and input shape is run a few times
-in both precisions, once, on random values of its own generator, so that the run's random numbers stay what they were.
+Neither the name of the format decides nor the instructions: on one CPU with bf16 matmuls a wide linear layer gets four
+times faster and a narrow one slower, another CPU with the same instructions loses with both, and one without them does
+anyway. Each distinct layer and input shape is run a few times in both precisions, once, on random values of its own
+generator, so that the run's random numbers stay what they were.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Saving:
 def assume_saving(layer: nn.Module, input_shape: tuple[int, ...] | None) -> Saving:
     """Without measuring: half the bytes of the input, and time in proportion to the multiply-adds."""
     num_elements = float(torch.Size(input_shape).numel()) if input_shape else 1.0
-    num_weights = float(sum(each.numel() for each in layer.parameters(recurse=False)))
+    num_weights = float(sum(parameter.numel() for parameter in layer.parameters(recurse=False)))
     return Saving(num_weights * 1e-12, 2 * num_elements, is_measured=False)
 
 
@@ -75,8 +76,8 @@ def compare(wide_s: Sequence[float], low_s: Sequence[float]) -> float:
 
 def _run(forward: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Module, dtype: torch.dtype) -> tuple[float, int]:
     """Seconds of one forward and backward, and the bytes between them."""
-    parameters = [each for each in layer.parameters(recurse=False) if each.requires_grad]
-    weights = {each.data_ptr() for each in parameters}
+    parameters = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
+    weights = {parameter.data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}
 
     def note(value: Tensor) -> Tensor:

@@ -47,10 +47,10 @@ from deepseek.mixed_precision.policy import (
     LayerState,
     Rules,
     Verdict,
+    apply_hysteresis,
     choose,
     find_culprits,
     find_format,
-    settle,
 )
 from deepseek.mixed_precision.sample_window import SampleWindow
 
@@ -149,7 +149,7 @@ class DynamicPrecision:
         Raises `ConfigError` where there are no gradients to look at on a step that is sampled.
         """
         self.num_steps += 1
-        tally_of(self.model).settle()
+        tally_of(self.model).close_step()
         events = self._close_sample() if self._watch is not None else ()
         self._must_sample = is_skipped
         self._watch_next()
@@ -228,32 +228,36 @@ class DynamicPrecision:
         samples = self._watch.samples
         self._unwatch()
         gradients = {name: sample_gradient(_weight(layer)) for name, layer in self.layers.items()}
-        if all(each is None for each in gradients.values()):
+        if all(gradient is None for gradient in gradients.values()):
             raise ConfigError(
                 "a sampled step left no gradients behind; call step() once per optimizer step, "
                 "after backward() and before zero_grad()"
             )
-        if not any(each.gradients for each in samples.values()):
+        if not any(sample.gradients for sample in samples.values()):
             raise ConfigError(
                 "a sampled step was run by compiled code, which no hook sees into; compile with model.compile(), "
                 "or give DynamicPrecision what torch.compile(model) returned"
             )
         if not self.savings:
-            self._price(samples)
+            self._estimate_savings(samples)
         flags = self._window.add(samples, gradients)
         if flags is not None:
             return self._blame(flags)
         return self._decide() if self._window.num_samples >= self.window else ()
 
-    def _price(self, samples: Mapping[str, Sample]) -> None:
+    def _estimate_savings(self, samples: Mapping[str, Sample]) -> None:
         """What each layer saves in 16 bits, as the mean over the ranks; one measurement for equal layers."""
         known: dict[Any, Saving] = {}
         table = torch.zeros(len(samples), 3, dtype=torch.float64)
         for row, (name, sample) in enumerate(samples.items()):
             layer = self.layers[name]
-            key = (type(layer), sample.input_shape, tuple(each.shape for each in layer.parameters(recurse=False)))
+            key = (
+                type(layer),
+                sample.input_shape,
+                tuple(parameter.shape for parameter in layer.parameters(recurse=False)),
+            )
             if key not in known:
-                known[key] = self._price_one(layer, sample)
+                known[key] = self._estimate_saving(layer, sample)
             table[row] = torch.tensor(astuple(known[key]), dtype=torch.float64)
         table, _ = self._window.reduce(table, torch.zeros(0))
         table /= self._window.world_size
@@ -262,7 +266,7 @@ class DynamicPrecision:
             for name, (seconds, num_bytes, is_measured) in zip(samples, table.tolist(), strict=True)
         }
 
-    def _price_one(self, layer: nn.Module, sample: Sample) -> Saving:
+    def _estimate_saving(self, layer: nn.Module, sample: Sample) -> Saving:
         saving = None
         if self.costs == "measured" and sample.input_shape is not None:
             saving = measure_saving(layer, sample.input_shape, _DTYPES[self.low])
@@ -276,7 +280,9 @@ class DynamicPrecision:
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         answers = choose(self.evidence, find_format(self.low), self.rules, scale=scale)
         self.verdicts = {name: verdict for name, (_, verdict) in answers.items()}
-        states = {name: settle(self.states[name], self.verdicts[name], self.low, self.rules) for name in self.layers}
+        states = {
+            name: apply_hysteresis(self.states[name], self.verdicts[name], self.low, self.rules) for name in self.layers
+        }
         self._window.clear()
         changes = self._change(states)
         lows = [name for name, state in self.states.items() if state.precision != "fp32"]
@@ -360,7 +366,7 @@ class DynamicPrecision:
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules with a matrix of their own that is multiplied, by name; norms and embeddings multiply nothing.
+    """The modules with a matrix of their own that is multiplied, by name; norms and embeddings have none.
 
     Raises `ConfigError` for a model without one. A module that stands in two places is named by the first.
     """
@@ -368,7 +374,7 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        and any(each.dim() > 1 for each in module.parameters(recurse=False))
+        and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
     }
     if not layers:
         raise ConfigError(
@@ -421,7 +427,7 @@ def _milliseconds(saving: Saving | None) -> str:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    return next(each for each in layer.parameters(recurse=False) if each.dim() > 1)
+    return next(parameter for parameter in layer.parameters(recurse=False) if parameter.dim() > 1)
 
 
 def _check_settings(every: int, window: int, rules: Rules, start: str, costs: str) -> None:

@@ -69,16 +69,16 @@ class _Look:
     @torch.no_grad()
     def see(self, inputs: tuple[Any, ...], outputs: Any) -> None:
         sample = self.watch.samples[self.name]
-        for each in _floats(inputs):
+        for tensor in _floats(inputs):
             if sample.input_shape is None:
-                sample.input_shape = tuple(each.shape)
-            sample.activations.append(count_exponents(each))
-            sample.input_extremes.append(extreme(each))
-        for each in _floats(outputs if isinstance(outputs, tuple | list) else (outputs,)):
-            sample.activations.append(count_exponents(each))
-            sample.output_extremes.append(extreme(each))
-            if each.requires_grad:
-                each.register_hook(self.see_gradient)
+                sample.input_shape = tuple(tensor.shape)
+            sample.activations.append(count_exponents(tensor))
+            sample.input_extremes.append(extreme(tensor))
+        for tensor in _floats(outputs if isinstance(outputs, tuple | list) else (outputs,)):
+            sample.activations.append(count_exponents(tensor))
+            sample.output_extremes.append(extreme(tensor))
+            if tensor.requires_grad:
+                tensor.register_hook(self.see_gradient)
 
     @torch.no_grad()
     def see_gradient(self, gradient: Tensor) -> None:
@@ -90,7 +90,7 @@ class _Look:
 
 
 def _floats(values: Any) -> list[Tensor]:
-    return [each for each in values if isinstance(each, Tensor) and each.is_floating_point() and each.numel()]
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.numel()]
 
 
 def count_exponents(values: Tensor) -> Tensor:

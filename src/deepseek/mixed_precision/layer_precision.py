@@ -1,4 +1,4 @@
-"""What `DynamicPrecision` does to a model: each layer's products in a precision of its own, and narrow storage.
+"""What `DynamicPrecision` does to a model: each layer's matmuls in a precision of its own, and narrow storage.
 
 A layer's `forward` is replaced on the instance by a method that reads the layer's `compute` setting, so a deep copy
 runs its own weights, state dicts and types stay as they are, and compiled code is guarded on the setting: it is
@@ -6,7 +6,7 @@ compiled again when a decision changes and at no other time, and one block's cod
 function in the method's place, torch compiled each of six equal blocks by itself.) A pickle of the module needs
 `clear_compute_` first.
 
-Autocast narrows products, but two things stay large. What norms, residual sums and activations keep for the backward
+Autocast narrows matmuls, but two things stay large. What norms, residual sums and activations keep for the backward
 pass stays FP32: `Narrowing` keeps it in bf16, which has FP32's range, each tensor once however many operators keep it,
 and leaves weights alone. And autocast narrows the same input anew for each layer that reads it, so the three
 projections of an attention keep three copies of one tensor: `NarrowedInput` narrows it once. It belongs to one forward
@@ -41,7 +41,7 @@ class Compute:
 
     device_type: str
     dtype: torch.dtype | None
-    """Of products; None for FP32, whatever surrounds the module."""
+    """Of matmuls; None for FP32, whatever surrounds the module."""
     keeps_narrow: bool = False
     """Whether FP32 tensors that are kept for the backward pass are kept in bf16."""
     is_root: bool = False
@@ -59,7 +59,7 @@ class Tally:
     num_passes: int = 0
     num_narrowed: int = 0
 
-    def settle(self) -> None:
+    def close_step(self) -> None:
         """At the end of a step: no more hooks if the passes since the last one had nothing to narrow."""
         self.is_open = self.is_open and (self.num_passes == 0 or self.num_narrowed > 0)
         self.num_passes = self.num_narrowed = 0
@@ -219,7 +219,9 @@ class Narrowing(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._pack, _unpack)
         self._tally = tally or Tally()
         # By memory, since what autograd hands over is an alias of the weight that does not know it is one.
-        self._weights = {each.untyped_storage()._cdata for each in weights if type(each) in (Tensor, nn.Parameter)}
+        self._weights = {
+            weight.untyped_storage()._cdata for weight in weights if type(weight) in (Tensor, nn.Parameter)
+        }
         self._kept: dict[tuple[Any, ...], tuple[weakref.ref[Any], weakref.ref[_Narrow]]] = {}
 
     def _pack(self, value: Tensor) -> tuple[Tensor, int] | _Narrow:

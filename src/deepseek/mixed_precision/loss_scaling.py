@@ -76,7 +76,7 @@ class GradScaler(torch.amp.GradScaler):
         if (group := open_group(self.group)) is None:
             return found
         found = found or {none_found.device: none_found}
-        anywhere = torch.stack([each.to(none_found.device) for each in found.values()]).amax()
+        anywhere = torch.stack([flag.to(none_found.device) for flag in found.values()]).amax()
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
         return {device: anywhere.to(device) for device in found}
 

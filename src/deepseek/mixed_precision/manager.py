@@ -55,7 +55,7 @@ class PrecisionManager:
     def __init__(self, model: nn.Module, precision: ManagedPrecision = "auto", *, level: Level | None = None) -> None:
         self.model = model
         self.level = choose_level(level)
-        self.device = next((each.device for each in model.parameters()), torch.device("cpu"))
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.precision = "fp32" if self.level == "O0" else resolve_precision(precision, self.device)
         self.dtype = _DTYPES[self.precision]
         self._contexts: list[ExitStack] = []
@@ -83,13 +83,16 @@ class PrecisionManager:
 
     @property
     def fp16_params(self) -> list[Tensor]:
-        """The parameters as the products read them: the weights themselves at O2, else copies rounded now."""
-        return [each if each in self._masters else each.detach().to(self.dtype) for each in self.model.parameters()]
+        """The parameters as the matmuls read them: the weights themselves at O2, else copies rounded now."""
+        return [
+            parameter if parameter in self._masters else parameter.detach().to(self.dtype)
+            for parameter in self.model.parameters()
+        ]
 
     @property
     def master_params(self) -> list[nn.Parameter]:
         """What the optimizer updates, all FP32: masters of the weights that were narrowed, others as they are."""
-        return [self._masters.get(each, each) for each in self.model.parameters()]
+        return [self._masters.get(parameter, parameter) for parameter in self.model.parameters()]
 
     def use_masters_(self, optimizer: torch.optim.Optimizer) -> None:
         """Let `optimizer`, built from the model's parameters and not yet stepped, update the FP32 masters instead."""
@@ -98,7 +101,7 @@ class PrecisionManager:
         if optimizer.state:
             raise ConfigError("the optimizer has stepped already; hand it to use_masters_ before its first step")
         for group in optimizer.param_groups:
-            group["params"] = [self._masters.get(each, each) for each in group["params"]]
+            group["params"] = [self._masters.get(parameter, parameter) for parameter in group["params"]]
         optimizer.register_step_post_hook(lambda *_: self.round_masters_())
 
     @torch.no_grad()
@@ -162,22 +165,24 @@ def has_tf32(device: torch.device) -> bool:
 
 @contextmanager
 def tf32_products() -> Any:
-    """FP32 products and convolutions on CUDA in TF32, and afterwards as they were."""
+    """FP32 matmuls and convolutions on CUDA in TF32, and afterwards as they were."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [each.fp32_precision for each in settings]
+    before = [setting.fp32_precision for setting in settings]
     try:
-        for each in settings:
-            each.fp32_precision = "tf32"
+        for setting in settings:
+            setting.fp32_precision = "tf32"
         yield
     finally:
-        for each, precision in zip(settings, before, strict=True):
-            each.fp32_precision = precision
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @torch.no_grad()
 def narrow_weights_(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, nn.Parameter]:
     """Give all float32 weights but those of norms `dtype`, in place; return the FP32 master of each."""
-    of_norms = {id(each) for module in model.modules() if isinstance(module, _NORMS) for each in module.parameters()}
+    of_norms = {
+        id(parameter) for module in model.modules() if isinstance(module, _NORMS) for parameter in module.parameters()
+    }
     masters: dict[nn.Parameter, nn.Parameter] = {}
     for weight in model.parameters():
         if weight.dtype == torch.float32 and id(weight) not in of_norms:

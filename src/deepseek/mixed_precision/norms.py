@@ -34,7 +34,7 @@ def _is_usual(norm: nn.RMSNorm, x: object) -> bool:
     """Whether it is torch's own norm, with one weight for each feature, and plain tensors in FP32."""
     if type(norm).forward is not nn.RMSNorm.forward or norm.weight is None or norm.weight.dim() != 1:
         return False
-    return all(type(each) is Tensor and each.dtype == torch.float32 for each in (x, norm.weight.data))
+    return all(type(tensor) is Tensor and tensor.dtype == torch.float32 for tensor in (x, norm.weight.data))
 
 
 class _Norm(torch.autograd.Function):
@@ -50,9 +50,9 @@ class _Norm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of gradients is asked for
             y = F.rms_norm(x, weight.shape, weight, ctx.eps)
-            wanted = [each for each in (x, weight) if each.requires_grad]
+            wanted = [tensor for tensor in (x, weight) if tensor.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-            return *(next(found) if each.requires_grad else None for each in (x, weight)), None
+            return *(next(found) if tensor.requires_grad else None for tensor in (x, weight)), None
         normed = x * scale
         product = gradient * normed
         weight_gradient = product.reshape(-1, weight.shape[0]).sum(0) if ctx.needs_input_grad[1] else None

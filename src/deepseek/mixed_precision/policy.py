@@ -2,7 +2,7 @@
 
 `DynamicPrecision` measures and carries out; here stand the rules, as functions on frozen values:
 
-    evidence of each layer ──> judge ──> choose (under the joint budget) ──> settle (hysteresis) ──> precision
+    evidence of each layer ──> judge ──> choose (under the joint budget) ──> apply_hysteresis ──> precision
 
 The rule is that rounding must drown in the noise that stochastic gradients have anyway. For a layer,
 
@@ -250,17 +250,17 @@ def _benefits(evidence: Mapping[str, Evidence]) -> dict[str, float]:
 
     So a machine where 16 bits are slower everywhere stays in FP32, though they would save memory.
     """
-    total_s = sum(abs(each.saved_s) for each in evidence.values()) or 1.0
-    total_bytes = sum(abs(each.saved_bytes) for each in evidence.values()) or 1.0
+    total_s = sum(abs(layer.saved_s) for layer in evidence.values()) or 1.0
+    total_bytes = sum(abs(layer.saved_bytes) for layer in evidence.values()) or 1.0
     return {name: 2 * each.saved_s / total_s + each.saved_bytes / total_bytes for name, each in evidence.items()}
 
 
-def settle(state: LayerState, verdict: Verdict, low: str, rules: Rules) -> LayerState:
+def apply_hysteresis(state: LayerState, verdict: Verdict, low: str, rules: Rules) -> LayerState:
     """The next state of a layer: up at once, down after `patience` good windows.
 
     >>> good = Verdict(True, 0.0, 0.0, 0.0, "quiet")
-    >>> first = settle(LayerState("fp32"), good, "bf16", Rules(patience=2))
-    >>> first.precision, settle(first, good, "bf16", Rules(patience=2)).precision
+    >>> first = apply_hysteresis(LayerState("fp32"), good, "bf16", Rules(patience=2))
+    >>> first.precision, apply_hysteresis(first, good, "bf16", Rules(patience=2)).precision
     ('fp32', 'bf16')
     """
     if not verdict.is_allowed:

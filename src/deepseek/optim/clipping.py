@@ -1,6 +1,6 @@
 """Keeping one bad batch from undoing many good ones: the norm of the whole gradient is bounded before each step.
 
-Source: Pascanu et al. 2013. The product is torch's; what is added is that a gradient which is no longer a number stops
+Source: Pascanu et al. 2013. The norm is torch's; what is added is that a gradient which is no longer a number stops
 the run with a sentence instead of turning every weight into NaN.
 """
 
@@ -19,7 +19,7 @@ def clip_gradients_(parameters: Iterable[Tensor], max_norm: float | None) -> flo
 
     `None` only measures. Raises `TrainingError` when the norm is not finite; the gradients are then left as they are.
     """
-    gradients = [each.grad for each in parameters if each.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if not torch.isfinite(norm):
         raise TrainingError(

@@ -67,9 +67,9 @@ class JointOptimizer(torch.optim.Optimizer):
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
-        super().__init__([each for part in parts for each in part.param_groups], {})
+        super().__init__([group for part in parts for group in part.param_groups], {})
         # The parts read the very groups that are shown here, so a learning rate set on one is set on the other.
-        self.param_groups = [each for part in parts for each in part.param_groups]
+        self.param_groups = [group for part in parts for group in part.param_groups]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of each part; there is no closure, since two parts cannot share one evaluation."""
@@ -92,15 +92,15 @@ class JointOptimizer(torch.optim.Optimizer):
         """Take up what `state_dict` gave."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups = [each for part in self.parts for each in part.param_groups]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters that are decayed (two dims or more, embeddings aside), and the others."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    parameters = [each for each in model.parameters() if each.requires_grad]
-    decayed = [each for each in parameters if each.ndim >= 2 and id(each) not in embeddings]
-    kept = [each for each in parameters if each.ndim < 2 or id(each) in embeddings]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in parameters if parameter.ndim >= 2 and id(parameter) not in embeddings]
+    kept = [parameter for parameter in parameters if parameter.ndim < 2 or id(parameter) in embeddings]
     return decayed, kept
 
 
@@ -113,12 +113,14 @@ def _build_muon(model: nn.Module, config: OptimizerConfig, learning_rate: float)
     decayed, kept = split_parameters(model)
     heads = {id(head.weight) for name, head in model.named_modules() if _is_head(name) and isinstance(head, nn.Linear)}
     matrices = [
-        each for each in decayed if each.ndim == 2 and min(each.shape) >= _SMALLEST_MATRIX and id(each) not in heads
+        parameter
+        for parameter in decayed
+        if parameter.ndim == 2 and min(parameter.shape) >= _SMALLEST_MATRIX and id(parameter) not in heads
     ]
     if not matrices:
         raise ConfigError("muon is for matrices and this model has none between its embedding and head; choose 'adamw'")
-    chosen = {id(each) for each in matrices}
-    others = [each for each in decayed if id(each) not in chosen]
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in decayed if id(parameter) not in chosen]
     muon = torch.optim.Muon(
         matrices, lr=learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )

@@ -33,7 +33,7 @@ class TrainConfig(Config):
     accum_steps: int = Field(default=1, ge=1)
     """Micro-batches whose gradients are added up before each optimizer step."""
     precision: Literal["auto", "fp32", "bf16", "dynamic"] = "auto"
-    """What the products compute in: `bf16`, `fp32`, `auto` for bf16 where it is faster, or `dynamic` for a
+    """What matmuls compute in: `bf16`, `fp32`, `auto` for bf16 where it is faster, or `dynamic` for a
     choice per layer from its gradients, which also keeps activations in bf16."""
     ds_amp_level: Level | None = None
     """`O0` computes in fp32 whatever `precision` says, `O1` as it says; none asks the environment's `DS_AMP_LEVEL`."""

@@ -115,13 +115,15 @@ def move(batch: B, device: torch.device) -> B:
     elif isinstance(batch, list | tuple):
         moved = type(batch)(move(value, device) for value in batch)
     elif is_dataclass(batch) and not isinstance(batch, type):
-        moved = replace(batch, **{each.name: move(getattr(batch, each.name), device) for each in fields(batch)})
+        moved = replace(
+            batch, **{attribute.name: move(getattr(batch, attribute.name), device) for attribute in fields(batch)}
+        )
     return moved  # type: ignore[no-any-return]
 
 
 def _check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    own = {id(each) for each in model.parameters()}
-    if not all(id(each) in own for group in optimizer.param_groups for each in group["params"]):
+    own = {id(parameter) for parameter in model.parameters()}
+    if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ConfigError(
             "the optimizer updates parameters that the model does not have; build it from model.parameters()"
         )
