@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,17 +85,30 @@ def report(name: str, unit: str, rows: Sequence[Row], bars: Sequence[Bar], argum
     """Print the table and the bars, and write them where the arguments say."""
     _print(name, unit, rows, bars)
     if arguments.json:
-        result = {
-            "name": name,
-            "unit": unit,
-            "machine": describe_machine(),
-            "versions": describe_versions(),
-            "rows": [asdict(row) for row in rows],
-            "bars": [asdict(bar) for bar in bars],
-        }
-        arguments.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        write_json(arguments.json, name, unit, [asdict(row) for row in rows], bars)
     if arguments.markdown:
         arguments.markdown.write_text(_markdown(name, unit, rows, bars), encoding="utf-8")
+
+
+def write_json(
+    path: Path,
+    name: str,
+    unit: str,
+    rows: Sequence[Mapping[str, object]],
+    bars: Sequence[Bar],
+    **more: object,
+) -> None:
+    """Write a result in the form that every benchmark has; `more` is what only this one measures."""
+    result = {
+        "name": name,
+        "unit": unit,
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "rows": list(rows),
+        "bars": [asdict(bar) for bar in bars],
+        **more,
+    }
+    path.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 def _summarize(side: Side, rates: list[float]) -> Row:
@@ -111,6 +124,11 @@ def _print(name: str, unit: str, rows: Sequence[Row], bars: Sequence[Bar]) -> No
     for row in rows:
         table.add_row(row.name, *(_number(each) for each in (row.median, row.lowest, row.highest)), row.note)
     Console().print(table)
+    print_bars(bars)
+
+
+def print_bars(bars: Sequence[Bar]) -> None:
+    """Print each goal beside what was measured."""
     for bar in bars:
         Console().print(f"{bar.name}: {_number(bar.value)}  (goal {'>=' if bar.at_least else '<='} {bar.goal:g})")
 

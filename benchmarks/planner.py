@@ -15,7 +15,6 @@ judged in groups of plans for one model, cluster and batch.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import Bar, print_bars, write_json
 from benchmarks.planner_fit import MeasuredRun, fit_without, load_collectives, load_runs, predict_seconds, select_timed
 from deepseek.planning.estimate.columns import Array, Columns, describe_constants
 from deepseek.planning.estimate.memory import measure_memory
@@ -172,7 +172,7 @@ def judge_times(runs: Sequence[MeasuredRun], seconds: Array, is_left_out: NDArra
 
 
 def rank(values: Array) -> Array:
-    """Place of each value, ties sharing the middle."""
+    """Rank each value, ties sharing the middle."""
     below = (values[:, None] > values[None, :]).sum(1)
     equal = (values[:, None] == values[None, :]).sum(1)
     return np.asarray(below + (equal - 1) / 2)
@@ -263,7 +263,7 @@ def judge_collectives() -> dict[str, float]:
     return answers
 
 
-def draw(runs: Sequence[MeasuredRun], seconds: Array, path: Path) -> None:
+def plot_errors(runs: Sequence[MeasuredRun], seconds: Array, path: Path) -> None:
     """Predicted against measured seconds, one colour per source."""
     import matplotlib as mpl
 
@@ -292,13 +292,29 @@ def run(is_quick: bool, plot: Path | None) -> Result:
     timed = select_timed(everything)
     seconds, is_left_out = predict_left_out(timed, is_quick)
     if plot is not None:
-        draw(timed, seconds, plot)
+        plot_errors(timed, seconds, plot)
     return Result(
         judge_times(timed, seconds, is_left_out),
         judge_choices(timed, seconds),
         judge_memory([each for each in everything if each.row["simulatable"] == "full"]),
         judge_collectives(),
     )
+
+
+def list_bars(result: Result) -> list[Bar]:
+    """List the goals: the mean error of each source that has one, and runs that happened but would be refused."""
+    bars = [
+        Bar(f"mean error, {errors.source}", errors.mean, errors.goal, at_least=False)
+        for errors in result.times
+        if errors.goal is not None
+    ]
+    refused = result.memory["runs that happened but would be refused"]
+    foreseen, failed = result.memory["out-of-memory rows foreseen"], result.memory["out-of-memory rows"]
+    return [
+        *bars,
+        Bar("runs that happened but would be refused", refused, 0.0, at_least=False),
+        Bar("out-of-memory rows foreseen", foreseen, failed),
+    ]
 
 
 def _percent(value: float | None) -> str:
@@ -364,8 +380,15 @@ def main() -> None:
     arguments = parser.parse_args()
     result = run(arguments.quick, arguments.plot)
     show(result, Console(width=200))
+    bars = list_bars(result)
+    print_bars(bars)
     if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+        rows = [asdict(errors) for errors in result.times]
+        choices = [asdict(choice) for choice in result.choices]
+        write_json(
+            arguments.json, "planner", "relative error", rows, bars,
+            choices=choices, memory=result.memory, collectives=result.collectives,
+        )  # fmt: skip
     if arguments.markdown:
         arguments.markdown.write_text(write_markdown(result), encoding="utf-8")
 

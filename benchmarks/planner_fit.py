@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.measuring import Bar, write_json
 from deepseek.core.errors import ConfigError
 from deepseek.planning.estimate.columns import Array, Columns, describe_cluster, describe_constants, stack_cases
 from deepseek.planning.estimate.communication import Group, all_reduce_s, all_to_all_s
@@ -296,12 +297,39 @@ def main() -> None:
     """Fit and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="every tenth row")
-    runs = load_runs()[:: 10 if parser.parse_args().quick else 1]
-    for family in FAMILIES:
-        if any(each.family == family for each in select_timed(runs)):
-            values = fit_family(runs, family)
-            print(f"_{family.upper()} = Constants(")
-            print("".join(f"    {name}={getattr(values, name):.4g},\n" for name in NAMES) + ")")
+    parser.add_argument("--json", type=Path, help="also write the result to this file as JSON")
+    arguments = parser.parse_args()
+    runs = load_runs()[:: 10 if arguments.quick else 1]
+    fitted = {
+        family: fit_family(runs, family)
+        for family in FAMILIES
+        if any(run.family == family for run in select_timed(runs))
+    }
+    for family, values in fitted.items():
+        print(f"_{family.upper()} = Constants(")
+        print("".join(f"    {name}={getattr(values, name):.4g},\n" for name in NAMES) + ")")
+    if arguments.json:
+        rows = [
+            {"family": family, "constant": name, "fitted": getattr(values, name), "shipped": shipped}
+            for family, values in fitted.items()
+            for name, shipped in asdict(get_constants(family)).items()
+        ]
+        bars = [
+            Bar(
+                f"largest difference from what is shipped, {family}",
+                compare_shipped(family, values),
+                0.01,
+                at_least=False,
+            )
+            for family, values in fitted.items()
+        ]
+        write_json(arguments.json, "planner_fit", "of each constant", rows, bars)
+
+
+def compare_shipped(family: str, fitted: Constants) -> float:
+    """Return the largest relative difference of a constant from the one that is shipped."""
+    shipped = get_constants(family)
+    return max(abs(getattr(fitted, name) / getattr(shipped, name) - 1) for name in NAMES)
 
 
 if __name__ == "__main__":
