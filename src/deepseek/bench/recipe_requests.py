@@ -16,8 +16,8 @@ from deepseek.train.loop import open_device
 
 def read_recipe_shape(recipe: TrainConfig, name: str, *, sequence: int | None) -> ModelShape:
     """Read the shape of a recipe's model; without `sequence` its rows are as long as the recipe's data."""
-    values = {**recipe.model.to_dict(), "model_type": name}
-    return read_config(values, sequence=sequence or recipe.data.sequence_length)
+    shape = read_config(recipe.model.to_dict(), sequence=sequence or recipe.data.sequence_length)
+    return replace(shape, name=name)
 
 
 def choose_recipe_precision(recipe: TrainConfig, *, is_here: bool) -> Precision:

@@ -72,6 +72,7 @@ class _ModelColumns:
     embedding_parameters: Array
     capacity_factor: Array
     frozen_weights: Array
+    extra_parameters: Array
 
 
 class _PlanColumns:

@@ -286,6 +286,7 @@ def count_rank_parameters(c: Columns) -> tuple[Array, Array]:
     shared = per_stage * layer + c.embedding_parameters / c.tp * np.where(
         (c.pp > 1) & (c.tied_embeddings == 0), 0.5, 1.0
     )
+    shared = shared + c.extra_parameters / (c.tp * c.pp)
     experts = per_stage * moe_share * c.experts * c.expert_parameters / (c.ep * c.etp)
     return shared, experts
 

@@ -13,25 +13,27 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
+from deepseek.planning.models.families import FAMILIES, ModelFamily, ModelSizes
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder; `sequence` is in tokens, every other size in elements.
+    """ModelSizes of a decoder; `sequence` is in tokens, every other size in elements.
 
     `ffn` is the width of a dense MLP, `expert_ffn` that of one expert (0: `ffn`). `first_dense_layers` layers have no
     experts, and of the others every `moe_every`-th has. Latent attention (DeepSeek-V2) is on when `kv_lora_rank` is
     not 0. `mtp_layers` are extra prediction layers that exist in training only. `capacity_factor` is how many tokens
     an expert has room for, relative to an equal share: room is computed whether tokens fill it or not.
-    `frozen_weights` trains small adapters only (LoRA): no gradients, no optimizer state and no data-parallel exchange
-    for the weights.
+    `extra_parameters` are the weights that no other size implies: biases, further norms, an encoder's head
+    (`families.py`). `frozen_weights` trains small adapters only (LoRA): no gradients, no optimizer state and no
+    data-parallel exchange for the weights.
 
     >>> round(ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256,
     ...                  sequence=8192).num_parameters / 1e9, 2)
@@ -63,6 +65,7 @@ class ModelShape:
     mtp_layers: int = 0
     capacity_factor: float = 1.0
     frozen_weights: bool = False
+    extra_parameters: int = 0
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -125,7 +128,8 @@ class ModelShape:
         sparse = self.hidden * self.experts + (self.experts + self.shared_experts) * self.expert_parameters
         dense = (self.layers - moe) * self.dense_mlp_parameters
         norms = (2 * self.layers + 1) * self.hidden
-        return self.layers * self.attention_parameters + dense + moe * sparse + self.embedding_parameters + norms
+        layers = self.layers * self.attention_parameters + dense + moe * sparse + norms
+        return layers + self.embedding_parameters + self.extra_parameters
 
     @property
     def num_active_parameters(self) -> int:
@@ -203,7 +207,7 @@ _CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "head_dim": ("head_dim",),
     "ffn": ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "d_ff", "ffn"),
     "vocabulary": ("vocab_size", "vocabulary"),
-    "sequence": ("sequence_length", "max_position_embeddings", "n_positions", "sequence"),
+    "sequence": ("sequence_length", "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "sequence"),
     "experts": ("n_routed_experts", "num_local_experts", "num_experts", "experts"),
     "top_k": ("num_experts_per_tok", "experts_per_token", "top_k"),
     "expert_ffn": ("moe_intermediate_size", "expert_ffn"),
@@ -220,33 +224,54 @@ _CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "tied_embeddings": ("tie_word_embeddings", "tied_embeddings"),
 }
 _NEEDED = ("layers", "hidden", "heads", "vocabulary", "sequence")
-# Families whose MLP has no gate; every other decoder in the Hugging Face layout has one.
-_PLAIN_MLP = frozenset({"gpt2", "gpt_neox", "gptj", "opt", "bloom", "mpt", "falcon", "phi", "nemotron"})
+_USUAL_SEQUENCE = 2048  # of families that learn no positions and may leave the longest one out
 
 
 def model_shape_from_config(config: Mapping[str, Any], *, sequence: int | None = None) -> ModelShape:
     """Read the shape out of a decoder's configuration (Hugging Face `config.json`, or one of ours).
 
-    `sequence` is the training length in tokens; without it the configuration's longest position is taken.
+    `sequence` is the training length in tokens; without it the configuration's longest position is taken. A
+    `model_type` that is no row of `families.py` is refused.
 
     >>> model_shape_from_config({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257,
     ...                          "n_positions": 1024}).num_parameters
-    124337664
+    124439808
     """
-    found = {field: _find(config, keys) for field, keys in _CONFIG_KEYS.items()}
-    if sequence is not None:
-        found["sequence"] = sequence
+    kind = str(config.get("model_type") or "")
+    family = _find_family(kind)
+    own = {field: (key, *_CONFIG_KEYS[field]) for field, key in family.keys.items()}
+    found = {field: _find(config, keys) for field, keys in {**_CONFIG_KEYS, **own}.items()}
+    if sequence is not None or (not found["sequence"] and kind and not family.has_positions):
+        found["sequence"] = _USUAL_SEQUENCE if sequence is None else sequence
     missing = [field for field in _NEEDED if not found[field]]
     if missing:
         known = " or ".join(_CONFIG_KEYS[missing[0]][:3])
         raise ConfigError(f"the configuration gives no {missing[0]}; expected the key {known}")
-    kind = str(config.get("model_type", ""))
-    is_plain = config.get("gated") is False or kind in _PLAIN_MLP
-    found["ffn"] = found["ffn"] or (4 * int(found["hidden"]) if is_plain else 0)
-    found["tied_embeddings"] = bool(found["tied_embeddings"]) or kind in ("gpt2", "bloom", "mpt")
+    is_gated = family.is_gated and config.get("gated") is not False
+    found["ffn"] = found["ffn"] or (0 if is_gated or found["experts"] else 4 * int(found["hidden"]))
+    said = next((config[key] for key in _CONFIG_KEYS["tied_embeddings"] if config.get(key) is not None), family.is_tied)
+    found["tied_embeddings"] = bool(said)
+    if family.adjust is not None:
+        family.adjust(config, found)
     values = {field: value for field, value in found.items() if value}
-    positions = kind in ("gpt2", "opt") or bool(config.get("learned_positions"))
-    return ModelShape(**values, gated=not is_plain, learned_positions=positions, name=kind)
+    positions = family.has_positions or bool(config.get("learned_positions"))
+    if "ffn" not in values and not values.get("expert_ffn"):
+        raise ConfigError("the configuration gives no ffn; expected the key intermediate_size")
+    shape = ModelShape(**{"ffn": 0, **values}, gated=is_gated, learned_positions=positions, name=kind)
+    sizes = ModelSizes(**{size.name: getattr(shape, size.name) for size in fields(ModelSizes)})
+    return replace(shape, extra_parameters=family.count_extra(config, sizes))
+
+
+def _find_family(kind: str) -> ModelFamily:
+    """Find the row of a `model_type`; without one, sizes are those of a plain decoder."""
+    if not kind:
+        return ModelFamily()
+    if kind not in FAMILIES:
+        raise ConfigError(
+            explain_unknown("model_type", kind, FAMILIES) + "; describe it as a ModelShape, or trace it with "
+            "planning.models.from_module"
+        )
+    return FAMILIES[kind]
 
 
 def _find(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
