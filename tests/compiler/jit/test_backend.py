@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from deepseek.compiler.jit.decorator import jit
+from deepseek.compiler.passes.placement import devices
+from deepseek.compiler.passes.placement.assignment import Link
+from deepseek.core.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +77,45 @@ def test_what_neither_branch_touches_does_not_pass_through_the_condition():
         node for node in backend.graphs[0].graph.nodes if "cond" in str(node.target) and node.op != "get_attr"
     )
     assert len(condition.users) == 1
+
+
+def test_several_devices_are_measured_for_inference_and_explained(monkeypatch):
+    monkeypatch.setattr(devices, "measure_link", lambda *_: Link(1e3, 1.0))  # nothing comes back from meta in time
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).eval()
+    compiled, x = jit(model, backend="eager", devices=("cpu", "meta")), torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        explanation = compiled.explain(x)
+        assert "cpu alone" in explanation.placements[0] and "devices: " in str(explanation)
+        assert jit(model, backend="eager").explain(x).placements == ()
+    compiled(x).sum().backward()  # gradients flow where the graph is left where it was
+    assert compiled.explain(x).placements == ()
+
+
+def test_the_devices_that_are_present_are_found():
+    model, x = torch.nn.Linear(8, 4).eval(), torch.randn(3, 8)
+    compiled = jit(model, backend="eager", devices="present")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        placements = compiled.explain(x).placements
+    if torch.cuda.is_available():
+        assert len(placements) == 1
+    else:
+        assert placements == ()  # one device alone is nothing to choose from
+
+
+def test_a_function_without_parameters_is_placed_as_well():
+    compiled = jit(affine, backend="eager", devices=("cpu", "cpu:0"))
+    with torch.no_grad():
+        assert compiled.explain(torch.ones(3)).placements == ("everything on cpu, the only device given",)
+        assert compiled(torch.ones(3)).tolist() == [3.0] * 3
+
+
+def affine(x):
+    return x * 2 + 1
+
+
+def test_one_name_is_not_several_devices():
+    with pytest.raises(ConfigError, match="devices='cuda' is one name; give several"):
+        jit(affine, devices="cuda")

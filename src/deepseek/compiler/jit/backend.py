@@ -50,7 +50,8 @@ def compile_graph(
     is_fixed = all(isinstance(value, Tensor) for value in example_inputs) and not _has_symbols(example_inputs)
     if options.backend in COMPILERS:  # runtimes of their own, which fuse for themselves and read no kernels of oneDNN
         return run_backend(graph_module, example_inputs, options)
-    if torch.is_grad_enabled() or not options.optimize or not is_fixed or not has_tensor_parameters(graph_module):
+    has_passes = has_tensor_parameters(graph_module) or bool(options.devices)
+    if torch.is_grad_enabled() or not options.optimize or not is_fixed or not has_passes:
         return run_backend(graph_module, example_inputs, options)
     return Optimizing(graph_module, options, reports)
 
@@ -132,7 +133,8 @@ class Optimizing:
         graph = inline_parameters(self.graph_module, inputs, self.static)
         others = _others(inputs, self.static)
         try:
-            optimized = optimize(graph, others, is_training=False, kernels=kernels_of(self.options))
+            kernels, devices = kernels_of(self.options), self.options.device_names
+            optimized = optimize(graph, others, is_training=False, kernels=kernels, devices=devices)
         except Exception as error:  # noqa: BLE001 - the graph is right as it is; the user is told what is missing
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"the graph is compiled as it was captured, since the passes failed: {reason}", stacklevel=2)
@@ -216,4 +218,7 @@ def report_on(
     static = find_static(graph_module)
     with torch.no_grad():
         graph = inline_parameters(graph_module, inputs, static)
-        return optimize(graph, _others(inputs, static), is_training=is_training, kernels=kernels_of(options)).report
+        devices = () if is_training else options.device_names
+        others = _others(inputs, static)
+        kernels = kernels_of(options)
+        return optimize(graph, others, is_training=is_training, kernels=kernels, devices=devices).report

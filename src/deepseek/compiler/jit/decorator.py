@@ -37,7 +37,7 @@ from torch._higher_order_ops.utils import setup_compilation_env
 
 from deepseek.compiler.jit.backend import Captured, capture_inputs, compile_graph
 from deepseek.compiler.jit.explanation import Explanation, explain_captured
-from deepseek.compiler.jit.jit_options import Backend, JitOptions
+from deepseek.compiler.jit.jit_options import Backend, Devices, JitOptions
 from deepseek.compiler.jit.rewriting.counterparts import ENTRY, keep_counterpart
 from deepseek.compiler.jit.rewriting.parsing import describe
 from deepseek.compiler.jit.tracing.calls import Rewritable
@@ -70,6 +70,7 @@ def jit(
     options: dict[str, Any] | None = ...,
     optimize: bool = ...,
     memory_budget: float | None = ...,
+    devices: Devices = ...,
 ) -> Target: ...
 @overload
 def jit(
@@ -80,6 +81,7 @@ def jit(
     options: dict[str, Any] | None = ...,
     optimize: bool = ...,
     memory_budget: float | None = ...,
+    devices: Devices = ...,
 ) -> Callable[[Target], Target]: ...
 def jit(
     target: Any = None,
@@ -90,16 +92,18 @@ def jit(
     options: dict[str, Any] | None = None,
     optimize: bool = True,
     memory_budget: float | None = None,
+    devices: Devices = (),
 ) -> Any:
     """Compile a function, a method, a module or a class of modules to one graph, control flow on tensors included.
 
     `fullgraph=False` turns what cannot be rewritten from an error into a warning and a graph break. `backend`,
     `dynamic` and `options` are those of `torch.compile`. With `optimize`, graphs for inference are fused and freed of
     memory first. `memory_budget`, in training, is the share in (0, 1] of what backward needs again that is kept; the
-    rest is computed twice. A module comes back as one of the same class that shares its parameters, buffers and
-    children; a class is changed in place. Raises `ConfigError` for what has no Python source (a lambda, a built-in, a
-    generator, a coroutine), and when it is called `ControlFlowError`, with file, line and a hint, for what no graph
-    can hold.
+    rest is computed twice. `devices`, such as `("cpu", "cuda")` or `"present"`, are timed operator by operator, and
+    graphs for inference are spread over them where that beats the fastest one alone. A module comes back as one of the
+    same class that shares its parameters, buffers and children; a class is changed in place. Raises `ConfigError` for
+    what has no Python source (a lambda, a built-in, a generator, a coroutine), and when it is called
+    `ControlFlowError`, with file, line and a hint, for what no graph can hold.
 
     >>> import torch
     >>> @jit(backend="eager")
@@ -108,7 +112,7 @@ def jit(
     >>> absolute(torch.tensor(-3.0))
     tensor(3.)
     """
-    chosen = JitOptions(fullgraph, backend, dynamic, options, optimize, memory_budget)
+    chosen = JitOptions(fullgraph, backend, dynamic, options, optimize, memory_budget, devices)
     if target is None:
         return functools.partial(_jit, options=chosen)
     return _jit(target, chosen)

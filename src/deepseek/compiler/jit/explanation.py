@@ -37,6 +37,8 @@ class Explanation:
     peak_bytes_before: int | None
     peak_bytes_after: int | None
     notes: tuple[str, ...] = ()
+    placements: tuple[str, ...] = ()
+    """Which device runs what, for each graph, where several devices were given."""
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
@@ -50,6 +52,7 @@ class Explanation:
         if self.peak_bytes_before is not None and self.peak_bytes_after is not None:
             before, after = format_bytes(self.peak_bytes_before), format_bytes(self.peak_bytes_after)
             lines.append(f"peak memory: {before} before, {after} after")
+        lines += [f"devices: {placement}" for placement in self.placements]
         return "\n".join([*lines, *self.notes])
 
 
@@ -92,6 +95,7 @@ def explain_captured(
         peak_bytes_before=max((before for before, _ in peaks), default=None),
         peak_bytes_after=max((after for _, after in peaks), default=None),
         notes=tuple(notes),
+        placements=tuple(str(report.placement) for report in reports if report.placement is not None),
     )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from deepseek.compiler.passes.memory.recomputation import check_budget
+from deepseek.compiler.passes.placement.devices import list_devices
+from deepseek.core.errors import ConfigError
 
+PRESENT = "present"
 Backend = str | Callable[..., Any]
+Devices = Sequence[str] | Literal["present"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,18 @@ class JitOptions:
     """Whether graphs for inference are fused and freed of memory before the backend compiles them."""
     memory_budget: float | None = None
     """In training, the share in (0, 1] of what backward needs again that is kept; the rest is computed twice."""
+    devices: Devices = ()
+    """Devices over which graphs for inference are spread where that is faster than any one of them; or `present`."""
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None:
             check_budget(self.memory_budget)
+        if isinstance(self.devices, str) and self.devices != PRESENT:
+            raise ConfigError(
+                f"devices={self.devices!r} is one name; give several, such as ('cpu', 'cuda'), or {PRESENT!r} for all"
+            )
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The devices by name."""
+        return list_devices() if self.devices == PRESENT else tuple(self.devices)
