@@ -8,24 +8,21 @@ allocator held at its peak on a GPU; a driver's context is in neither, so it is 
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import tempfile
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek.core.allocator import give_back_freed_memory
 from deepseek.core.errors import ConfigError
+from deepseek.core.process_memory import forget_peak, peak_bytes
 from deepseek.planning.search.results import PlanningResult
 
 if TYPE_CHECKING:
     from deepseek.train.config import TrainConfig
 
 _FEWEST_STEPS = 4
-_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ class _ProcessMemory:
     """The most memory that this process has had since `begin`, over what it had then."""
 
     def __init__(self) -> None:
-        self._start_bytes = _peak_bytes()
+        self._start_bytes = peak_bytes()
 
     def begin(self) -> None:
         """Start over, where the system allows to forget the peak (Linux).
@@ -120,13 +117,12 @@ class _ProcessMemory:
         What measuring the machine freed first goes back to the system, or the plan would use it and count for less.
         """
         give_back_freed_memory()
-        if _FORGET.exists():
-            _FORGET.write_text("5")
-        self._start_bytes = _peak_bytes()
+        forget_peak()
+        self._start_bytes = peak_bytes()
 
     def measure(self) -> float:
         """Return the bytes."""
-        return float(_peak_bytes() - self._start_bytes)
+        return float(peak_bytes() - self._start_bytes)
 
 
 class _DeviceMemory:
@@ -149,12 +145,3 @@ def _open_memory(config: TrainConfig) -> _ProcessMemory | _DeviceMemory:
     from deepseek.train.loop import open_device
 
     return _DeviceMemory() if open_device(config.device).type == "cuda" else _ProcessMemory()
-
-
-def _peak_bytes() -> int:
-    """Return the most memory this process has had: on Linux since told to forget, elsewhere ever (macOS in bytes)."""
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

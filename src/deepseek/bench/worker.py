@@ -6,11 +6,8 @@ options) leak into another. The process above gives its orders in turns, so that
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +15,11 @@ from torch import Tensor
 
 from deepseek.bench.variants import Subject
 from deepseek.core.errors import DeepSeekError
+from deepseek.core.process_memory import forget_peak, peak_bytes
 from deepseek.mixed_precision.forward_precision import has_native_bf16
 from deepseek.models.loaded_model import LoadedModel
 from deepseek.models.loading import load_model
 
-_PROC = Path("/proc/self")
 ANY_ERROR = 1.0
 """Bound of a side that was told its precision, where accuracy on labelled data shows what it is worth."""
 
@@ -40,16 +37,16 @@ def work(connection: Connection, subject: Subject, model: str, settings: dict[st
         own: dict[str, Any] = {"backend": subject.backend, "precision": subject.precision}
         if "samples" in settings and subject.precision != "auto":
             own["tolerance"] = ANY_ERROR
-        runnable: LoadedModel = load_model(model, settings | own)
+        loaded = load_model(model, settings | own)
     except DeepSeekError as error:
         connection.send(("refused", str(error)))
         return
-    inputs = runnable.sample_inputs
-    _time(runnable, inputs, 1)
+    inputs = loaded.sample_inputs
+    _time(loaded, inputs, 1)
     _forget_peak()
-    connection.send(("ready", "; ".join(each for each in (subject.note, runnable.choice) if each)))
+    connection.send(("ready", "; ".join(each for each in (subject.note, loaded.choice) if each)))
     while (order := connection.recv()) is not None:
-        connection.send(_obey(order, runnable, inputs))
+        connection.send(_obey(order, loaded, inputs))
 
 
 def native_precisions() -> frozenset[str]:
@@ -59,48 +56,41 @@ def native_precisions() -> frozenset[str]:
     return frozenset(native | ({"fp16", "tf32"} if device.type == "cuda" else set()))
 
 
-def _obey(order: tuple[Any, ...], runnable: Any, inputs: tuple[Tensor, ...]) -> object:
+def _obey(order: tuple[Any, ...], loaded: LoadedModel, inputs: tuple[Tensor, ...]) -> object:
     name, *arguments = order
     if name == "time":
-        return _time(runnable, inputs, *arguments)
+        return _time(loaded, inputs, *arguments)
     if name == "answers":
         (given,) = arguments
-        return _answers(runnable, inputs if given is None else (torch.from_numpy(given),))
+        return _answers(loaded, inputs if given is None else (torch.from_numpy(given),))
     return _peak_bytes()
 
 
-def _time(runnable: Any, inputs: tuple[Tensor, ...], count: int) -> list[float]:
+def _time(loaded: LoadedModel, inputs: tuple[Tensor, ...], count: int) -> list[float]:
     latencies_s = []
     with torch.no_grad():
         for _ in range(count):
             start = time.perf_counter()
-            runnable(*inputs)
+            loaded(*inputs)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             latencies_s.append(time.perf_counter() - start)
     return latencies_s
 
 
-def _answers(runnable: Any, inputs: tuple[Tensor, ...]) -> object:
+def _answers(loaded: LoadedModel, inputs: tuple[Tensor, ...]) -> object:
     with torch.no_grad():
-        outputs = runnable(*inputs)
+        outputs = loaded(*inputs)
     while not isinstance(outputs, Tensor):
         outputs = next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
     return outputs.float().flatten(1).cpu().numpy()
 
 
 def _forget_peak() -> None:
-    """Let the peak start from now; where the system cannot, it is that of the whole process, loading included."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    if (_PROC / "clear_refs").exists():
-        (_PROC / "clear_refs").write_text("5", encoding="ascii")
+    forget_peak()
 
 
 def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    if (_PROC / "status").exists():
-        lines = (_PROC / "status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_bytes()

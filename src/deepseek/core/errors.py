@@ -68,6 +68,16 @@ class TrainingError(PermanentError):
     """The loss or a gradient stopped being a finite number."""
 
 
+def first_line(error: BaseException) -> str:
+    """Say what went wrong in one line: the type and the beginning of the message of a library's error.
+
+    >>> first_line(ValueError("no such file\\nat line 3"))
+    'ValueError: no such file'
+    """
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
 class RequestError(PermanentError):
     """A request to a server cannot be served; `status`, `param` and `code` go into the HTTP answer."""
 

@@ -32,7 +32,7 @@ from deepseek.compiler.runtimes import decisions
 from deepseek.compiler.runtimes.accuracy import check_numbers
 from deepseek.compiler.runtimes.backends import BACKENDS
 from deepseek.compiler.runtimes.backends.flat_signature import Flattened, flatten_model, require_model
-from deepseek.compiler.runtimes.backends.interface import BackendError, Built, Job, Variant, build, first_line
+from deepseek.compiler.runtimes.backends.interface import BackendError, Built, Job, Variant, build
 from deepseek.compiler.runtimes.digests import digest_model
 from deepseek.compiler.runtimes.selected_model import SelectedModel
 from deepseek.compiler.runtimes.selection_options import SelectionOptions
@@ -55,7 +55,7 @@ from deepseek.compiler.runtimes.selection_policy import (
 from deepseek.compiler.runtimes.selection_report import explain
 from deepseek.compiler.runtimes.timing import SLOW_CALL_S, measure_in_turns, time_call
 from deepseek.core.allocator import keep_freed_memory
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ConfigError, first_line
 from deepseek.core.events import Event
 
 __all__ = [

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from deepseek.compiler.runtimes.backends.flat_signature import Flattened, flatten_model
 from deepseek.compiler.runtimes.fallbacks import Finding
 from deepseek.compiler.runtimes.selection_policy import Traits
-from deepseek.core.errors import ConfigError, PermanentError
+from deepseek.core.errors import ConfigError, PermanentError, first_line
 
 T = TypeVar("T")
 Run = Callable[..., Sequence[Tensor]]
@@ -245,10 +245,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong in one line: the type and the beginning of the message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = next((line for line in lines), "")
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -32,11 +32,11 @@ from deepseek.compiler.runtimes.backends.interface import (
     Job,
     Missing,
     Variant,
-    first_line,
     quiet,
 )
 from deepseek.compiler.runtimes.fallbacks import judge_onnx_operators, judge_providers
 from deepseek.compiler.runtimes.selection_policy import Traits
+from deepseek.core.errors import first_line
 from deepseek.core.extras import DISTRIBUTION, has_library, require
 
 CPU_PROVIDER = "CPUExecutionProvider"
