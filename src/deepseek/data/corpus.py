@@ -23,6 +23,7 @@ from typing import Any
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import DataError
 from deepseek.core.events import Event
+from deepseek.core.model_folder import GENERATION_FILE
 from deepseek.core.storage import new_folder
 from deepseek.data.config import DataConfig
 from deepseek.data.sources import Corpus, name_some
@@ -118,7 +119,7 @@ def _provide_tokenizer(config: DataConfig, train: Corpus, folder: Path) -> tuple
 def _keep(tokenizer: Tokenizer, folder: Path, origin: dict[str, Any]) -> None:
     """Put the tokenizer in place of the one kept before; refuses a folder that holds anything else."""
     kept = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if foreign := kept - {TOKENIZER_FILE, SETTINGS_FILE, _ORIGIN_FILE}:
+    if foreign := kept - {TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE, _ORIGIN_FILE}:
         raise DataError(f"{folder} holds {min(foreign)!r}, which is not ours to replace; choose another data folder")
     with new_folder(folder) as temporary:
         save_tokenizer(tokenizer, temporary)
