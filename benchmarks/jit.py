@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, report
+from deepseek.checkpoint.activations import find_blocks
 from deepseek.compiler.jit.decorator import jit
 from deepseek.compiler.passes.fusion.rules import fuse
 from deepseek.compiler.passes.memory.peak_tracking import measure_peak_bytes
-from deepseek.compiler.passes.memory.recomputation import find_segments, inductor_with_budget
+from deepseek.compiler.passes.memory.recomputation import inductor_with_budget
 from deepseek.core.allocator import keep_freed_memory
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.zoo import build, settle_
@@ -99,7 +100,7 @@ def compile_blocks(budget: float) -> Callable[[nn.Module, Tensor], Callable[...,
 
     def prepare(model: nn.Module, inputs: Tensor) -> Callable[..., Tensor]:
         arrange(model)
-        for path in find_segments(model):
+        for path in find_blocks(model):
             parent, _, name = path.rpartition(".")
             block = jit(model.get_submodule(path), dynamic=False, backend=inductor_with_budget(budget))
             setattr(model.get_submodule(parent), name, block)
