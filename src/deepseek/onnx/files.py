@@ -21,7 +21,7 @@ from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactErro
 from deepseek.core.extras import require
 
 ONNX_SUFFIX = ".onnx"
-MIN_OPSET, MAX_OPSET = 11, 23
+MIN_OPSET, MAX_OPSET = 11, 28
 
 
 class UnsupportedOperatorError(ConfigError):

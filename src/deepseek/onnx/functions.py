@@ -6,7 +6,8 @@ order of ONNX, axes are whole numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -163,8 +164,10 @@ def depth_to_space(x_BCHW: Tensor, size: int, mode: str) -> Tensor:
     return blocks.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // size**2, height * size, width * size)
 
 
-def space_to_depth(x_BCHW: Tensor, size: int) -> Tensor:
+def space_to_depth(x_BCHW: Tensor, size: int, mode: str) -> Tensor:
     """Move blocks of pixels to channels."""
+    if mode == "CRD":
+        return F.pixel_unshuffle(x_BCHW, size)
     batch, channels, height, width = x_BCHW.shape
     blocks = x_BCHW.reshape(batch, channels, height // size, size, width // size, size)
     return blocks.permute(0, 3, 5, 1, 2, 4).reshape(batch, channels * size**2, height // size, width // size)
@@ -195,9 +198,16 @@ def gather_nd(x: Tensor, indices: Tensor, batch_dims: int) -> Tensor:
     return picked.reshape(batch + list(indices.shape[batch_dims:-1]) + list(x.shape[batch_dims + depth :]))
 
 
-def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, is_sum: bool) -> Tensor:
-    """Replace slices of `x` at the coordinates in the last dimension of `indices`, or add to them."""
-    return x.index_put(tuple(indices.unbind(-1)), updates, accumulate=is_sum)
+def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, reduction: str) -> Tensor:
+    """Replace slices of `x` at the coordinates in the last dimension of `indices`, or combine them by `reduction`."""
+    if reduction in ("none", "add"):
+        return x.index_put(tuple(indices.unbind(-1)), updates, accumulate=reduction == "add")
+    depth = indices.shape[-1]
+    numbers = torch.arange(x.shape[:depth].numel(), device=x.device).reshape(x.shape[:depth])
+    rows = numbers[tuple(indices.unbind(-1))].reshape(-1)
+    flat, parts = x.reshape(numbers.numel(), -1), updates.reshape(rows.numel(), -1)
+    rows = rows[:, None].expand(-1, flat.shape[1])
+    return flat.scatter_reduce(0, rows, parts, _SCATTERS[reduction]).reshape(x.shape)
 
 
 def eye_like(x: Tensor, diagonal: int, dtype: torch.dtype) -> Tensor:
@@ -221,43 +231,109 @@ def one_hot(indices: Tensor, depth: int, off_on: Tensor, axis: int) -> Tensor:
 def product(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     """Multiply over `dims`."""
     for dim in sorted((dim % x.dim() for dim in dims), reverse=True):
-        x = x.prod(dim, keepdim=keepdim)
+        x = x.prod(dim, keepdim=keepdim, dtype=x.dtype)
     return x
 
 
 def norm_1(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     """Sum absolute values."""
-    return x.abs().sum(dims, keepdim=keepdim) if dims else x.abs()
+    return x.abs().sum(dims, keepdim=keepdim, dtype=x.dtype) if dims else x.abs()
 
 
 def norm_2(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     """Compute the root of the sum of squares."""
-    return sum_of_squares(x, dims, keepdim).to(x.dtype if x.is_floating_point() else torch.float32).sqrt().to(x.dtype)
+    return sum_of_squares(_real(x), dims, keepdim).sqrt().to(x.dtype)
 
 
 def sum_of_squares(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     """Sum squares."""
-    return (x * x).sum(dims, keepdim=keepdim) if dims else x * x
+    return (x * x).sum(dims, keepdim=keepdim, dtype=x.dtype) if dims else x * x
 
 
 def log_of_sum(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     """Compute the logarithm of the sum."""
-    return (x.sum(dims, keepdim=keepdim) if dims else x).log()
+    return (total(x, dims, keepdim) if dims else x).log().to(x.dtype)
 
 
 def log_sum_exp(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     """Compute the logarithm of the sum of exponentials."""
-    return x.logsumexp(dims, keepdim=keepdim) if dims else x
+    return _real(x).logsumexp(dims, keepdim=keepdim).to(x.dtype) if dims else x
 
 
-PLAIN_REDUCTIONS = (torch.mean, torch.sum, torch.amax, torch.amin, product, log_sum_exp)  # x itself over no dimension
+def total(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """Sum in the dtype of x, where torch would sum whole numbers as int64."""
+    return x.sum(dims, keepdim=keepdim, dtype=x.dtype)
+
+
+def mean(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """Compute the mean in the dtype of x; of whole numbers it is cut to one."""
+    if x.is_floating_point():
+        return x.mean(dims, keepdim=keepdim)
+    return x.double().mean(dims, keepdim=keepdim).trunc().to(x.dtype)
+
+
+def largest(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """Take the largest; over nothing, the lowest value of the dtype."""
+    return _extreme(x, dims, keepdim, is_max=True)
+
+
+def smallest(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """Take the smallest; over nothing, the highest value of the dtype."""
+    return _extreme(x, dims, keepdim, is_max=False)
+
+
+def _extreme(x: Tensor, dims: list[int], keepdim: bool, *, is_max: bool) -> Tensor:
+    if all(x.shape[dim] for dim in dims):
+        return (torch.amax if is_max else torch.amin)(x, dims, keepdim)
+    if x.dtype is torch.bool:
+        neutral: float = not is_max
+    elif x.is_floating_point():
+        neutral = -math.inf if is_max else math.inf
+    else:
+        neutral = torch.iinfo(x.dtype).min if is_max else torch.iinfo(x.dtype).max
+    return torch.full_like(x.sum(dims, keepdim=keepdim, dtype=torch.float32), neutral, dtype=x.dtype)
+
+
+def arg_extreme(x: Tensor, dim: int, keepdim: bool, is_max: bool, is_last: bool) -> Tensor:
+    """Return the index of the largest or smallest value; among equal ones the first or the last."""
+    function = torch.argmax if is_max else torch.argmin
+    if not is_last:
+        return function(x, dim, keepdim)
+    return x.shape[dim] - 1 - function(x.flip(dim), dim, keepdim)
+
+
+def top_k(x: Tensor, count: int, dim: int, is_largest: bool) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest or smallest along `dim` and their indices; among equal ones the first come first."""
+    values, indices = torch.sort(x, dim=dim, descending=is_largest, stable=True)
+    return values.narrow(dim, 0, count), indices.narrow(dim, 0, count)
+
+
+def _real(x: Tensor) -> Tensor:
+    """Return whole numbers as doubles, which roots and logarithms are computed in."""
+    return x if x.is_floating_point() else x.double()
+
+
+PLAIN_REDUCTIONS = (mean, total, largest, smallest, product, log_sum_exp)  # x itself over no dimension
 
 
 def cumsum(x: Tensor, dim: int, is_exclusive: bool, is_reversed: bool) -> Tensor:
     """Compute running sums along `dim`, from the end where reversed, without the own element where exclusive."""
+    return _running(torch.cumsum, x, dim, is_exclusive, is_reversed, start=0)
+
+
+def cumprod(x: Tensor, dim: int, is_exclusive: bool, is_reversed: bool) -> Tensor:
+    """Compute running products along `dim`, from the end where reversed, without the own element where exclusive."""
+    return _running(torch.cumprod, x, dim, is_exclusive, is_reversed, start=1)
+
+
+def _running(
+    function: Callable[..., Tensor], x: Tensor, dim: int, is_exclusive: bool, is_reversed: bool, *, start: int
+) -> Tensor:
     x = x.flip(dim) if is_reversed else x
-    sums = x.cumsum(dim, dtype=x.dtype)
-    sums = sums - x if is_exclusive else sums
+    if is_exclusive:  # shifted and not subtracted: inf - inf is none, and small sums after large ones would be lost
+        first = torch.full_like(x.narrow(dim, 0, min(1, x.shape[dim])), start)
+        x = torch.cat([first, x.narrow(dim, 0, max(0, x.shape[dim] - 1))], dim)
+    sums = function(x, dim, dtype=x.dtype)
     return sums.flip(dim) if is_reversed else sums
 
 

@@ -29,6 +29,9 @@ from deepseek.onnx.files import UnsupportedOperatorError
 Number: TypeAlias = "int | float | bool | fx.Node"
 
 
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
 @dataclass(frozen=True)
 class Lengths:
     """A vector or scalar of numbers of which at least one is only known when the model runs."""
@@ -74,6 +77,8 @@ class GraphBuilder:
         arguments = fx.node.map_aggregate(arguments, self.materialize)
         keywords = fx.node.map_aggregate(keywords, self.materialize)
         sample = function(*fx.node.map_aggregate(arguments, _sample), **fx.node.map_aggregate(keywords, _sample))
+        if _has_wide_unsigned((arguments, keywords)):
+            function(*fx.node.map_aggregate(arguments, _zeros), **fx.node.map_aggregate(keywords, _zeros))
         node = self.graph.call_function(function, arguments, keywords)
         node.meta["sample"] = sample
         return node
@@ -251,6 +256,27 @@ def _sample(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return value.meta["sample"]
     return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _zeros(value: Any) -> Any:
+    sample = _sample(value)
+    return torch.zeros_like(sample, device="cpu") if isinstance(sample, Tensor) else sample
+
+
+def _has_wide_unsigned(values: Any) -> bool:
+    """Return whether a tensor is of a type that torch has and for which most of its operators are not written.
+
+    Tensors without values do not show that; such a call is tried on zeros, so that it fails now and by its name.
+    """
+    found = False
+
+    def look(value: Any) -> Any:
+        nonlocal found
+        found = found or getattr(_sample(value), "dtype", None) in _WIDE_UNSIGNED
+        return value
+
+    fx.node.map_aggregate(values, look)
+    return found
 
 
 def _has_node(values: Any) -> bool:

@@ -1,6 +1,6 @@
 """An ONNX graph as a `torch.fx.GraphModule` with parameters, for compilers, quantizers and training.
 
-    model = import_onnx(read_onnx(path))       opsets 11 to 23
+    model = import_onnx(read_onnx(path))       opsets 11 to 28
 
 Operator by operator, each through its row in `operators.OPERATORS`. What ONNX itself defines through other operators
 (attention, rotary embedding, ...) and functions inside the file are written out first. Convolutions, batch norms,
@@ -29,6 +29,17 @@ from deepseek.onnx.graph_builder import GraphBuilder, Value
 from deepseek.onnx.operators import OPERATORS
 from deepseek.onnx.operators.node import Operator
 from deepseek.onnx.sample_inputs import build_inputs, describe_inputs
+
+# Attributes that need not be read: the inputs say the same, or they matter in training alone.
+_SAID_ELSEWHERE = {
+    "BatchNormalization": ("momentum", "spatial"),
+    "Conv": ("kernel_shape",),
+    "ConvInteger": ("kernel_shape",),
+    "ConvTranspose": ("kernel_shape",),
+    "Dropout": ("ratio", "seed"),
+    "QLinearConv": ("kernel_shape",),
+    "Split": ("num_outputs",),
+}
 
 
 def import_onnx(
@@ -103,6 +114,7 @@ def _translate_node(
     op = Operator(node.op_type, node.name, opset, _attributes(node), len([name for name in node.output if name]))
     try:
         given = OPERATORS[node.op_type](builder, op, *(values[name] for name in node.input))
+        _refuse_unread_attributes(op)
     except UnsupportedOperatorError as error:
         raise UnsupportedOperatorError(said.explain(str(error))) from error
     except DeepSeekError:
@@ -114,6 +126,18 @@ def _translate_node(
         given = builder.name_weight(given.clone(), node.output[0])
     results = given if isinstance(given, tuple) else (given,)
     return {name: result for name, result in zip(node.output, results, strict=False) if name}
+
+
+def _refuse_unread_attributes(op: Operator) -> None:
+    """Raise where an attribute says something that the translation did not ask for."""
+    onnx = require("onnx", extra="compile")
+    defaults = onnx.defs.get_schema(op.op_type, op.opset).attributes
+    for name, value in op.attributes.items():
+        if name in op.read or name in _SAID_ELSEWHERE.get(op.op_type, ()):
+            continue
+        default = defaults[name].default_value if name in defaults else None
+        if default is None or not default.name or value != onnx.helper.get_attribute_value(default):
+            raise UnsupportedOperatorError(f"its attribute {name}={value!r} is not followed")
 
 
 def _is_known(node: Any) -> bool:

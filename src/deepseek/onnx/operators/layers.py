@@ -5,7 +5,6 @@ Where the weights are known they become modules of torch, which passes over grap
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from deepseek.onnx import functions
+from deepseek.onnx import functions, pooling
 from deepseek.onnx.files import UnsupportedOperatorError
 from deepseek.onnx.graph_builder import GraphBuilder, Value
 from deepseek.onnx.operators.node import Operator, Result, Translator
@@ -140,38 +139,44 @@ def _pad_window(
 def _max_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     if op.num_outputs > 1:
         raise UnsupportedOperatorError("the indices of a pooling are not followed")
-    kernel = list(op.get("kernel_shape", []))
-    strides, dilations, _ = _window(op, len(kernel))
-    dtype = builder.sample(x).dtype
-    fill = -math.inf if dtype.is_floating_point else float(torch.iinfo(dtype).min)
-    x, padding = _pad_window(builder, op, x, kernel, strides, dilations, fill=fill)
-    function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(kernel)]
-    return builder.call(function, x, kernel, strides, padding, dilations, bool(op.get("ceil_mode", 0)))
+    window = _pool_window(op)
+    if window.is_plain:
+        function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(window.kernel)]
+        plain = (list(window.kernel), list(window.strides), list(window.before), list(window.dilations))
+        return builder.call(function, x, *plain, window.is_ceil)
+    return builder.call(pooling.max_pool, x, window)
 
 
 def _average_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    kernel = list(op.get("kernel_shape", []))
+    window, counts_padding = _pool_window(op), bool(op.get("count_include_pad", 0))
+    if window.is_plain and set(window.dilations) == {1}:
+        function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(window.kernel)]
+        plain = (list(window.kernel), list(window.strides), list(window.before))
+        return builder.call(function, x, *plain, window.is_ceil, counts_padding)
+    return builder.call(pooling.average_pool, x, window, counts_padding)
+
+
+def _lp_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    return builder.call(pooling.lp_pool, x, _pool_window(op), op.get("p", 2))
+
+
+def _pool_window(op: Operator) -> pooling.Window:
+    kernel = tuple(op.get("kernel_shape", ()))
+    if len(kernel) not in (1, 2, 3):
+        raise UnsupportedOperatorError(f"windows of {len(kernel)} dimensions are not followed, only of 1 to 3")
     strides, dilations, _ = _window(op, len(kernel))
-    if set(dilations) != {1}:
-        raise UnsupportedOperatorError(f"dilations={dilations} are not followed, only 1")
-    ceil, counts_padding = bool(op.get("ceil_mode", 0)), bool(op.get("count_include_pad", 0))
-    original = x
-    x, padding = _pad_window(builder, op, x, kernel, strides, dilations, fill=0.0)
-    function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(kernel)]
-    is_padded_here = x is not original
-    if not is_padded_here and all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True)):
-        return builder.call(function, x, kernel, strides, padding, ceil, counts_padding)
-    if not is_padded_here:
-        flat = [pad for pad in reversed(padding) for _ in range(2)]
-        x = builder.call(F.pad, x, flat)
-    pooled = builder.call(function, x, kernel, strides, 0, ceil, False)
-    if counts_padding:
-        return pooled
-    ones = builder.call(torch.ones_like, original)
-    share, _ = _pad_window(builder, op, ones, kernel, strides, dilations, fill=0.0)
-    if not is_padded_here:
-        share = builder.call(F.pad, ones, flat)
-    return builder.call(torch.div, pooled, builder.call(function, share, kernel, strides, 0, ceil, False))
+    pads = tuple(op.get("pads", [0] * 2 * len(kernel)))
+    auto_pad = op.get("auto_pad", "NOTSET")
+    pads = pads if auto_pad == "NOTSET" else (0,) * 2 * len(kernel)
+    return pooling.Window(
+        kernel,
+        tuple(strides),
+        tuple(dilations),
+        pads[: len(kernel)],
+        pads[len(kernel) :],
+        auto_pad if auto_pad.startswith("SAME") else "",
+        bool(op.get("ceil_mode", 0)),
+    )
 
 
 def _global_pool(function: Callable[..., Any]) -> Translator:
@@ -179,6 +184,10 @@ def _global_pool(function: Callable[..., Any]) -> Translator:
         return builder.call(function, x, list(range(2, builder.rank(x))), True)
 
     return translate
+
+
+def _global_lp_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    return builder.call(pooling.lp_norm, x, list(range(2, builder.rank(x))), op.get("p", 2))
 
 
 def _batch_norm(
@@ -260,8 +269,10 @@ LAYERS: dict[str, Translator] = {
     "ConvTranspose": _conv_transpose,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
+    "LpPool": _lp_pool,
     "GlobalAveragePool": _global_pool(torch.mean),
     "GlobalMaxPool": _global_pool(torch.amax),
+    "GlobalLpPool": _global_lp_pool,
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
     "RMSNormalization": _rms_norm,

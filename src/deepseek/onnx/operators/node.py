@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from deepseek.onnx.files import UnsupportedOperatorError
@@ -21,9 +21,12 @@ class Operator:
     opset: int
     attributes: Mapping[str, Any]
     num_outputs: int = 1
+    read: set[str] = field(default_factory=set)
+    """Attributes that were asked for; one that nothing asks for is not followed."""
 
     def get(self, name: str, default: Any) -> Any:
         """Return an attribute; text as `str`."""
+        self.read.add(name)
         value = self.attributes.get(name, default)
         return value.decode() if isinstance(value, bytes) else value
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from deepseek.onnx import functions
 from deepseek.onnx.graph_builder import GraphBuilder, Value
 from deepseek.onnx.operators.node import Operator, Result, Translator
@@ -24,40 +22,43 @@ def _reduction(function: Callable[..., Any]) -> Translator:
     return translate
 
 
-def _arg(function: Callable[..., Any]) -> Translator:
+def _arg(*, is_max: bool) -> Translator:
     def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-        op.allow(select_last_index=0)
-        return builder.call(function, x, op.get("axis", 0), bool(op.get("keepdims", 1)))
+        is_last = bool(op.get("select_last_index", 0))
+        return builder.call(functions.arg_extreme, x, op.get("axis", 0), bool(op.get("keepdims", 1)), is_max, is_last)
 
     return translate
 
 
-def _cumsum(builder: GraphBuilder, op: Operator, x: Value, axis: Value) -> Result:
-    dim = int(builder.numbers(axis, "axis")[0])
-    return builder.call(functions.cumsum, x, dim, bool(op.get("exclusive", 0)), bool(op.get("reverse", 0)))
+def _running(function: Callable[..., Any]) -> Translator:
+    def translate(builder: GraphBuilder, op: Operator, x: Value, axis: Value) -> Result:
+        dim = int(builder.numbers(axis, "axis")[0])
+        return builder.call(function, x, dim, bool(op.get("exclusive", 0)), bool(op.get("reverse", 0)))
+
+    return translate
 
 
 def _top_k(builder: GraphBuilder, op: Operator, x: Value, k: Value) -> Result:
     count = builder.numbers(k, "k")[0]
-    given = builder.call(
-        torch.topk, x, count, op.get("axis", -1), bool(op.get("largest", 1)), bool(op.get("sorted", 1))
-    )
+    op.get("sorted", 1)  # sorted is one of the orders that unsorted allows
+    given = builder.call(functions.top_k, x, count, op.get("axis", -1), bool(op.get("largest", 1)))
     return builder.item(given, 0), builder.item(given, 1)
 
 
 REDUCTIONS: dict[str, Translator] = {
-    "ReduceMean": _reduction(torch.mean),
-    "ReduceSum": _reduction(torch.sum),
-    "ReduceMax": _reduction(torch.amax),
-    "ReduceMin": _reduction(torch.amin),
+    "ReduceMean": _reduction(functions.mean),
+    "ReduceSum": _reduction(functions.total),
+    "ReduceMax": _reduction(functions.largest),
+    "ReduceMin": _reduction(functions.smallest),
     "ReduceProd": _reduction(functions.product),
     "ReduceL1": _reduction(functions.norm_1),
     "ReduceL2": _reduction(functions.norm_2),
     "ReduceSumSquare": _reduction(functions.sum_of_squares),
     "ReduceLogSum": _reduction(functions.log_of_sum),
     "ReduceLogSumExp": _reduction(functions.log_sum_exp),
-    "ArgMax": _arg(torch.argmax),
-    "ArgMin": _arg(torch.argmin),
-    "CumSum": _cumsum,
+    "ArgMax": _arg(is_max=True),
+    "ArgMin": _arg(is_max=False),
+    "CumSum": _running(functions.cumsum),
+    "CumProd": _running(functions.cumprod),
     "TopK": _top_k,
 }

@@ -19,16 +19,16 @@ from deepseek.onnx.operators.node import Operator, Result, Translator
 
 def _constant(builder: GraphBuilder, op: Operator) -> Result:
     if "value" in op.attributes:
-        return to_torch(op.attributes["value"])
+        return to_torch(op.get("value", None))
     for name, dtype in (("value_float", torch.float32), ("value_int", torch.int64)):
         for key in (name, f"{name}s"):
             if key in op.attributes:
-                return torch.tensor(op.attributes[key], dtype=dtype)
+                return torch.tensor(op.get(key, None), dtype=dtype)
     raise UnsupportedOperatorError(f"a constant of kind {', '.join(op.attributes)} is not followed")
 
 
 def _constant_of_shape(builder: GraphBuilder, op: Operator, shape: Value) -> Result:
-    value = to_torch(op.attributes["value"]).reshape(()) if "value" in op.attributes else torch.zeros(())
+    value = to_torch(op.get("value", None)).reshape(()) if "value" in op.attributes else torch.zeros(())
     lengths = builder.numbers(shape, "shape")
     return builder.create(torch.full, lengths, value.item(), dtype=value.dtype)
 
@@ -91,9 +91,10 @@ def _unsqueeze(builder: GraphBuilder, op: Operator, x: Value, axes: Value = None
 
 
 def _concat(builder: GraphBuilder, op: Operator, *values: Value) -> Result:
+    axis = op.get("axis", 0)
     if builder.is_lengths(*values):
         return as_lengths(number for value in values for number in builder.numbers(value, "part"))
-    return builder.call(torch.cat, [builder.tensor(value) for value in values], dim=op.get("axis", 0))
+    return builder.call(torch.cat, [builder.tensor(value) for value in values], dim=axis)
 
 
 def _split(builder: GraphBuilder, op: Operator, x: Value, sizes: Value = None) -> Result:
@@ -192,7 +193,7 @@ def _depth_to_space(builder: GraphBuilder, op: Operator, x: Value) -> Result:
 
 
 def _space_to_depth(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    return builder.call(functions.space_to_depth, x, op.get("blocksize", 1))
+    return builder.call(functions.space_to_depth, x, op.get("blocksize", 1), op.get("mode", "DCR"))
 
 
 def _gather_elements(builder: GraphBuilder, op: Operator, x: Value, indices: Value) -> Result:
@@ -208,9 +209,7 @@ def _scatter_elements(builder: GraphBuilder, op: Operator, x: Value, indices: Va
 
 
 def _scatter_nd(builder: GraphBuilder, op: Operator, x: Value, indices: Value, updates: Value) -> Result:
-    if op.get("reduction", "none") not in ("none", "add"):
-        raise UnsupportedOperatorError(f"reduction={op.get('reduction', '')!r} is not followed, only 'none' and 'add'")
-    return builder.call(functions.scatter_nd, x, indices, updates, op.get("reduction", "none") == "add")
+    return builder.call(functions.scatter_nd, x, indices, updates, op.get("reduction", "none"))
 
 
 def _one_hot(builder: GraphBuilder, op: Operator, indices: Value, depth: Value, values: Value) -> Result:
