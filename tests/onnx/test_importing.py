@@ -7,16 +7,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from deepseek.core.errors import CorruptArtifactError
+from deepseek.core.errors import ConfigError, CorruptArtifactError
 from deepseek.models import zoo
 from deepseek.onnx.files import UnsupportedOperatorError, read_onnx
 from deepseek.onnx.importing import import_onnx, list_unsupported
 from deepseek.onnx.sample_inputs import build_inputs, describe_inputs
 from tests.models import minilm
-from tests.onnx.checks import FLOAT, build_model, check_against_runtime, export, quiet, run_reference
+from tests.onnx.checks import FLOAT, INT64, build_model, check_against_runtime, export, quiet, run_reference
 
 
 def test_a_product_and_a_sum_become_one_linear_layer():
@@ -224,3 +224,96 @@ def test_a_graph_that_reads_what_nothing_gives_is_damaged():
         import_onnx(build_model(nodes, {"x": (FLOAT, [2])}, {"y": FLOAT}))
     with pytest.raises(CorruptArtifactError, match="promises the output 'z'"):
         import_onnx(build_model([helper.make_node("Relu", ["x"], ["y"])], {"x": (FLOAT, [2])}, {"z": FLOAT}))
+
+
+# ---- files as people have them
+
+
+@pytest.mark.parametrize(
+    "names", [("x:0", "x/0"), ("class", "class_"), ("1", "_1"), ("self", "input.1"), ("größe", "lambda")]
+)
+def test_inputs_and_weights_may_have_names_that_are_none_in_python(names):
+    first, second = names
+    weights = {"def": numpy.arange(3, dtype="f"), "layer.class.0": numpy.ones(3, "f"), "2": numpy.full(3, 2, "f")}
+    nodes = [
+        helper.make_node("Add", [first, second], ["s"]),
+        helper.make_node("Sum", ["s", "def", "layer.class.0", "2"], ["y:0"], name="import"),
+    ]
+    model = build_model(nodes, {name: (FLOAT, [3]) for name in names}, {"y:0": FLOAT}, weights=weights)
+    check_against_runtime(model, (torch.randn(3), torch.randn(3)))
+
+
+def test_weights_of_layers_may_have_names_that_are_none_in_python():
+    weights = {"class.weight": numpy.eye(4, 3, dtype="f")}
+    model = build_model(
+        [helper.make_node("MatMul", ["x", "class.weight"], ["y"])],
+        {"x": (FLOAT, ["n", 4])},
+        {"y": FLOAT},
+        weights=weights,
+    )
+    check_against_runtime(model, (torch.randn(2, 4),))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16])
+def test_a_file_of_another_precision_is_computed_in_fp32_where_asked_for_and_answers_in_its_own(kind):
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    weight = numpy.random.default_rng(0).normal(size=(4, 3, 3, 3))
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1], name="conv"),
+        helper.make_node("Cast", ["c"], ["s"], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["s"], ["y"], to=kind),
+    ]
+    model = build_model(nodes, {"x": (kind, [1, 3, 8, 8])}, {"y": kind})
+    model.graph.initializer.append(numpy_helper.from_array(weight.astype(dtype), "w"))
+    plain, widened = import_onnx(model), import_onnx(model, in_float32=True)
+    image = torch.randn(1, 3, 8, 8)
+    given = image.to(dict(plain.named_parameters())["conv.weight"].dtype)
+    exact = nn.functional.conv2d(given.double(), plain.conv.weight.double(), padding=1)
+    assert {each.dtype for each in widened.parameters()} == {torch.float32}
+    for converted in (plain, widened):
+        answer = converted(given)
+        assert answer.dtype is given.dtype
+        torch.testing.assert_close(answer.double(), exact, rtol=0.02, atol=0.1)
+
+
+def test_arrays_and_numbers_of_other_widths_are_taken_and_other_kinds_refused():
+    nodes = [helper.make_node("Gather", ["table", "i"], ["rows"]), helper.make_node("Add", ["rows", "x"], ["y"])]
+    model = build_model(
+        nodes,
+        {"i": (INT64, ["n"]), "x": (FLOAT, [4])},
+        {"y": FLOAT},
+        weights={"table": numpy.arange(12, dtype="f").reshape(3, 4)},
+    )
+    converted = import_onnx(model)
+    expected = numpy.array([[8.0, 9, 10, 11], [4, 5, 6, 7]]) + 0.5
+    for indices in (numpy.array([2, 1]), numpy.array([2, 1], "i4"), torch.tensor([2, 1], dtype=torch.int16)):
+        for x in (numpy.full(4, 0.5), numpy.full(4, 0.5, "f"), torch.full((4,), 0.5, dtype=torch.float64)):
+            answer = converted(indices, x)
+            assert answer.dtype is torch.float32
+            numpy.testing.assert_array_equal(answer.detach().numpy(), expected)
+    with pytest.raises(ConfigError, match="input 'i' is int64 in the file and float32 was given"):
+        converted(torch.tensor([2.0]), torch.zeros(4))
+
+
+def test_negative_indices_that_are_known_at_run_time_count_from_the_end():
+    table = numpy.arange(12, dtype="f").reshape(3, 4)
+    model = build_model(
+        [helper.make_node("Gather", ["t", "i"], ["y"])], {"i": (INT64, ["n"])}, {"y": FLOAT}, weights={"t": table}
+    )
+    converted = check_against_runtime(model, (torch.tensor([-1, 0, -3]),))
+    assert [type(each) for each in converted.children()] == [nn.Embedding]
+
+
+def test_an_attribute_that_is_not_followed_is_refused_and_not_dropped():
+    node = helper.make_node("SpaceToDepth", ["x"], ["y"], blocksize=2)
+    model = build_model([node], {"x": (FLOAT, [1, 1, 4, 4])}, {"y": FLOAT})
+    model.graph.node[0].attribute.append(helper.make_attribute("order", "backwards"))
+    with pytest.raises(UnsupportedOperatorError, match="its attribute order=b'backwards' is not followed"):
+        import_onnx(model)
+
+
+def test_a_type_that_torch_barely_has_is_refused_while_the_file_is_read():
+    node = helper.make_node("Add", ["x", "x"], ["y"])
+    model = build_model([node], {"x": (TensorProto.UINT16, [2])}, {"y": TensorProto.UINT16})
+    with pytest.raises(UnsupportedOperatorError, match=r"Add of opset 17 .*UInt16"):
+        import_onnx(model)

@@ -9,7 +9,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.onnx.files import UnsupportedOperatorError
 from deepseek.onnx.importing import import_onnx
 from deepseek.onnx.sample_inputs import build_inputs, describe_inputs
-from tests.onnx.checks import FLOAT, build_model, relu_model
+from tests.onnx.checks import FLOAT, INT64, build_model, check_against_runtime, relu_model
 
 
 def test_sample_inputs_that_do_not_fit_are_explained():
@@ -29,3 +29,13 @@ def test_sample_inputs_that_do_not_fit_are_explained():
         build_inputs(fixed, batch_size=3)
     with pytest.raises(ConfigError, match=r"shape \(any\) and \(3, 4\) was given"):
         build_inputs(specs, {"x": [3, 4]})
+
+
+@pytest.mark.parametrize("name", ["segment_ids", "token_type_ids", "attention_mask", "characters"])
+def test_integers_are_rows_of_any_table(name):
+    table = numpy.arange(8, dtype="f").reshape(2, 4)
+    node = helper.make_node("Gather", ["table", name], ["y"])
+    model = build_model([node], {name: (INT64, ["n", "length"])}, {"y": FLOAT}, weights={"table": table})
+    (indices,) = build_inputs(describe_inputs(model), batch_size=4, sequence_length=50)
+    assert set(indices.unique().tolist()) <= {0, 1}
+    check_against_runtime(model, (indices,))

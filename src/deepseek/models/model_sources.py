@@ -372,7 +372,8 @@ def _open_onnx(path: Path, config: LoadConfig, verify: bool) -> Opened:
     specs = describe_inputs(proto)
 
     draw = partial(draw_for_specs, specs)
-    model = import_onnx(proto, sample_inputs=draw(config), source=str(path))
+    is_measured = config.backend is not None  # backends are compared in FP32, and choose a precision themselves
+    model = import_onnx(proto, sample_inputs=draw(config), source=str(path), in_float32=is_measured)
     return Opened(f"{path}, an ONNX file converted to PyTorch", model, draw, str(path))
 
 

@@ -20,6 +20,22 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def widen(x: Tensor, chosen: Sequence[torch.dtype]) -> Tensor:
+    """Return `x` as FP32, unless it comes in one of the types that a backend may have `chosen`."""
+    return x if x.dtype in chosen else x.float()
+
+
+def number_line(start: float, limit: float, delta: float, **options: Any) -> Tensor:
+    """Count from `start` by `delta` up to `limit`; nothing where that leads away from it."""
+    has_any = (limit - start) / delta > 0
+    return torch.arange(start, limit if has_any else start, delta, **options)
+
+
+def wrap_indices(indices: Tensor, length: int) -> Tensor:
+    """Count negative indices from the end."""
+    return torch.where(indices < 0, indices + length, indices)
+
+
 def choose(condition: Any, x: Any, y: Any) -> Any:
     """Return `x` where `condition` holds, else `y`, for plain numbers."""
     return x if condition else y
@@ -115,14 +131,16 @@ def expand(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     """Take slices of `x` along `axis`; negative indices count from the end."""
-    indices = torch.where(indices < 0, indices + x.shape[axis], indices)
+    indices = wrap_indices(indices, x.shape[axis])
     shape = [*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]]
     return x.index_select(axis, indices.reshape(-1)).reshape(shape)
 
 
 def cut_backwards(x: Tensor, dim: int, first: int, last: int, stride: int) -> Tensor:
-    """Cut `x[first:last:stride]` along `dim` for a negative stride."""
-    positions = range(x.shape[dim])[slice(first, None if last < -x.shape[dim] else last, stride)]
+    """Cut `x[first:last:stride]` along `dim` for a negative stride; ONNX clips both ends to the axis, unlike Python."""
+    length = x.shape[dim]
+    first, last = (bound + length if bound < 0 else bound for bound in (first, last))
+    positions = range(min(max(first, 0), length - 1), min(max(last, -1), length - 1), stride)
     return x.index_select(dim, torch.tensor(list(positions), dtype=torch.int64, device=x.device))
 
 
@@ -175,7 +193,7 @@ def space_to_depth(x_BCHW: Tensor, size: int, mode: str) -> Tensor:
 
 def gather_elements(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     """Take one element of `x` along `axis` for every index."""
-    return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices).long())
+    return x.gather(axis, wrap_indices(indices, x.shape[axis]).long())
 
 
 _SCATTERS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
@@ -183,7 +201,7 @@ _SCATTERS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, axis: int, reduction: str) -> Tensor:
     """Replace one element of `x` along `axis`, or combine it by `reduction`, for every index."""
-    positions = torch.where(indices < 0, indices + x.shape[axis], indices).long()
+    positions = wrap_indices(indices, x.shape[axis]).long()
     if reduction == "none":
         return x.scatter(axis, positions, updates)
     return x.scatter_reduce(axis, positions, updates, _SCATTERS[reduction])

@@ -15,6 +15,7 @@ ranks, and a model whose shapes do not fit is refused while it is read and by th
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,11 +25,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from deepseek.onnx import functions
 from deepseek.onnx.files import UnsupportedOperatorError
 
 Number: TypeAlias = "int | float | bool | fx.Node"
 
 
+_OTHER_REALS = (torch.float16, torch.bfloat16, torch.float64)
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -46,21 +49,39 @@ Value: TypeAlias = "Tensor | fx.Node | Lengths | None"
 class GraphBuilder:
     """The graph as far as it has been translated, and the module that will hold its parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_float32: bool = False) -> None:
+        self.in_float32 = in_float32
         self.root = nn.Module()
         self.graph = fx.Graph()
         self._readers: dict[int, tuple[Tensor, fx.Node]] = {}  # the tensor is kept so that its id stays its own
         self._names: dict[int, tuple[Tensor, str]] = {}
         self._paths: set[str] = set()
+        self._arguments = {"self"}
         self._device: fx.Node | None = None
 
     # ---- what goes in
 
     def add_input(self, name: str, sample: Tensor) -> fx.Node:
         """Add an argument to the model."""
-        node = self.graph.placeholder(re.sub(r"\W", "_", name))
+        argument = _identifier(name)
+        while argument in self._arguments:
+            argument += "_"
+        self._arguments.add(argument)
+        node = self.graph.placeholder(argument)
         node.meta["sample"] = sample.to("meta")
-        return node
+        if self.dtype(sample.dtype) is sample.dtype:
+            return node
+        chosen = [dtype for dtype in (torch.float16, torch.bfloat16) if dtype is not sample.dtype]
+        widened: fx.Node = self.call(functions.widen, node, chosen)
+        return widened
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the type that a type of the file is computed in."""
+        return torch.float32 if self.in_float32 and dtype in _OTHER_REALS else dtype
+
+    def widen(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the file in the type that it is computed in."""
+        return tensor.to(self.dtype(tensor.dtype))
 
     def name_weight(self, tensor: Tensor, name: str) -> Tensor:
         """Remember that `tensor` is a weight called `name`; reals become parameters under it."""
@@ -203,7 +224,7 @@ class GraphBuilder:
 
     def _free_path(self, name: str) -> str:
         """Return a path in the module for `name` that is free: its dots are kept where they can be modules."""
-        parts = [re.sub(r"\W", "_", part) for part in name.split(".") if part]
+        parts = [_identifier(part) if not part.isdigit() else part for part in name.split(".") if part]
         path = ".".join(parts) if parts else "value"
         if any(part[0].isdigit() for part in parts[-1:]) and len(parts) == 1:
             path = f"at_{path}"
@@ -246,6 +267,14 @@ def _dtype_of(numbers: Sequence[Number]) -> torch.dtype:
     if any(isinstance(sample, float) for sample in samples):
         return torch.float32
     return torch.bool if samples and all(isinstance(sample, bool) for sample in samples) else torch.int64
+
+
+def _identifier(name: str) -> str:
+    """Return a name of Python for any name of ONNX: `x:0`, `1`, `class`."""
+    found = re.sub(r"\W", "_", name, flags=re.ASCII)
+    if not found or found[0].isdigit():
+        found = f"_{found}"
+    return f"{found}_" if keyword.iskeyword(found) else found
 
 
 def _length(x: Tensor, dim: int) -> int:

@@ -19,17 +19,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 
 from deepseek.core.errors import ConfigError, CorruptArtifactError, DeepSeekError
 from deepseek.core.extras import require
-from deepseek.onnx.files import UnsupportedOperatorError, opset_of, to_torch
+from deepseek.onnx import functions
+from deepseek.onnx.files import UnsupportedOperatorError, opset_of, to_torch, torch_dtype
 from deepseek.onnx.graph_builder import GraphBuilder, Value
 from deepseek.onnx.operators import OPERATORS
 from deepseek.onnx.operators.node import Operator
 from deepseek.onnx.sample_inputs import build_inputs, describe_inputs
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Type of an input -> types that are converted to it, since Python's and NumPy's own numbers are of 64 bits.
+_CALLED_WITH = {**dict.fromkeys(_WHOLE, _WHOLE), **dict.fromkeys(_REAL, _REAL)}
 # Attributes that need not be read: the inputs say the same, or they matter in training alone.
 _SAID_ELSEWHERE = {
     "BatchNormalization": ("momentum", "spatial"),
@@ -43,11 +49,17 @@ _SAID_ELSEWHERE = {
 
 
 def import_onnx(
-    model: Any, *, sample_inputs: Sequence[Tensor] | None = None, source: str = "the ONNX model"
+    model: Any,
+    *,
+    sample_inputs: Sequence[Tensor] | None = None,
+    source: str = "the ONNX model",
+    in_float32: bool = False,
 ) -> fx.GraphModule:
     """Translate the `ModelProto` `model` to PyTorch, in evaluation mode; `sample_inputs` say what it leaves open.
 
-    The module takes the inputs of the file in order and returns its output, or a tuple of them. Raises
+    The module takes the inputs of the file in order, as tensors or arrays, and returns its output, or a tuple of them.
+    With `in_float32` a file of another precision (fp16, bf16, double) is computed in FP32 throughout, where backends
+    choose a precision of their own; its inputs and outputs keep their types. Raises
     `UnsupportedOperatorError`, a `ConfigError`, for an operator that has no counterpart here, and `ConfigError` where
     the sample inputs do not fit.
     """
@@ -60,18 +72,54 @@ def import_onnx(
         raise ConfigError(
             f"{source} takes {len(specs)} inputs ({names}) and {len(samples)} were given; give one for each"
         )
-    builder = GraphBuilder()
+    builder = GraphBuilder(in_float32=in_float32)
     values: dict[str, Value] = {"": None}
     for spec, sample in zip(specs, samples, strict=True):
-        values[spec.name] = builder.add_input(spec.name, sample)
+        values[spec.name] = builder.add_input(spec.name, torch.as_tensor(sample).to(spec.dtype))
     for tensor in model.graph.initializer:
-        values[tensor.name] = builder.name_weight(_read_weight(tensor, source), tensor.name)
+        values[tensor.name] = builder.name_weight(builder.widen(_read_weight(tensor, source)), tensor.name)
     for node in model.graph.node:
         values |= _translate_node(builder, node, values, opset, source)
     missing = [output.name for output in model.graph.output if output.name not in values]
     if missing:
         raise CorruptArtifactError(f"{source} promises the output {missing[0]!r}, which nothing gives; export it again")
-    return _finish(builder, [values[output.name] for output in model.graph.output])
+    outputs = [_restore_dtype(builder, values[output.name], output) for output in model.graph.output]
+    finished = _finish(builder, outputs)
+    finished.register_forward_pre_hook(TakeArrays(tuple((spec.name, spec.dtype) for spec in specs)))
+    return finished
+
+
+def _restore_dtype(builder: GraphBuilder, value: Value, output: Any) -> Value:
+    """Return the output in the type that the file promises, if it was computed in FP32 instead."""
+    elem_type = output.type.tensor_type.elem_type
+    if not builder.in_float32 or not elem_type or builder.sample(value).dtype is torch_dtype(elem_type):
+        return value
+    restored: Value = builder.call(functions.cast, value, torch_dtype(elem_type))
+    return restored
+
+
+@dataclass(frozen=True)
+class TakeArrays:
+    """Before a forward pass: arrays become tensors, and numbers of another width those of the file."""
+
+    inputs: tuple[tuple[str, torch.dtype], ...]
+    """Name and type of each."""
+
+    def __call__(self, module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        expected = (*self.inputs, *((None, None),) * (len(values) - len(self.inputs)))
+        return tuple(self._take(value, *row) for value, row in zip(values, expected, strict=False))
+
+    def _take(self, value: Any, name: str | None, dtype: torch.dtype | None) -> Any:
+        value = torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
+        if name is None or dtype is None or not isinstance(value, Tensor) or value.dtype is dtype:
+            return value
+        is_narrower = dtype.is_floating_point and value.dtype in (torch.float16, torch.bfloat16)
+        if is_narrower or value.dtype in _CALLED_WITH.get(dtype, ()):  # 16 bits are what a backend hands over
+            return value if is_narrower else value.to(dtype)
+        raise ConfigError(
+            f"input {name!r} is {str(dtype).removeprefix('torch.')} in the file and "
+            f"{str(value.dtype).removeprefix('torch.')} was given; convert it"
+        )
 
 
 def _read_weight(tensor: Any, source: str) -> Tensor:

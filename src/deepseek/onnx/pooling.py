@@ -10,7 +10,7 @@ but never what `ceil_mode` adds. Definition: https://onnx.ai/onnx/operators/onnx
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,9 +55,10 @@ class Window(NamedTuple):
 
 def max_pool(x: Tensor, window: Window) -> Tensor:
     """Take the largest value of each window; padding never wins."""
-    lowest = -math.inf if x.is_floating_point() else float(torch.iinfo(x.dtype).min)
+    if not x.is_floating_point():  # which torch pools in two dimensions only
+        return _reduce_windows(torch.amax, _fit(x, window, torch.iinfo(x.dtype).min), window)
     function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(window.kernel)]
-    fitted = _fit(x, window, lowest)
+    fitted = _fit(x, window, -math.inf)
     pooled: Tensor = function(fitted, list(window.kernel), list(window.strides), 0, list(window.dilations))
     return pooled
 
@@ -70,12 +71,12 @@ def average_pool(x: Tensor, window: Window, counts_padding: bool) -> Tensor:
         counted = _stretch(counted, window, x.shape[2:])
     else:
         counted = _fit(counted, window, 0.0)
-    return _sum_windows(_fit(x, window, 0.0), window) / _sum_windows(counted, window)
+    return _reduce_windows(torch.sum, _fit(x, window, 0.0), window) / _reduce_windows(torch.sum, counted, window)
 
 
 def lp_pool(x: Tensor, window: Window, power: int) -> Tensor:
     """Take the `power`-norm of each window."""
-    return _sum_windows(_fit(x, window, 0.0).abs().pow(power), window).pow(1 / power)
+    return _reduce_windows(torch.sum, _fit(x, window, 0.0).abs().pow(power), window).pow(1 / power)
 
 
 def lp_norm(x: Tensor, dims: list[int], power: int) -> Tensor:
@@ -104,8 +105,8 @@ def _stretch(padded: Tensor, window: Window, lengths: Sequence[int], fill: float
     return padded
 
 
-def _sum_windows(x: Tensor, window: Window) -> Tensor:
-    """Sum each window, one axis after the other."""
+def _reduce_windows(function: Callable[[Tensor, int], Tensor], x: Tensor, window: Window) -> Tensor:
+    """Reduce each window by a sum or an extreme, one axis after the other."""
     for axis, (size, stride, dilation) in enumerate(zip(window.kernel, window.strides, window.dilations, strict=True)):
-        x = x.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation].sum(-1)
+        x = function(x.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation], -1)
     return x

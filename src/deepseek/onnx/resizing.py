@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def resize_axis(
 ) -> Tensor:
     """Resize `x` along `axis` to the length `wanted`, or to that many times the old one."""
     length = x.shape[axis]
-    new_length = int(length * wanted) if is_scale else int(wanted)
+    new_length = scale_length(length, wanted) if is_scale else int(wanted)
     scale = float(wanted) if is_scale else new_length / length
     new = torch.arange(new_length, device=x.device, dtype=torch.float64 if not is_scale else torch.float32)
     positions = MAPPINGS[mapping](new, scale, length, new_length)
@@ -65,6 +66,17 @@ def resize_axis(
     shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
     parts = [_take(x, axis, first + offset) * weight.reshape(shape) for offset, weight in taps]
     return torch.stack(parts).sum(0).to(x.dtype)
+
+
+def scale_length(length: int, scale: float) -> int:
+    """Return the length of an axis after resizing, rounded as ONNX Runtime and ONNX's shape inference do: in FP32.
+
+    >>> scale_length(10, float(torch.tensor(0.7)))  # 0.7 is 0.69999999 in FP32
+    7
+    """
+    if torch.compiler.is_compiling():  # lengths are symbols there, which NumPy does not take
+        return int(length * scale * (1 + 2**-24))
+    return int(numpy.float32(length) * numpy.float32(scale))
 
 
 def _take(x: Tensor, axis: int, positions: Tensor) -> Tensor:

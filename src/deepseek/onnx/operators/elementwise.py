@@ -160,7 +160,7 @@ def _unary_or_numbers(function: Callable[..., Any], on_numbers: Callable[..., An
 
 
 def _cast(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    dtype = torch_dtype(op.get("to", 0))
+    dtype = builder.dtype(torch_dtype(op.get("to", 0)))
     return _cast_to(builder, x, dtype)
 
 

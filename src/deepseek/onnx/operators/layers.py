@@ -140,7 +140,7 @@ def _max_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     if op.num_outputs > 1:
         raise UnsupportedOperatorError("the indices of a pooling are not followed")
     window = _pool_window(op)
-    if window.is_plain:
+    if window.is_plain and builder.sample(x).is_floating_point():
         function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(window.kernel)]
         plain = (list(window.kernel), list(window.strides), list(window.before), list(window.dilations))
         return builder.call(function, x, *plain, window.is_ceil)

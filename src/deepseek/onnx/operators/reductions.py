@@ -12,12 +12,13 @@ from deepseek.onnx.operators.node import Operator, Result, Translator
 
 def _reduction(function: Callable[..., Any]) -> Translator:
     def translate(builder: GraphBuilder, op: Operator, x: Value, axes: Value = None) -> Result:
+        keeps_dims, is_noop = bool(op.get("keepdims", 1)), bool(op.get("noop_with_empty_axes", 0))
         dims = op.get("axes", None) if axes is None else builder.numbers(axes, "axes")
         if not dims:
-            if op.get("noop_with_empty_axes", 0):
+            if is_noop:
                 return x if function in functions.PLAIN_REDUCTIONS else builder.call(function, x, [], True)
             dims = range(builder.rank(x))
-        return builder.call(function, x, list(dims), bool(op.get("keepdims", 1)))
+        return builder.call(function, x, list(dims), keeps_dims)
 
     return translate
 

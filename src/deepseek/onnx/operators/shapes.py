@@ -19,7 +19,7 @@ from deepseek.onnx.operators.node import Operator, Result, Translator
 
 def _constant(builder: GraphBuilder, op: Operator) -> Result:
     if "value" in op.attributes:
-        return to_torch(op.get("value", None))
+        return builder.widen(to_torch(op.get("value", None)))
     for name, dtype in (("value_float", torch.float32), ("value_int", torch.int64)):
         for key in (name, f"{name}s"):
             if key in op.attributes:
@@ -28,7 +28,7 @@ def _constant(builder: GraphBuilder, op: Operator) -> Result:
 
 
 def _constant_of_shape(builder: GraphBuilder, op: Operator, shape: Value) -> Result:
-    value = to_torch(op.get("value", None)).reshape(()) if "value" in op.attributes else torch.zeros(())
+    value = builder.widen(to_torch(op.get("value", None))).reshape(()) if "value" in op.attributes else torch.zeros(())
     lengths = builder.numbers(shape, "shape")
     return builder.create(torch.full, lengths, value.item(), dtype=value.dtype)
 
@@ -149,7 +149,8 @@ def _gather(builder: GraphBuilder, op: Operator, x: Value, indices: Value) -> Re
         return builder.call(torch.select, x, axis, int(indices))
     if isinstance(x, Tensor) and x.dim() == 2 and axis == 0 and x.is_floating_point() and isinstance(indices, fx.Node):
         table = nn.Embedding.from_pretrained(x, freeze=False)
-        return builder.call_module(table, builder.name_of(x, op.name or "embedding"), indices)
+        positive = builder.call(functions.wrap_indices, indices, x.shape[0])
+        return builder.call_module(table, builder.name_of(x, op.name or "embedding"), positive)
     return builder.call(functions.take, x, indices, axis)
 
 
@@ -164,7 +165,7 @@ def _tile(builder: GraphBuilder, op: Operator, x: Value, repeats: Value) -> Resu
 def _range(builder: GraphBuilder, op: Operator, start: Value, limit: Value, delta: Value) -> Result:
     dtype = builder.sample(start).dtype
     ends = [builder.numbers(value, "bound")[0] for value in (start, limit, delta)]
-    return builder.create(torch.arange, *ends, dtype=dtype)
+    return builder.create(functions.number_line, *ends, dtype=dtype)
 
 
 def _pad(builder: GraphBuilder, op: Operator, x: Value, pads: Value, value: Value = None, axes: Value = None) -> Result:
@@ -237,7 +238,7 @@ def _resize(
 
 
 def _eye_like(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    dtype = torch_dtype(op.get("dtype", 0)) if "dtype" in op.attributes else builder.sample(x).dtype
+    dtype = builder.dtype(torch_dtype(op.get("dtype", 0))) if "dtype" in op.attributes else builder.sample(x).dtype
     return builder.call(functions.eye_like, x, op.get("k", 0), dtype)
 
 
