@@ -37,7 +37,7 @@ class Window(NamedTuple):
         is_narrow = all(2 * pad <= size for pad, size in zip(self.before, self.kernel, strict=True))
         return not self.same and self.before == self.after and is_narrow
 
-    def count(self, axis: int, length: int) -> tuple[int, int, int]:
+    def count_windows(self, axis: int, length: int) -> tuple[int, int, int]:
         """Return how many windows a spatial axis of that length has, and its padding before and after."""
         stride, reach = self.strides[axis], (self.kernel[axis] - 1) * self.dilations[axis] + 1
         if self.same:
@@ -86,7 +86,7 @@ def lp_norm(x: Tensor, dims: list[int], power: int) -> Tensor:
 
 def _widths(x: Tensor, window: Window) -> list[int]:
     """Return the padding of ONNX in torch's order: the last axis first."""
-    pads = [window.count(axis, length)[1:] for axis, length in enumerate(x.shape[2:])]
+    pads = [window.count_windows(axis, length)[1:] for axis, length in enumerate(x.shape[2:])]
     return [width for pair in reversed(pads) for width in pair]
 
 
@@ -98,7 +98,7 @@ def _fit(x: Tensor, window: Window, fill: float) -> Tensor:
 def _stretch(padded: Tensor, window: Window, lengths: Sequence[int], fill: float = 0.0) -> Tensor:
     """Continue or cut the padded axes to where the last window of an input of these `lengths` ends."""
     for axis, length in enumerate(lengths):
-        dim, num_windows = axis + 2, window.count(axis, length)[0]
+        dim, num_windows = axis + 2, window.count_windows(axis, length)[0]
         needed = (num_windows - 1) * window.strides[axis] + (window.kernel[axis] - 1) * window.dilations[axis] + 1
         missing = max(0, needed - padded.shape[dim])
         padded = F.pad(padded, [0, 0] * (padded.dim() - 1 - dim) + [0, missing], value=fill).narrow(dim, 0, needed)
