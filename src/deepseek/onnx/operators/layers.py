@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from deepseek.onnx import functions, pooling
+from deepseek.onnx import functions, pool_windows
 from deepseek.onnx.files import UnsupportedOperatorError
 from deepseek.onnx.graph_builder import GraphBuilder, Value
 from deepseek.onnx.operators.node import Operator, Result, Translator
@@ -144,7 +144,7 @@ def _max_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
         function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(window.kernel)]
         plain = (list(window.kernel), list(window.strides), list(window.before), list(window.dilations))
         return builder.call(function, x, *plain, window.is_ceil)
-    return builder.call(pooling.max_pool, x, window)
+    return builder.call(pool_windows.max_pool, x, window)
 
 
 def _average_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
@@ -153,14 +153,14 @@ def _average_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
         function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(window.kernel)]
         plain = (list(window.kernel), list(window.strides), list(window.before))
         return builder.call(function, x, *plain, window.is_ceil, counts_padding)
-    return builder.call(pooling.average_pool, x, window, counts_padding)
+    return builder.call(pool_windows.average_pool, x, window, counts_padding)
 
 
 def _lp_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    return builder.call(pooling.lp_pool, x, _pool_window(op), op.get("p", 2))
+    return builder.call(pool_windows.lp_pool, x, _pool_window(op), op.get("p", 2))
 
 
-def _pool_window(op: Operator) -> pooling.Window:
+def _pool_window(op: Operator) -> pool_windows.Window:
     kernel = tuple(op.get("kernel_shape", ()))
     if len(kernel) not in (1, 2, 3):
         raise UnsupportedOperatorError(f"windows of {len(kernel)} dimensions are not followed, only of 1 to 3")
@@ -168,7 +168,7 @@ def _pool_window(op: Operator) -> pooling.Window:
     pads = tuple(op.get("pads", [0] * 2 * len(kernel)))
     auto_pad = op.get("auto_pad", "NOTSET")
     pads = pads if auto_pad == "NOTSET" else (0,) * 2 * len(kernel)
-    return pooling.Window(
+    return pool_windows.Window(
         kernel,
         tuple(strides),
         tuple(dilations),
@@ -187,7 +187,7 @@ def _global_pool(function: Callable[..., Any]) -> Translator:
 
 
 def _global_lp_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    return builder.call(pooling.lp_norm, x, list(range(2, builder.rank(x))), op.get("p", 2))
+    return builder.call(pool_windows.lp_norm, x, list(range(2, builder.rank(x))), op.get("p", 2))
 
 
 def _batch_norm(

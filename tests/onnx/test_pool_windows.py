@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek.onnx.pooling import Window, average_pool, lp_norm, lp_pool, max_pool
+from deepseek.onnx.pool_windows import Window, average_pool, lp_norm, lp_pool, max_pool
 
 
 def window(kernel, *, strides=None, dilations=None, before=0, after=0, same="", is_ceil=False):
