@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek.onnx.pool_windows import Window, average_pool, lp_norm, lp_pool, max_pool
+from deepseek.onnx.pool_windows import PoolWindow, average_pool, lp_norm, lp_pool, max_pool
 
 
 def window(kernel, *, strides=None, dilations=None, before=0, after=0, same="", is_ceil=False):
     ones = (1,) * len(kernel)
     pads = [(pad,) * len(kernel) if isinstance(pad, int) else pad for pad in (before, after)]
-    return Window(kernel, strides or ones, dilations or ones, *pads, same, is_ceil)
+    return PoolWindow(kernel, strides or ones, dilations or ones, *pads, same, is_ceil)
 
 
 def test_no_window_lies_in_the_padding_alone():

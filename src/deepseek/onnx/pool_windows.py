@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Window(NamedTuple):
+class PoolWindow(NamedTuple):
     """The windows of a pooling, one number per spatial axis; a tuple, so that it can stand in a node of a graph."""
 
     kernel: tuple[int, ...]
@@ -53,7 +53,7 @@ class Window(NamedTuple):
         return num_windows, before, after
 
 
-def max_pool(x: Tensor, window: Window) -> Tensor:
+def max_pool(x: Tensor, window: PoolWindow) -> Tensor:
     """Take the largest value of each window; padding never wins."""
     if not x.is_floating_point():  # which torch pools in two dimensions only
         return _reduce_windows(torch.amax, _fit(x, window, torch.iinfo(x.dtype).min), window)
@@ -63,7 +63,7 @@ def max_pool(x: Tensor, window: Window) -> Tensor:
     return pooled
 
 
-def average_pool(x: Tensor, window: Window, counts_padding: bool) -> Tensor:
+def average_pool(x: Tensor, window: PoolWindow, counts_padding: bool) -> Tensor:
     """Take the mean of each window over what is counted."""
     counted = torch.ones_like(x[:1, :1])
     if counts_padding:
@@ -74,7 +74,7 @@ def average_pool(x: Tensor, window: Window, counts_padding: bool) -> Tensor:
     return _reduce_windows(torch.sum, _fit(x, window, 0.0), window) / _reduce_windows(torch.sum, counted, window)
 
 
-def lp_pool(x: Tensor, window: Window, power: int) -> Tensor:
+def lp_pool(x: Tensor, window: PoolWindow, power: int) -> Tensor:
     """Take the `power`-norm of each window."""
     return _reduce_windows(torch.sum, _fit(x, window, 0.0).abs().pow(power), window).pow(1 / power)
 
@@ -84,18 +84,18 @@ def lp_norm(x: Tensor, dims: list[int], power: int) -> Tensor:
     return x.abs().pow(power).sum(dims, keepdim=True).pow(1 / power)
 
 
-def _widths(x: Tensor, window: Window) -> list[int]:
+def _widths(x: Tensor, window: PoolWindow) -> list[int]:
     """Return the padding of ONNX in torch's order: the last axis first."""
     pads = [window.count_windows(axis, length)[1:] for axis, length in enumerate(x.shape[2:])]
     return [width for pair in reversed(pads) for width in pair]
 
 
-def _fit(x: Tensor, window: Window, fill: float) -> Tensor:
+def _fit(x: Tensor, window: PoolWindow, fill: float) -> Tensor:
     """Pad or cut each spatial axis to exactly the windows that ONNX defines."""
     return _stretch(F.pad(x, _widths(x, window), value=fill), window, x.shape[2:], fill)
 
 
-def _stretch(padded: Tensor, window: Window, lengths: Sequence[int], fill: float = 0.0) -> Tensor:
+def _stretch(padded: Tensor, window: PoolWindow, lengths: Sequence[int], fill: float = 0.0) -> Tensor:
     """Continue or cut the padded axes to where the last window of an input of these `lengths` ends."""
     for axis, length in enumerate(lengths):
         dim, num_windows = axis + 2, window.count_windows(axis, length)[0]
@@ -105,7 +105,7 @@ def _stretch(padded: Tensor, window: Window, lengths: Sequence[int], fill: float
     return padded
 
 
-def _reduce_windows(function: Callable[[Tensor, int], Tensor], x: Tensor, window: Window) -> Tensor:
+def _reduce_windows(function: Callable[[Tensor, int], Tensor], x: Tensor, window: PoolWindow) -> Tensor:
     """Reduce each window by a sum or an extreme, one axis after the other."""
     for axis, (size, stride, dilation) in enumerate(zip(window.kernel, window.strides, window.dilations, strict=True)):
         x = function(x.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation], -1)

@@ -160,7 +160,7 @@ def _lp_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
     return builder.call(pool_windows.lp_pool, x, _pool_window(op), op.get("p", 2))
 
 
-def _pool_window(op: Operator) -> pool_windows.Window:
+def _pool_window(op: Operator) -> pool_windows.PoolWindow:
     kernel = tuple(op.get("kernel_shape", ()))
     if len(kernel) not in (1, 2, 3):
         raise UnsupportedOperatorError(f"windows of {len(kernel)} dimensions are not followed, only of 1 to 3")
@@ -168,7 +168,7 @@ def _pool_window(op: Operator) -> pool_windows.Window:
     pads = tuple(op.get("pads", [0] * 2 * len(kernel)))
     auto_pad = op.get("auto_pad", "NOTSET")
     pads = pads if auto_pad == "NOTSET" else (0,) * 2 * len(kernel)
-    return pool_windows.Window(
+    return pool_windows.PoolWindow(
         kernel,
         tuple(strides),
         tuple(dilations),
