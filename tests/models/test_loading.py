@@ -14,7 +14,7 @@ from deepseek.artifact.writing import write_artifact
 from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError, UnsafeFileError
 from deepseek.data.tokenizing import load_tokenizer, train_tokenizer
 from deepseek.models.decoder.model import Decoder, DecoderConfig
-from deepseek.models.loading import count_stored_bytes, load_model, make_int8_, save_model
+from deepseek.models.loading import count_stored_bytes, load_decoder, load_model, make_int8_, save_model
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
 from tests.models.decoders import EXAMPLES, SMALL, randomize
@@ -341,3 +341,15 @@ class TestRealWeights:
         for _ in range(12):
             ids.append(int(logits(smollm2, torch.tensor([ids]))[0, -1].argmax()))
         assert answer.lower() in tokenizer.decode(ids[num_prompt:]).lower()
+
+
+def test_a_model_that_is_no_decoder_is_refused_with_the_families_that_are(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    for packed in (False, True):
+        with pytest.raises(
+            ConfigError, match=r"holds a BertForMaskedLM, .* families llama, gpt2, .*; give one of them"
+        ):
+            load_decoder(tmp_path / "bert", packed=packed)

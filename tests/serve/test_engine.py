@@ -250,6 +250,18 @@ def test_a_cache_that_does_not_fit_into_memory_is_one_sentence(model: Decoder, t
         Engine(model, tokenizer, EngineConfig(max_num_seqs=10**12))
 
 
+def test_a_context_that_memory_does_not_hold_is_cut_and_one_that_is_asked_for_is_not(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"vocab_size": tokenizer.vocab_size, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_length": 5000}
+    model = Decoder(DecoderConfig(**shape))  # type: ignore[arg-type]
+    position_bytes = 2 * 2 * 32 * 4 * 3  # keys and values of two layers, for three sequences
+    for free, expected in ((10**12, 5000), (2 * 1000 * position_bytes, 960), (1, 512)):
+        monkeypatch.setattr("deepseek.serve.engine.measure_free_bytes", lambda free=free: free)
+        assert Engine(model, tokenizer, EngineConfig(max_num_seqs=3)).max_length == expected
+    assert Engine(model, tokenizer, EngineConfig(max_num_seqs=3, max_length=4000)).max_length == 4000
+
+
 def test_a_model_that_returns_no_numbers_is_found_in_the_warm_up(make_model: Make, tokenizer: Tokenizer) -> None:
     model = make_model()
     with torch.no_grad():

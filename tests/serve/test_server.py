@@ -74,7 +74,7 @@ def test_only_the_given_address_is_listened_on() -> None:
 def test_a_free_port_is_announced_when_the_server_is_ready(model: Decoder, tokenizer: Tokenizer) -> None:
     events: list[Event] = []
     with running_server(model, tokenizer, listen=events.append) as server:
-        assert events == [ServerStarted(server.url, "127.0.0.1", server.port, "deepseek")]
+        assert events == [ServerStarted(server.url, "127.0.0.1", server.port, "deepseek", model.config.max_length)]
         assert httpx.get(f"{server.url}/readyz").status_code == 200
     assert isinstance(events[1], ServerStopping)
     with pytest.raises(httpx.ConnectError):

@@ -35,7 +35,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.data.tokenizing import Tokenizer, save_tokenizer
 from deepseek.models.architectures import DECODER, TRANSFORMERS, name_architecture
 from deepseek.models.backend_loading import has_half_arithmetic, run_on_backend
-from deepseek.models.decoder.keymap import Family, export_config, export_tensors, find_family
+from deepseek.models.decoder.keymap import FAMILIES, Family, export_config, export_tensors, find_family
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loaded_model import LoadedModel, LoadedModule, Origin, RunModel, plain_module
 from deepseek.models.model_sources import INT8_KEPT, LoadConfig, open_source
@@ -120,10 +120,14 @@ def load_decoder(
     source: str | Path, *, precision: str | None = None, verify: bool = True, packed: bool = False
 ) -> Decoder:
     """Like `load_model`, for work that needs our decoder; raises `ConfigError` where `source` is another model."""
-    module = load_model(source, precision=precision, verify=verify, packed=packed).module
+    module = load_model(source, precision=precision, verify=verify).module
     if not isinstance(module, Decoder):
-        raise ConfigError(f"{source} holds a {type(module).__name__} and a Decoder is needed here; give a text decoder")
-    return module
+        kind = type(module.model if isinstance(module, TransformersModel) else module).__name__
+        raise ConfigError(
+            f"{source} holds a {kind}, and what generates text, serves and quantizes takes decoders of ours or of the "
+            f"Hugging Face families {', '.join(FAMILIES)}; give one of them, or run this one with load_model"
+        )
+    return pack_(module) if packed else module
 
 
 def save_model(

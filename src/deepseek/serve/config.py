@@ -13,7 +13,8 @@ class EngineConfig(Config):
     max_num_seqs: int = Field(default=8, ge=1)
     """Sequences that are generated at once; each holds `max_length` positions of the KV cache."""
     max_length: int | None = Field(default=None, ge=2)
-    """Longest prompt and answer together, in tokens; none is the longest that the model was made for."""
+    """Longest prompt and answer together, in tokens; none is what the model was made for, or what half of the free
+    memory holds."""
     max_queue: int = Field(default=128, ge=0)
     """Sequences that may wait for a free slot; more are refused with status 503."""
     prefill_tokens: int = Field(default=256, ge=1)

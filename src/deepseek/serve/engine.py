@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from deepseek.core.errors import ConfigError, RequestError
+from deepseek.core.machine import measure_free_bytes
 from deepseek.data.tokenizing import StreamDecoder, Tokenizer
 from deepseek.models.decoder.model import Decoder
 from deepseek.nn.kv_cache import KVCache
@@ -51,6 +52,8 @@ from deepseek.serve.sequences import (
 logger = logging.getLogger(__name__)
 
 GREEDY = Sampling(temperature=0)
+SHORTEST_CONTEXT = 512
+"""A context that is never cut to fit into memory; where even that does not fit, it is an error."""
 KEY_BLOCK = 64
 """Attention reads whole blocks of so many key positions; what lies beyond a sequence is masked and adds zeros."""
 
@@ -68,8 +71,8 @@ class Engine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.config = config
-        self.max_length = config.max_length or model.config.max_length
         self._device = next(chain(model.parameters(), model.buffers())).device
+        self.max_length = config.max_length or _fitting_length(model, config.max_num_seqs, self._device)
         self._cache = _new_cache(model, config.max_num_seqs, self.max_length)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_queue, config.prefill_tokens)
         self._writers: dict[int, TextWriter] = {}
@@ -390,6 +393,22 @@ def check_fit(model: Decoder, tokenizer: Tokenizer, config: EngineConfig) -> Non
             f"the tokenizer has {tokenizer.num_learned} tokens and the model {model.config.vocab_size}; "
             f"use the tokenizer that the model was trained with"
         )
+
+
+def _fitting_length(model: Decoder, num_slots: int, device: torch.device) -> int:
+    """Return the length that the model was made for, or less where its cache would take over half of the free memory.
+
+    Models of today are made for 131,072 tokens, for which eight sequences of a small one take more than 30 GB.
+    """
+    if device.type == "cpu":
+        free_bytes = measure_free_bytes()
+    elif device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+    else:
+        return model.config.max_length
+    position_bytes = max(1, model.new_cache(1, KEY_BLOCK).memory_bytes // KEY_BLOCK * num_slots)
+    fitting = free_bytes // 2 // position_bytes // KEY_BLOCK * KEY_BLOCK
+    return min(model.config.max_length, max(fitting, SHORTEST_CONTEXT))
 
 
 def _new_cache(model: Decoder, num_slots: int, max_length: int) -> KVCache:

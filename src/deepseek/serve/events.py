@@ -20,6 +20,8 @@ class ServerStarted(Event):
     host: str
     port: int
     model_name: str
+    max_length: int
+    """Longest prompt and answer together, in tokens."""
 
 
 @dataclass(frozen=True)

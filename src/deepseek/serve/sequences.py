@@ -45,7 +45,8 @@ class Sampling:
     top_p: float = 1.0
     """Only the most probable tokens that together reach this probability."""
     seed: int | None = None
-    """Requests with the same seed get the same random numbers; none gets new ones each time."""
+    """Requests with the same seed get the same random numbers; none gets new ones each time. An answer does not depend
+    on what else is in its batch either: compared for float32 and int8 weights, token for token."""
     num_logprobs: int | None = None
     """Report each token's log-probability and those of this many alternatives; none reports nothing."""
 

@@ -157,9 +157,13 @@ class Server:
         while self.stop_reason is None and not serving.done():
             self.service.thread.raise_if_never_ready()
             if self._uvicorn.started and self.service.is_ready and not self._ready.is_set():
-                self._listen(ServerStarted(self.url, self.config.host, self.port, self.config.model_name))
+                self._listen(self._describe_start())
                 self._ready.set()
             await asyncio.sleep(_POLL_S)
+
+    def _describe_start(self) -> ServerStarted:
+        config, engine = self.config, self.service.thread.engine
+        return ServerStarted(self.url, config.host, self.port, config.model_name, engine.max_length)
 
     async def _drain(self, serving: asyncio.Task[None]) -> None:
         """Let requests finish for a while, then end them."""

@@ -200,7 +200,7 @@ _LINES = {
     ),
     "model_quantized": "int8: {path}, {bytes_ratio:.3f} of the bytes, held-out loss {heldout_loss:.4f}",
     "completion_received": "served {prompt!r} -> {text!r}",
-    "server_started": "serving {model_name} at {url} (API below {url}/v1); Ctrl-C stops",
+    "server_started": "serving {model_name} at {url} (API below /v1), {max_length} tokens of context; Ctrl-C stops",
     "request_served": "{method} {path} {status} in {duration_s:.3f} s",
     "server_stopping": "stopping ({reason}); {num_open} open requests",
 }

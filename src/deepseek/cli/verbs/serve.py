@@ -46,7 +46,8 @@ def serve(
     max_num_seqs
         Sequences that are generated at once.
     max_length
-        Longest prompt and answer together, in tokens; none is the model's own limit.
+        Longest prompt and answer together, in tokens; left out, the model's own limit or what half of the free memory
+        holds.
     max_queue
         Sequences that may wait for a slot; more are refused.
     shutdown_timeout_s
