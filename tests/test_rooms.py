@@ -186,7 +186,6 @@ KNOWN_CIRCLES = [
 ]
 KNOWN_UNREACHED = {
     "deepseek.compat.rendering",
-    "deepseek.planning.models.from_module",
 }
 KNOWN_FILE_NAMES = {"decorator", "rules"}
 KNOWN_CLASS_NAMES = {

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 import deepseek
-from deepseek.core.errors import ConfigError, DeepSeekError
+from deepseek.core.errors import ConfigError, DeepSeekError, InfeasibleError
 from deepseek.core.openmp import SPIN_BOUNDS, bound_spins
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
@@ -153,6 +153,8 @@ def run(app: App, arguments: list[str]) -> int:
 def _status_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+    if isinstance(error, InfeasibleError):  # the command was right, and the answer is no
+        return FAILED
     return WRONG_USAGE if isinstance(error, CycloptsError | ConfigError) else FAILED
 
 

@@ -3,6 +3,7 @@
     DeepSeekError
     |-- PermanentError            trying again gives the same answer
     |   |-- ConfigError           a setting is unknown, malformed or contradicts another (also a ValueError)
+    |   |   `-- InfeasibleError   every setting is fine, and nothing meets them all together
     |   |-- DataError             a corpus, a tokenizer or a data cache cannot be used
     |   |-- ArtifactError         a model folder cannot be used
     |   |   |-- CorruptArtifactError      its bytes are not the bytes that were written
@@ -38,6 +39,10 @@ class TemporaryError(DeepSeekError):
 
 class ConfigError(PermanentError, ValueError):
     """A setting is unknown, malformed or contradicts another one."""
+
+
+class InfeasibleError(ConfigError):
+    """Every setting is fine, and nothing meets them all together: a limit is too tight, or a cluster too small."""
 
 
 class DataError(PermanentError):

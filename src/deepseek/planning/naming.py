@@ -9,6 +9,7 @@ an artifact. Both name the nearest known name when one is not known.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,6 +47,15 @@ ALIASES: dict[str, str] = {
     "h100": "H100-SXM-80GB",
     "h200": "H200-SXM",
     "b200": "B200-SXM",
+}
+
+
+# Names under which `load_model` knows the same model -> its row in model_shapes.csv.
+MODEL_ALIASES: dict[str, str] = {
+    "llama7b": "Llama2-7B",
+    "llama8b": "Llama3-8B",
+    "llama13b": "Llama2-13B",
+    "llama70b": "Llama2-70B",
 }
 
 
@@ -188,11 +198,20 @@ def find_model(name: str, *, sequence: int | None = None) -> ModelShape:
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
         return find_model_in(path, sequence=sequence)
-    known = {known_name.lower(): known_name for known_name in load_model_shapes()}
-    if name.lower() not in known:
+    known = {_simplify(known_name): known_name for known_name in load_model_shapes()} | MODEL_ALIASES
+    if _simplify(name) not in known:
         raise ConfigError(explain_unknown("model", name, load_model_shapes()))
-    shape = load_model_shapes()[known[name.lower()]]
+    shape = load_model_shapes()[known[_simplify(name)]]
     return shape if sequence is None else shape.with_sequence(sequence)
+
+
+def _simplify(name: str) -> str:
+    """Write a name without case and separators, so that Llama-3-8B is Llama3-8B.
+
+    >>> _simplify("Llama-3 8B")
+    'llama38b'
+    """
+    return re.sub(r"[-_. ]", "", name.lower())
 
 
 def find_model_in(path: Path, *, sequence: int | None = None) -> ModelShape:

@@ -28,10 +28,10 @@ from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import ModelShape, get_model_shape
 from deepseek.planning.search.estimates import list_assumptions
 from deepseek.planning.search.planner import plan
-from deepseek.planning.search.request import Limits, Space
+from deepseek.planning.search.request import USUAL_HEADROOM, Limits, Space
 from deepseek.planning.search.results import EstimatedPlan, describe_plan_shortly
+from deepseek.planning.search.throughput import count_model_flops
 
-_HEADROOM = 0.1  # of memory: nobody launches a thousand devices with less to spare
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 GPT_1750B = ModelShape(
     layers=224,
@@ -96,23 +96,11 @@ def check_curve(name: str) -> None:
         raise ConfigError(explain_unknown("scaling curve", name, CURVES))
 
 
-def count_model_flops(model: ModelShape, sequences: int) -> float:
-    """Count operations of a step as is usual: 6 per active weight and token, and the attention scores.
-
-    >>> round(count_model_flops(get_model_shape("GPT3-175B"), 1) / 2048 / 1e12, 2)
-    1.08
-    """
-    tokens = sequences * model.sequence
-    weights = model.num_active_parameters - model.vocabulary * model.hidden * (not model.tied_embeddings)
-    scores = 12.0 * model.layers * model.heads * model.head_dim * model.sequence
-    return tokens * (6.0 * weights + scores)
-
-
 def _search(model: ModelShape, cluster: Cluster, space: Space) -> EstimatedPlan | None:
     """Find the best plan, or `None` where the model does not fit."""
     batch = _SEQUENCES_PER_DEVICE * cluster.num_devices
     try:
-        return plan(model, cluster, global_batch=batch, space=space, limits=Limits(_HEADROOM)).best
+        return plan(model, cluster, global_batch=batch, space=space, limits=Limits(USUAL_HEADROOM)).best
     except ConfigError:
         return None
 
@@ -159,7 +147,7 @@ def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, EstimatedPlan]]
 
 
 def _assume(cluster: Cluster, *more: str) -> tuple[str, ...]:
-    free = f"{_HEADROOM:.0%} of every device's memory stay free"
+    free = f"{USUAL_HEADROOM:.0%} of every device's memory stay free"
     return (*list_assumptions(cluster, Space()), free, *more)
 
 

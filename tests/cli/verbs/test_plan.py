@@ -7,6 +7,7 @@ import pytest
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import get_model_shape
 from deepseek.planning.search.planner import plan
+from tests.cli.commands import assert_one_sentence
 from tests.cli.verbs.measured_machine import save_machine
 
 LLAMA = ("plan", "Llama3-8B", "--cluster", "dgx-a100", "--nodes", 2, "--global-batch", 64)
@@ -84,7 +85,6 @@ def test_runs_are_predicted_into_a_file(call, tmp_path):
         (("plan", "Llama3-8B", "--cluster", "dgx-a100"), "--global-batch is missing"),
         (("plan", "Llama3-8C", "--cluster", "dgx-a100", "--global-batch", 8), "did you mean 'Llama3-8B'"),
         ((*LLAMA, "--headroom", 1.5), "memory_headroom=1.5"),
-        ((*LLAMA, "--max-step-time", "1ms"), "the fastest takes"),
         ((*LLAMA, "--max-step-time", "soon"), "is not a duration"),
         ((*LLAMA, "--precision", "bf61"), "did you mean 'bf16'"),
         ((*LLAMA, "--strategy", "auto"), "is not JSON"),
@@ -93,7 +93,7 @@ def test_runs_are_predicted_into_a_file(call, tmp_path):
         (("plan", "--predict", "runs.csv"), "--out is missing"),
         (("plan", "Llama3-8B", "--predict", "runs.csv", "--out", "p.csv"), "--predict takes --out and nothing else"),
         ((*LLAMA, "--out", "plan.json"), "--out belongs to --predict"),
-        (("plan", "SC21-GPT-1008.0B", "--cluster", "dgx-a100", "--global-batch", 512), "it fits on"),
+        ((*LLAMA, "--price-per-device-hour", 2), "--price-per-device-hour needs --tokens"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(call, words, sentence):
@@ -102,3 +102,49 @@ def test_what_cannot_be_planned_is_one_sentence(call, words, sentence):
     assert result.err.startswith("deepseek: ")
     assert result.err.count("\n") == 1
     assert sentence in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((*LLAMA, "--max-step-time", "1ms"), "the fastest takes"),
+        (("plan", "SC21-GPT-1008.0B", "--cluster", "dgx-a100", "--global-batch", 512), "it fits on"),
+    ],
+)
+def test_what_nothing_meets_is_an_answer_and_no_wrong_usage(call, words, sentence):
+    assert_one_sentence(call(*words), 1, sentence)
+
+
+def test_a_plan_says_what_a_budget_of_tokens_takes(call):
+    result = call(*LLAMA, "--tokens", "1T", "--price-per-device-hour", 2, "--json")
+    values = json.loads(result.out)
+    throughput, budget = values["throughput"], values["budget"]
+    assert throughput["tokens_per_s"] == pytest.approx(64 * 8192 / values["best"]["step_time_s"])
+    assert budget["days"] == pytest.approx(1e12 / throughput["tokens_per_s"] / 86400, rel=1e-5)
+    assert budget["cost"] == pytest.approx(budget["days"] * 24 * 16 * 2)
+    text = " ".join(call(*LLAMA, "--tokens", "1T").out.split())
+    assert "64 of 8192 tokens" in text
+    assert "10% kept free" in text
+    assert "model FLOP/s utilization" in text
+
+
+def test_some_memory_stays_free_unless_it_is_asked_for(call):
+    plans = [json.loads(call(*LLAMA, "--headroom", share, "--json").out) for share in ("0.1", "0.0")]
+    capacity = 80 * 2**30
+    assert plans[0] == json.loads(call(*LLAMA, "--json").out)
+    assert plans[0]["best"]["memory_bytes"] <= 0.9 * capacity
+    assert plans[1]["num_fitting"] > plans[0]["num_fitting"]
+
+
+def test_formats_and_kernels_are_those_that_the_devices_have_unless_asked_for(call):
+    words = ("plan", "Llama3-8B", "--cluster", "dgx-1", "--global-batch", 64, "--json")
+    old, asked = json.loads(call(*words).out), json.loads(call(*words, "--precision", "bf16").out)
+    assert (old["best"]["plan"]["precision"], old["software"]["attention"]) == ("fp16", "flash")
+    assert asked["best"]["plan"]["precision"] == "bf16"
+    assert any("which has no bf16 units" in sentence for sentence in asked["assumptions"])
+
+
+@pytest.mark.parametrize("name", ["Llama2-7B", "llama-7b", "llama-2-7b", "LLAMA2_7B"])
+def test_a_model_has_one_entry_under_all_its_spellings(call, name):
+    words = ("--cluster", "dgx-a100", "--global-batch", 16, "--json")
+    assert call("plan", name, *words).out == call("plan", "Llama2-7B", *words).out

@@ -14,6 +14,7 @@ from deepseek.distributed.topology import LinkClass
 from deepseek.planning.estimate.step import predict
 from deepseek.planning.machines.cluster import Cluster, Node, get_accelerator
 from deepseek.planning.models.model_shape import OperatorCost, OperatorList, get_model_shape
+from deepseek.planning.naming import read_config
 from deepseek.planning.search.planner import plan
 from deepseek.planning.search.request import Limits
 from tests.planning.search.brute_force import EXPERTS, SMALL, brute_force
@@ -137,3 +138,12 @@ def test_planning_loads_no_torch():
     imports = "; ".join(f"import {name}" for name in names)
     code = f"import sys, deepseek; {imports}; deepseek.plan, deepseek.Plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_decoder_that_carries_its_configuration_is_planned_as_its_shape():
+    from deepseek.models.decoder.model import Decoder, DecoderConfig
+
+    config = DecoderConfig(vocab_size=512, num_layers=2, hidden_size=64, num_heads=4, max_length=128)
+    cluster = Cluster.of("A100-SXM-40GB", gpus_per_node=2)
+    found = plan(Decoder(config), cluster, global_batch=8)
+    assert found.best.plan == plan(read_config(config.to_dict()), cluster, global_batch=8).best.plan

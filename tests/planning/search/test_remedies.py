@@ -6,6 +6,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import get_model_shape
 from deepseek.planning.search.planner import plan
+from deepseek.planning.search.request import Limits
 
 GPT_1750B = replace(get_model_shape("SC21-GPT-1008.0B"), layers=224, name="GPT-1.75T")
 
@@ -20,7 +21,7 @@ GPT_1750B = replace(get_model_shape("SC21-GPT-1008.0B"), layers=224, name="GPT-1
 )
 def test_a_model_that_fits_nowhere_is_told_what_would_help(model, nodes, remedy):
     with pytest.raises(ConfigError, match=remedy) as caught:
-        plan(model, Cluster.of("A100-SXM-80GB", nodes=nodes), global_batch=512)
+        plan(model, Cluster.of("A100-SXM-80GB", nodes=nodes), global_batch=512, limits=Limits())
     assert "85.9 GB may be used" in str(caught.value)
 
 

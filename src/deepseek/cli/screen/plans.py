@@ -18,6 +18,7 @@ from deepseek.planning.search.estimates import Progress
 from deepseek.planning.search.planner import plan_request
 from deepseek.planning.search.request import Request
 from deepseek.planning.search.results import EstimatedPlan, PlanningResult, describe_plan_shortly
+from deepseek.planning.search.throughput import Budget
 
 if TYPE_CHECKING:
     from deepseek.bench.plan_trial import Checked
@@ -48,10 +49,11 @@ def print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
 
 
-def show_result(result: PlanningResult, top: int) -> None:
-    """Show everything that a search found, as tables."""
+def show_result(request: Request[ModelShape], result: PlanningResult, top: int, budget: Budget | None = None) -> None:
+    """Show everything that a search found, as tables; `budget` is what some number of tokens takes."""
     best = result.best
-    show_table("The fastest plan", ("", ""), _describe_plan(best))
+    described = [*_describe_plan(best), *_describe_throughput(request, result)]
+    show_table("The fastest plan", ("", ""), described + (_describe_budget(budget) if budget else []))
     if result.placement is not None:
         kind = "stage" if result.placement.is_by_stage else "replica"
         rows = [
@@ -88,10 +90,32 @@ def _describe_plan(best: EstimatedPlan) -> list[tuple[str, str]]:
     ]
 
 
+def _describe_throughput(request: Request[ModelShape], result: PlanningResult) -> list[tuple[str, str]]:
+    assert result.throughput is not None
+    smallest = min(device.memory_bytes for device in request.cluster.accelerators)
+    return [
+        ("memory of the smallest device", f"{format_bytes(smallest)}, {request.limits.memory_headroom:.0%} kept free"),
+        ("sequences of a step", f"{request.global_batch} of {request.model.sequence} tokens"),
+        ("tokens a second", format_count(result.throughput.tokens_per_s)),
+        ("model FLOP/s utilization", f"{result.throughput.mfu:.1%}"),
+    ]
+
+
+def _describe_budget(budget: Budget) -> list[tuple[str, str]]:
+    rows = [
+        (f"{format_count(budget.num_tokens)} tokens", f"{budget.days:.1f} days, {budget.num_steps} steps"),
+        ("device hours", format_count(budget.device_hours)),
+    ]
+    return rows if budget.cost is None else [*rows, ("cost", f"{budget.cost:,.0f}")]
+
+
 def _format_energy(energy_j: float | None) -> str:
     if energy_j is None:
         return "not known"
-    return f"{energy_j / 1e3:.3g} kJ" if energy_j >= 1000 else f"{energy_j:.3g} J"
+    for unit, size in (("GJ", 1e9), ("MJ", 1e6), ("kJ", 1e3)):
+        if energy_j >= size:
+            return f"{energy_j / size:.3g} {unit}"
+    return f"{energy_j:.3g} J"
 
 
 def _summarize(candidate: EstimatedPlan) -> tuple[str, str, str, str]:

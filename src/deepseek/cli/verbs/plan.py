@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from deepseek.cli.verbs.plan_measure import find_machine, plan_measure
 from deepseek.cli.verbs.plan_runs import plan_runs, predict_into
 from deepseek.cli.verbs.plan_scaling import plan_scaling
 from deepseek.core.errors import ConfigError
-from deepseek.core.units import parse_seconds
+from deepseek.core.units import parse_count, parse_seconds
 
 if TYPE_CHECKING:
     from deepseek.planning.models.model_shape import ModelShape
@@ -55,9 +55,11 @@ def plan(
     sequence: int | None = None,
     precision: str | None = None,
     strategy: str | None = None,
-    headroom: float = 0.0,
+    headroom: float = 0.1,
     max_step_time: str | None = None,
     max_energy_j: float | None = None,
+    tokens: str | None = None,
+    price_per_device_hour: float | None = None,
     top: int = _PLANS_SHOWN,
     picture: Path | None = None,
     predict: Path | None = None,
@@ -88,7 +90,7 @@ def plan(
     sequence
         Tokens of one sequence; without it the model's usual length.
     precision
-        bf16, fp16, fp32, fp8, mxfp8 or fp4.
+        bf16, fp16, fp32, fp8, mxfp8 or fp4; without it the 16 bit format that the devices have.
     strategy
         A strategy as JSON, for instance {"type": "HybridParallel", "tensorParallel": 4}.
     headroom
@@ -97,6 +99,10 @@ def plan(
         Longest step, for instance 2s or 500ms.
     max_energy_j
         Most energy of a step, in joules.
+    tokens
+        Tokens to train on (300B, 15T): how many days and device hours that takes.
+    price_per_device_hour
+        Price of a device for an hour: what the tokens cost.
     top
         Runners-up to show.
     picture
@@ -108,29 +114,35 @@ def plan(
     json
         Print JSON.
     """
-    if predict is not None:
-        if model is not None or picture is not None or json:
-            raise ConfigError("--predict takes --out and nothing else; plan MODEL in a command of its own")
-        predict_into(predict, out)
+    if predict is not None or out is not None:
+        _predict(predict, out, has_others=model is not None or picture is not None or json)
         return
-    if out is not None:
-        raise ConfigError("--out belongs to --predict; give --picture FILE for the timeline, or > FILE with --json")
     if model is None:
         raise ConfigError("give a model (a known shape, a folder or a recipe), or see deepseek plan --help")
     from deepseek.cli.screen.plans import print_json, search, show_result
     from deepseek.planning.naming import find_cluster
-    from deepseek.planning.search.request import Limits, Request, Space, read_precision
+    from deepseek.planning.search.request import Limits, Request, choose_space, read_precision
+    from deepseek.planning.search.throughput import estimate_budget
     from deepseek.planning.strategies import read_strategy
 
     limits = Limits(headroom, None if max_step_time is None else parse_seconds(max_step_time), max_energy_j)
-    space = read_strategy(_read_json(strategy)).space if strategy else Space()
+    if price_per_device_hour is not None and tokens is None:
+        raise ConfigError("--price-per-device-hour needs --tokens; say how many tokens are paid for, for example 300B")
+    if picture is not None:
+        from deepseek.cli.screen.timelines import check_ending
+
+        check_ending(picture)
     machine = (
         find_machine()
         if cluster is None
         else find_cluster(cluster, nodes=nodes, gpus_per_node=gpus_per_node, network_gbit_per_s=network_gbit_per_s)
     )
+    choices = choose_space(machine)
+    if strategy:
+        asked = read_strategy(_read_json(strategy)).space
+        choices = replace(asked, precision=choices.precision, software=choices.software)
     shape, usual_batch, space = _read_model(
-        model, space, num_devices=machine.num_devices, is_here=cluster is None, sequence=sequence
+        model, choices, num_devices=machine.num_devices, is_here=cluster is None, sequence=sequence
     )
     batch = usual_batch if global_batch is None else global_batch
     if batch is None:
@@ -139,15 +151,28 @@ def plan(
         space = replace(space, precision=read_precision(precision))
     request = Request(shape, machine, batch, limits, space)
     result = search(request)
+    budget = None
+    if tokens is not None:
+        assert result.throughput is not None  # a decoder has tokens
+        budget = estimate_budget(result.throughput, parse_count(tokens), price_per_device_hour)
     if json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | ({"budget": asdict(budget)} if budget else {}))
     else:
-        show_result(result, top)
+        show_result(request, result, top, budget)
     if picture is not None:
         from deepseek.cli.screen.timelines import plot_plan
 
         plot_plan(request, result, picture)
         print(f"timeline: {picture}", file=sys.stderr)
+
+
+def _predict(runs: Path | None, out: Path | None, *, has_others: bool) -> None:
+    """Do what `plan runs` does, as an option."""
+    if runs is None:
+        raise ConfigError("--out belongs to --predict; give --picture FILE for the timeline, or > FILE with --json")
+    if has_others:
+        raise ConfigError("--predict takes --out and nothing else; plan MODEL in a command of its own")
+    predict_into(runs, out)
 
 
 def _read_model(

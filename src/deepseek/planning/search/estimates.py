@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import InfeasibleError
 from deepseek.planning.estimate.columns import Array, Columns
 from deepseek.planning.estimate.memory import measure_memory
 from deepseek.planning.estimate.step import predict_times
@@ -107,13 +107,13 @@ def join_estimates(parts: Sequence[Estimates]) -> Estimates:
 
 
 def apply_limits(estimates: Estimates, limits: Limits, rejected: Counter[str]) -> Estimates:
-    """Keep the candidates within the limits on time and energy; `ConfigError` when there is none."""
+    """Keep the candidates within the limits on time and energy; `InfeasibleError` when there is none."""
     is_slow = estimates.seconds > (np.inf if limits.max_step_time_s is None else limits.max_step_time_s)
     is_hungry = (
         np.zeros(len(is_slow), np.bool_) if limits.max_energy_j is None else estimates.joules > limits.max_energy_j
     )
     if (is_slow | is_hungry).all():
-        raise ConfigError(_explain_limits(estimates, limits, is_slow, is_hungry))
+        raise InfeasibleError(_explain_limits(estimates, limits, is_slow, is_hungry))
     rejected["slower than max_step_time_s"] += int(is_slow.sum())
     rejected["more energy than max_energy_j"] += int((is_hungry & ~is_slow).sum())
     return estimates.take(~(is_slow | is_hungry))
@@ -188,9 +188,11 @@ def list_assumptions(cluster: Cluster, space: Space) -> tuple[str, ...]:
         if is_powered
         else "energy: not estimated, since the accelerators have no power figures"
     )
+    lacking = sorted({device.name for device in cluster.accelerators if space.precision not in device.peak_flops})
+    slower = f", computed at the 16 bit rate of {lacking[0]}, which has no {space.precision} units" if lacking else ""
     return (
         f"accelerators: {', '.join(names)}; network {cluster.network.bandwidth_bytes_per_s * 8e-9:g} Gbit/s a device",
-        f"precision: {space.precision}; optimizer: Adam with 32 bit state",
+        f"precision: {space.precision}{slower}; optimizer: Adam with 32 bit state",
         f"attention: {space.software.attention}; gradients in {4 if space.software.has_fp32_gradients else 2} bytes",
         "stages may differ by a layer where the depth does not divide; interleaved stages may not",
         energy,

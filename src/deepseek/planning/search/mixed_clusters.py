@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ConfigError, InfeasibleError
 from deepseek.planning.estimate.columns import Array, Columns
 from deepseek.planning.estimate.memory import measure_memory
 from deepseek.planning.estimate.step import predict_times
@@ -113,7 +113,7 @@ def plan_mixed(request: Request[ModelShape]) -> PlanningResult:
     kinds = [_estimate_kind(kind, rows, request) for kind in list_kinds(cluster)]
     found = _assign_in_order(rows, kinds, request, rejected)
     if not found:
-        raise ConfigError(_explain_memory(request, kinds))
+        raise InfeasibleError(_explain_memory(request, kinds))
     estimates = Estimates(
         rows[[assigned.row for assigned in found]],
         np.array([assigned.seconds for assigned in found]),

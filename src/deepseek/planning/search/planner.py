@@ -12,11 +12,13 @@ many candidates each rule rejected (`results.py`).
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ConfigError, InfeasibleError
 from deepseek.distributed.plan import Plan
 from deepseek.planning.estimate.step import predict
 from deepseek.planning.feasibility import explain_misfit
@@ -36,13 +38,17 @@ from deepseek.planning.search.estimates import (
 )
 from deepseek.planning.search.mixed_clusters import plan_mixed
 from deepseek.planning.search.remedies import explain_memory
-from deepseek.planning.search.request import Limits, Request, Space
+from deepseek.planning.search.request import USUAL_HEADROOM, Limits, Request, Space, choose_space
 from deepseek.planning.search.results import NUM_RUNNERS_UP, EstimatedPlan, PlanningResult, compare
 from deepseek.planning.search.space import KNOBS, build_columns, list_divisors, list_families
+from deepseek.planning.search.throughput import measure_throughput
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def plan(
-    model: ModelShape | OperatorList,
+    model: ModelShape | OperatorList | nn.Module,
     cluster: Cluster,
     *,
     global_batch: int,
@@ -52,8 +58,10 @@ def plan(
 ) -> PlanningResult:
     """Find the fastest plan for `model` on `cluster` with `global_batch` sequences a step.
 
-    `space` narrows the choices, `on_progress(done, total)` is told how many candidates are estimated. On a cluster of
-    unequal devices the result's `placement` says which stage or replica gets how much. Raises `ConfigError` when
+    `model` is a shape, a traced network, or a decoder that carries its configuration. Without `limits` a tenth of every
+    device's memory stays free; without `space` everything is searched, in the 16 bit format and with the attention
+    kernel that the devices have. `on_progress(done, total)` is told how many candidates are estimated. On a cluster of
+    unequal devices the result's `placement` says which stage or replica gets how much. Raises `InfeasibleError` when
     nothing fits, with what would make it fit, or when limits contradict each other.
 
     >>> from deepseek.planning.models.model_shape import get_model_shape
@@ -61,7 +69,11 @@ def plan(
     >>> found.best.plan.num_devices, len(found.runners_up)
     (8, 10)
     """
-    limits, space = limits or Limits(), space or Space()
+    if not isinstance(model, ModelShape | OperatorList):
+        from deepseek.planning.models.from_module import read_module
+
+        model = read_module(model)
+    limits, space = limits or Limits(USUAL_HEADROOM), space or choose_space(cluster)
     if isinstance(model, OperatorList):
         return _plan_operators(Request(model, cluster, global_batch, limits, space))
     return plan_request(Request(model, cluster, global_batch, limits, space), on_progress)
@@ -69,7 +81,10 @@ def plan(
 
 def plan_request(request: Request[ModelShape], on_progress: Progress | None = None) -> PlanningResult:
     """Answer one request for a decoder, as `plan` does."""
-    return _plan_uniform(request, on_progress) if request.cluster.is_uniform else plan_mixed(request)
+    result = _plan_uniform(request, on_progress) if request.cluster.is_uniform else plan_mixed(request)
+    model, cluster, batch = request.model, request.cluster, request.global_batch
+    throughput = measure_throughput(model, cluster, batch, request.space.precision, result.best.step_time_s)
+    return replace(result, throughput=throughput)
 
 
 def _plan_uniform(request: Request[ModelShape], on_progress: Progress | None) -> PlanningResult:
@@ -78,7 +93,7 @@ def _plan_uniform(request: Request[ModelShape], on_progress: Progress | None) ->
         raise ConfigError(_explain_no_layout(layouts, request))
     fitting = estimate_families(families, request, rejected, on_progress)
     if not len(fitting.rows):
-        raise ConfigError(explain_memory(request))
+        raise InfeasibleError(explain_memory(request))
     kept = apply_limits(fitting, request.limits, rejected)
 
     def detail(indices: NDArray[np.intp]) -> list[EstimatedPlan]:
@@ -129,7 +144,7 @@ def _plan_operators(request: Request[OperatorList]) -> PlanningResult:
     rejected = Counter({"memory: with activations and buffers": len(found) - len(fitting)})
     if not fitting:
         least = min((candidate.memory_bytes for candidate in found), default=0.0)
-        raise ConfigError(
+        raise InfeasibleError(
             f"{request.model.name} needs {least / 1e9:.3g} GB on each device and {budget / 1e9:.3g} GB may be used; "
             "take devices with more memory, or a smaller sample"
         )

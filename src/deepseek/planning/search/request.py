@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar, get_args
 
 from deepseek.core.errors import ConfigError
@@ -29,6 +29,10 @@ def read_precision(name: str) -> Precision:
     if name not in _PRECISIONS:
         raise ConfigError(explain_unknown("precision", name, PRECISIONS))
     return _PRECISIONS[name]
+
+
+USUAL_HEADROOM = 0.1
+"""Share of memory that stays free where nobody says otherwise: nobody launches a run with less to spare."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,20 @@ class Space:
         """Say whether `value` may be chosen for the knob `name`."""
         choices = getattr(self, name)
         return not choices or value in choices
+
+
+def choose_space(cluster: Cluster) -> Space:
+    """Choose everything, in a 16 bit format that all devices have and with an attention kernel that runs on them.
+
+    FlashAttention 2 needs Ampere or later (its README); before that the first one, or a kernel as fast, is there.
+
+    >>> choose_space(Cluster.of("V100-SXM-32GB")).precision, choose_space(Cluster.of("H100-SXM-80GB")).precision
+    ('fp16', 'bf16')
+    """
+    has_bf16 = all("bf16" in device.peak_flops for device in cluster.accelerators)
+    is_old = any(device.family == "volta" for device in cluster.accelerators)
+    software = replace(MODERN, attention="flash") if is_old else MODERN
+    return Space(precision="bf16" if has_bf16 else "fp16", software=software)
 
 
 @dataclass(frozen=True)

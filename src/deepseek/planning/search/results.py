@@ -8,6 +8,7 @@ from typing import Any
 from deepseek.distributed.plan import Plan
 from deepseek.planning.machines.software import Software
 from deepseek.planning.search.balancing import DeviceShares
+from deepseek.planning.search.throughput import Throughput
 
 NUM_RUNNERS_UP = 10
 
@@ -39,7 +40,7 @@ class PlanningResult:
     """What the search found.
 
     `rejected_layouts` counts ways of assigning devices, `rejected_candidates` whole plans. `software` holds the traits
-    of the program that the plans were estimated for.
+    of the program that the plans were estimated for. A traced network has no tokens, and so no `throughput`.
     """
 
     best: EstimatedPlan
@@ -52,6 +53,7 @@ class PlanningResult:
     assumptions: tuple[str, ...]
     software: Software
     placement: DeviceShares | None = None
+    throughput: Throughput | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as dictionaries and lists, ready for JSON."""
