@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio, report
-from deepseek.compiler.dynamic_shapes.decorator import DynamicGraph, Explanation, dynamic_graph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import DynamicExplanation, DynamicGraph, dynamic_graph
 from deepseek.core.storage import CACHE_VARIABLE
 
 VOCAB_SIZE, NUM_TAGS, MAX_LENGTH = 1000, 64, 512
@@ -229,7 +229,7 @@ class Stream:
         ours, eager = self.losses[OURS], self.losses[EAGER]
         return max(abs(ours[each] - eager[each]) for each in eager)
 
-    def explanation(self) -> Explanation:
+    def explanation(self) -> DynamicExplanation:
         forward = self.models[OURS].forward
         assert isinstance(forward, DynamicGraph)
         return forward.explain()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, report
 from deepseek.checkpoint.activations import find_blocks
 from deepseek.compiler.jit.decorator import jit
-from deepseek.compiler.passes.fusion.rules import fuse
+from deepseek.compiler.passes.fusion.rewrite_rules import fuse
 from deepseek.compiler.passes.memory.peak_tracking import measure_peak_bytes
 from deepseek.compiler.passes.memory.recomputation import inductor_with_budget
 from deepseek.core.allocator import keep_freed_memory

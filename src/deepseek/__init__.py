@@ -32,7 +32,7 @@ _PUBLIC = {
     "fast_sigmoid": "deepseek.nn.functional",
     "PrecisionManager": "deepseek.mixed_precision.manager",
     "jit": "deepseek.compiler.jit.decorator",
-    "dynamic_graph": "deepseek.compiler.dynamic_shapes.decorator",
+    "dynamic_graph": "deepseek.compiler.dynamic_shapes.dynamic_graph",
 }
 _MODULES = (
     "artifact",

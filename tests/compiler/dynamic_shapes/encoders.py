@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepseek.compiler.dynamic_shapes.buckets import Cost
-from deepseek.compiler.dynamic_shapes.decorator import dynamic_graph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import dynamic_graph
 
 CUT_OFTEN = Cost(overhead=1.0, token=1.0, pair=0.0)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deepseek.compiler.dynamic_shapes.call_arguments import CallReader
-from deepseek.compiler.dynamic_shapes.decorator import dynamic_graph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import dynamic_graph
 from deepseek.compiler.dynamic_shapes.options import DynamicOptions
 from deepseek.core.errors import ConfigError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepseek.compiler.dynamic_shapes.codegen import merge_kernels, start_probing
-from deepseek.compiler.dynamic_shapes.decorator import DynamicGraph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import DynamicGraph
 from tests.compiler.dynamic_shapes.encoders import SIZE, Block, Encoder, build_pair
 
 

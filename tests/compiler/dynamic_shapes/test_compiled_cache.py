@@ -180,7 +180,7 @@ def test_the_digest_follows_the_parts_and_the_machine(monkeypatch):
 
 PROGRAM = """
 import sys, torch
-from deepseek.compiler.dynamic_shapes.decorator import dynamic_graph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import dynamic_graph
 
 @dynamic_graph
 def score(x):

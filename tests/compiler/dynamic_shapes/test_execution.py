@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.compiler.dynamic_shapes.decorator import dynamic_graph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import dynamic_graph
 from deepseek.compiler.dynamic_shapes.regions import DynamicGraphWarning
 from deepseek.core.errors import ConfigError
 from tests.compiler.dynamic_shapes.encoders import CUT_OFTEN, SIZE, Encoder, build_pair, count_graphs, make_batch

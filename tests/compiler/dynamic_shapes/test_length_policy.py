@@ -1,7 +1,7 @@
 import pytest
 
 from deepseek.compiler.dynamic_shapes.buckets import SYMBOLIC, Cost
-from deepseek.compiler.dynamic_shapes.length_policy import Compiled, LengthPlanner, Piece
+from deepseek.compiler.dynamic_shapes.length_policy import CompilationState, LengthPlanner, Piece
 
 COST = Cost(overhead=1e-3, token=1e-4, pair=0.0)
 
@@ -14,7 +14,7 @@ def arrive(planner, lengths, *, num_calls=1):
 
 
 def look(seconds=1.0, num_left=6, ways=()):
-    return lambda: Compiled(num_left, frozenset(ways), seconds)
+    return lambda: CompilationState(num_left, frozenset(ways), seconds)
 
 
 def play_trial(planner, *, static_s, symbolic_s, compiled):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from deepseek.compiler.dynamic_shapes.decorator import dynamic_graph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import dynamic_graph
 from deepseek.core.errors import ConfigError
 from tests.compiler.dynamic_shapes.encoders import CUT_OFTEN, Encoder, build_pair, make_batch
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.compiler.dynamic_shapes.decorator import dynamic_graph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import dynamic_graph
 from deepseek.compiler.dynamic_shapes.regions import DynamicGraphWarning, find_repeated
 from tests.compiler.dynamic_shapes.encoders import Block, Encoder, build_pair, count_graphs, make_batch
 

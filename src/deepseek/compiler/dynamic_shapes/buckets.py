@@ -51,7 +51,7 @@ ASSUMED_COST = Cost(overhead=64.0, token=1.0, pair=1 / 1000)
 
 
 @dataclass(frozen=True)
-class Plan:
+class BoundaryPlan:
     """Boundaries, and what they are expected to cost: padding and compiling, in the unit of the cost that was given."""
 
     boundaries: tuple[int, ...]
@@ -65,7 +65,7 @@ class Plan:
 
 def choose_boundaries(
     counts: Mapping[int, float], *, max_buckets: int, cost: Callable[[int], float], compile_cost: float = 0.0
-) -> Plan:
+) -> BoundaryPlan:
     """The at most `max_buckets` boundaries with the least padding and compile cost for lengths seen `counts` times.
 
     `cost(length)` is what one unit of that length costs and must not fall with length. Every boundary is a length that
@@ -84,9 +84,9 @@ def choose_boundaries(
     totals = list(itertools.accumulate((counts[each] for each in lengths), initial=0.0))
     own = math.fsum(counts[each] * cost(each) for each in lengths)
     costs = [cost(each) for each in lengths]
-    best: Plan | None = None
+    best: BoundaryPlan | None = None
     for boundaries, padded in _layers(lengths, totals, costs, min(max_buckets, len(lengths))):
-        plan = Plan(boundaries, max(0.0, padded - own), len(boundaries) * compile_cost)
+        plan = BoundaryPlan(boundaries, max(0.0, padded - own), len(boundaries) * compile_cost)
         if best is None or plan.cost < best.cost:
             best = plan
     assert best is not None
@@ -123,7 +123,7 @@ def padding_cost(counts: Mapping[int, float], boundaries: Sequence[int], cost: C
 
 def is_worth_replanning(
     old: Sequence[int],
-    new: Plan,
+    new: BoundaryPlan,
     counts: Mapping[int, float],
     *,
     cost: Callable[[int], float],

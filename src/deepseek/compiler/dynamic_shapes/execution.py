@@ -30,8 +30,8 @@ from deepseek.compiler.dynamic_shapes.call_arguments import Call, CallReader
 from deepseek.compiler.dynamic_shapes.capture import compiling, describe_code, find_backend
 from deepseek.compiler.dynamic_shapes.codegen import start_probing
 from deepseek.compiler.dynamic_shapes.compiled_cache import CompiledStore, digest_of
-from deepseek.compiler.dynamic_shapes.length_policy import Compiled, LengthPlanner, Piece
-from deepseek.compiler.dynamic_shapes.options import DynamicOptions, Explanation
+from deepseek.compiler.dynamic_shapes.length_policy import CompilationState, LengthPlanner, Piece
+from deepseek.compiler.dynamic_shapes.options import DynamicExplanation, DynamicOptions
 from deepseek.compiler.dynamic_shapes.padding import (
     PaddingRefusedError,
     Shapes,
@@ -129,10 +129,10 @@ class DynamicGraph:
         self.__dict__.update(state)
         self._start()
 
-    def explain(self) -> Explanation:
+    def explain(self) -> DynamicExplanation:
         """Which graphs were compiled for which shapes, and why; what is padding; what came from disk."""
         planner, counts = self._planner, self._planner.counts
-        return Explanation(
+        return DynamicExplanation(
             target=self._name,
             strategy="bucketed" if planner.boundaries and self._refusal is None else "symbolic",
             reason=self._refusal or planner.reason,
@@ -336,11 +336,11 @@ class DynamicGraph:
 
     # What is fast
 
-    def _look(self) -> Compiled:
+    def _look(self) -> CompilationState:
         """Compilations as the planner sees them; they cost nothing while the cost of running is not in seconds."""
         compilations = self._ledger.compilations
         seconds = [each.seconds for each in compilations if not each.was_cached] or [_COMPILE_S]
-        return Compiled(
+        return CompilationState(
             self._ledger.num_left,
             frozenset(each.way for each in compilations),
             statistics.fmean(seconds) if self._planner.has_cost else 0.0,

@@ -61,7 +61,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompilationState:
     """What the planner must know of compilations."""
 
     num_left: int
@@ -131,7 +131,7 @@ class LengthPlanner:
         self.counts.real += sum(lengths)
         self.counts.arrived += num_positions
 
-    def note(self, piece: Piece, seconds: float, look: Callable[[], Compiled]) -> None:
+    def note(self, piece: Piece, seconds: float, look: Callable[[], CompilationState]) -> None:
         """Keep the time of a piece, for the cost and for the trial."""
         if len(self._samples) < _MAX_SAMPLES and piece.way == SYMBOLIC:
             self._samples.append((piece.rows, piece.length, seconds))
@@ -152,7 +152,7 @@ class LengthPlanner:
         boundary = bucket_of(length, self.boundaries)
         return (max(2, length), SYMBOLIC) if boundary is None else (boundary, boundary)
 
-    def plan(self, look: Callable[[], Compiled]) -> None:
+    def plan(self, look: Callable[[], CompilationState]) -> None:
         """Fit the cost once there are times; plan, try and replan boundaries when it is time for that."""
         if self._cost is None and len(self._samples) >= _FIT_AFTER:
             self._cost = fit_cost(self._samples)
@@ -167,7 +167,7 @@ class LengthPlanner:
         elif calls >= _PLAN_AFTER and (not self.boundaries or calls - self._planned_at >= REPLAN_PATIENCE):
             self._replan(look())
 
-    def _replan(self, compiled: Compiled) -> None:
+    def _replan(self, compiled: CompilationState) -> None:
         """Move to other boundaries where that pays for compiling them."""
         room = compiled.num_left + len(compiled.ways & set(self.boundaries))
         if room < 1:
@@ -181,7 +181,7 @@ class LengthPlanner:
             self.boundaries, self.reason = plan.boundaries, f"planned from {counts.total()} lengths"
         self._planned_at = self.counts.calls
 
-    def _start_trial(self, compiled: Compiled) -> None:
+    def _start_trial(self, compiled: CompilationState) -> None:
         """Try the boundary under which most of the work would run."""
         counts = self.counts.lengths
         plan = choose_boundaries(
@@ -195,7 +195,7 @@ class LengthPlanner:
         self._has_tried = True
         self.trial = Trial(lowest, boundary, plan.boundaries, {SYMBOLIC: [], boundary: []})
 
-    def _end_trial(self, trial: Trial, compiled: Compiled) -> None:
+    def _end_trial(self, trial: Trial, compiled: CompilationState) -> None:
         """Adopt the boundaries if the one that was tried is faster, padding included, and the rest will pay."""
         self.trial, gain = None, trial.gain
         price_s = compiled.seconds * (len(trial.boundaries) - 1)

@@ -52,7 +52,7 @@ class DynamicOptions:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class DynamicExplanation:
     """What `explain()` answers; printed, it is text."""
 
     target: str

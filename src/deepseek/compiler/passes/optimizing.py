@@ -19,7 +19,7 @@ from torch import fx
 
 from deepseek.compiler.passes.effects import is_control_flow, is_opaque
 from deepseek.compiler.passes.fusion.graphs import Kernels
-from deepseek.compiler.passes.fusion.rules import FusionReport, copy_graph, fuse_graph
+from deepseek.compiler.passes.fusion.rewrite_rules import FusionReport, copy_graph, fuse_graph
 from deepseek.compiler.passes.memory.peak import MemoryReport, lower_peak
 from deepseek.compiler.passes.memory.recomputation import eager_with_budget, inductor_with_budget
 from deepseek.compiler.passes.placement.assignment import Placement

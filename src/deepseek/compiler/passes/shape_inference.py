@@ -67,7 +67,7 @@ def stand_in(values: dict[fx.Node, Any], operand: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-class _Recorder(fx.Interpreter):
+class _ValueRecorder(fx.Interpreter):
     """Runs a graph and keeps every value."""
 
     def __init__(self, graph_module: fx.GraphModule, tracker: StorageTracker) -> None:
@@ -98,7 +98,7 @@ class _Recorder(fx.Interpreter):
         return value.detach().clone()
 
 
-class _FakeRecorder(_Recorder):
+class _FakeValueRecorder(_ValueRecorder):
     def __init__(self, graph_module: fx.GraphModule, tracker: StorageTracker, mode: FakeTensorMode) -> None:
         super().__init__(graph_module, tracker)
         self.mode = mode
@@ -120,16 +120,16 @@ def _without_numbers() -> ShapeEnv:
 @torch.no_grad()
 def _run_fake(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Observed:
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=_without_numbers()) as mode, StorageTracker() as tracker:
-        return _run(_FakeRecorder(graph_module, tracker, mode), inputs)
+        return _run(_FakeValueRecorder(graph_module, tracker, mode), inputs)
 
 
 @torch.no_grad()
 def _run_on_copies(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Observed:
     with StorageTracker() as tracker:
-        return _run(_Recorder(graph_module, tracker), inputs)
+        return _run(_ValueRecorder(graph_module, tracker), inputs)
 
 
-def _run(recorder: _Recorder, inputs: Sequence[Any]) -> Observed:
+def _run(recorder: _ValueRecorder, inputs: Sequence[Any]) -> Observed:
     taken = [recorder.take(each) if isinstance(each, Tensor) else each for each in inputs]
     recorder.run(*taken, enable_io_processing=False)
     return recorder.seen

@@ -4,7 +4,7 @@ import copy
 
 from torch import nn
 
-from deepseek.compiler.passes.fusion.rules import fuse
+from deepseek.compiler.passes.fusion.rewrite_rules import fuse
 
 IMAGES = (2, 3, 9, 9)
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from deepseek.compiler.passes.fusion.batch_norm import match_convolution_batch_norm
-from deepseek.compiler.passes.fusion.graphs import Candidate
-from deepseek.compiler.passes.fusion.rules import Rule, fuse
+from deepseek.compiler.passes.fusion.graphs import ProposedRewrite
+from deepseek.compiler.passes.fusion.rewrite_rules import FusionRule, fuse
 from tests.compiler.passes.fusion.fused_models import IMAGES, settle
 
 # torch warns about itself when it decomposes an exported graph.
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def wrong_fold(node, graph):
     """The right rule with a bias that is off by a thousandth of its size."""
     match = match_convolution_batch_norm(node, graph)
-    if not isinstance(match, Candidate):
+    if not isinstance(match, ProposedRewrite):
         return match
 
     def emit():
@@ -27,13 +27,13 @@ def wrong_fold(node, graph):
         bias.add_(bias.abs().max() * 1e-3)
         return (result,)
 
-    return Candidate(match.replaced, match.results, match.inputs, emit)
+    return ProposedRewrite(match.replaced, match.results, match.inputs, emit)
 
 
 def test_a_wrong_rewrite_is_taken_back_and_says_so():
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
     x = torch.randn(IMAGES)
-    fused = fuse(model, (x,), rules=(Rule("wrong", wrong_fold),))
+    fused = fuse(model, (x,), rules=(FusionRule("wrong", wrong_fold),))
     assert fused.report.fusions == ()
     assert fused.report.rejections[0].reason.startswith("taken back: it is off by")
     assert fused.report.num_operators_after == fused.report.num_operators_before
@@ -50,9 +50,11 @@ def test_a_kernel_that_does_not_run_here_is_taken_back():
         def emit():
             return (graph.add_call(call, node.args[0], 9, 0, 1, like=graph.values[node]),)
 
-        return Candidate((node,), (node,), (node.args[0],), emit)
+        return ProposedRewrite((node,), (node,), (node.args[0],), emit)
 
-    fused = fuse(nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval(), (torch.randn(2, 3),), rules=(Rule("odd", match),))
+    fused = fuse(
+        nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval(), (torch.randn(2, 3),), rules=(FusionRule("odd", match),)
+    )
     assert "does not run here" in fused.report.rejections[0].reason
     assert fused.report.num_operators_after == 2
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deepseek.compiler.passes.fusion.rules import fuse
+from deepseek.compiler.passes.fusion.rewrite_rules import fuse
 from tests.compiler.passes.fusion.fused_models import check
 
 # torch warns about itself when it decomposes an exported graph.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.compiler.passes.fusion.rules import fuse_graph
+from deepseek.compiler.passes.fusion.rewrite_rules import fuse_graph
 from tests.compiler.passes.fusion.fused_models import IMAGES, settle
 
 # torch warns about itself when it decomposes an exported graph.

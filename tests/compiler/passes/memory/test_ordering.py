@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deepseek.compiler.passes.memory.ordering import (
     BufferGraph,
-    Step,
+    GraphStep,
     arrange,
     find_peak,
     profile,
@@ -29,7 +29,7 @@ def graphs(draw, max_steps=6):
         sizes[f"b{index}"] = draw(st.sampled_from([0, 1, 1, 5, 5, 13]))
         scratch = draw(st.integers(0, 10))
         overwrites = tuple(sorted(reads))
-        steps.append(Step(f"s{index}", frozenset(reads), (f"b{index}",), frozenset(follows), scratch, overwrites))
+        steps.append(GraphStep(f"s{index}", frozenset(reads), (f"b{index}",), frozenset(follows), scratch, overwrites))
     kept = draw(st.sets(st.sampled_from(sorted(sizes)), min_size=1))
     return BufferGraph(tuple(steps), sizes, frozenset({"given"}), frozenset(kept))
 
@@ -93,17 +93,17 @@ def test_a_buffer_is_overwritten_only_after_its_last_reader(graph):
 
 
 def test_long_chains_with_branches_are_solved_exactly():
-    steps, sizes = [Step("start", creates=("x0",))], {"x0": 4}
+    steps, sizes = [GraphStep("start", creates=("x0",))], {"x0": 4}
     for index in range(200):
         wide, thin, out = f"wide{index}", f"thin{index}", f"x{index + 1}"
         sizes |= {wide: 100, f"other{index}": 100, thin: 1, f"slim{index}": 1, out: 4}
         source = frozenset({f"x{index}"})
         steps += [
-            Step(f"a{index}", source, (wide,)),
-            Step(f"b{index}", source, (f"other{index}",)),
-            Step(f"c{index}", frozenset({wide}), (thin,)),
-            Step(f"d{index}", frozenset({f"other{index}"}), (f"slim{index}",)),
-            Step(f"e{index}", frozenset({thin, f"slim{index}"}), (out,)),
+            GraphStep(f"a{index}", source, (wide,)),
+            GraphStep(f"b{index}", source, (f"other{index}",)),
+            GraphStep(f"c{index}", frozenset({wide}), (thin,)),
+            GraphStep(f"d{index}", frozenset({f"other{index}"}), (f"slim{index}",)),
+            GraphStep(f"e{index}", frozenset({thin, f"slim{index}"}), (out,)),
         ]
     order = reorder(BufferGraph(tuple(steps), sizes, kept=frozenset({"x200"})))
     assert order.is_optimal
@@ -112,7 +112,7 @@ def test_long_chains_with_branches_are_solved_exactly():
 
 
 def test_an_order_that_breaks_a_dependence_is_refused():
-    graph = BufferGraph((Step("a", creates=("x",)), Step("b", frozenset({"x"}))), {"x": 1})
+    graph = BufferGraph((GraphStep("a", creates=("x",)), GraphStep("b", frozenset({"x"}))), {"x": 1})
     with pytest.raises(ConfigError, match="step b is put before a"):
         arrange(graph, ["b", "a"])
     with pytest.raises(ConfigError, match="1 steps were ordered and the graph has 2"):
@@ -120,6 +120,6 @@ def test_an_order_that_breaks_a_dependence_is_refused():
 
 
 def test_steps_in_a_circle_have_no_order():
-    steps = (Step("a", follows=frozenset({"b"})), Step("b", follows=frozenset({"a"})))
+    steps = (GraphStep("a", follows=frozenset({"b"})), GraphStep("b", follows=frozenset({"a"})))
     with pytest.raises(ConfigError, match="circle"):
         reorder(BufferGraph(steps, {}))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek.compiler.passes.placement.assignment import Link, Operation, Workload, place, time_s
+from deepseek.compiler.passes.placement.assignment import Link, TimedOperation, Workload, place, time_s
 from deepseek.core.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def workloads(draw, max_operations=6):
         made = [name for name in reads if name != "x"]
         beside = draw(st.none() | st.sampled_from(made)) if made else None
         cost = {device: float(draw(times)) for device in (devices if beside else runs_on)}
-        operations.append(Operation(f"o{index}", cost, tuple(reads), draw(st.integers(0, 50)), beside))
+        operations.append(TimedOperation(f"o{index}", cost, tuple(reads), draw(st.integers(0, 50)), beside))
         names.append(f"o{index}")
     links = {
         (one, two): Link(float(draw(st.integers(0, 20))), float(draw(st.integers(1, 10))))
@@ -92,9 +92,9 @@ def test_long_chains_and_parallel_branches_are_exact():
     links = {("cpu", "gpu"): link, ("gpu", "cpu"): link}
     operations, before = [], "x"
     for index in range(100):
-        left = Operation(f"left{index}", {"cpu": 2.0, "gpu": 9.0}, (before,), 0)
-        right = Operation(f"right{index}", {"cpu": 9.0, "gpu": 2.0}, (before,), 0)
-        join = Operation(f"join{index}", {"cpu": 1.0, "gpu": 1.0}, (f"left{index}", f"right{index}"), 0)
+        left = TimedOperation(f"left{index}", {"cpu": 2.0, "gpu": 9.0}, (before,), 0)
+        right = TimedOperation(f"right{index}", {"cpu": 9.0, "gpu": 2.0}, (before,), 0)
+        join = TimedOperation(f"join{index}", {"cpu": 1.0, "gpu": 1.0}, (f"left{index}", f"right{index}"), 0)
         operations += [left, right, join]
         before = f"join{index}"
     placement = place(Workload(tuple(operations), links, {"x": ("cpu", 0)}, {before: "cpu"}))
@@ -107,8 +107,8 @@ def test_long_chains_and_parallel_branches_are_exact():
 def test_one_device_is_the_floor_when_transfers_are_slow():
     slow = Link(1.0, 1e3)
     operations = (
-        Operation("a", {"cpu": 0.5, "gpu": 0.1}, ("x",), 8),
-        Operation("b", {"cpu": 0.1, "gpu": 0.5}, ("a",), 8),
+        TimedOperation("a", {"cpu": 0.5, "gpu": 0.1}, ("x",), 8),
+        TimedOperation("b", {"cpu": 0.1, "gpu": 0.5}, ("a",), 8),
     )
     workload = Workload(operations, {("cpu", "gpu"): slow, ("gpu", "cpu"): slow}, {"x": ("cpu", 8)}, {"b": "cpu"})
     placement = place(workload)
@@ -120,12 +120,12 @@ def test_one_device_is_the_floor_when_transfers_are_slow():
 def test_bad_workloads_are_refused():
     link = {("a", "b"): Link(0.0, 1.0)}
     with pytest.raises(ConfigError, match="no device runs o"):
-        place(Workload((Operation("o", {}),), link, {}, {}))
+        place(Workload((TimedOperation("o", {}),), link, {}, {}))
     with pytest.raises(ConfigError, match="o reads y, which nothing before it makes"):
-        place(Workload((Operation("o", {"a": 1.0}, ("y",)),), link, {}, {}))
+        place(Workload((TimedOperation("o", {"a": 1.0}, ("y",)),), link, {}, {}))
     with pytest.raises(ConfigError, match="y is wanted as a result"):
-        place(Workload((Operation("o", {"a": 1.0}),), link, {}, {"y": "a"}))
+        place(Workload((TimedOperation("o", {"a": 1.0}),), link, {}, {"y": "a"}))
     with pytest.raises(ConfigError, match="from b to a and no such link"):
-        place(Workload((Operation("o", {"b": 1.0}),), link, {}, {"o": "a"}))
+        place(Workload((TimedOperation("o", {"b": 1.0}),), link, {}, {"o": "a"}))
     with pytest.raises(ConfigError, match="has to run beside p, which it does not read"):
-        place(Workload((Operation("p", {"a": 1.0}), Operation("o", {"a": 1.0}, beside="p")), link, {}, {}))
+        place(Workload((TimedOperation("p", {"a": 1.0}), TimedOperation("o", {"a": 1.0}, beside="p")), link, {}, {}))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.compiler.passes.placement.assignment import Link, Operation, Workload, place
+from deepseek.compiler.passes.placement.assignment import Link, TimedOperation, Workload, place
 from deepseek.compiler.passes.placement.devices import (
     apply_placement,
     list_devices,
@@ -117,7 +117,7 @@ def costs(fast_on):
         nodes = graph_module.graph.find_nodes(op="placeholder")
         computed = [node for node in graph_module.graph.nodes if node.op == "call_function"]
         operations = tuple(
-            Operation(
+            TimedOperation(
                 node.name,
                 {device: 1e-3 if device == fast_on(index) else 1.0 for device in devices},
                 tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),

@@ -1,1 +1,1 @@
-"""Operators that follow each other become one: `rules.py` is the table, and each rewrite is verified in numbers."""
+"""Operators that follow each other become one: `rewrite_rules.py` is the table, each rewrite verified in numbers."""

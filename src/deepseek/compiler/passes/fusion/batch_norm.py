@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from deepseek.compiler.passes.fusion.graphs import Candidate, Match, Refusal, Rewriting, to_float64
+from deepseek.compiler.passes.fusion.graphs import Match, ProposedRewrite, Refusal, Rewriting, to_float64
 from deepseek.compiler.passes.fusion.operator_values import (
     BatchNorm,
     Convolution,
@@ -48,7 +48,7 @@ def match_convolution_batch_norm(node: Node, graph: Rewriting) -> Match:
         rest = source.args[3:]
         return (graph.add_call(source.target, x, new_weight, new_bias, *rest, like=graph.values[node]),)  # type: ignore[arg-type]
 
-    return Candidate(replaced, (node,), (x,), emit)
+    return ProposedRewrite(replaced, (node,), (x,), emit)
 
 
 def match_linear_batch_norm(node: Node, graph: Rewriting) -> Match:
@@ -74,7 +74,7 @@ def match_linear_batch_norm(node: Node, graph: Rewriting) -> Match:
         call = torch.ops.aten.linear.default
         return (graph.add_call(call, linear.x, new_weight, new_bias, like=graph.values[node]),)
 
-    return Candidate(replaced, (node,), (linear.x,), emit)
+    return ProposedRewrite(replaced, (node,), (linear.x,), emit)
 
 
 def fold_convolution(convolution: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from deepseek.compiler.passes.fusion.graphs import Candidate, Rewriting, read_attribute, to_float64
+from deepseek.compiler.passes.fusion.graphs import ProposedRewrite, Rewriting, read_attribute, to_float64
 
 # Largest deviation in units of the dtype's rounding step, relative to the largest value. Sums over thousands of
 # products leave 10 to 40 in FP32; a weight folded wrongly leaves millions.
@@ -28,7 +28,7 @@ _SEED = 20
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Equivalence:
     """What was found, relative to the largest value of the reference."""
 
     error: float
@@ -44,7 +44,7 @@ class Comparison:
         return self.error <= self.bound and (self.weight_error is None or self.weight_error <= self.bound)
 
 
-def compare(candidate: Candidate, results: Sequence[Node], graph: Rewriting) -> Comparison:
+def compare(candidate: ProposedRewrite, results: Sequence[Node], graph: Rewriting) -> Equivalence:
     """Run what a candidate replaces and what it emitted."""
     sample = _draw_sample(candidate, graph)
     emitted = graph.emitted
@@ -55,7 +55,7 @@ def compare(candidate: Candidate, results: Sequence[Node], graph: Rewriting) -> 
     steps = float(torch.finfo(dtype).eps) * _ALLOWED_STEPS if dtype.is_floating_point else 0.0
     error_before = _error(before, reference)
     bound = max(steps, 2 * error_before if math.isfinite(error_before) else 0.0, _SMALLEST_ALLOWED)
-    return Comparison(_error(after, reference), _compare_weights(emitted, results, sample, graph, reference), bound)
+    return Equivalence(_error(after, reference), _compare_weights(emitted, results, sample, graph, reference), bound)
 
 
 def _compare_weights(
@@ -70,7 +70,7 @@ def _compare_weights(
     return _error(_run(emitted, sample, graph, results, is_exact=True), expected)
 
 
-def _draw_sample(candidate: Candidate, graph: Rewriting) -> dict[Node, Tensor]:
+def _draw_sample(candidate: ProposedRewrite, graph: Rewriting) -> dict[Node, Tensor]:
     generator = torch.Generator().manual_seed(_SEED)
     sample = {}
     for node in candidate.inputs:

@@ -1,7 +1,7 @@
 """The graph that is being rewritten, and what a rule may do with it: read constants, add calls, propose a rewrite.
 
-A rule looks at one node and returns a `Candidate` (these nodes could become those), a `Refusal` (this looks like mine
-and cannot be done, because) or `None`. It never removes anything itself: the driver in `rules.py` lets it
+A rule looks at one node and returns a `ProposedRewrite` (these nodes could become those), a `Refusal` (this looks like
+mine and cannot be done, because) or `None`. It never removes anything itself: the driver in `rewrite_rules.py` lets it
 emit, compares numbers, and then removes either the old nodes or the new ones.
 """
 
@@ -86,7 +86,7 @@ class Rewriting:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ProposedRewrite:
     """Nodes that could be replaced, and how."""
 
     replaced: tuple[Node, ...]
@@ -111,10 +111,10 @@ class Refusal:
     reason: str
 
 
-Match = Candidate | Refusal | None
+Match = ProposedRewrite | Refusal | None
 
 
-def why_not_movable(candidate: Candidate, graph: Rewriting) -> str | None:
+def why_not_movable(candidate: ProposedRewrite, graph: Rewriting) -> str | None:
     """Say why the inputs of a candidate cannot be read at another of its nodes; `None` where they can.
 
     Memory decides, as it was seen when the graph ran without computing: a write through any alias of an input counts.

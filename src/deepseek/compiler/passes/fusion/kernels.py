@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from deepseek.compiler.passes.effects import find_root, is_aten, read_arguments
-from deepseek.compiler.passes.fusion.graphs import Candidate, Match, Refusal, Rewriting
+from deepseek.compiler.passes.fusion.graphs import Match, ProposedRewrite, Refusal, Rewriting
 from deepseek.compiler.passes.fusion.operator_values import (
     Activation,
     Convolution,
@@ -56,7 +56,7 @@ def match_convolution_add_activation(node: Node, graph: Rewriting) -> Match:
         after = (None, [], None) if activation is None else _named(activation)
         return (graph.add_call(call, convolution.x, other, *arguments, "add", 1.0, *after, like=graph.values[node]),)
 
-    return Candidate(replaced, (node,), (convolution.x, other), emit)
+    return ProposedRewrite(replaced, (node,), (convolution.x, other), emit)
 
 
 def match_convolution_activation(node: Node, graph: Rewriting) -> Match:
@@ -94,7 +94,7 @@ def match_linear_activation(node: Node, graph: Rewriting) -> Match:
         call = torch.ops.mkldnn._linear_pointwise.default
         return (graph.add_call(call, linear.x, weight, bias, *_named(activation), like=graph.values[node]),)
 
-    return Candidate(replaced, (node,), (linear.x,), emit)
+    return ProposedRewrite(replaced, (node,), (linear.x,), emit)
 
 
 def _pointwise(convolution: Convolution, activation: Activation | None, graph: Rewriting) -> Match:
@@ -113,7 +113,7 @@ def _pointwise(convolution: Convolution, activation: Activation | None, graph: R
         arguments = _shared_arguments(convolution, graph)
         return (graph.add_call(call, convolution.x, *arguments, *after, like=graph.values[node]),)
 
-    return Candidate(replaced, (node,), (convolution.x,), emit)
+    return ProposedRewrite(replaced, (node,), (convolution.x,), emit)
 
 
 def _shared_arguments(convolution: Convolution, graph: Rewriting) -> tuple[Any, ...]:

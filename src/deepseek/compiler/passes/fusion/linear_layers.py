@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from deepseek.compiler.passes.effects import is_computation
-from deepseek.compiler.passes.fusion.graphs import Candidate, Match, Refusal, Rewriting, to_float64
+from deepseek.compiler.passes.fusion.graphs import Match, ProposedRewrite, Refusal, Rewriting, to_float64
 from deepseek.compiler.passes.fusion.operator_values import LinearMap, is_identity, read_linear, skip_identities
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ def match_identity(node: Node, graph: Rewriting) -> Match:
     assert isinstance(source, Node)
     if any(user.op == "output" for user in node.users) and source.op == "placeholder":
         return None
-    return Candidate((node,), (node,), (source,), lambda: (source,))
+    return ProposedRewrite((node,), (node,), (source,), lambda: (source,))
 
 
 def match_consecutive_linears(node: Node, graph: Rewriting) -> Match:
@@ -55,7 +55,7 @@ def match_consecutive_linears(node: Node, graph: Rewriting) -> Match:
         new_bias = None if bias is None else graph.add_constant(bias.to(dtype), "bias")
         return (graph.add_call(aten.linear.default, first.x, new_weight, new_bias, like=graph.values[node]),)
 
-    return Candidate(replaced, (node,), (first.x,), emit)
+    return ProposedRewrite(replaced, (node,), (first.x,), emit)
 
 
 def multiply(first: LinearMap, second: LinearMap) -> tuple[Tensor, Tensor | None]:
@@ -83,7 +83,7 @@ def match_parallel_linears(node: Node, graph: Rewriting) -> Match:
     if reason is not None:
         return Refusal(nodes, reason)
     readers = {user: aten.reshape.default for each in nodes for user in each.users if user.target is aten.view.default}
-    return Candidate(nodes, nodes, (lead.x,), lambda: _emit_stacked(layers, graph), after=dict(readers))
+    return ProposedRewrite(nodes, nodes, (lead.x,), lambda: _emit_stacked(layers, graph), after=dict(readers))
 
 
 def _emit_stacked(layers: list[LinearMap], graph: Rewriting) -> tuple[Node, ...]:

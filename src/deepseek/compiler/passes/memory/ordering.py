@@ -26,7 +26,7 @@ _BEAM_WIDTH = 32
 
 
 @dataclass(frozen=True)
-class Step:
+class GraphStep:
     """One operation."""
 
     name: str
@@ -45,7 +45,7 @@ class Step:
 class BufferGraph:
     """Steps in one possible order, over buffers."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[GraphStep, ...]
     sizes_bytes: Mapping[str, int]
     given: frozenset[str] = frozenset()
     """Buffers of the caller: inputs and weights. They are there before and after, and are not counted."""
@@ -100,8 +100,8 @@ def profile(graph: BufferGraph, reused: Mapping[str, str] | None = None) -> list
 def find_peak(graph: BufferGraph, reused: Mapping[str, str] | None = None) -> int:
     """The largest number of bytes alive at once.
 
-    >>> chain = BufferGraph((Step("a", creates=("x",)), Step("b", frozenset({"x"}), ("y",))), {"x": 8, "y": 2})
-    >>> find_peak(chain)
+    >>> steps = (GraphStep("a", creates=("x",)), GraphStep("b", frozenset({"x"}), ("y",)))
+    >>> find_peak(BufferGraph(steps, {"x": 8, "y": 2}))
     10
     """
     return max(profile(graph, reused), default=0)
@@ -127,9 +127,9 @@ def reorder(graph: BufferGraph, *, max_states: int = MAX_STATES) -> Order:
 
     >>> sizes = {"big": 100, "wide": 100, "small": 1, "thin": 1, "sum": 1}
     >>> steps = (
-    ...     Step("load", creates=("big",)), Step("grow", creates=("wide",)),
-    ...     Step("cut", frozenset({"big"}), ("small",)), Step("trim", frozenset({"wide"}), ("thin",)),
-    ...     Step("add", frozenset({"small", "thin"}), ("sum",)),
+    ...     GraphStep("load", creates=("big",)), GraphStep("grow", creates=("wide",)),
+    ...     GraphStep("cut", frozenset({"big"}), ("small",)), GraphStep("trim", frozenset({"wide"}), ("thin",)),
+    ...     GraphStep("add", frozenset({"small", "thin"}), ("sum",)),
     ... )
     >>> reorder(BufferGraph(steps, sizes, kept=frozenset({"sum"})))
     Order(names=('load', 'cut', 'grow', 'trim', 'add'), peak_bytes=102, is_optimal=True)

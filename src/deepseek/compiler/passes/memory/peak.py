@@ -27,7 +27,7 @@ from deepseek.compiler.passes.effects import find_written, has_effects, is_aten,
 from deepseek.compiler.passes.fusion.graphs import read_attribute
 from deepseek.compiler.passes.memory.ordering import (
     BufferGraph,
-    Step,
+    GraphStep,
     arrange,
     find_peak,
     reorder,
@@ -155,7 +155,7 @@ def describe(graph_module: fx.GraphModule, observed: Observed, *, is_training: b
     outside = {name for node in nodes if node.op in ("placeholder", "get_attr") for name in buffers[node]}
     follows = _order_effects(nodes, buffers)
     steps = tuple(
-        Step(
+        GraphStep(
             node.name,
             frozenset(name for each in node.all_input_nodes for name in buffers[each]),
             creates[node],

@@ -24,7 +24,7 @@ MAX_STATES = 4096
 
 
 @dataclass(frozen=True)
-class Operation:
+class TimedOperation:
     """One operation and what it costs."""
 
     name: str
@@ -53,7 +53,7 @@ class Link:
 class Workload:
     """Operations in their order, and the machine."""
 
-    operations: tuple[Operation, ...]
+    operations: tuple[TimedOperation, ...]
     links: Mapping[tuple[str, str], Link]
     inputs: Mapping[str, tuple[str, int]]
     """Device and bytes of each input."""
@@ -88,8 +88,8 @@ def place(workload: Workload, *, max_states: int = MAX_STATES) -> Placement:
 
     Raises `ConfigError` for an operation that no device runs, and for a link that is needed and not given.
 
-    >>> slow_start = Operation("look_up", {"cpu": 1e-3, "gpu": 9e-3}, ("x",), 4096)
-    >>> heavy = Operation("multiply", {"cpu": 50e-3, "gpu": 1e-3}, ("look_up",), 4096)
+    >>> slow_start = TimedOperation("look_up", {"cpu": 1e-3, "gpu": 9e-3}, ("x",), 4096)
+    >>> heavy = TimedOperation("multiply", {"cpu": 50e-3, "gpu": 1e-3}, ("look_up",), 4096)
     >>> link = Link(1e-5, 1e10)
     >>> work = Workload((slow_start, heavy), {("cpu", "gpu"): link, ("gpu", "cpu"): link}, {"x": ("cpu", 8)}, {})
     >>> place(work).devices
@@ -158,13 +158,13 @@ def _search(workload: Workload, max_states: int) -> tuple[dict[str, str], float,
     return dict(zip(_names(workload), best.devices(), strict=True)), total_s, is_exact
 
 
-def _allowed(operation: Operation, state: _Places) -> list[str]:
+def _allowed(operation: TimedOperation, state: _Places) -> list[str]:
     pinned = [device for name, device, _ in state if name == operation.beside]
     return [device for device in operation.times_s if not pinned or device in pinned]
 
 
 def _step(
-    workload: Workload, state: _Places, operation: Operation, device: str, sizes: Mapping[str, int]
+    workload: Workload, state: _Places, operation: TimedOperation, device: str, sizes: Mapping[str, int]
 ) -> tuple[_Places, float]:
     """The state after an operation on a device, and the time of what had to be sent."""
     sent_s = 0.0

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_map
 
 from deepseek.compiler.passes.effects import find_written, is_opaque
 from deepseek.compiler.passes.fusion.graphs import read_attribute
-from deepseek.compiler.passes.fusion.rules import copy_graph
+from deepseek.compiler.passes.fusion.rewrite_rules import copy_graph
 from deepseek.compiler.passes.memory.peak_tracking import tensors_in
-from deepseek.compiler.passes.placement.assignment import Link, Operation, Placement, Workload, place
+from deepseek.compiler.passes.placement.assignment import Link, Placement, TimedOperation, Workload, place
 from deepseek.compiler.passes.shape_inference import observe
 from deepseek.core.errors import ConfigError
 
@@ -107,7 +107,7 @@ def measure_workload(
     runner = _Timer(graph_module, devices)
     runner.run(*inputs, enable_io_processing=False)
     operations = tuple(
-        Operation(
+        TimedOperation(
             node.name,
             runner.times_s[node],
             tuple(source.name for source in node.all_input_nodes if source.op in ("placeholder", "call_function")),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.compiler.passes.fusion.rules import RULES, fuse, fuse_graph
+from deepseek.compiler.passes.fusion.rewrite_rules import RULES, fuse, fuse_graph
 from deepseek.core.errors import ConfigError
 from tests.compiler.passes.fusion.fused_models import IMAGES, settle
 

@@ -25,9 +25,9 @@ from deepseek.compiler.passes.effects import find_line, is_computation
 from deepseek.compiler.passes.fusion.batch_norm import match_convolution_batch_norm, match_linear_batch_norm
 from deepseek.compiler.passes.fusion.equivalence import compare
 from deepseek.compiler.passes.fusion.graphs import (
-    Candidate,
     Kernels,
     Match,
+    ProposedRewrite,
     Refusal,
     Rewriting,
     read_attribute,
@@ -51,7 +51,7 @@ IN_TRAINING = "weights are trained and statistics are those of the batch: nothin
 
 
 @dataclass(frozen=True)
-class Rule:
+class FusionRule:
     """One row of the table."""
 
     name: str
@@ -60,15 +60,15 @@ class Rule:
 
 # In this order: what folds weights first, what chooses kernels last.
 RULES = (
-    Rule("dropout in evaluation", match_identity),
-    Rule("convolution + batch norm", match_convolution_batch_norm),
-    Rule("linear + batch norm", match_linear_batch_norm),
-    Rule("linear + linear", match_consecutive_linears),
-    Rule("linear beside linear", match_parallel_linears),
-    Rule("convolution + add + activation", match_convolution_add_activation),
-    Rule("convolution + activation", match_convolution_activation),
-    Rule("linear + activation", match_linear_activation),
-    Rule("convolution, weights laid out", match_convolution),
+    FusionRule("dropout in evaluation", match_identity),
+    FusionRule("convolution + batch norm", match_convolution_batch_norm),
+    FusionRule("linear + batch norm", match_linear_batch_norm),
+    FusionRule("linear + linear", match_consecutive_linears),
+    FusionRule("linear beside linear", match_parallel_linears),
+    FusionRule("convolution + add + activation", match_convolution_add_activation),
+    FusionRule("convolution + activation", match_convolution_activation),
+    FusionRule("linear + activation", match_linear_activation),
+    FusionRule("convolution, weights laid out", match_convolution),
 )
 
 
@@ -86,7 +86,7 @@ class Fusion:
 
 
 @dataclass(frozen=True)
-class Rejection:
+class RefusedFusion:
     """A rule that could have fired and did not."""
 
     rule: str
@@ -100,7 +100,7 @@ class FusionReport:
     """What fusing did to a graph."""
 
     fusions: tuple[Fusion, ...]
-    rejections: tuple[Rejection, ...]
+    rejections: tuple[RefusedFusion, ...]
     num_operators_before: int
     num_operators_after: int
 
@@ -120,7 +120,7 @@ class Fused:
 
 
 def fuse(
-    model: nn.Module, example_inputs: Sequence[Any], *, kernels: Kernels = "eager", rules: Sequence[Rule] = RULES
+    model: nn.Module, example_inputs: Sequence[Any], *, kernels: Kernels = "eager", rules: Sequence[FusionRule] = RULES
 ) -> Fused:
     """Capture `model` for inference and fuse its operators.
 
@@ -149,15 +149,15 @@ def fuse_graph(
     *,
     is_training: bool = False,
     kernels: Kernels = "eager",
-    rules: Sequence[Rule] = RULES,
+    rules: Sequence[FusionRule] = RULES,
 ) -> Fused:
     """Fuse the operators of `graph_module` in place; `inputs` has one value for each placeholder."""
     num_before = count_operators(graph_module)
     if is_training:
-        rejections = tuple(Rejection(rule.name, "the graph", (), IN_TRAINING) for rule in rules)
+        rejections = tuple(RefusedFusion(rule.name, "the graph", (), IN_TRAINING) for rule in rules)
         return Fused(graph_module, FusionReport((), rejections, num_before, num_before))
     fusions: list[Fusion] = []
-    rejections_found: list[Rejection] = []
+    rejections_found: list[RefusedFusion] = []
     graph = Rewriting(graph_module, observe(graph_module, inputs).values, kernels=kernels)
     _fuse_branches(graph, rules, fusions, rejections_found)
     for rule in rules:
@@ -218,7 +218,9 @@ def _delete_unused_modules(graph_module: fx.GraphModule) -> None:
             graph_module.delete_submodule(path)
 
 
-def _fuse_branches(graph: Rewriting, rules: Sequence[Rule], fusions: list[Fusion], rejections: list[Rejection]) -> None:
+def _fuse_branches(
+    graph: Rewriting, rules: Sequence[FusionRule], fusions: list[Fusion], rejections: list[RefusedFusion]
+) -> None:
     """Fuse inside the branches of `torch.cond`, to which weights are handed as operands."""
     for node in list(graph.graph.nodes):
         if node.target is not torch.ops.higher_order.cond:
@@ -241,7 +243,7 @@ def _fuse_branches(graph: Rewriting, rules: Sequence[Rule], fusions: list[Fusion
             remove_unused(branch)
 
 
-def _apply(rule: Rule, graph: Rewriting, fusions: list[Fusion], rejections: list[Rejection]) -> None:
+def _apply(rule: FusionRule, graph: Rewriting, fusions: list[Fusion], rejections: list[RefusedFusion]) -> None:
     erased: set[Node] = set()
     for node in list(graph.graph.nodes):
         match = None if node in erased else rule.match(node, graph)
@@ -250,19 +252,19 @@ def _apply(rule: Rule, graph: Rewriting, fusions: list[Fusion], rejections: list
         where, names = find_line(node), _names(match)
         outcome = match.reason if isinstance(match, Refusal) else _try(match, graph)
         if isinstance(outcome, str):
-            rejections.append(Rejection(rule.name, where, names, outcome))
+            rejections.append(RefusedFusion(rule.name, where, names, outcome))
             continue
-        assert isinstance(match, Candidate)
+        assert isinstance(match, ProposedRewrite)
         erased.update(match.replaced)
         fusions.append(Fusion(rule.name, where, names, outcome))
 
 
-def _names(match: Candidate | Refusal) -> tuple[str, ...]:
+def _names(match: ProposedRewrite | Refusal) -> tuple[str, ...]:
     nodes = match.nodes if isinstance(match, Refusal) else match.replaced
     return tuple(node.name for node in nodes)
 
 
-def _try(candidate: Candidate, graph: Rewriting) -> float | str:
+def _try(candidate: ProposedRewrite, graph: Rewriting) -> float | str:
     """Rewrite, compare, and take it back where the numbers are wrong; the error, or why it was taken back."""
     reason = why_not_movable(candidate, graph)
     if reason is not None:
@@ -284,7 +286,7 @@ def _try(candidate: Candidate, graph: Rewriting) -> float | str:
     return comparison.error
 
 
-def _replace(candidate: Candidate, results: Sequence[Node], graph: Rewriting) -> None:
+def _replace(candidate: ProposedRewrite, results: Sequence[Node], graph: Rewriting) -> None:
     for old, new in zip(candidate.results, results, strict=True):
         if new not in candidate.inputs:
             new.meta = {key: value for key, value in old.meta.items() if key not in ("from_node", "source_fn_stack")}
@@ -302,4 +304,14 @@ def _erase(nodes: Any, graph: Rewriting) -> None:
     graph.emitted = []
 
 
-__all__ = ["RULES", "Fused", "Fusion", "FusionReport", "Rejection", "Rule", "fuse", "fuse_graph", "read_attribute"]
+__all__ = [
+    "RULES",
+    "Fused",
+    "Fusion",
+    "FusionReport",
+    "FusionRule",
+    "RefusedFusion",
+    "fuse",
+    "fuse_graph",
+    "read_attribute",
+]

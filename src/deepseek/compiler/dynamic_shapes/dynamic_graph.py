@@ -35,11 +35,11 @@ from torch import nn
 
 from deepseek.compiler.dynamic_shapes.capture import find_backend
 from deepseek.compiler.dynamic_shapes.execution import DynamicGraph
-from deepseek.compiler.dynamic_shapes.options import DynamicOptions, Explanation
+from deepseek.compiler.dynamic_shapes.options import DynamicExplanation, DynamicOptions
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 
-__all__ = ["DynamicGraph", "DynamicOptions", "Explanation", "dynamic_graph"]
+__all__ = ["DynamicExplanation", "DynamicGraph", "DynamicOptions", "dynamic_graph"]
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.compiler.dynamic_shapes.decorator import dynamic_graph
+from deepseek.compiler.dynamic_shapes.dynamic_graph import dynamic_graph
 from deepseek.core.errors import ConfigError
 from tests.compiler.dynamic_shapes.encoders import SIZE, Encoder, build_pair, make_batch
 
