@@ -246,14 +246,14 @@ def load_table() -> Table:
 
 
 def find_generation(name: str) -> Generation:
-    """Find the row of a generation by any name users write: `v2.3`, `2.3`, `1.x`, `4.2`.
+    """Find the row of a generation by any name users write: `v2.3`, `2.3`, `2.3.1`, `1.x`, `4.2`.
 
     Raises `ConfigError` for an unknown one, with the known ones.
 
     >>> find_generation("v4.2").name
     '4.0'
     """
-    wanted = name.strip().lower().removeprefix("v")
+    wanted = re.sub(r"^v?([0-9]+\.[0-9]+)\.[0-9]+$", r"\1", name.strip().lower()).removeprefix("v")
     by_name = {known_name: row for row in load_table().generations for known_name in (row.name, *row.aliases)}
     if wanted not in by_name:
         raise ConfigError(explain_unknown("generation", name, by_name))

@@ -62,7 +62,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for file in sorted(temporary.rglob("*")):
-                _flush(file)
+                if not file.is_symlink():
+                    _flush(file)
             _flush(temporary)
             _put_in_place(temporary, target)
         finally:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from deepseek.compat.migration.findings import apply_edits
 from tests.compat.migration.checks import (
     config_findings,
     found,
@@ -61,3 +65,82 @@ def test_the_generation_is_renamed_wherever_one_comes_from(tmp_path: Path) -> No
     (tmp_path / "c.yaml").write_text("generation: v4.2\n")
     assert [each.rule for each in found(tmp_path, "v5.0", "v4.0")] == ["config-generation"]
     assert found(tmp_path, "v4.0") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "after"),
+    [
+        ("generation: v5.0\nfp16: yes\n", ".yaml", "generation: v5.0\nds_amp_level: O1\n"),
+        ("generation: v5.0\nfp16: Off # no\n", ".yaml", "generation: v5.0\nds_amp_level: O0 # no\n"),
+        ("gradient_clip: 1\n---\ngradient_clip: 2\n", ".yaml", "ds_grad_clip: 1\n---\nds_grad_clip: 2\n"),
+        # A brace in a comment makes no inline section.
+        (
+            "data_loader:  # {x}\n  buffer_size: 1\n",
+            ".yaml",
+            "data_loader:  # {x}\n  shard_strategy: hash\n  buffer_size: 1\n",
+        ),
+        ("gradient_clip: .nan\n", ".yaml", "ds_grad_clip: .nan\n"),
+        ("gradient_clip: 1\nother: !custom [1]\n", ".yaml", "ds_grad_clip: 1\nother: !custom [1]\n"),
+        ("fp16 = true\n[a]\nfp16 = true\n", ".toml", 'ds_amp_level = "O1"\n[a]\nfp16 = true\n'),
+    ],
+)
+def test_values_are_read_as_their_library_reads_them(text: str, suffix: str, after: str) -> None:
+    assert apply_edits(text, config_findings(text, suffix)) == after
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix"),
+    [
+        ("gradient_clip: 1\nds_grad_clip: 2\n", ".yaml"),
+        ("gradient_clip: 1\ngradient_clip: 2\n", ".yaml"),
+        ('{"gradient_clip": 1, "ds_grad_clip": 2}', ".json"),
+        ('{"gradient_clip": 1, "gradient_clip": 2}', ".json"),
+        ("gradient_clip = 1\nds_grad_clip = 2\n", ".toml"),
+        ("shared: &shared\n  gradient_clip: 1.0\n<<: *shared\n", ".yaml"),
+        ("distributed: &d {tensor_parallel: 2}\nother: *d\n", ".yaml"),
+        ("fp16: &x true\nother: *x\n", ".yaml"),
+        ("other: &x true\nfp16: *x\n", ".yaml"),
+        ("fp16: !!bool 'true'\n", ".yaml"),
+        ("data_loader:\n  ? buffer_size\n  : 1\n", ".yaml"),
+        ("data_loader: {}\n", ".yaml"),
+    ],
+)
+def test_what_only_a_person_can_settle_is_found_and_left(text: str, suffix: str) -> None:
+    findings = config_findings(text, suffix)
+    assert findings
+    assert all(not finding.edits for finding in findings if finding.rule != "config-generation")
+
+
+@pytest.mark.parametrize("value", ["v6.0", "v5.0.2", "5.0", "nightly"])
+def test_a_generation_that_is_not_older_is_left(value: str) -> None:
+    assert config_findings(f"generation: {value}\nds_grad_clip: 1\n") == []
+
+
+def test_a_patch_release_counts_as_its_generation() -> None:
+    assert [each.rule for each in config_findings("generation: v3.5.1\n")] == ["config-generation"]
+
+
+KEYS = ["gradient_clip", "fp16", "ds_grad_clip", "distributed", "data_loader", "engine", "a: b", "generation", "<<"]
+VALUES = st.one_of(
+    st.sampled_from(["true", "yes", "v2.0", "pytorch", "x # y", "{", "&a", "*a", "- b"]),
+    st.integers(-2, 2),
+    st.booleans(),
+)
+SECTIONS = st.one_of(
+    VALUES, st.dictionaries(st.sampled_from([*KEYS, "tensor_parallel", "buffer_size"]), VALUES, max_size=3)
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.dictionaries(st.sampled_from(KEYS), SECTIONS, min_size=1, max_size=4), min_size=1, max_size=2),
+    st.booleans(),
+)
+def test_an_edited_file_differs_in_the_settings_of_its_rules_alone(documents: list[dict], is_flow: bool) -> None:
+    text = yaml.safe_dump_all(documents, default_flow_style=is_flow, sort_keys=False)
+    after = apply_edits(text, config_findings(text))
+    left = [{key: value for key, value in document.items() if key in ("a: b", "<<")} for document in documents]
+    read = list(yaml.safe_load_all(after))
+    assert [{key: value for key, value in document.items() if key in ("a: b", "<<")} for document in read] == left
+    assert [len(document) for document in read] == [len(document) for document in documents]
+    assert not any(finding.edits for finding in config_findings(after))

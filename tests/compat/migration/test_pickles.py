@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import tarfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepseek.compat.migration.applying import migrate
-from deepseek.compat.migration.pickles import read_pickle
+from deepseek.compat.migration.pickles import PickleContent, read_pickle
 from deepseek.core.errors import CorruptArtifactError
 from tests.compat.migration.checks import (
     Evil,
@@ -120,3 +121,94 @@ def test_no_bytes_make_the_pickle_reader_crash(change: Any, tmp_path_factory: py
     path.write_bytes(content)
     with contextlib.suppress(CorruptArtifactError):
         read_pickle(path)
+
+
+OLD_EXPLOIT = b"cposix\nsystem\n(S'true'\ntR."
+
+
+def tarred(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tarred(sys_info=pickle.dumps({}), pickle=pickle.dumps(Evil("true"))),
+        tarred(storages=pickle.dumps(1, 0) + OLD_EXPLOIT, pickle=pickle.dumps({})),
+        zipped("archive/DATA.PKL", pickle.dumps(Evil("true"))),
+        zipped("a/data.pkl", pickle.dumps({})) + pickle.dumps(Evil("true")),
+        pickle.dumps([1], 0) + OLD_EXPLOIT,
+        pickle.dumps([1], 1) + OLD_EXPLOIT,
+        pickle.dumps([1], 2) + OLD_EXPLOIT,
+        OLD_EXPLOIT[:-1] + b"\xff\xff",
+        OLD_EXPLOIT[:-1],
+        pickle.dumps(Evil("true"))[:-1] + b"\xff",
+        pickle.dumps(Evil("true"))[:-2],
+        pickle.dumps({"a": bytes(3_000_000), "b": Evil("true")}),
+        b"(iposix\nsystem\n\xff",
+    ],
+)
+def test_an_exploit_is_one_in_every_container_and_with_any_tail(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    # Where the archive comes first, only what a loader of archives runs counts.
+    expected = (
+        "checkpoint-pickle"
+        if content.startswith(b"PK") and b"posix" in content[-120:] and b"DATA" not in content
+        else None
+    )
+    assert [each.rule for each in found(tmp_path)] == [expected or "checkpoint-malicious"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_every_kind_of_tensor_is_harmless(tmp_path: Path) -> None:
+    dtypes = [
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+        torch.complex64,
+        torch.bool,
+        torch.float8_e4m3fn,
+        torch.bfloat16,
+    ]
+    state: dict[str, Any] = {str(dtype): torch.zeros(2).to(dtype) for dtype in dtypes}
+    state["quantised"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    state["channels"] = torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.quint8)
+    state["sparse"] = torch.eye(2).to_sparse()
+    state["rows"] = torch.eye(2).to_sparse_csr()
+    state |= {"size": torch.Size([1]), "dtype": torch.float32, "device": torch.device("cpu"), "set": {1}}
+    for number, is_new in enumerate((True, False)):
+        torch.save(state, tmp_path / f"{number}.pt", _use_new_zipfile_serialization=is_new)
+        assert read_pickle(tmp_path / f"{number}.pt").foreign == ()
+
+
+def test_nothing_that_we_call_harmless_is_refused_by_the_reader_of_torch() -> None:
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    allowed = set(_get_allowed_globals())
+    ours = {name for name in allowed if PickleContent((name,)).foreign == ()}
+    assert {"torch._utils._rebuild_tensor_v2", "torch.FloatStorage", "collections.OrderedDict", "torch.uint16"} <= ours
+    assert PickleContent(("os.system", "torch.storage._load_from_bytes", "builtins.eval", "torch.load")).foreign == (
+        "os.system",
+        "torch.storage._load_from_bytes",
+        "builtins.eval",
+        "torch.load",
+    )
+
+
+def test_a_text_that_looks_like_a_name_is_no_exploit(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"cats\nand dogs\nare animals\n")
+    assert found(tmp_path) == []
+
+
+def test_a_pickle_of_endless_operations_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek.compat.migration.pickles._MAX_OPCODES", 5000)
+    (tmp_path / "x.pt").write_bytes(b"\x80\x02" + b"N0" * 3000 + b"N.")
+    (finding,) = found(tmp_path)
+    assert "more than 5000 operations" in finding.why

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
+
 from deepseek.cli.verbs.migrate import migrate as run
+from deepseek.compat.migration.scanning import list_files, scan_files, survey
 from tests.compat.migration.checks import (
     found,
 )
@@ -17,3 +21,53 @@ def test_broken_files_are_reported_and_the_rest_is_still_checked(tmp_path: Path)
     (tmp_path / "d.py").write_bytes(b"x = '\xff'\n")
     assert [each.rule for each in found(tmp_path)] == ["unreadable", "python-numpy-float", "unreadable", "unreadable"]
     assert run(tmp_path) == 2
+
+
+def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
+    for name in ("a.py", "b.sh", "c.sh", "README", ".git/config", "data/big.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    seen = survey(tmp_path)
+    assert seen.files == (tmp_path / "a.py",)
+    assert str(seen) == "not looked at: 4 files (.sh 2, no suffix 1, .jsonl 1); folders .git"
+
+
+def test_patterns_exclude_names_and_paths(tmp_path: Path) -> None:
+    for name in ("a.py", "old/a.py", "old/deep/b.py", "c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    names = [str(path.relative_to(tmp_path)) for path in list_files(tmp_path, ["old/deep", "c.*"])]
+    assert names == ["a.py", "old/a.py"]
+
+
+def test_an_error_inside_a_check_becomes_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("odd")
+
+    monkeypatch.setattr("deepseek.compat.migration.scanning.check_python", fail)
+    (tmp_path / "a.py").write_text("import numpy as np\nx = np.float\n")
+    (tmp_path / "b.yaml").write_text("gradient_clip: 1\n")
+    findings = found(tmp_path)
+    assert [finding.rule for finding in findings] == ["unreadable", "config-gradient-clip"]
+    assert "ZeroDivisionError odd; exclude it with --exclude" in str(findings[0])
+
+
+def test_pipes_are_not_opened_and_large_files_not_read(tmp_path: Path) -> None:
+    for suffix in (".py", ".yaml", ".safetensors", ".pt"):
+        os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / "data.json").write_text(" " * 6_000_000)
+    (tmp_path / "large.yaml").write_text("gradient_clip: 1\n" + "# x\n" * 2_000_000)
+    assert {each.path: each.rule for each in found(tmp_path)} == {
+        **{f"pipe{suffix}": "unreadable" for suffix in (".py", ".yaml", ".safetensors", ".pt")},
+        "large.yaml": "unreadable",
+    }
+
+
+def test_many_files_are_checked_on_several_processors_in_order(tmp_path: Path) -> None:
+    for number in range(1001):
+        (tmp_path / f"{number:04d}.py").write_text("import numpy as np\nx = np.float\n" if number % 500 == 0 else "")
+    seen: list[tuple[int, int]] = []
+    files = list_files(tmp_path)
+    findings = scan_files(tmp_path, files, "v5.0", on_progress=lambda done, total: seen.append((done, total)))
+    assert [each.path for each in findings] == ["0000.py", "0500.py", "1000.py"]
+    assert seen[-1] == (1001, 1001)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from deepseek.compat.migration.findings import Finding
+    from deepseek.compat.migration.scanning import Survey
 
 CLEAN, FOUND, UNREADABLE = 0, 1, 2
 
@@ -24,6 +25,7 @@ def migrate(
     target: Annotated[str, Parameter(name="--to")] = "v5.0",
     apply: bool = False,
     out: Path | None = None,
+    exclude: list[str] | None = None,
     json: bool = False,
 ) -> int:
     """Check configs, Python sources and checkpoints under PATH for what a generation breaks.
@@ -39,16 +41,19 @@ def migrate(
     check
         The same, as `--check PATH`.
     source
-        The generation one comes from; without it rules of all generations apply.
+        The generation to start from; without it rules of all generations apply.
     target
-        The generation one goes to.
+        The generation to migrate to.
     apply
         Write a migrated copy to --out; the original is never touched.
     out
         Folder of the copy; must not exist.
+    exclude
+        Names or paths below PATH that are not checked, with wildcards; may be given several times.
     json
         Print the findings as one JSON object.
     """
+    from deepseek.compat.migration.scanning import survey
     from deepseek.core.errors import ConfigError
 
     where = check or path
@@ -56,48 +61,64 @@ def migrate(
         raise ConfigError("give one path to check: deepseek-migrate --check PATH")
     if apply != (out is not None):
         raise ConfigError("--apply writes a copy and --out says where; give both or none")
-    findings = _check(where, target, source) if out is None else _apply(where, out, target, source)
-    _show(findings, as_json=json)
-    if any(each.is_unreadable for each in findings):
+    files = survey(where, exclude or ())
+    changed: list[str] = []
+    if out is None:
+        findings = _check(where, files, target, source)
+    else:
+        findings = _apply(where, out, target, source, changed, exclude or ())
+    _show(findings, changed, files, as_json=json)
+    if any(finding.is_unreadable for finding in findings):
         return UNREADABLE
     return FOUND if findings else CLEAN
 
 
-def _check(path: Path, target: str, source: str | None) -> list[Finding]:
-    from deepseek.compat.migration.scanning import list_files, prepare_scan, scan_file
+def _check(path: Path, files: Survey, target: str, source: str | None) -> list[Finding]:
+    from deepseek.compat.migration.scanning import scan_files
 
-    prepared, files = prepare_scan(target, source), list_files(path)
-    root = path if path.is_dir() else path.parent
-    findings: list[Finding] = []
     with _progress("checking") as advance:
-        for done, file in enumerate(files, start=1):
-            findings += scan_file(file, prepared, root, is_named=file == path)
-            advance(done, len(files))
-    return findings
+        return scan_files(path, files.files, target, source, advance)
 
 
-def _apply(path: Path, out: Path, target: str, source: str | None) -> list[Finding]:
+def _apply(
+    path: Path, out: Path, target: str, source: str | None, changed: list[str], exclude: Sequence[str]
+) -> list[Finding]:
     from deepseek.compat.migration.applying import migrate as run
 
     with _progress("migrating") as advance:
-        return run(path, out, target, source, advance)
+        return run(
+            path,
+            out,
+            target,
+            source,
+            advance,
+            on_change=lambda file, what: changed.append(f"{file}: {what}"),
+            exclude=exclude,
+        )
 
 
-def _show(findings: list[Finding], *, as_json: bool) -> None:
+def _show(findings: list[Finding], changed: list[str], files: Survey, *, as_json: bool) -> None:
     if as_json:
         import json
 
-        sys.stdout.write(json.dumps({"findings": [each.to_dict() for each in findings]}, indent=2) + "\n")
+        listed = [finding.to_dict() for finding in findings]
+        document = {"findings": listed, "changed": changed, "not_looked_at": str(files).removeprefix("not looked at: ")}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
+    for line in changed:
+        sys.stdout.write(f"changed {line}\n")
     for finding in findings:
         sys.stdout.write(f"{finding}\n")
-    num_fixable = sum(each.is_fixable for each in findings)
-    sys.stdout.write(f"{len(findings)} findings, {num_fixable} of them settled by --apply --out DIR\n")
+    if str(files):
+        sys.stdout.write(f"{files}\n")
+    num_fixable = sum(finding.is_fixable for finding in findings)
+    findings_word = "finding" if len(findings) == 1 else "findings"
+    sys.stdout.write(f"{len(findings)} {findings_word}, {num_fixable} of them settled by --apply --out DIR\n")
 
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, told files done and in all; silent where nobody looks."""
+    """Show a bar on standard error that receives files done and in all; silent where it is no terminal."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,32 +1,34 @@
 """A migrated copy of a project: configs and sources edited in place of their text, checkpoints converted.
 
-The original is never touched; the copy is a new folder that appears whole or not at all. Edits can lead to further
-ones (a renamed section whose keys are renamed, too), so a text is edited until nothing more is found; applying to the
-copy then changes nothing.
+The original is never touched; the copy is a new folder that appears whole or not at all. No file of it is worse than
+its original: an edit is made where the result was read again and is right, a checkpoint is converted where every tensor
+of it is known, and everything else is copied as it is, with its mode and its links, and reported.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepseek.compat.conversion_steps import identify
-from deepseek.compat.headers import read_checkpoint
-from deepseek.compat.migration.config_files import check_config
+from deepseek.compat.headers import INDEX_NAME, read_checkpoint
 from deepseek.compat.migration.findings import Finding, apply_edits
 from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
-from deepseek.compat.migration.python_files import check_python, decode_python, encode_python
+from deepseek.compat.migration.python_files import decode_python, encode_python
 from deepseek.compat.migration.scanning import Scan, list_files, prepare_scan, scan_file
+from deepseek.compat.migration.settings import decode_settings
 from deepseek.compat.sharded_checkpoints import convert_files
 from deepseek.compat.version_converter import VersionConverter
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.storage import new_folder
 
-_MAX_ROUNDS = 10
+_MAX_TEXT_BYTES = 5_000_000
 
 
 def migrate(
@@ -35,119 +37,159 @@ def migrate(
     target: str,
     source: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    on_change: Callable[[Path, str], None] = lambda file, what: None,
+    exclude: Sequence[str] = (),
 ) -> list[Finding]:
-    """Write a migrated copy of the file or folder `path` to the new folder `out`; returns what is left for a person.
+    """Write a migrated copy of the file or folder `path` to the new folder `out`; return what is left for a person.
 
-    `on_progress` is told files done and in all. Raises `ConfigError` when `out` exists or lies inside `path`.
+    `on_progress` receives files done and in all, `on_change` every file of the copy that differs and what was done to
+    it. Files that `exclude` names are copied as they are. Raises `ConfigError` when `out` exists or lies inside `path`.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; a migration never writes over anything, choose another folder")
     if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
         raise ConfigError(f"{out} lies inside {path}, which is to be copied; choose a folder outside")
-    prepared, files = prepare_scan(target, source), list_files(path)
+    files = list_files(path, exclude)
+    prepared = prepare_scan(target, source, files)
     root = path if path.is_dir() else path.parent
     with new_folder(out) as copy:
         if path.is_dir():
-            shutil.copytree(path, copy, dirs_exist_ok=True, symlinks=True, ignore=_hollow)
+            shutil.copytree(path, copy, dirs_exist_ok=True, symlinks=True, ignore=_list_special_files)
         else:
             shutil.copy2(path, copy / path.name)
         for done, file in enumerate(files, start=1):
-            twin = copy / file.relative_to(root)
-            # A link out of the folder leads to a file that is not a copy and must not be written.
-            if twin.resolve().is_relative_to(copy.resolve()):
-                _migrate_file(file, twin, prepared, root, is_named=file == path)
+            counterpart = copy / file.relative_to(root)
+            # What a link leads to is either a file of the copy, which is migrated itself, or not ours to write.
+            if not _is_behind_link(counterpart, copy):
+                what = _migrate_file(file, counterpart, prepared, root, is_named=file == path)
+                if what:
+                    on_change(file.relative_to(root), what)
             on_progress(done, len(files))
     is_named = not path.is_dir()
-    return [each for file in list_files(out) for each in scan_file(file, prepared, out, is_named=is_named)]
+    left = list_files(out, exclude)
+    again = prepare_scan(target, source, left)
+    found = [finding for file in left for finding in scan_file(file, again, out, is_named=is_named)]
+    return [finding.for_person("left as it was") if finding.is_fixable else finding for finding in found]
 
 
-def _hollow(folder: str, names: list[str]) -> set[str]:
-    """Links to nothing, pipes and sockets: they hold nothing that could be copied."""
-    paths = {name: Path(folder, name) for name in names}
-    return {name for name, path in paths.items() if not (path.is_file() or path.is_dir())}
+def _list_special_files(folder: str, names: list[str]) -> set[str]:
+    """Return the pipes, sockets and devices of a folder: they hold nothing that could be copied."""
+    modes = {name: Path(folder, name).lstat().st_mode for name in names}
+    return {
+        name for name, mode in modes.items() if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+    }
 
 
-def _migrate_file(file: Path, copy: Path, prepared: Scan, root: Path, *, is_named: bool) -> None:
+def _is_behind_link(file: Path, copy: Path) -> bool:
+    return any(part.is_symlink() for part in (file, *file.parents) if part.is_relative_to(copy) and part != copy)
+
+
+def _migrate_file(file: Path, copy: Path, prepared: Scan, root: Path, *, is_named: bool) -> str:
+    """Migrate one file of the copy; return what was done, nothing where it stays as it is."""
     findings = scan_file(file, prepared, root, is_named=is_named)
+    rules = {found.rule for found in findings if found.is_fixable}
     if any(found.edits for found in findings):
         content = file.read_bytes()
+        mode = copy.stat().st_mode
         copy.unlink()
-        copy.write_bytes(_edit(content, file.suffix, findings, prepared))
-    elif any(found.rule == "checkpoint-layout" for found in findings):
-        _convert(file, copy, prepared)
-    elif any(found.rule == "checkpoint-pickle" for found in findings) and file.suffix in PICKLE_SUFFIXES:
-        _convert_pickle(file, copy, prepared)
+        copy.write_bytes(_edit(content, file.suffix, findings))
+        copy.chmod(mode)
+        return ", ".join(sorted(rules))
+    try:
+        if "checkpoint-layout" in rules:
+            return _convert(file, copy, prepared)
+        if "checkpoint-pickle" in rules and file.suffix in PICKLE_SUFFIXES:
+            return "" if _is_named_in_text(file, root) else _convert_pickle(file, copy, prepared)
+    except ArtifactError:
+        # The copy is as the original; the scan that follows says what is wrong with it.
+        return ""
+    return ""
 
 
-def _edit(content: bytes, suffix: str, findings: list[Finding], prepared: Scan) -> bytes:
+def _edit(content: bytes, suffix: str, findings: list[Finding]) -> bytes:
     if suffix == ".py":
-        text = decode_python(content)
-        for _ in range(_MAX_ROUNDS):
-            text = apply_edits(text, findings)
-            findings = check_python(encode_python(text, content), "", prepared.rules.python)
-            if not any(found.edits for found in findings):
-                break
-        return encode_python(text, content)
-    text = content.decode("utf-8")
-    mark = text[: len(text) - len(text.removeprefix("\ufeff"))]
-    text = text.removeprefix("\ufeff")
-    for _ in range(_MAX_ROUNDS):
-        text = apply_edits(text, findings)
-        findings = check_config(text, "", suffix, prepared.rules, prepared.target.name, is_named=True)
-        if not any(found.edits for found in findings):
-            break
-    return (mark + text).encode("utf-8")
+        return encode_python(apply_edits(decode_python(content), findings), content)
+    decoded = decode_settings(content)
+    return decoded.encode(apply_edits(decoded.text, findings))
 
 
-def _convert(source: Path, copy: Path, prepared: Scan) -> None:
-    """Convert a file or a folder of shards into the place of its copy."""
-    generations = identify({name: place.spec for name, place in read_checkpoint(source).items()})
+def _convert(source: Path, copy: Path, prepared: Scan) -> str:
+    """Convert a file, or a folder of shards, over its copy."""
+    stored = read_checkpoint(source)
+    generations = identify({name: tensor.spec for name, tensor in stored.items()})
     converter = VersionConverter(generations[-1], prepared.target.name)
     with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
         out = Path(folder) / "converted"
-        convert_files(converter, source, out)
+        # A file stays one file by its own name, since configs and code name it.
+        convert_files(converter, source, out, **({} if source.is_dir() else {"max_shard_bytes": 1 << 62}))
         if source.is_dir():
-            for old in copy.glob("*.safetensors"):
-                old.unlink()
-            shutil.copytree(out, copy, dirs_exist_ok=True)
+            # Only what the index lists is replaced: other weights beside it are not of this checkpoint.
+            for old in {tensor.path.name for tensor in stored.values()}:
+                (copy / old).unlink()
+            (copy / INDEX_NAME).unlink(missing_ok=True)
+            for new in out.iterdir():
+                if new.suffix == ".safetensors" or new.name == INDEX_NAME:
+                    shutil.move(new, copy / new.name)
         else:
-            _place_file(out, copy)
+            (converted,) = out.glob("*.safetensors")
+            _replace_file(converted, copy)
+    return f"converted from {generations[-1]} to {prepared.target.name}"
 
 
-def _place_file(out: Path, copy: Path) -> None:
-    """A single file stays one by its own name; one that was divided becomes the shards beside it."""
-    copy.unlink(missing_ok=True)
-    files = sorted(out.glob("*"))
-    for file in files:
-        shutil.move(file, copy if len(files) == 1 else copy.parent / file.name)
+def _replace_file(new: Path, old: Path) -> None:
+    mode = old.stat().st_mode
+    old.unlink()
+    shutil.move(new, old)
+    old.chmod(mode)
 
 
-def _convert_pickle(source: Path, copy: Path, prepared: Scan) -> None:
-    """A pickle that names nothing foreign becomes safetensors; anything but a flat dict of tensors stays as it is."""
+def _is_named_in_text(file: Path, root: Path) -> bool:
+    """Whether a text of the project names a file, so that it cannot go away under another suffix."""
+    name = re.compile(rf"(?<![\w.-]){re.escape(file.name)}(?![\w-])".encode())
+    suffixes = (".py", ".ipynb", ".yaml", ".yml", ".json", ".toml", ".sh", ".cfg", ".ini", ".txt", ".md")
+    texts = [path for path in root.rglob("*") if path.suffix in suffixes and path.is_file()]
+    return any(path.stat().st_size <= _MAX_TEXT_BYTES and name.search(path.read_bytes()) for path in texts)
+
+
+def _convert_pickle(source: Path, copy: Path, prepared: Scan) -> str:
+    """Write a pickle that is a flat dict of plain tensors as safetensors; any other one stays as it is."""
     from safetensors.torch import save_file
 
     weights, target = _load_weights(source), copy.with_suffix(".safetensors")
     if weights is None or target.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
-        written = Path(folder) / target.name
-        save_file({name: each.contiguous().clone() for name, each in weights.items()}, written, {"format": "pt"})
-        if any(found.rule == "checkpoint-layout" for found in scan_file(written, prepared, written.parent)):
-            _convert(written, target, prepared)
-        else:
-            shutil.move(written, target)
+        return ""
+    what = f"read as weights only and written as {target.name}"
+    try:
+        save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, target, {"format": "pt"})
+        found = scan_file(target, prepared, target.parent)
+        if any(finding.rule == "checkpoint-layout" and finding.is_fixable for finding in found):
+            what += f", {_convert(target, target, prepared)}"
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    target.chmod(copy.stat().st_mode)
     copy.unlink()
+    return what
 
 
 def _load_weights(path: Path) -> dict[str, Any] | None:
-    """The tensors of a pickle through torch's weights-only reader, which builds tensors and calls nothing else."""
+    """Read the tensors of a pickle through torch's weights-only reader, which builds tensors and calls nothing else.
+
+    `None` where it holds anything beside them, such as the state of an optimizer, which safetensors could not carry.
+    """
     import torch
 
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        # Left in the copy as it is, where the scan that follows names it once more.
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
-    is_flat = isinstance(weights, dict) and all(isinstance(each, torch.Tensor) for each in weights.values())
-    return weights if is_flat and weights else None
+    weights = weights["state_dict"] if isinstance(weights, dict) and set(weights) == {"state_dict"} else weights
+    is_flat = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    is_plain = is_flat and all(
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_complex() or tensor.is_meta)
+        for tensor in weights.values()
+    )
+    return {name: tensor.detach() for name, tensor in weights.items()} if is_plain and weights else None

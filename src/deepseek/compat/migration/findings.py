@@ -33,6 +33,8 @@ class Finding:
     why: str
     fix: str
     edits: tuple[Edit, ...] = ()
+    is_for_person: bool = False
+    """Whether `--apply` leaves it, although its rule can settle others."""
 
     @property
     def is_unreadable(self) -> bool:
@@ -42,11 +44,20 @@ class Finding:
     @property
     def is_fixable(self) -> bool:
         """Whether `--apply` settles it: by an edit, or by converting the file."""
-        return bool(self.edits) or self.rule in ("checkpoint-layout", "checkpoint-pickle")
+        is_converted = self.rule in ("checkpoint-layout", "checkpoint-pickle") and not self.is_for_person
+        return bool(self.edits) or is_converted
 
     def with_edits(self, edits: Iterable[Edit]) -> Finding:
         """Return the same finding with other edits."""
         return dataclasses.replace(self, edits=tuple(edits))
+
+    def for_person(self, reason: str) -> Finding:
+        """Return the same finding, left to a person for a reason."""
+        return dataclasses.replace(self, edits=(), is_for_person=True, why=f"{self.why} ({reason})")
+
+    def moved(self, line: int, detail: str) -> Finding:
+        """Return the same finding at another line, without edits."""
+        return dataclasses.replace(self, line=line, edits=(), why=f"{self.why} ({detail})")
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}:{self.column}: {self.severity} {self.rule}: {self.why}; {self.fix}"

@@ -16,11 +16,13 @@ import ast
 import io
 import re
 import tokenize
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from deepseek.compat.migration.findings import Edit, Finding, Lines, find, unreadable
+from deepseek.compat.migration.findings import Edit, Finding, Lines, apply_edits, find, unreadable
 from deepseek.compat.migration.python_names import Names, Use, find_names
 from deepseek.compat.migration.rules import PythonRule
 
@@ -32,7 +34,7 @@ def check_python(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> li
     """Return the findings in one file; one that says `unreadable` for broken source."""
     try:
         text = decode_python(content)
-        tree = ast.parse(text)
+        tree = _parse(text)
         wanted = frozenset(rule.name for rule in rules)
         names = find_names(tree, wanted)
     except SyntaxError as error:
@@ -46,7 +48,36 @@ def check_python(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> li
         return [unreadable(path, "nested too deeply to be parsed", "exclude the file")]
     source = _Source(text, tree, names)
     findings = [found for rule in rules for found in _apply(rule, source, path)]
-    return _join_import_edits(sorted(findings, key=lambda finding: (finding.line, finding.column)), source)
+    findings = _join_import_edits(sorted(findings, key=lambda finding: (finding.line, finding.column)), source)
+    # Edits of one file belong together: an import without its uses would be worse than neither.
+    return findings if _is_right(findings, source) else [found.with_edits(()) for found in findings]
+
+
+def _parse(text: str) -> ast.Module:
+    """Parse source without the warnings that it deserves by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text)
+
+
+def _is_right(findings: Sequence[Finding], source: _Source) -> bool:
+    """Whether the edited text compiles and keeps every literal, docstrings included."""
+    edits = {edit for found in findings for edit in found.edits}
+    if not edits:
+        return True
+    new = apply_edits(source.text, findings)
+    try:
+        tree = _parse(new)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(tree, "edited", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return not _literals(source.tree) - _literals(tree)
+
+
+def _literals(tree: ast.Module) -> Counter[str]:
+    return Counter(repr(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant))
 
 
 def decode_python(content: bytes) -> str:

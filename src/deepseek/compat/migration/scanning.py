@@ -1,20 +1,27 @@
-"""Everything under a path that a target generation breaks: configs, Python sources and checkpoints.
+"""Everything under a path that a target generation breaks: configs, Python sources, notebooks and checkpoints.
 
     for scanned in scan(Path("project"), target="v5.0"):
         scanned.findings
 
-Files are read one by one and none is imported, unpickled or loaded. A file whose bytes mention no name of any rule
-cannot hold a finding and is not parsed (so a syntax error in it goes unreported), which is what makes ten thousand
-files a matter of seconds. Links are followed
-to files, and to folders only once, so that a loop ends.
+Files are read one by one, up to a limit, and none is imported, unpickled or loaded; pipes and devices are not opened. A
+file whose bytes mention no name of any rule cannot hold a finding and is not parsed (so a syntax error in it goes
+unreported), which is what makes ten thousand files a matter of seconds. Links are followed to files, and to folders
+only once, so that a loop ends. `survey` also says what is not looked at.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import functools
+import json
+import multiprocessing
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek.compat.generations import Generation, find_generation
@@ -23,14 +30,22 @@ from deepseek.compat.migration.checkpoints import check_pickle, check_weights
 from deepseek.compat.migration.config_files import check_config
 from deepseek.compat.migration.findings import Finding, unreadable
 from deepseek.compat.migration.mentions import mentions_any
+from deepseek.compat.migration.notebooks import SUFFIX as NOTEBOOK_SUFFIX
+from deepseek.compat.migration.notebooks import check_notebook
 from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
 from deepseek.compat.migration.python_files import check_python, is_decodable
 from deepseek.compat.migration.rules import Rules, load_rules
 from deepseek.compat.migration.settings import SUFFIXES as CONFIG_SUFFIXES
+from deepseek.compat.migration.settings import decode_settings
 from deepseek.core.errors import ConfigError
 
 _SKIPPED_FOLDERS = {".git", ".hg", ".venv", "venv", "node_modules", "__pycache__", ".mypy_cache", ".ruff_cache", ".tox"}
 _MAX_TEXT_BYTES = 5_000_000
+_MAX_INDEX_BYTES = 100_000_000
+_NUM_SHOWN_SUFFIXES = 6
+# Starting a process costs some tenths of a second, a file with findings some milliseconds.
+_MIN_PARALLEL_FILES, _CHUNK_FILES, _MAX_WORKERS = 1000, 64, 16
+_KNOWN = (".py", NOTEBOOK_SUFFIX, ".safetensors", *CONFIG_SUFFIXES, *PICKLE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -48,40 +63,100 @@ class Scan:
     rules: Rules
     target: Generation
     config_words: re.Pattern[bytes]
+    keys_in_code: Mapping[str, str] = field(default_factory=dict)
+    """Settings that some source reads by their old name, and where: a config must not change without its reader."""
 
 
-def prepare_scan(target: str, source: str | None = None) -> Scan:
-    """The rules on the way to generation `target`, from `source` or from any; unknown names raise `ConfigError`."""
+@dataclass(frozen=True)
+class Survey:
+    """What there is to check below a path, and what is passed over."""
+
+    files: tuple[Path, ...]
+    """Files by their suffix, and folders with an index of shards."""
+    unseen: tuple[tuple[str, int], ...] = ()
+    """Suffixes that no check knows, with the number of files."""
+    skipped_folders: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = []
+        if self.unseen:
+            shown = [f"{suffix} {count}" for suffix, count in self.unseen[:_NUM_SHOWN_SUFFIXES]]
+            shown += ["..."] if len(self.unseen) > _NUM_SHOWN_SUFFIXES else []
+            parts.append(f"{sum(count for _, count in self.unseen)} files ({', '.join(shown)})")
+        parts += [f"folders {', '.join(self.skipped_folders)}"] if self.skipped_folders else []
+        return f"not looked at: {'; '.join(parts)}" if parts else ""
+
+
+def prepare_scan(target: str, source: str | None = None, files: Iterable[Path] = ()) -> Scan:
+    """Choose the rules on the way to generation `target`, from `source` or from any; `files` are those of the project.
+
+    Raises `ConfigError` for unknown names, and for a target below the source.
+    """
     goal, start = find_generation(target), None if source is None else find_generation(source)
     if start is not None and start.version > goal.version:
         raise ConfigError(
             f"generation {start.name} is newer than {goal.name}; a migration goes up, choose a newer --to"
         )
     rules = load_rules().between(start, goal)
-    return Scan(
-        rules,
-        goal,
-        _any_word([rule.key.rpartition(".")[2] for rule in rules.config]),
-    )
+    keys = [rule.key.rpartition(".")[2] for rule in rules.config if rule.rename_to or rule.set_value]
+    words = _any_word([rule.key.rpartition(".")[2] for rule in rules.config])
+    return Scan(rules, goal, words, _find_keys_in_code(keys, files))
 
 
 def scan(path: Path, target: str, source: str | None = None) -> Iterator[Scanned]:
     """Check a file, or everything below a folder, in sorted order; a missing path raises `ConfigError`."""
-    prepared = prepare_scan(target, source)
     files = list_files(path)
+    prepared = prepare_scan(target, source, files)
     root = path if path.is_dir() else path.parent
     for file in files:
         yield Scanned(file, tuple(scan_file(file, prepared, root, is_named=file == path)))
 
 
-def list_files(path: Path) -> list[Path]:
-    """What there is to check: files by their suffix, and a folder with an index of shards as one."""
+def scan_files(
+    path: Path,
+    files: Sequence[Path],
+    target: str,
+    source: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Finding]:
+    """Check the files of a survey of `path`, on several processors where there are many.
+
+    `on_progress` receives files done and in all.
+    """
+    prepared = prepare_scan(target, source, files)
+    root = path if path.is_dir() else path.parent
+    check = functools.partial(_scan_listed, prepared=prepared, root=root, named=None if path.is_dir() else path)
+    findings: list[Finding] = []
+    with contextlib.ExitStack() as stack:
+        results: Iterable[list[Finding]] = map(check, files)
+        if len(files) >= _MIN_PARALLEL_FILES and (os.cpu_count() or 1) > 1:
+            context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
+            pool = stack.enter_context(ProcessPoolExecutor(min(os.cpu_count() or 1, _MAX_WORKERS), context))
+            results = pool.map(check, files, chunksize=_CHUNK_FILES)
+        for done, found in enumerate(results, start=1):
+            findings += found
+            on_progress(done, len(files))
+    return findings
+
+
+def _scan_listed(file: Path, prepared: Scan, root: Path, named: Path | None) -> list[Finding]:
+    return scan_file(file, prepared, root, is_named=file == named)
+
+
+def list_files(path: Path, exclude: Sequence[str] = ()) -> list[Path]:
+    """List what there is to check: files by their suffix, and a folder with an index of shards as one."""
+    return list(survey(path, exclude).files)
+
+
+def survey(path: Path, exclude: Sequence[str] = ()) -> Survey:
+    """Find what there is to check below `path`; `exclude` are patterns of names or of paths below it."""
     if not path.exists():
         raise ConfigError(f"{path} does not exist; name a file or a folder to check")
     if not path.is_dir():
-        return [path]
-    known = (".py", ".safetensors", *CONFIG_SUFFIXES, *PICKLE_SUFFIXES)
+        return Survey((path,))
     found: list[Path] = []
+    unseen: Counter[str] = Counter()
+    skipped: set[str] = set()
     seen: set[tuple[int, int]] = set()
     for here, folders, names in os.walk(path, followlinks=True):
         state = Path(here).stat()
@@ -89,55 +164,119 @@ def list_files(path: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add((state.st_dev, state.st_ino))
-        folders[:] = sorted(each for each in folders if each not in _SKIPPED_FOLDERS)
-        is_sharded = INDEX_NAME in names
-        found += [Path(here)] if is_sharded else []
-        found += [
-            Path(here, name)
-            for name in sorted(names)
-            if name.endswith(known) and not (is_sharded and (name.endswith(".safetensors") or name == INDEX_NAME))
-        ]
-    return found
+        below = os.path.relpath(here, path)
+        skipped |= {name for name in folders if name in _SKIPPED_FOLDERS}
+        folders[:] = sorted(
+            name for name in folders if name not in _SKIPPED_FOLDERS and not is_excluded(below, name, exclude)
+        )
+        kept = [name for name in sorted(names) if not is_excluded(below, name, exclude)]
+        shards = _list_shards(Path(here)) if INDEX_NAME in kept else set()
+        found += [Path(here)] if INDEX_NAME in kept else []
+        found += [Path(here, name) for name in kept if name.endswith(_KNOWN) and name not in shards]
+        unseen.update(Path(name).suffix or "no suffix" for name in kept if not name.endswith(_KNOWN))
+    return Survey(tuple(found), tuple(unseen.most_common()), tuple(sorted(skipped)))
+
+
+def is_excluded(below: str, name: str, exclude: Sequence[str]) -> bool:
+    """Whether a pattern names the file, or its path below the folder that is checked."""
+    path = str(Path(below) / name)
+    return any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(path, pattern.rstrip("/")) for pattern in exclude)
+
+
+def _list_shards(folder: Path) -> set[str]:
+    """Return the index and the files it lists; other weights beside them are checkpoints of their own."""
+    index = folder / INDEX_NAME
+    try:
+        if not index.is_file() or index.stat().st_size > _MAX_INDEX_BYTES:
+            return {INDEX_NAME}
+        return {INDEX_NAME, *map(str, json.loads(index.read_bytes())["weight_map"].values())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        # The check of the folder says what is wrong with its index.
+        return {INDEX_NAME}
 
 
 def scan_file(path: Path, prepared: Scan, root: Path, *, is_named: bool = False) -> list[Finding]:
-    """The findings in one file or folder of shards; paths are told relative to `root`."""
+    """Return the findings in one file or folder of shards; paths are shown relative to `root`."""
     shown = str(path.relative_to(root)) if path != root and path.is_relative_to(root) else str(path)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return check_weights(path, shown, prepared.rules, prepared.target)
-    if not path.is_file():
-        return [unreadable(shown, "not a file, or a link to nothing", "remove or exclude it")]
-    if path.suffix in PICKLE_SUFFIXES:
-        return check_pickle(path, shown, prepared.rules)
-    return _check_text(path, shown, prepared, is_named=is_named)
+    try:
+        if path.is_dir():
+            return check_weights(path, shown, prepared.rules, prepared.target)
+        if not path.is_file():
+            return [unreadable(shown, "not a file, or a link to nothing", "remove or exclude it")]
+        if path.suffix == ".safetensors":
+            return check_weights(path, shown, prepared.rules, prepared.target)
+        if path.suffix in PICKLE_SUFFIXES:
+            return check_pickle(path, shown, prepared.rules)
+        return _check_text(path, shown, prepared, is_named=is_named)
+    except Exception as error:  # noqa: BLE001 - becomes a finding that names the file, so that the others are still checked
+        return [unreadable(shown, f"cannot be checked: {type(error).__name__} {error}", "exclude it with --exclude")]
 
 
 def _check_text(path: Path, shown: str, prepared: Scan, *, is_named: bool) -> list[Finding]:
     try:
+        if path.stat().st_size > _MAX_TEXT_BYTES:
+            return _too_large(path, shown, prepared)
         content = path.read_bytes()
     except OSError as error:
         return [unreadable(shown, f"cannot be read: {error.strerror}", "check its permissions")]
-    if path.suffix == ".py":
-        has_mention = mentions_any(content, prepared.rules.python) or not is_decodable(content)
-    else:
-        has_mention = bool(prepared.config_words.search(content))
-    if not has_mention:
+    if path.suffix in (".py", NOTEBOOK_SUFFIX):
+        rules = prepared.rules.python
+        if not mentions_any(content, rules) and is_decodable(content):
+            return []
+        return check_python(content, shown, rules) if path.suffix == ".py" else check_notebook(content, shown, rules)
+    is_wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # UTF-16, whose bytes hold no words
+    if not is_wide and not prepared.config_words.search(content):
         return []
-    if len(content) > _MAX_TEXT_BYTES:
-        return [unreadable(shown, f"holds {len(content)} bytes, more than source or config do", "exclude it")]
-    if path.suffix == ".py":
-        return check_python(content, shown, prepared.rules.python)
     return _check_config(content, shown, path.suffix, prepared, is_named=is_named)
+
+
+def _too_large(path: Path, shown: str, prepared: Scan) -> list[Finding]:
+    """Judge a text by its beginning: a large file that mentions no setting there is data."""
+    with path.open("rb") as file:
+        content = file.read(_MAX_TEXT_BYTES)
+    has_mention = mentions_any(content, prepared.rules.python) if path.suffix == ".py" else False
+    if not has_mention and not (path.suffix != ".py" and prepared.config_words.search(content)):
+        return []
+    size = path.stat().st_size
+    return [unreadable(shown, f"holds {size} bytes, more than source or config do", "exclude it with --exclude")]
 
 
 def _check_config(content: bytes, shown: str, suffix: str, prepared: Scan, *, is_named: bool) -> list[Finding]:
     if suffix not in CONFIG_SUFFIXES:
         return [unreadable(shown, f"ends in {suffix!r}, which no check knows", "name a config, source or checkpoint")]
     try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
+        text = decode_settings(content).text
     except UnicodeDecodeError as error:
         return [unreadable(shown, f"not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8")]
-    return check_config(text, shown, suffix, prepared.rules, prepared.target.name, is_named=is_named)
+    findings = check_config(text, shown, suffix, prepared.rules, prepared.target.name, is_named=is_named)
+    return [_guard_reader(found, prepared) for found in findings]
+
+
+def _guard_reader(found: Finding, prepared: Scan) -> Finding:
+    """Leave a setting to a person where a source reads it by its old name."""
+    rules = {rule.id: rule for rule in prepared.rules.config}
+    rule = rules.get(found.rule)
+    reader = prepared.keys_in_code.get(rule.key.rpartition(".")[2]) if rule and found.edits else None
+    return found if reader is None else found.for_person(f"{reader} reads it by this name, so change both together")
+
+
+def _find_keys_in_code(keys: Sequence[str], files: Iterable[Path]) -> dict[str, str]:
+    """Return the settings that sources read, as `x["key"]`, `x.get("key")` or `x.key`, with the first place of each."""
+    if not keys:
+        return {}
+    names = "|".join(map(re.escape, sorted(set(keys))))
+    pattern = re.compile(
+        rf"(?:\[\s*|\.(?:get|pop|setdefault)\(\s*)['\"](?P<item>{names})['\"]|\w\.(?P<attribute>{names})\b(?!\()".encode()
+    )
+    found: dict[str, str] = {}
+    for path in files:
+        if path.suffix in (".py", NOTEBOOK_SUFFIX) and path.is_file() and path.stat().st_size <= _MAX_TEXT_BYTES:
+            content = path.read_bytes()
+            for match in pattern.finditer(content):
+                key = (match["item"] or match["attribute"]).decode()
+                line = content.count(b"\n", 0, match.start()) + 1
+                found.setdefault(key, f"{path.name}:{line}")
+    return found
 
 
 def _any_word(words: list[str]) -> re.Pattern[bytes]:

@@ -7,6 +7,7 @@ which marks every node. No TOML library tells positions, so a TOML text that `to
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import tomllib
@@ -31,6 +32,14 @@ class Entry:
     end: int
     value: tuple[int, int] | None
     """Where a single value stands; `None` for sections and lists."""
+    plain: str = ""
+    """The value as its library reads it, in lower case: `yes` of YAML is `true`; empty for sections."""
+    document: int = 0
+    """Which document of a YAML stream it belongs to."""
+    is_shared: bool = False
+    """Whether other keys read the same text, through an alias or a merge, so that no edit can be for this one alone."""
+    is_inline: bool = False
+    """Whether it is a section inside braces."""
 
 
 class SettingsError(ConfigError):
@@ -42,8 +51,33 @@ class SettingsError(ConfigError):
         self.column = column
 
 
+@dataclass(frozen=True)
+class DecodedText:
+    """A text, and how its file encodes it."""
+
+    text: str
+    encoding: str
+    mark: bytes = b""
+
+    def encode(self, text: str) -> bytes:
+        """Encode another text as the file was."""
+        return self.mark + text.encode(self.encoding)
+
+
+def decode_settings(content: bytes) -> DecodedText:
+    """Decode a file by its byte order mark, as UTF-8 without one. Raises `UnicodeDecodeError`."""
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):
+        if content.startswith(mark):
+            return DecodedText(content[len(mark) :].decode(encoding), encoding, mark)
+    return DecodedText(content.decode("utf-8"), "utf-8")
+
+
 def read_entries(text: str, suffix: str) -> list[Entry]:
-    """All keys in order. Raises `SettingsError` for a text that is not valid or nested too deeply."""
+    """Return all keys in order. Raises `SettingsError` for a text that is not valid or nested too deeply."""
     try:
         if suffix == ".toml":
             tomllib.loads(text)
@@ -68,6 +102,28 @@ def read_entries(text: str, suffix: str) -> list[Entry]:
         raise SettingsError("nested too deeply to be a config") from error
 
 
+def read_values(text: str, suffix: str) -> list[object]:
+    """Read the documents of a text that `read_entries` has accepted, as their libraries give them."""
+    if suffix == ".toml":
+        return [tomllib.loads(text)]
+    if suffix == ".json":
+        return [json.loads(text)]
+    return list(yaml.load_all(text, _TextLoader))
+
+
+class _TextLoader(yaml.CSafeLoader):
+    """Reads values of unknown tags as their plain text."""
+
+
+def _construct_plainly(loader: _TextLoader, _: str, node: yaml.Node) -> object:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    return loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else node.value
+
+
+_TextLoader.add_multi_constructor("", _construct_plainly)
+
+
 def _yaml_depth(text: str) -> int:
     """No less than the nesting of the text: one level takes a bracket, or a column of some line."""
     return max(text.count("[") + text.count("{"), max(map(len, text.splitlines()), default=0))
@@ -76,23 +132,61 @@ def _yaml_depth(text: str) -> int:
 def _walk_yaml(text: str, loader: type[yaml.CSafeLoader | yaml.SafeLoader]) -> list[Entry]:
     reader = loader(text)
     entries: list[Entry] = []
-    # An anchored section can be referred to many times; it is walked once, where it stands.
-    seen: set[int] = set()
+    document = 0
     while reader.check_node():
-        pending: list[tuple[tuple[str, ...], yaml.Node | None]] = [((), reader.get_node())]
+        root = reader.get_node()
+        shared = _shared_nodes(root)
+        # An anchored section can be referred to many times. It is walked where it stands, and wherever else a rule can
+        # reach: from the top of the file, and through a merge into it.
+        seen: set[int] = set()
+        pending: list[tuple[tuple[str, ...], yaml.Node | None, bool]] = [((), root, False)]
         while pending:
-            path, node = pending.pop()
-            if id(node) in seen or not isinstance(node, yaml.MappingNode):
+            path, node, is_shared = pending.pop()
+            if not isinstance(node, yaml.MappingNode) or (id(node) in seen and len(path) > 1):
                 continue
+            is_shared = is_shared or id(node) in shared
             seen.add(id(node))
             for key, value in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                    pending += [(path, each, True) for each in merged] if len(path) <= 1 else []
                 here = (*path, str(key.value))
-                span = None
-                if isinstance(value, yaml.ScalarNode) and value.start_mark.index >= key.end_mark.index:
-                    span = (value.start_mark.index, value.end_mark.index)
-                entries.append(Entry(here, key.start_mark.index, key.end_mark.index, span))
-                pending.append((here, value))
-    return sorted(entries, key=lambda each: each.start)
+                entries.append(_make_entry(here, key, value, document, is_shared=is_shared or id(value) in shared))
+                pending.append((here, value, is_shared))
+        document += 1
+    return sorted(entries, key=lambda entry: entry.start)
+
+
+def _make_entry(path: tuple[str, ...], key: yaml.Node, value: yaml.Node, document: int, *, is_shared: bool) -> Entry:
+    span, plain = None, ""
+    if isinstance(value, yaml.ScalarNode) and value.start_mark.index >= key.end_mark.index:
+        span = (value.start_mark.index, value.end_mark.index)
+    if isinstance(value, yaml.ScalarNode):
+        plain = str(value.value).strip().lower()
+        if value.tag == "tag:yaml.org,2002:bool":
+            plain = "true" if yaml.SafeLoader.bool_values[plain] else "false"
+    is_inline = isinstance(value, yaml.MappingNode) and bool(value.flow_style)
+    return Entry(path, key.start_mark.index, key.end_mark.index, span, plain, document, is_shared, is_inline)
+
+
+def _shared_nodes(root: yaml.Node | None) -> set[int]:
+    """Return the nodes that several keys hold."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
+            continue
+        if id(node) in seen:
+            shared.add(id(node))
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            pending += [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += node.value
+    return shared
 
 
 _TOML_KEY = re.compile(r"""[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*'""")
@@ -129,7 +223,8 @@ def _walk_assignment(text: str, at: int, section: tuple[str, ...]) -> Generator[
     path = (*path, name)
     at = _skip(text, text.index("=", at) + 1)
     stop = at if text[at] in "[{" else _scalar_end(text, at)
-    yield Entry(path, start, end, None if stop == at else (at, stop))
+    plain = "" if stop == at else str(tomllib.loads(f"value = {text[at:stop]}")["value"]).strip().lower()
+    yield Entry(path, start, end, None if stop == at else (at, stop), plain, is_inline=text[at] == "{")
     return (yield from _walk_value(text, at, path))
 
 

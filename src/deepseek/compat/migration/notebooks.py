@@ -1,0 +1,49 @@
+"""The Python rules applied to the code cells of a notebook, which share their names.
+
+Cells are joined into one text, so that an import in the first one is known in the last; lines that are commands of the
+notebook (`%time`, `!pip`) count as empty. Findings name the cell. A notebook is not edited: its file holds outputs and
+metadata in a layout of its own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+
+from deepseek.compat.migration.findings import Finding, unreadable
+from deepseek.compat.migration.python_files import check_python
+from deepseek.compat.migration.rules import PythonRule
+
+SUFFIX = ".ipynb"
+
+
+def check_notebook(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> list[Finding]:
+    """Return the findings in one notebook; one that says `unreadable` for a file that is none."""
+    try:
+        sources = [_source(cell) for cell in json.loads(content)["cells"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [unreadable(path, f"not a notebook: {type(error).__name__} {error}", "save it anew or exclude it")]
+    starts, lines = [], []
+    for source in sources:
+        starts.append(len(lines) + 1)
+        lines += source
+    findings = []
+    for found in check_python("\n".join(lines).encode(), path, rules):
+        cell = bisect.bisect_right(starts, found.line)
+        findings.append(found.moved(found.line - starts[cell - 1] + 1, f"cell {cell}"))
+    return findings
+
+
+def _source(cell: dict[str, object]) -> list[str]:
+    """Return the lines of a cell; none of a cell that holds no Python."""
+    source = cell.get("source", "")
+    text = "".join(str(part) for part in source) if isinstance(source, list) else str(source)
+    if cell.get("cell_type") != "code" or text.lstrip().startswith("%%"):
+        return []
+    return [_without_command(line) for line in text.split("\n")]
+
+
+def _without_command(line: str) -> str:
+    code = line.lstrip()
+    is_command = code.startswith(("%", "!", "?")) or code.rstrip().endswith("?")
+    return line[: len(line) - len(code)] + "pass" if is_command else line
