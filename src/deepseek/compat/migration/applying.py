@@ -23,7 +23,7 @@ from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
 from deepseek.compat.migration.python_files import decode_python, encode_python
 from deepseek.compat.migration.scanning import Scan, list_files, prepare_scan, scan_file
 from deepseek.compat.migration.settings import decode_settings
-from deepseek.compat.sharded_checkpoints import convert_files
+from deepseek.compat.sharded_checkpoints import MAX_SHARD_BYTES, convert_files
 from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.storage import new_folder
@@ -122,7 +122,7 @@ def _convert(source: Path, copy: Path, prepared: Scan) -> str:
     with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
         out = Path(folder) / "converted"
         # A file stays one file by its own name, since configs and code name it.
-        convert_files(converter, source, out, **({} if source.is_dir() else {"max_shard_bytes": 1 << 62}))
+        convert_files(converter, source, out, max_shard_bytes=MAX_SHARD_BYTES if source.is_dir() else 1 << 62)
         if source.is_dir():
             # Only what the index lists is replaced: other weights beside it are not of this checkpoint.
             for old in {tensor.path.name for tensor in stored.values()}:

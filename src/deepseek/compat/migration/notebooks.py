@@ -23,7 +23,8 @@ def check_notebook(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> 
         sources = [_source(cell) for cell in json.loads(content)["cells"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [unreadable(path, f"not a notebook: {type(error).__name__} {error}", "save it anew or exclude it")]
-    starts, lines = [], []
+    starts: list[int] = []
+    lines: list[str] = []
     for source in sources:
         starts.append(len(lines) + 1)
         lines += source

@@ -176,12 +176,12 @@ def _read_archives(path: Path, trace: _Trace) -> bool:
         return True
     if not _is_tar(path):
         return False
-    with tarfile.open(path, "r:") as archive:
-        for entry in archive:
-            member = archive.extractfile(entry) if entry.isreg() else None
-            if member is not None:
+    with tarfile.open(path, "r:") as tar:
+        for part in tar:
+            content = tar.extractfile(part) if part.isreg() else None
+            if content is not None:
                 # Numbers of tensors and their names are pickles, too, with raw data between them.
-                _read_member(entry.name, min(entry.size, _MAX_PICKLE_BYTES), member, trace)
+                _read_member(part.name, min(part.size, _MAX_PICKLE_BYTES), content, trace)
     return True
 
 
