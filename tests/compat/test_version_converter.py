@@ -191,3 +191,60 @@ def test_converting_twice_warns_and_changes_nothing() -> None:
     with pytest.warns(UserWarning, match="already have the form of generation 3"):
         twice = VersionConverter("2.0", "3.5").convert(once)
     assert equal(twice, once)
+
+
+def rows(**sizes: int) -> dict[str, torch.Tensor]:
+    return {f"{AT}{part}_proj.weight": torch.randn(size, 8) for part, size in sizes.items()}
+
+
+BIASES = {f"{AT}{part}_proj.bias": torch.randn(8) for part in "qv"}
+CONSOLIDATED = {f"layers.0.attention.{part}.weight": torch.randn(8, 8) for part in ("wq", "wk", "wv", "wo")} | {
+    "tok_embeddings.weight": torch.randn(9, 8),
+    "layers.0.attention_norm.weight": torch.randn(8),
+    "layers.0.ffn_norm.weight": torch.randn(8),
+}
+GPT_J = {f"transformer.h.0.attn.{part}_proj.weight": torch.randn(8, 8) for part in ("q", "k", "v", "out")}
+MODERN_BERT = {
+    "model.embeddings.tok_embeddings.weight": torch.randn(9, 8),
+    "model.layers.0.attn.Wqkv.weight": torch.randn(24, 8),
+}
+ADAPTER = rows(q=8, k=8, v=8, o=8) | {f"{AT}q_proj.lora_A.default.weight": torch.randn(2, 8)}
+FP8 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in rows(q=8, k=8, v=8, o=8).items()}
+SCALES = {f"{AT}{part}_proj.weight_scale_inv": torch.ones(1, 1) for part in "qkvo"}
+SHARED_KV = rows(q=8, k=8, v=8, o=8) | {
+    f"layers.1.self_attn.{part}_proj.weight": torch.randn(8, 8) for part in ("q", "o")
+}
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0", "3.5"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        rows(q=8, k=8, v=8, o=8) | BIASES,
+        rows(q=8, k=4, v=2, o=8),
+        rows(q=16, k=4, v=4, o=8),
+        CONSOLIDATED,
+        GPT_J,
+        MODERN_BERT,
+        ADAPTER,
+        FP8 | SCALES,
+        FP8,
+        SHARED_KV,
+    ],
+    ids=["bias", "unequal", "gated", "consolidated", "gptj", "modernbert", "lora", "scales", "fp8", "shared"],
+)
+@pytest.mark.filterwarnings("ignore:the names and groups of the weights are left as they are:UserWarning")
+@pytest.mark.filterwarnings("ignore:the weights already have the form of generation:UserWarning")
+def test_a_family_that_is_not_known_goes_round_unchanged(weights: dict[str, torch.Tensor], version: str) -> None:
+    there = VersionConverter("5.0", version).convert(weights)
+    back = VersionConverter(version, "5.0").convert(there)
+    assert set(back) == set(weights)
+    assert all(torch.equal(back[name].float(), weights[name].float()) for name in weights)
+    # Nor does it become another one on the way up, where it is taken for an old checkpoint.
+    up = VersionConverter(version, "5.0").convert(weights)
+    assert set(up) == set(weights)
+
+
+def test_weights_that_are_left_alone_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"left as they are: layers\.0\.self_attn\.k_proj\.weight would come back as"):
+        VersionConverter("2.0", "3.5").convert(rows(q=8, k=4, v=2, o=8))

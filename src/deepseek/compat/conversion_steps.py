@@ -27,10 +27,19 @@ RENAME_POSITIONS = Rename(
     (
         ("{prefix}positions_embed.weight", "{prefix}wpe.weight"),
         ("{prefix}tokens_embed.weight", "{prefix}wte.weight"),
+    ),
+    # The first GPT has these names to this day, and no last norm.
+    requires=("{prefix}ln_f.{rest}", "{prefix}ln_f.{rest}"),
+)
+RENAME_LLAMA = Rename(
+    "embedding and norm renames of Llama",
+    (
         ("{prefix}tok_embeddings.weight", "{prefix}embed_tokens.weight"),
         ("{prefix}layers.{i}.attention_norm.{kind}", "{prefix}layers.{i}.input_layernorm.{kind}"),
         ("{prefix}layers.{i}.ffn_norm.{kind}", "{prefix}layers.{i}.post_attention_layernorm.{kind}"),
     ),
+    # ModernBERT and the consolidated files of Llama and Mistral have some of the older names, and other projections.
+    requires=("{prefix}self_attn.o_proj.{rest}", "{prefix}self_attn.o_proj.{rest}"),
 )
 FUSE_LLAMA = Fuse(
     "Q, K, V of Llama",
@@ -49,6 +58,7 @@ FUSE_GPT2 = Fuse(
     tuple(f"{{prefix}}h.{{i}}.attn.{part}_proj.{{kind}}" for part in "qkv"),
     "{prefix}h.{i}.attn.c_attn.{kind}",
     dim=-1,
+    requires="{prefix}h.{i}.attn.c_proj.weight",  # GPT-J holds its projections apart, beside an out_proj
 )
 FUSE_GATE_UP = Fuse(
     "gate and up projection", ("{prefix}gate_proj.{kind}", "{prefix}up_proj.{kind}"), "{prefix}gate_up_proj.{kind}"
@@ -126,7 +136,7 @@ def _forward(*transforms: Transform) -> tuple[Change, ...]:
 STEPS: tuple[Step, ...] = (
     Step("1.0", "1.0-quant", _forward(QUANTIZE)),
     Step("1.0", "1.3", _forward(RENAME_NORMS)),
-    Step("1.3", "2.0", _forward(RENAME_POSITIONS)),
+    Step("1.3", "2.0", _forward(RENAME_POSITIONS, RENAME_LLAMA)),
     Step("2.0", "2.3"),
     Step("2.3", "3.0", _forward(*_FUSING)),
     Step("2.0", "3.5", _forward(*_FUSING)),

@@ -98,6 +98,8 @@ class Fuse:
     dim: int = 0
     first_size_from: str | None = None
     """A matrix whose columns count the rows of the first part; the others share the rest. Without it all are equal."""
+    requires: str | None = None
+    """A template of a tensor without which a group is of another family."""
     is_evidence: bool = True
 
     def plan(self, specs: Specs, direction: Direction) -> list[Operation]:
@@ -105,7 +107,10 @@ class Fuse:
         return list(self._merge(specs) if direction == "forward" else self._split(specs))
 
     def _merge(self, specs: Specs) -> Iterator[Operation]:
-        for group in _groups(self.parts, specs):
+        groups = self._of_family(_groups(self.parts, specs), specs)
+        if self._are_apart_by_nature(groups, specs):
+            return
+        for group in groups:
             names = tuple(_fill(part, group) for part in self.parts)
             whole = _fill(self.whole, group)
             missing = [name for name in names if name not in specs]
@@ -116,7 +121,7 @@ class Fuse:
             yield Operation("merged", names, {whole: _joined(names, parts, self.dim)}, self._join)
 
     def _split(self, specs: Specs) -> Iterator[Operation]:
-        for group in _groups((self.whole,), specs):
+        for group in self._of_family(_groups((self.whole,), specs), specs):
             whole = _fill(self.whole, group)
             names = [_fill(part, group) for part in self.parts]
             left = [name for name in names if name in specs]
@@ -125,6 +130,24 @@ class Fuse:
             sizes = self._sizes(whole, specs, group)
             targets = {name: _resized(specs[whole], self.dim, size) for name, size in zip(names, sizes, strict=True)}
             yield Operation("split", (whole,), targets, partial(self._part, sizes))
+
+    def _of_family(self, groups: list[dict[str, str]], specs: Specs) -> list[dict[str, str]]:
+        return [group for group in groups if self.requires is None or _fill(self.requires, group) in specs]
+
+    def _are_apart_by_nature(self, groups: Sequence[Mapping[str, str]], specs: Specs) -> bool:
+        """Whether a family has groups with fewer parts: K without a bias, or layers that share another one's K and V.
+
+        Then no group is joined. A part that every weight lacks, or that stands beside the whole, is a fault instead.
+        """
+        lacking, num_whole = [], 0
+        for group in groups:
+            names = [_fill(part, group) for part in self.parts]
+            if _fill(self.whole, group) in specs:
+                return False
+            has_all = all(name in specs for name in names)
+            num_whole += has_all and group.get("kind") != "bias"
+            lacking += [] if has_all else [group]
+        return bool(lacking) and num_whole > 0
 
     def _sizes(self, whole: str, specs: Specs, group: Mapping[str, str]) -> list[int]:
         total = _size(whole, specs[whole], self.dim)

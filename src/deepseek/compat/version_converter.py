@@ -20,12 +20,17 @@ from typing import TYPE_CHECKING, Any
 from deepseek.compat.conversion_paths import Action, Plan, Stage, make_plan
 from deepseek.compat.conversion_steps import STEPS, Change, Step, find_path, net_changes
 from deepseek.compat.generations import find_generation
-from deepseek.compat.tensors import describe, parse_dtype
+from deepseek.compat.tensors import FLOAT_DTYPES, describe, parse_dtype
 from deepseek.compat.transforms import Kind, Operation, Specs
 from deepseek.core.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_MOVES = ("renamed", "merged", "split")
+# The parameters and statistics of one module, which move together.
+_LEAVES = ("weight", "bias", "gamma", "beta", "running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,10 @@ class VersionConverter:
         changes = net_changes(self.steps)
         notes = list(_check_forms(specs, [change for step in changes for change in step], self))
         plan = make_plan(specs, changes, self.dtypes, self.dtype)
+        doubt = _explain_doubt(specs, plan, changes)
+        if doubt is not None:
+            plan = make_plan(specs, (), self.dtypes, self.dtype)
+            notes.append(f"the names and groups of the weights are left as they are: {doubt}")
         dropped = [action.sources[0] for action in plan.actions if action.kind == "dropped"]
         if dropped:
             notes.append(f"dropped {', '.join(dropped)}: models of generation {self.target.name} compute them")
@@ -130,6 +139,52 @@ class VersionConverter:
         converted = dict(plan.run(weights.__getitem__))
         moments = None if optimizer is None else _convert_optimizer(optimizer, plan)
         return ConvertedWeights(converted, report, moments)
+
+
+def _explain_doubt(specs: Specs, plan: Plan, changes: Sequence[Sequence[Change]]) -> str | None:
+    """Say why a plan must not be carried out although every step of it can be; `None` where nothing speaks against it.
+
+    What belongs to a tensor that is moved has to move with it, and the way back has to lead to the same tensors.
+    """
+    moved = [operation for stage in plan.stages for operation in stage.operations if operation.kind in _MOVES]
+    if not moved:
+        return None
+    modules = {_module_of(name): name for operation in moved for name in operation.sources if name in specs}
+    names = set(modules.values()) | {name for operation in moved for name in operation.sources}
+    for name, spec in specs.items():
+        owner = next((modules[around] for around in _modules_around(name) if around in modules), None)
+        if owner is not None and name not in names and _module_of(name) not in modules:
+            return f"{name} belongs to {owner} and no step knows it; merge adapters and undo quantization first"
+        if not spec.is_float and _is_joined(name, moved):
+            return f"{name} is {spec.dtype}; quantized weights are not joined, since their scales would be wrong"
+    dropped = {name for operation in plan.actions if operation.kind == "dropped" for name in operation.sources}
+    way_back = [[change.inverse for change in reversed(step)] for step in reversed(changes)]
+    try:
+        back = make_plan(plan.specs, way_back, FLOAT_DTYPES).specs
+    except ArtifactError as error:
+        return f"the way back fails, {error}"
+    for name, spec in specs.items():
+        if name not in dropped and (name not in back or back[name].shape != spec.shape):
+            came = f"as {list(back[name].shape)} instead of {list(spec.shape)}" if name in back else "not at all"
+            return f"{name} would come back {came}"
+    return None
+
+
+def _module_of(name: str) -> str:
+    """Return the module of a parameter; a parameter with a name of its own stands for itself."""
+    module, _, leaf = name.rpartition(".")
+    return module if leaf in _LEAVES else name
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    """Yield the modules that a tensor lies in, the nearest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _is_joined(name: str, moved: Sequence[Operation]) -> bool:
+    return any(name in operation.sources and operation.kind in ("merged", "split") for operation in moved)
 
 
 def _check_forms(specs: Specs, changes: Sequence[Change], converter: VersionConverter) -> Iterator[str]:

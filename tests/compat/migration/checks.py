@@ -64,6 +64,7 @@ def make_project(folder: Path) -> Path:
     (folder / "config.yaml").write_text("generation: v2.0  # ours\nfp16: true\ndistributed:\n  tensor_parallel: 2\n")
     (folder / "train.py").write_text("import numpy as np\n\nx = np.float(1)   # keep\n")
     save_old_llama(folder / "weights")
+    build("llama").config.save_pretrained(folder / "weights")
     torch.save(build("gpt2").state_dict(), folder / "model.pt")
     (folder / "README.md").write_text("np.float")
     return folder

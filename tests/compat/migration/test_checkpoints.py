@@ -35,3 +35,17 @@ def test_a_family_that_is_fused_by_nature_is_not_judged(tmp_path: Path) -> None:
     assert [each.rule for each in found(tmp_path)] == ["checkpoint-layout"]
     phi3.config.save_pretrained(tmp_path)
     assert found(tmp_path) == []
+
+
+def test_fused_names_without_a_config_are_left_to_a_person(tmp_path: Path) -> None:
+    phi3 = build("phi3")
+    save_file({name: tensor.clone() for name, tensor in phi3.state_dict().items()}, tmp_path / "model.safetensors")
+    (finding,) = found(tmp_path)
+    assert not finding.is_fixable
+    assert "put its config.json beside it" in finding.why
+
+
+def test_gate_and_up_fused_alone_are_a_family_of_its_own(tmp_path: Path) -> None:
+    names = [f"layers.0.self_attn.{part}_proj.weight" for part in "qkvo"] + ["layers.0.mlp.gate_up_proj.weight"]
+    save_file({name: torch.ones(8, 8) for name in names}, tmp_path / "model.safetensors")
+    assert found(tmp_path) == []

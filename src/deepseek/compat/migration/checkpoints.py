@@ -1,7 +1,7 @@
 """Checkpoints judged by their headers: of which generation they can be, and whether reading them is safe.
 
-A safetensors file or folder is planned as if it were to be converted (`steps.identify`); no tensor is read. A pickle is
-read by its opcodes (`pickles.py`) and never run.
+A safetensors file or folder is planned as if it were to be converted (`conversion_steps.identify`); no tensor is read.
+A pickle is read by its opcodes (`pickles.py`) and never run.
 """
 
 from __future__ import annotations
@@ -9,40 +9,58 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from deepseek.compat.conversion_steps import identify
+from deepseek.compat.conversion_steps import FUSE_LLAMA, identify
 from deepseek.compat.generations import Generation
 from deepseek.compat.headers import read_checkpoint
 from deepseek.compat.migration.findings import Finding, find, unreadable
 from deepseek.compat.migration.pickles import looks_like_pickle, read_pickle
 from deepseek.compat.migration.rules import Rules
+from deepseek.compat.transforms import Specs
+from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.errors import ArtifactError, CorruptArtifactError
 
 # Families that `transformers` itself holds with fused projections, so that their names say nothing about a generation.
 _NATIVELY_FUSED = ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "dia", "zamba2")
 
 
+_MAX_CONFIG_BYTES = 5_000_000
+
+
 def check_weights(path: Path, shown: str, rules: Rules, target: Generation) -> list[Finding]:
-    """The findings for a safetensors file, or a folder of shards with their index."""
-    by_id = {rule.id: rule for rule in rules.checkpoint}
+    """Return the findings for a safetensors file, or a folder of shards with their index."""
     try:
-        specs = {name: place.spec for name, place in read_checkpoint(path).items()}
+        specs = {name: tensor.spec for name, tensor in read_checkpoint(path).items()}
     except (CorruptArtifactError, OSError) as error:
         return [_unreadable(shown, error)]
-    if _model_type(path) in _NATIVELY_FUSED:
+    model_type = _model_type(path)
+    if model_type in _NATIVELY_FUSED:
         return []
+    found = _judge(specs, model_type, shown, rules, target)
+    return [] if found is None else [found]
+
+
+def _judge(specs: Specs, model_type: str | None, shown: str, rules: Rules, target: Generation) -> Finding | None:
+    """Return the finding for tensors of these names; `None` where they are as the target has them."""
+    by_id = {rule.id: rule for rule in rules.checkpoint}
     try:
         generations = identify(specs)
     except ArtifactError as error:
-        return [find(by_id["checkpoint-half-converted"], shown, 1, 1, detail=str(error))]
-    if not generations:
-        return [find(by_id["checkpoint-half-converted"], shown, 1, 1)]
-    if target.name in generations or "checkpoint-layout" not in by_id:
-        return []
-    return [find(by_id["checkpoint-layout"], shown, 1, 1, detail=f"as {', '.join(generations)}, not {target.name}")]
+        return find(by_id["checkpoint-half-converted"], shown, 1, 1, detail=str(error))
+    has_fused_attention = bool(FUSE_LLAMA.plan(specs, "backward")) if not generations or model_type is None else False
+    if not generations and has_fused_attention:
+        return find(by_id["checkpoint-half-converted"], shown, 1, 1)
+    # GLM and others hold gate and up projections as one, and Q, K and V apart.
+    if not generations or target.name in generations or "checkpoint-layout" not in by_id:
+        return None
+    found = find(by_id["checkpoint-layout"], shown, 1, 1, detail=f"as {', '.join(generations)}, not {target.name}")
+    if has_fused_attention and model_type is None:
+        return found.for_person("Phi-3 holds these names, too: put its config.json beside it, which tells them apart")
+    _, report = VersionConverter(generations[-1], target.name).plan(specs)
+    return found if report.actions else None
 
 
 def check_pickle(path: Path, shown: str, rules: Rules) -> list[Finding]:
-    """The findings for a pickle, a malicious one by the names of what it would call."""
+    """Return the findings for a pickle, a malicious one by the names of what it would call."""
     by_id = {rule.id: rule for rule in rules.checkpoint}
     try:
         content = read_pickle(path)
@@ -59,11 +77,13 @@ def _model_type(path: Path) -> str | None:
     """What the Hugging Face config beside the weights calls the architecture."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        settings = json.loads(config.read_bytes()) if config.is_file() else {}
+        if not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
+            return None
+        settings = json.loads(config.read_bytes())
     except (OSError, ValueError, RecursionError):
         # The scan reports a broken config by itself; the weights are judged without it.
         return None
-    return str(settings.get("model_type")) if isinstance(settings, dict) else None
+    return str(settings["model_type"]) if isinstance(settings, dict) and "model_type" in settings else None
 
 
 def _unreadable(shown: str, error: Exception) -> Finding:

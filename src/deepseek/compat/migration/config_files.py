@@ -31,7 +31,7 @@ def check_config(text: str, path: str, suffix: str, rules: Rules, target: str, *
     except SettingsError as error:
         return [unreadable(path, str(error), "mend or exclude the file", error.line, error.column)]
     documents = sorted({entry.document for entry in entries})
-    source = _Source(text, suffix, path, target)
+    source = _ConfigText(text, suffix, path, target)
     findings: list[tuple[Finding, _Change | None]] = []
     for document in documents:
         own = [entry for entry in entries if entry.document == document]
@@ -42,7 +42,7 @@ def check_config(text: str, path: str, suffix: str, rules: Rules, target: str, *
 
 
 @dataclass(frozen=True)
-class _Source:
+class _ConfigText:
     """One text to judge."""
 
     text: str
@@ -89,7 +89,7 @@ def _is_ours(entries: list[Entry], markers: Markers) -> bool:
     return is_sure or sum(name in markers.likely for name in top) >= 2
 
 
-def _apply(rule: ConfigRule, entries: list[Entry], source: _Source) -> Iterator[tuple[Finding, _Change | None]]:
+def _apply(rule: ConfigRule, entries: list[Entry], source: _ConfigText) -> Iterator[tuple[Finding, _Change | None]]:
     wanted = tuple(rule.key.split("."))
     matching = [entry for entry in entries if entry.path == wanted]
     for entry in matching:
@@ -127,7 +127,7 @@ def _is_older(value: str, target: str) -> bool:
 
 
 def _replace(
-    rule: ConfigRule, entry: Entry, source: _Source, match: re.Match[str] | None
+    rule: ConfigRule, entry: Entry, source: _ConfigText, match: re.Match[str] | None
 ) -> tuple[list[Edit], _Change]:
     edits, value = [], None
     if rule.rename_to:
@@ -139,7 +139,9 @@ def _replace(
     return edits, _Change(entry.document, entry.path, rule.rename_to, value)
 
 
-def _add(rule: ConfigRule, entry: Entry, entries: list[Entry], source: _Source) -> tuple[list[Edit], _Change | None]:
+def _add(
+    rule: ConfigRule, entry: Entry, entries: list[Entry], source: _ConfigText
+) -> tuple[list[Edit], _Change | None]:
     """Return the edit that puts a key before the first one of the section; none where the section is empty."""
     text, suffix = source.text, source.suffix
     children = [other for other in entries if other.path[:-1] == entry.path and other.start > entry.start]
@@ -169,7 +171,7 @@ def _literal(value: str, suffix: str) -> str:
 # --- Verification ---
 
 
-def _keep_verified(findings: list[tuple[Finding, _Change | None]], source: _Source) -> list[Finding]:
+def _keep_verified(findings: list[tuple[Finding, _Change | None]], source: _ConfigText) -> list[Finding]:
     """Take the edits away that do not do exactly what they are for, as the file's own library reads the result."""
     edited = [(finding, change) for finding, change in findings if change is not None]
     if edited and not _is_right(edited, source):
@@ -181,7 +183,7 @@ def _keep_verified(findings: list[tuple[Finding, _Change | None]], source: _Sour
     return [found if not found.edits or found in verified else found.with_edits(()) for found, _ in findings]
 
 
-def _is_right(edited: Sequence[tuple[Finding, _Change]], source: _Source) -> bool:
+def _is_right(edited: Sequence[tuple[Finding, _Change]], source: _ConfigText) -> bool:
     new = apply_edits(source.text, [finding for finding, _ in edited])
     try:
         expected, read = read_values(source.text, source.suffix), read_values(new, source.suffix)
