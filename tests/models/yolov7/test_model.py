@@ -1,20 +1,13 @@
-"""YOLOv7 against ONNX graphs written by hand, its boxes and their suppression against plain Python, one at a time."""
+"""YOLOv7: the network, its boxes and the names of its weights."""
 
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-from torch.export import Dim, export
 
 from deepseek.core.errors import ConfigError
-from deepseek.models.yolov7 import detection
-from deepseek.models.yolov7.detection import overlap, select, to_corners
-from deepseek.models.yolov7.letterbox import GREY, letterbox, restore
+from deepseek.models.yolov7.detection import select
 from deepseek.models.yolov7.model import (
     COCO_ANCHORS,
     ROWS,
@@ -26,7 +19,6 @@ from deepseek.models.yolov7.model import (
     YOLOv7Config,
     decode,
 )
-from deepseek.models.yolov7.reparameterization import fold_
 from deepseek.models.zoo import settle_
 from tests.models.pictures import (
     arrays,
@@ -37,11 +29,10 @@ from tests.models.pictures import (
     noise,
     randomize,
 )
+from tests.models.yolov7.examples import SMALL, chain
 from tests.onnx.onnx_graphs import Graph
 
-SMALL = YOLOv7Config(width_multiple=0.125, num_classes=3, image_size=64)
 EPS = 1e-3
-
 # The network as its authors number it: row, kind, channels, kernel, stride, rows read.
 NETWORK = """
 0 conv 32 3 1 in; 1 conv 64 3 2 0; 2 conv 64 3 1 1; 3 conv 128 3 2 2
@@ -72,9 +63,16 @@ NETWORK = """
 102 rep 256 75; 103 rep 512 88; 104 rep 1024 101
 """
 LINES = [line.split() for line in NETWORK.replace("\n", ";").split(";") if line.strip()]
-
-
-# ---- the layers, by hand
+# (first row, last row, the rows that are read from before)
+PATTERNS = {
+    "stem": (0, 3, {"in": 3}),
+    "elan": (4, 11, {"3": 128}),
+    "shrink": (12, 16, {"11": 256}),
+    "deep elan": (43, 50, {"42": 1024}),
+    "grow": (52, 55, {"51": 512, "37": 1024}),
+    "gather": (56, 63, {"55": 512}),
+    "shrink beside a shortcut": (76, 80, {"75": 128, "63": 256}),
+}
 
 
 def conv_norm(graph, x, name, stride=1):
@@ -140,16 +138,6 @@ def check_equal(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11 * max(1.0, theirs.abs().max().item()))
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Weights that are nowhere trivial, with statistics under which answers vary and no sigmoid saturates."""
-    network = settle_(randomize(YOLOv7(SMALL)), noise(64, 3, 64, 96, seed=3))
-    with torch.no_grad():
-        for conv in network.head.m:
-            conv.weight.copy_(noise(*conv.weight.shape, seed=4) * 0.3)
-    return network
-
-
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
 def test_a_convolution_is_normed_and_activated(kernel, stride):
     layer, x = randomize(ConvNorm(SMALL, 8, 16, kernel, stride)), noise(2, 8, 6, 10)
@@ -174,18 +162,6 @@ def test_the_head_convolves_between_an_offset_and_a_factor():
     for level, (ours, x) in enumerate(zip(layer(*maps), maps, strict=True)):
         flat = run_layer(head, layer, x, level)
         check_equal(ours, flat.reshape(2, 3, 8, 4, 3).permute(0, 1, 3, 4, 2))
-
-
-# (first row, last row, the rows that are read from before)
-PATTERNS = {
-    "stem": (0, 3, {"in": 3}),
-    "elan": (4, 11, {"3": 128}),
-    "shrink": (12, 16, {"11": 256}),
-    "deep elan": (43, 50, {"42": 1024}),
-    "grow": (52, 55, {"51": 512, "37": 1024}),
-    "gather": (56, 63, {"55": 512}),
-    "shrink beside a shortcut": (76, 80, {"75": 128, "63": 256}),
-}
 
 
 @pytest.mark.parametrize(("first", "last", "reads"), PATTERNS.values(), ids=PATTERNS)
@@ -249,9 +225,6 @@ def test_names_are_those_of_the_authors_files(model):
     assert model.state_dict()["model.105.anchors"][1, 0].tolist() == [36 / 16, 75 / 16]
 
 
-# ---- boxes
-
-
 def decode_one_by_one(raw_BAHWO, anchors, stride):
     """Wang et al. 2022 follow YOLOv5: plain loops over every cell."""
     boxes = []
@@ -296,63 +269,6 @@ def test_an_untrained_head_expects_few_objects():
     assert 1 < boxes[..., 4].sum().item() / 3 / 3 < 100
 
 
-# ---- folding
-
-
-def test_a_folded_network_answers_the_same_with_fewer_parameters(model):
-    folded = fold_(copy.deepcopy(model))
-    pictures = noise(2, 3, 64, 64)
-    with torch.inference_mode():
-        torch.testing.assert_close(folded(pictures), model(pictures), rtol=1e-10, atol=1e-10)
-    assert not any(isinstance(each, nn.BatchNorm2d) for each in folded.modules())
-    assert not any("implicit" in name or "rbr_1x1" in name for name in folded.state_dict())
-    assert folded.config.is_folded and not model.config.is_folded
-
-
-def test_a_folded_network_in_float32_is_off_by_rounding_only(model):
-    single = copy.deepcopy(model).float()
-    pictures = noise(1, 3, 64, 64).float()
-    with torch.inference_mode():
-        before, after, exact = single(pictures), fold_(copy.deepcopy(single))(pictures), model(pictures.double())
-    error_before, error_after = ((each - exact).abs().max().item() for each in (before, after))
-    assert error_after < 10 * error_before + 1e-6
-
-
-def test_a_repconv_with_an_identity_folds_into_one_convolution():
-    layer, x = randomize(RepConv(SMALL, 8, 8)), noise(2, 8, 7, 6)
-    expected = layer(x)
-    whole = YOLOv7(SMALL).double().eval()
-    whole.model[102] = layer
-    fold_(whole)
-    assert set(layer.state_dict()) == {"rbr_reparam.weight", "rbr_reparam.bias"}
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_stored_folded_weights_load_into_a_network_built_folded(model):
-    stored = fold_(copy.deepcopy(model)).state_dict()
-    loaded = YOLOv7(SMALL.override({"is_folded": True})).double().eval()
-    loaded.load_state_dict(stored)
-    pictures = noise(1, 3, 64, 64)
-    torch.testing.assert_close(loaded(pictures), model(pictures), rtol=1e-10, atol=1e-10)
-
-
-def test_folding_twice_changes_nothing_more(model):
-    folded = fold_(copy.deepcopy(model))
-    before = {name: each.clone() for name, each in folded.state_dict().items()}
-    torch.testing.assert_close(dict(fold_(folded).state_dict()), before, rtol=0, atol=0)
-
-
-def test_folding_keeps_channels_last(model):
-    folded = fold_(copy.deepcopy(model).to(memory_format=torch.channels_last))
-    weight = folded.model[6].conv.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-
-
-def test_a_network_in_training_is_not_folded():
-    with pytest.raises(ConfigError, match="eval"):
-        fold_(YOLOv7(SMALL).train())
-
-
 @pytest.mark.parametrize(
     ("is_folded", "num_classes", "count"),
     [(False, 80, 37_622_682), (True, 80, 36_905_341), (False, 1, 37_196_556)],  # the authors' model summaries
@@ -362,108 +278,6 @@ def test_published_counts_are_met(is_folded, num_classes, count):
     with torch.device("meta"):
         network = YOLOv7(YOLOv7Config(is_folded=is_folded, num_classes=num_classes))
     assert sum(each.numel() for each in network.parameters()) == count
-
-
-# ---- suppression
-
-
-def overlap_of_two(a, b):
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / union if union > 0 else 0.0
-
-
-def select_one_by_one(predictions_NO, min_score, max_overlap, is_multi_label, max_candidates, max_detections):
-    """The definition: take the best box, drop what it overlaps in its class, and so on."""
-    found = []
-    for x, y, w, h, objectness, *classes in predictions_NO.tolist():
-        scores = [objectness * each for each in classes]
-        best = max(range(len(scores)), key=lambda label: (scores[label], -label))
-        labels = range(len(scores)) if is_multi_label else [best]
-        corners = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-        found += [(scores[label], corners, label) for label in labels if scores[label] > min_score]
-    waiting = sorted(found, key=lambda each: -each[0])[:max_candidates]
-    kept = []
-    while waiting:
-        best = waiting.pop(0)
-        kept.append(best)
-        waiting = [each for each in waiting if each[2] != best[2] or overlap_of_two(each[1], best[1]) <= max_overlap]
-    return kept[:max_detections]
-
-
-# Coordinates and scores on coarse grids, so that overlaps, ties and chains are many and products are exact.
-EIGHTHS = st.integers(0, 8).map(lambda number: number / 8)
-BOX = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 8), st.integers(0, 8))
-PREDICTION = st.tuples(BOX, EIGHTHS, st.lists(EIGHTHS, min_size=2, max_size=2)).map(
-    lambda each: [*each[0], each[1], *each[2]]
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    pictures=st.integers(0, 24).flatmap(
-        lambda count: st.lists(st.lists(PREDICTION, min_size=count, max_size=count), min_size=1, max_size=3)
-    ),
-    min_score=st.sampled_from([0.0, 0.125, 0.3]),
-    max_overlap=st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 1.0]),
-    is_multi_label=st.booleans(),
-    max_candidates=st.sampled_from([5, 3000]),
-    max_detections=st.sampled_from([3, 300]),
-)
-def test_the_boxes_that_stay_are_those_of_the_definition(
-    pictures, min_score, max_overlap, is_multi_label, max_candidates, max_detections
-):
-    predictions = torch.tensor(pictures, dtype=torch.float64).reshape(len(pictures), -1, 7)
-    rules = {
-        "min_score": min_score,
-        "max_overlap": max_overlap,
-        "is_multi_label": is_multi_label,
-        "max_candidates": max_candidates,
-        "max_detections": max_detections,
-    }
-    detections = select(predictions, **rules)
-    for index, picture in enumerate(predictions):
-        expected = select_one_by_one(picture, **rules)
-        boxes, scores, labels = detections.of(index)
-        assert scores.tolist() == [score for score, _, _ in expected]
-        assert labels.tolist() == [label for _, _, label in expected]
-        assert boxes.tolist() == [list(corners) for _, corners, _ in expected]
-
-
-def chain(length):
-    """Boxes in a row, of falling scores, of which each overlaps only with its neighbours."""
-    boxes = [[10.0 * each, 0.0, 16.0, 10.0, 1 - each / (2 * length), 1.0] for each in range(length)]
-    return torch.tensor([boxes], dtype=torch.float64)
-
-
-def test_in_a_chain_every_other_box_stays():
-    boxes, *_ = select(chain(41), max_overlap=0.2).of(0)
-    assert boxes[:, 0].tolist() == [20.0 * each - 8 for each in range(21)]
-
-
-def test_many_pictures_are_compared_in_parts_with_the_same_answer(monkeypatch):
-    predictions = torch.rand(5, 60, 8, generator=torch.Generator().manual_seed(0)) * 40
-    predictions[..., 4:] /= 40
-    whole = select(predictions)
-    monkeypatch.setattr(detection, "MAX_PAIRS", 2 * 60 * 60)
-    parts = select(predictions)
-    torch.testing.assert_close(vars(parts), vars(whole), rtol=0, atol=0)
-
-
-def test_pictures_are_padded_with_zeros():
-    predictions = chain(3).repeat(2, 1, 1)
-    predictions[1, :, 4] = 0
-    detections = select(predictions, max_overlap=1.0)
-    assert detections.counts_B.tolist() == [3, 0]
-    assert not detections.boxes_BM4[1].any() and not detections.scores_BM[1].any()
-
-
-def test_nothing_is_found_where_there_is_nothing():
-    for shape in ((2, 0, 7), (0, 5, 7), (2, 5, 7)):
-        detections = select(torch.zeros(shape))
-        assert detections.counts_B.tolist() == [0] * shape[0]
-        assert detections.boxes_BM4.shape == (shape[0], 0, 4)
 
 
 def test_scores_that_are_not_numbers_never_count():
@@ -476,105 +290,8 @@ def detections_of(predictions):
     return select(predictions, max_overlap=1.0).of(0)[1].tolist()
 
 
-def test_areas_too_large_for_float16_are_compared_all_the_same():
-    box = [320.0, 320.0, 600.0, 600.0, 1.0, 1.0]
-    twins = torch.tensor([[box, [322.0, *box[1:4], 0.9, 1.0], [100.0, 100.0, 20.0, 20.0, 0.9, 1.0]]]).half()
-    assert select(twins).counts_B.tolist() == [2]
-
-
-def test_overlap_is_zero_where_no_box_has_an_area():
-    points = torch.zeros(1, 2, 4)
-    assert overlap(points).tolist() == [[[0.0, 0.0], [0.0, 0.0]]]
-
-
-@pytest.mark.parametrize(
-    ("rules", "named"),
-    [
-        ({"min_score": 1.5}, "min_score"),
-        ({"max_overlap": -0.1}, "max_overlap"),
-        ({"max_candidates": 0}, "max_candidates"),
-        ({"max_detections": 0}, "max_detections"),
-    ],
-)
-def test_rules_out_of_range_are_refused(rules, named):
-    with pytest.raises(ConfigError, match=named):
-        select(torch.zeros(1, 2, 7), **rules)
-
-
-@pytest.mark.parametrize("shape", [(2, 7), (1, 2, 5)])
-def test_what_is_no_prediction_is_refused(shape):
-    with pytest.raises(ConfigError, match="expected"):
-        select(torch.zeros(shape))
-
-
-# ---- letterboxing
-
-
-@given(
-    height=st.integers(1, 90),
-    width=st.integers(1, 90),
-    size=st.tuples(st.sampled_from([32, 64]), st.sampled_from([32, 96])),
-    corners=st.tuples(*[st.floats(0, 1)] * 4),
-)
-@settings(max_examples=80, deadline=None)
-def test_a_box_comes_back_from_where_the_letterbox_put_it(height, width, size, corners):
-    picture = torch.ones(1, height, width, dtype=torch.float64)
-    fitted, how = letterbox(picture, size, grey=0.0)
-    assert fitted.shape == (1, *size)
-    inner = fitted[0] > 0.5
-    rows, columns = inner.any(1).nonzero().flatten(), inner.any(0).nonzero().flatten()
-    assert inner.sum() == len(rows) * len(columns)  # one rectangle, which touches two sides
-    assert len(rows) == size[0] or len(columns) == size[1]
-    assert abs(len(rows) * width - len(columns) * height) <= max(width, height)  # undistorted but for whole pixels
-    (x0, x1), (y0, y1) = sorted(corners[:2]), sorted(corners[2:])
-    box = torch.tensor([x0 * width, y0 * height, x1 * width, y1 * height], dtype=torch.float64)
-    zoom = np.array([len(columns) / width, len(rows) / height] * 2)
-    placed = torch.from_numpy(box.numpy() * zoom + np.array([columns[0], rows[0]] * 2))
-    torch.testing.assert_close(restore(placed, how), box, rtol=1e-9, atol=1e-9)
-
-
-def test_a_letterbox_keeps_the_picture_and_greys_the_rest():
-    picture = torch.rand(3, 64, 32, generator=torch.Generator().manual_seed(0))
-    fitted, how = letterbox(picture, (64, 64))
-    assert (how.left, how.top, how.scale_x, how.scale_y) == (16, 0, 1.0, 1.0)
-    torch.testing.assert_close(fitted[:, :, 16:48], picture)
-    assert fitted[:, :, :16].eq(GREY).all() and fitted[:, :, 48:].eq(GREY).all()
-
-
-def test_a_small_picture_may_keep_its_size():
-    fitted, how = letterbox(torch.ones(3, 10, 20), (64, 64), can_enlarge=False)
-    assert (how.left, how.top, how.scale_x) == (22, 27, 1.0)
-    assert fitted.eq(1).sum() == 3 * 10 * 20
-
-
-def test_boxes_are_cut_off_at_the_edges_of_the_picture():
-    _, how = letterbox(torch.ones(3, 100, 200), (64, 64))
-    assert restore(torch.tensor([-5.0, 0.0, 70.0, 64.0]), how).tolist() == [0.0, 0.0, 200.0, 100.0]
-
-
-@pytest.mark.parametrize(
-    "picture",
-    [torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4), torch.zeros(3, 0, 4)],
-    ids=["bytes", "two dimensions", "empty"],
-)
-def test_what_is_no_picture_is_refused(picture):
-    with pytest.raises(ConfigError, match="expected"):
-        letterbox(picture, (64, 64))
-
-
-# ---- capturing
-
-
 def test_it_exports_with_any_batch(model):
     check_export_with_any_batch(copy.deepcopy(model), noise(2, 3, 64, 64))
-
-
-def test_it_exports_folded_with_any_size(model):
-    folded = fold_(copy.deepcopy(model))
-    sizes = {0: Dim("batch", max=16), 2: 32 * Dim("rows", max=40), 3: 32 * Dim("columns", max=40)}
-    program = export(folded, (noise(2, 3, 64, 96),), dynamic_shapes=(sizes,), strict=False).module()
-    pictures = noise(1, 3, 96, 64)
-    torch.testing.assert_close(program(pictures), folded(pictures))
 
 
 @pytest.mark.slow
@@ -619,7 +336,3 @@ def test_a_setting_out_of_range_is_refused(change, message):
 
 def test_defaults_are_the_same_settings_after_a_round_trip():
     assert SMALL.override({}).digest == SMALL.digest
-
-
-def test_corners_are_half_a_size_from_the_centre():
-    assert to_corners(torch.tensor([[10.0, 20.0, 4.0, 6.0]])).tolist() == [[8.0, 17.0, 12.0, 23.0]]
