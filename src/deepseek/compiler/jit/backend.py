@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from deepseek.compiler.jit.jit_options import JitOptions
-from deepseek.compiler.jit.tracing.random_numbers import seed_branches_
+from deepseek.compiler.jit.tracing.random_numbers import has_control_flow, seed_branches_
+from deepseek.compiler.jit.tracing.sites import ControlFlowError
 from deepseek.compiler.jit.tracing.speculation import erase_probes_
 from deepseek.compiler.passes.memory.recomputation import eager_with_budget, inductor_with_budget
 from deepseek.compiler.passes.optimizing import OptimizationReport, optimize
@@ -45,8 +46,39 @@ def prepare_(graph_module: fx.GraphModule) -> None:
 def compile_graph(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: JitOptions, reports: list[Any]
 ) -> Callable[..., Any]:
-    """The backend of `jit`."""
+    """Compile a graph as the backend of `jit`."""
     prepare_(graph_module)
+    if torch.is_grad_enabled() and has_control_flow(graph_module):
+        return refuse_second_gradients(run_backend(graph_module, example_inputs, options))
+    return compile_prepared(graph_module, example_inputs, options=options, reports=reports)
+
+
+def refuse_second_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Make gradients of gradients an error: torch 2.13 drops, in silence, what passes through a branch or a loop."""
+
+    def run(*inputs: Any) -> Any:
+        outputs = compiled(*inputs)
+        known = {id(value) for value in inputs}
+        for output in outputs:
+            if isinstance(output, Tensor) and output.requires_grad and id(output) not in known:
+                output.register_hook(_refuse_second_gradient)
+        return outputs
+
+    return run
+
+
+def _refuse_second_gradient(gradient: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise ControlFlowError(
+            "create_graph=True asks for gradients of gradients through a tensor condition or loop that ds.jit compiled,"
+            " and torch gives wrong ones; call the function without ds.jit where they are needed"
+        )
+
+
+def compile_prepared(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: JitOptions, reports: list[Any]
+) -> Callable[..., Any]:
+    """Compile a graph, optimized where that is safe."""
     is_fixed = all(isinstance(value, Tensor) for value in example_inputs) and not _has_symbols(example_inputs)
     if options.backend in COMPILERS:  # runtimes of their own, which fuse for themselves and read no kernels of oneDNN
         return run_backend(graph_module, example_inputs, options)

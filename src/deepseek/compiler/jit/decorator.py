@@ -34,6 +34,7 @@ import torch._dynamo.config as dynamo
 from torch import nn
 from torch._dynamo.utils import graph_break_reasons
 from torch._higher_order_ops.utils import setup_compilation_env
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from deepseek.compiler.jit.backend import Captured, capture_inputs, compile_graph
 from deepseek.compiler.jit.explanation import Explanation, explain_captured
@@ -56,6 +57,7 @@ from deepseek.core.errors import ConfigError
 
 Target = TypeVar("Target")
 MAX_FRAMES = 10_000
+TRACING_FAILURES = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
 MAX_BREAKS = 64  # places that one function may be broken at before something else must be wrong
 MAX_KINDS = 64  # of arguments that one function is compiled for: types, Python values, shapes of different rank
 
@@ -309,16 +311,23 @@ def tracing() -> Iterator[None]:
     """The tracer as these functions need it.
 
     Each tensor condition inside another takes it some eighty Python frames. A Python number stays a Python value, which
-    it was compiled for: a branch of a graph takes no variable one.
+    it was compiled for: a branch of a graph takes no variable one. Hooks that are added later are noticed.
     """
-    frames, limit, is_special = sys.getrecursionlimit(), dynamo.recompile_limit, dynamo.specialize_float
+    frames = sys.getrecursionlimit()
     sys.setrecursionlimit(max(frames, MAX_FRAMES))
-    dynamo.recompile_limit, dynamo.specialize_float = max(limit, MAX_KINDS), True
+    before = dynamo.recompile_limit, dynamo.specialize_float, dynamo.skip_nnmodule_hook_guards
+    _set_tracer(max(dynamo.recompile_limit, MAX_KINDS), specialize_float=True, skip_hook_guards=False)
     try:
         yield
     finally:
         sys.setrecursionlimit(frames)
-        dynamo.recompile_limit, dynamo.specialize_float = limit, is_special
+        _set_tracer(before[0], specialize_float=before[1], skip_hook_guards=before[2])
+
+
+def _set_tracer(recompile_limit: int, *, specialize_float: bool, skip_hook_guards: bool) -> None:
+    dynamo.recompile_limit = recompile_limit
+    dynamo.specialize_float = specialize_float
+    dynamo.skip_nnmodule_hook_guards = skip_hook_guards
 
 
 def _restore(module: str, name: str, options: JitOptions, owner: Any) -> Any:
@@ -342,10 +351,12 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
             f"{describe(function)} is compiled for {MAX_KINDS} kinds of arguments already, and these are another"
             f"{_last_difference()}; give it numbers that change often as tensors, or call it without jit"
         ) from error
-    if not isinstance(error, torch._dynamo.exc.Unsupported):
+    if not isinstance(error, TRACING_FAILURES):
         raise error
     place = _user_place(error)
     reason = str(error).strip().partition("\n")[0]
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed) and isinstance(error.__cause__, ConfigError):
+        raise error.__cause__
     raised = ControlFlowError(
         f"{place or describe(function)}: this cannot become a part of one graph: {reason};"
         " change it, move it out of the function, or allow a graph break with fullgraph=False"

@@ -49,7 +49,7 @@ class Leaf:
         self, dtype: torch.dtype, shape: Sequence[Any], device: torch.device, is_contiguous: bool, is_number: bool
     ) -> None:
         self.dtype = dtype
-        self.shape = shape
+        self.shape = tuple(shape)  # of numbers and symbols, which a branch takes in, unlike a size
         self.device = device
         self.is_contiguous = is_contiguous
         self.is_number = is_number

@@ -144,6 +144,11 @@ def seed_branches_(graph_module: fx.GraphModule) -> int:
     return count
 
 
+def has_control_flow(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph has branches or loops."""
+    return any(_is_control_flow(node) for node in graph_module.graph.nodes)
+
+
 def _is_control_flow(node: fx.Node) -> bool:
     name = getattr(node.target, "_name", "") if node.op == "call_function" else ""
     return name in BRANCHES + LOOPS

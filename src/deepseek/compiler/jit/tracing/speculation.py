@@ -169,14 +169,26 @@ def erase_probes_(graph_module: fx.GraphModule) -> None:
         if not isinstance(module, fx.GraphModule):
             continue
         derived: set[fx.Node] = set()
+        symbols: dict[object, fx.Node] = {}
         for node in module.graph.nodes:
+            expression = _expression_of(node)
             if node.target is PROBE or any(argument in derived for argument in node.all_input_nodes):
                 derived.add(node)
+                if expression in symbols:
+                    node.replace_all_uses_with(symbols[expression])
+            elif expression is not None:
+                symbols[expression] = node
         for node in reversed(list(module.graph.nodes)):
             if node in derived and not node.users and node.op != "output":
                 module.graph.erase_node(node)
         if derived:
             module.recompile()
+
+
+def _expression_of(node: fx.Node) -> object:
+    """The expression that a node's value is known to have, if it is a symbol of shapes."""
+    example = node.meta.get("example_value")
+    return example.node.expr if isinstance(example, torch.SymInt) else None
 
 
 def explain_failure(error: Exception, key: str, depth: str) -> ControlFlowError:
