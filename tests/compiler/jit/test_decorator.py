@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import inspect
 import json
+import math
 import pickle
 import re
 import sys
@@ -527,6 +528,88 @@ def test_inference_that_writes_into_buffers_writes_once_per_call():
             torch.testing.assert_close(compiled(x), twin(x))
     assert module.norm.num_batches_tracked == 3
     torch.testing.assert_close(module.norm.running_mean, twin.norm.running_mean)
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.linear = Doubling(), nn.Linear(2, 2)
+        self.settings = {}
+
+    def forward(self, x):
+        y = self.linear(self.inner(x))
+        if hasattr(self, "extra"):
+            y = y + 10
+        return y + 100 if "shift" in self.settings else y
+
+
+@pytest.mark.parametrize("child", ["inner", "linear"])
+def test_hooks_that_come_and_go_later_are_noticed(child):
+    module = Outer()
+    compiled = ds.jit(module, backend="eager")
+    x = torch.ones(2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+        added = getattr(module, child).register_forward_hook(lambda _, args, output: output * 0 + 3)
+        torch.testing.assert_close(compiled(x), module(x))
+        added.remove()
+        before = getattr(module, child).register_forward_pre_hook(lambda _, args: (args[0] * 5,))
+        torch.testing.assert_close(compiled(x), module(x))
+        before.remove()
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_attributes_and_keys_that_appear_later_are_noticed():
+    module = Outer()
+    compiled = ds.jit(module, backend="eager")
+    x = torch.ones(2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+        module.settings["shift"] = True
+        torch.testing.assert_close(compiled(x), module(x))
+        module.extra = compiled.extra = True
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def index_by_a_counter(x):
+    weights, count = [1.0, 10.0, 100.0], 0
+    while x.sum() > count:
+        count += 1
+    return x * weights[count]
+
+
+def root_of_a_counter(x):
+    count = 0
+    while x.sum() > count:
+        count += 1
+    return x * math.sqrt(count)
+
+
+def text_of_a_counter(x):
+    count = 0
+    while x.sum() > count:
+        count += 1
+    return x * len(f"{count}{isinstance(count, int)}")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [index_by_a_counter, root_of_a_counter, text_of_a_counter],
+    ids=lambda function: function.__name__,
+)
+def test_python_that_wants_a_number_is_refused_with_its_line_or_breaks_the_graph(function):
+    x = torch.tensor([1.5])
+    with torch.no_grad():
+        with pytest.raises(ControlFlowError, match=rf"{HERE}:{line_of(function, 'return')}: "):
+            ds.jit(function, backend="eager")(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphBreakWarning)
+            assert torch.equal(ds.jit(function, backend="eager", fullgraph=False)(x), function(x))
 
 
 # ---- random numbers

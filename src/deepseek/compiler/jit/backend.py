@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from deepseek.compiler.jit.jit_options import JitOptions
 from deepseek.compiler.jit.tracing.random_numbers import has_control_flow, seed_branches_
 from deepseek.compiler.jit.tracing.sites import ControlFlowError
-from deepseek.compiler.jit.tracing.speculation import erase_probes_
+from deepseek.compiler.jit.tracing.speculation import check_watched, erase_probes_
 from deepseek.compiler.passes.memory.recomputation import eager_with_budget, inductor_with_budget
 from deepseek.compiler.passes.optimizing import OptimizationReport, optimize
 from deepseek.compiler.runtimes.backends.dynamo import COMPILERS, find_compiler
@@ -38,6 +38,7 @@ class Captured:
 
 def prepare_(graph_module: fx.GraphModule) -> None:
     """Free a graph of what was only looked at, and in training of random numbers that cannot repeat."""
+    check_watched()
     erase_probes_(graph_module)
     if torch.is_grad_enabled():
         seed_branches_(graph_module)

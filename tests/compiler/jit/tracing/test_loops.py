@@ -98,3 +98,19 @@ def test_a_range_of_tensors_counts_like_python_s(bounds):
     compiled = jit(function, backend="eager")
     with torch.no_grad():
         assert compiled(*map(torch.tensor, bounds)) == function(*bounds)
+
+
+def test_a_return_in_a_loop_takes_tensors_of_other_lengths():
+    def grow(x):
+        for step in range(3):
+            x = x + step
+            if x.sum() > 2:
+                return x
+        return x
+
+    compiled = jit(grow, backend="eager")
+    for is_training in (False, True):
+        for length in (3, 2, 5) if not is_training else (3, 2):
+            x = torch.linspace(-1, 1, length).requires_grad_(is_training)
+            with torch.set_grad_enabled(is_training):
+                assert torch.equal(compiled(x), grow(x))

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 - the statements are the subject
 """Branches traced aside: nothing that they would change changes, and everything that they would change is found."""
 
 import collections
@@ -209,6 +210,73 @@ def test_what_one_variable_alone_holds_may_be_written_in_branches_and_loops():
             assert got[2].keys() == want[2].keys()
             torch.testing.assert_close(got[2]["b"], want[2]["b"])
             assert int(got[3]) == want[3]
+
+
+def alias_of_a_branch(x):
+    y = x * 2
+    if x.sum() > 0:
+        z = y
+    else:
+        z = y * 3
+    y += 1
+    return z
+
+
+def argument_out_of_a_branch(x):
+    if x.sum() > 0:
+        y = x
+    else:
+        y = -x
+    y += 1
+    return x, y
+
+
+def alias_in_an_iteration(x):
+    a, b = x * 1, x * 2
+    count = 0
+    while x.sum() > count:
+        a += 1
+        a = b
+        count += 1
+    return a, b
+
+
+def list_out_of_a_branch(x):
+    first, second = [x], [x * 2]
+    if x.sum() > 0:
+        found = first
+    else:
+        found = second
+    found.append(x)
+    return len(first), len(second)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [alias_of_a_branch, argument_out_of_a_branch, alias_in_an_iteration, list_out_of_a_branch],
+    ids=lambda function: function.__name__,
+)
+def test_a_write_that_an_alias_out_of_a_branch_would_see_is_refused(function):
+    with torch.no_grad(), pytest.raises(ControlFlowError, match=rf"{__file__}:\d+: .*(\.clone|copy)"):
+        jit(function, backend="eager")(torch.ones(2))
+
+
+def test_an_alias_that_nobody_writes_into_is_no_matter():
+    def function(x):
+        previous = x
+        while x.sum() < 10:
+            previous = x
+            x = x * 2
+        if x.max() > 5:
+            y = previous
+        else:
+            y = x
+        return y + previous
+
+    compiled = jit(function, backend="eager")
+    with torch.no_grad():
+        for x in (torch.ones(2), torch.full((2,), 6.0)):
+            assert torch.equal(compiled(x), function(x))
 
 
 def test_a_flag_that_a_branch_sets_and_sets_back_is_no_change():

@@ -128,6 +128,8 @@ class Expressions(ast.NodeTransformer):
                 return call(operators, "range", *arguments)
             case ast.Name(id="int" | "float" | "bool" as kind) if self._is_builtin(kind) and len(arguments) == 1:
                 return call(operators, "to_number", ast.Constant(kind), arguments[0])
+            case ast.Name(id="isinstance") if self._is_builtin("isinstance") and len(arguments) == 2:
+                return call(operators, "is_instance", *arguments)
             case ast.Name(id="min" | "max" as kind) if self._is_builtin(kind) and not keywords:
                 return call(operators, "choose", ast.Constant(kind), *arguments)
             case ast.Attribute() if arguments and self._is_torch_tensor(function):

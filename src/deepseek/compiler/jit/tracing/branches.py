@@ -13,6 +13,7 @@ from deepseek.compiler.jit.tracing.gradients import choose, steady, unalias
 from deepseek.compiler.jit.tracing.merging import Form, Leaf, Merger, flatten, has_leaves, is_traced, leaves_of, rebuild
 from deepseek.compiler.jit.tracing.probing import Part, probe_branches
 from deepseek.compiler.jit.tracing.sites import Site, note
+from deepseek.compiler.jit.tracing.speculation import WATCH
 
 
 class Branches(ConditionOperators):
@@ -49,7 +50,12 @@ class Branches(ConditionOperators):
         def false_branch() -> list[Tensor]:
             return flatten(form, other(real, *steady(values)))
 
-        return rebuild(form, choose(condition, true_branch, false_branch, leaves_of(form)))
+        leaves = leaves_of(form)
+        found = choose(condition, true_branch, false_branch, leaves)
+        for index in range(len(leaves)):
+            if len(leaves[index].sources) > 0:
+                WATCH(site.key, found[index], *leaves[index].sources)
+        return rebuild(form, found)
 
 
 def sample_of(leaf: Leaf) -> Tensor:

@@ -114,7 +114,9 @@ class Loops(Branches):
     def _build_loop(self, loop: Loop, values: Sequence[Any], condition: Tensor) -> Any:
         site = loop.site
         probe = self.deeper(site, is_probing=True)
-        form = converge(loop.iterate, probe, values, loop.extras, loop.names, Merger(site, condition.device))
+        form = converge(
+            loop.iterate, probe, values, loop.extras, loop.names, Merger(site, condition.device, is_loop=True)
+        )
         if not has_leaves(form):
             refuse(
                 site.key,

@@ -22,6 +22,7 @@ from torch import Tensor
 from deepseek.compiler.jit.shared_names import INTERNAL
 from deepseek.compiler.jit.tracing.python_numbers import Number, as_tensor, is_number, number_dtype
 from deepseek.compiler.jit.tracing.sites import Site, refuse
+from deepseek.compiler.jit.tracing.speculation import HOLDER, SHARED
 
 RETURN_ONE_STRUCTURE = (
     "a graph can choose between tensors and numbers of one structure; return the same structure on both sides"
@@ -42,17 +43,25 @@ UNDEFINED = Undefined()
 class Leaf:
     """A tensor in both branches: its type, shape and device, and whether both lay it out in memory alike.
 
-    `is_number` says that it stands for a Python number.
+    `is_number` says that it stands for a Python number; `sources` are the sides' tensors where Python would give one
+    that shares its memory, and the graph gives a copy.
     """
 
     def __init__(
-        self, dtype: torch.dtype, shape: Sequence[Any], device: torch.device, is_contiguous: bool, is_number: bool
+        self,
+        dtype: torch.dtype,
+        shape: Sequence[Any],
+        device: torch.device,
+        is_contiguous: bool,
+        is_number: bool,
+        sources: tuple[Tensor, ...] = (),
     ) -> None:
         self.dtype = dtype
         self.shape = tuple(shape)  # of numbers and symbols, which a branch takes in, unlike a size
         self.device = device
         self.is_contiguous = is_contiguous
         self.is_number = is_number
+        self.sources = sources
 
 
 class Constant:
@@ -82,12 +91,15 @@ def is_traced(value: Any) -> bool:
 class Merger:
     """Merges the values of two sides of the tensor condition at `site`; numbers become tensors on `device`."""
 
-    def __init__(self, site: Site, device: torch.device) -> None:
+    def __init__(self, site: Site, device: torch.device, *, is_loop: bool = False) -> None:
         self.site = site
+        self.is_loop = is_loop  # the first side is what goes into an iteration
         self.device = device
+        self.results: Any = None  # of both sides
 
     def merge_variables(self, first: Sequence[Any], second: Sequence[Any], names: tuple[str, ...]) -> Node:
         """The form of all variables."""
+        self.results = (first, second)
         forms = [self.merge(first[index], second[index], names[index]) for index in range(len(names))]
         return Node(tuple, None, forms)
 
@@ -156,7 +168,9 @@ class Merger:
                 "move it to one device in both",
             )
         dtype = torch.promote_types(first.dtype, second.dtype)
-        return Leaf(dtype, first.shape, first.device, first.stride() != second.stride(), is_number=False)
+        is_shared = SHARED(second, self.results) or (not self.is_loop and SHARED(first, self.results))
+        sources = (first, second) if is_shared else ()
+        return Leaf(dtype, first.shape, first.device, first.stride() != second.stride(), False, sources)
 
     def _merge_numbers(self, first: Any, second: Any) -> Form:
         is_known = not isinstance(first, Number) and not isinstance(second, Number)
@@ -166,6 +180,16 @@ class Merger:
         return Leaf(dtype, (), self.device, is_contiguous=True, is_number=True)
 
     def _merge_containers(self, first: Any, second: Any, name: str) -> Form:
+        for side in (first, second):
+            is_mutable = isinstance(side, (list, dict)) and self.site.names is not None and name in self.site.names
+            holder = HOLDER(side, name) if is_mutable else ""
+            if holder != "":
+                refuse(
+                    self.site.key,
+                    None,
+                    f"{name} is one {type(side).__name__} with that of {holder}, and a graph would make it another",
+                    f"give a copy, for example {type(side).__name__}({holder})",
+                )
         if type(first) is not type(second):
             self._refuse_sides(first, second, name, "a graph has one structure per value; return one class of objects")
         keys = keys_of(first)

@@ -18,9 +18,10 @@ from deepseek.compiler.jit.tracing.merging import (
     Node,
     flatten,
     has_leaves,
+    leaves_of,
     rebuild,
 )
-from deepseek.compiler.jit.tracing.sites import refuse
+from deepseek.compiler.jit.tracing.sites import count_writes, has_written, refuse
 from deepseek.compiler.jit.tracing.speculation import PROBE
 
 Part = Callable[..., Any]
@@ -33,6 +34,7 @@ def probe_branches(then: Part, other: Part, operators: Any, values: Sequence[Any
     first = PROBE(then, site.key, operators.depth, operators, *values)
     second = PROBE(other, site.key, operators.depth, operators, *values)
     if site.names is None:
+        merger.results = (first, second)
         return merger.merge(first, second, "the result")
     return merger.merge_variables(first, second, site.names)
 
@@ -48,6 +50,8 @@ def converge(
     """The form of a loop's variables `names` that an iteration does not change any more."""
     site = merger.site
     form = merger.merge_variables(values, values, names)
+    num_writes = count_writes()
+    shared: list[str] = []
 
     for _ in range(2 * len(names) + 2):
         known = form
@@ -58,8 +62,18 @@ def converge(
             return before, [_distinct(after[index], known.children[index]) for index in range(len(names))]
 
         before, after = PROBE(iterate, site.key, operators.depth, operators, *values)
+        merger.results = after
         form = _merge_iterations(before, after, names, merger)
+        shared += [names[index] for index in range(len(names)) if _is_shared(form.children[index])]
         if _is_same(known, form):
+            if has_written(tuple(shared), num_writes):
+                refuse(
+                    site.key,
+                    None,
+                    "an iteration gives one tensor, or views of one, to several variables, and writes into one of them"
+                    " in place, which a graph would do to one of them only",
+                    "write y = y + 1 in place of y += 1, or copy with .clone()",
+                )
             return form
     refuse(
         site.key,
@@ -68,6 +82,11 @@ def converge(
         "convert them before the loop",
     )
     return form
+
+
+def _is_shared(form: Form) -> bool:
+    """Whether Python would give a tensor of it that shares its memory with another."""
+    return any(len(leaf.sources) > 0 for leaf in leaves_of(form))
 
 
 def _distinct(value: Any, form: Form) -> Any:

@@ -118,6 +118,12 @@ class Number:
     def __rpow__(self, other: Any) -> Any:
         return calculate(operator.pow, other, self)
 
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
     def __and__(self, other: Any) -> Any:
         return calculate(operator.and_, self, other)
 

@@ -128,6 +128,28 @@ def enter(key: str, depth: str) -> bool:
     return True
 
 
+_WRITES: list[str] = []  # the variables that were changed on copies
+
+
+@runs_while_tracing
+def note_write(name: str) -> bool:
+    """Note that a change of the variable `name` is made on a copy."""
+    _WRITES.append(name)
+    return True
+
+
+@runs_while_tracing
+def has_written(names: tuple[str, ...], since: str) -> bool:
+    """Whether one of these variables was changed on a copy since there were so many changes."""
+    return any(name in names for name in _WRITES[int(since) :])
+
+
+@runs_while_tracing
+def count_writes() -> str:
+    """How many changes were made on copies so far, as a text."""
+    return str(len(_WRITES))
+
+
 def _around(depth: str) -> list[Site]:
     """The sites that were entered down to a depth, the outermost first."""
     return [_AROUND[entered] for entered in sorted(_AROUND) if entered <= depth]

@@ -84,8 +84,33 @@ class Holder(HigherOrderOperator):
         return found
 
 
+class Shared(HigherOrderOperator):
+    """Says whether a tensor that a branch gives lies in memory of what is outside of it, or of another result."""
+
+    def __init__(self) -> None:
+        super().__init__("deepseek_shared")  # type: ignore[no-untyped-call]
+
+    def __call__(self, value: Any, results: Any) -> bool:
+        """Stand in for the tracer, which is the only one to call it."""
+        found: bool = super().__call__(value, results)  # type: ignore[no-untyped-call]
+        return found
+
+
+class Watch(HigherOrderOperator):
+    """Remembers tensors that Python would hold as one memory and the graph holds as copies."""
+
+    def __init__(self) -> None:
+        super().__init__("deepseek_watch")  # type: ignore[no-untyped-call]
+
+    def __call__(self, key: str, *values: Any) -> None:
+        """Stand in for the tracer, which is the only one to call it."""
+        super().__call__(key, *values)  # type: ignore[no-untyped-call]
+
+
 PROBE = Probe()
 HOLDER = Holder()
+SHARED = Shared()
+WATCH = Watch()
 
 
 class ProbeVariable(TorchHigherOrderOperatorVariable):
@@ -150,8 +175,64 @@ class HolderVariable(TorchHigherOrderOperatorVariable):
         return ConstantVariable.create(find_holder(tx, value, name.as_python_constant()))
 
 
+class SharedVariable(TorchHigherOrderOperatorVariable):
+    """`SHARED` as the tracer sees it."""
+
+    _HOP_NAME = "deepseek.shared"
+
+    def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Compare memory with that of all operators traced so far."""
+        value, results = LazyVariableTracker.realize_all(args)
+        storage = _storage_of(_example_of(value))
+        if storage is None:
+            return ConstantVariable.create(False)
+        others: list[VariableTracker] = []
+
+        def look(variable: VariableTracker) -> None:
+            if variable is not value and storage == _storage_of(_example_of(variable)):
+                others.append(variable)
+
+        VariableTracker.visit(look, results, side_effects=tx.output.side_effects)
+        nodes = (node for tracer in tx.output.tracers for node in tracer.graph.nodes)
+        is_outside = any(_storage_of(node.meta.get("example_value")) == storage for node in nodes)
+        return ConstantVariable.create(is_outside or bool(others))
+
+
+class WatchVariable(TorchHigherOrderOperatorVariable):
+    """`WATCH` as the tracer sees it."""
+
+    _HOP_NAME = "deepseek.watch"
+
+    def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Note the versions that the tensors have now."""
+        key, *values = LazyVariableTracker.realize_all(args)
+        for example in map(_example_of, values):
+            if isinstance(example, Tensor):
+                _WATCHED.append((key.as_python_constant(), example, example._version))
+        return ConstantVariable.create(None)
+
+
+_WATCHED: list[tuple[str, Tensor, int]] = []  # of the trace that goes on
+
+
+def check_watched() -> None:
+    """Refuse a graph in which a watched tensor was written afterwards: the copies would not see it."""
+    watched, _WATCHED[:] = list(_WATCHED), []
+    for key, example, version in watched:
+        if example._version != version:
+            raise make_refusal(
+                key,
+                None,
+                "a branch or a loop here gives a tensor that another variable holds too, or a view of one, and it is"
+                " written in place afterwards, which a graph would do to one of them only",
+                "write y = y + 1 in place of y += 1, or give a copy with .clone()",
+            )
+
+
 def register() -> None:
-    """Make the tracer know the two operators."""
+    """Make the tracer know the operators."""
+    _hop_name_to_variable_class[SHARED.__name__] = SharedVariable
+    _hop_name_to_variable_class[WATCH.__name__] = WatchVariable
     _hop_name_to_variable_class[PROBE.__name__] = ProbeVariable
     _hop_name_to_variable_class[HOLDER.__name__] = HolderVariable
 

@@ -20,7 +20,7 @@ from deepseek.compiler.jit.tracing.conditions import OUTSIDE, ConditionOperators
 from deepseek.compiler.jit.tracing.indexing import as_indices, is_index, is_plain_index
 from deepseek.compiler.jit.tracing.merging import UNDEFINED, is_traced
 from deepseek.compiler.jit.tracing.python_numbers import Number, as_number, as_tensor, beside
-from deepseek.compiler.jit.tracing.sites import CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT, Site, refuse
+from deepseek.compiler.jit.tracing.sites import CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT, Site, note_write, refuse
 from deepseek.compiler.jit.tracing.speculation import HOLDER
 
 NUMBERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bool}
@@ -49,6 +49,14 @@ class Values(ConditionOperators):
 
     def item(self, value: Any) -> Any:
         return as_number(value) if isinstance(value, Tensor) and is_traced(value) else value.item()
+
+    def is_instance(self, value: Any, kinds: Any) -> bool:
+        """`isinstance(value, kinds)`; a number of the graph is the Python number that it stands for."""
+        if not isinstance(value, Number):
+            return isinstance(value, kinds)
+        if value.tensor.dtype == torch.bool:
+            return isinstance(True, kinds)
+        return isinstance(0.0 if value.tensor.is_floating_point() else 0, kinds)
 
     def choose(self, name: str, *values: Any) -> Any:
         """`min` and `max` of values among which there may be numbers of the graph."""
@@ -135,6 +143,7 @@ class Values(ConditionOperators):
             return value  # Python makes the change
         if not isinstance(value, Tensor) and type(value) not in CONTAINERS:
             return value
+        note_write(name)
         holder = HOLDER(value, name) if self.is_probing else ""
         if holder == OUTSIDE_OF_FUNCTION:
             refuse(site.key, self.depth, CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT)
