@@ -4,14 +4,10 @@
 import pytest
 import torch
 
-<<<<<<< HEAD
-from deepseek.compiler.jit.decorator import jit
+from deepseek.compiler.jit.decorator import ControlFlowError, jit
 from deepseek.compiler.passes.placement import devices
 from deepseek.compiler.passes.placement.assignment import Link
 from deepseek.core.errors import ConfigError
-=======
-from deepseek.compiler.jit.decorator import ControlFlowError, jit
->>>>>>> dab458b (jit: what would be one memory in Python and copies in a graph is refused when it is written; isinstance of numbers; tests)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +79,6 @@ def test_what_neither_branch_touches_does_not_pass_through_the_condition():
     assert len(condition.users) == 1
 
 
-<<<<<<< HEAD
 def test_several_devices_are_measured_for_inference_and_explained(monkeypatch):
     monkeypatch.setattr(devices, "measure_link", lambda *_: Link(1e3, 1.0))  # nothing comes back from meta in time
     torch.manual_seed(0)
@@ -124,7 +119,8 @@ def affine(x):
 def test_one_name_is_not_several_devices():
     with pytest.raises(ConfigError, match="devices='cuda' is one name; give several"):
         jit(affine, devices="cuda")
-=======
+
+
 class Critic(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -154,4 +150,3 @@ def test_graphs_without_control_flow_have_gradients_of_gradients():
     x = torch.tensor(2.0, requires_grad=True)
     (first,) = torch.autograd.grad(jit(cube, backend="eager")(x), x, create_graph=True)
     assert torch.autograd.grad(first, x)[0] == 12.0
->>>>>>> dab458b (jit: what would be one memory in Python and copies in a graph is refused when it is written; isinstance of numbers; tests)
