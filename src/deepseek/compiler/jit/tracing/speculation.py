@@ -11,7 +11,10 @@ every call), the call stays in the outer graph under its own name, and `erase_pr
 the functions that run now. Code that replaces `out[i] = v` by a copy asks it first, since nobody else would see the
 copy.
 
-Both read private parts of torch's tracer, which a test of theirs holds to.
+`SHARED` and `WATCH` find what Python would hold as one memory and a graph holds as copies; a write into it afterwards is
+refused when the trace ends (`check_watched`).
+
+All read private parts of torch's tracer, which a test of theirs holds to.
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ class Shared(HigherOrderOperator):
         return found
 
 
-class Watch(HigherOrderOperator):
+class MemoryWatch(HigherOrderOperator):
     """Remembers tensors that Python would hold as one memory and the graph holds as copies."""
 
     def __init__(self) -> None:
@@ -110,7 +113,7 @@ class Watch(HigherOrderOperator):
 PROBE = Probe()
 HOLDER = Holder()
 SHARED = Shared()
-WATCH = Watch()
+WATCH = MemoryWatch()
 
 
 class ProbeVariable(TorchHigherOrderOperatorVariable):
