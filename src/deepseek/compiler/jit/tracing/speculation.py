@@ -11,8 +11,8 @@ every call), the call stays in the outer graph under its own name, and `erase_pr
 the functions that run now. Code that replaces `out[i] = v` by a copy asks it first, since nobody else would see the
 copy.
 
-`SHARED` and `WATCH` find what Python would hold as one memory and a graph holds as copies; a write into it afterwards is
-refused when the trace ends (`check_watched`).
+`SHARED` and `WATCH` find what Python would hold as one memory and a graph holds as copies; a write into it afterwards
+is refused when the trace ends (`check_watched`).
 
 All read private parts of torch's tracer, which a test of theirs holds to.
 """
