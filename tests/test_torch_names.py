@@ -37,6 +37,21 @@ FEATURES = {
         "torch._dynamo.graph_break",
         "torch._higher_order_ops.while_loop",
     ),
+    "ds.jit: branches and loops tried without changing what outlives the trial": (
+        "torch._dynamo.exc.RestartAnalysis",
+        "torch._dynamo.exc.SkipFrame",
+        "torch._dynamo.variables.ConstantVariable.create",
+        "torch._dynamo.variables.LazyVariableTracker.realize_all",
+        "torch._dynamo.variables.base.VariableTracker.visit",
+        "torch._dynamo.variables.higher_order_ops.TorchHigherOrderOperatorVariable",
+        "torch._dynamo.variables.higher_order_ops._hop_name_to_variable_class",
+        "torch._dynamo.variables.higher_order_ops.add_call_function",
+        "torch._dynamo.variables.higher_order_ops.make_attr",
+        "torch._dynamo.variables.higher_order_ops.move_lifted_freevars_phs_to_end",
+        "torch._dynamo.variables.higher_order_ops.overwrite_tensor_vt_proxy",
+        "torch._dynamo.variables.tensor.SymNodeVariable",
+        "torch._higher_order_ops.utils.setup_compilation_env",
+    ),
     "ds.dynamic_graph: lengths that do not compile again": (
         "torch._dynamo.mark_dynamic",
         "torch._dynamo.maybe_mark_dynamic",
@@ -105,10 +120,6 @@ FEATURES = {
         "torch.utils._python_dispatch.TorchDispatchMode",
     ),
     "CUDA graphs by bucket": ("torch.utils._pytree.tree_map_only",),
-    "our runtimes as backends of torch.compile": (
-        "torch._dynamo.backends.registry._COMPILER_FNS",
-        "torch._dynamo.backends.registry.register_backend",
-    ),
     "16 bits only where the processor has instructions for them": (
         "torch.cpu._is_amx_tile_supported",
         "torch.cpu._is_avx512_bf16_supported",
