@@ -118,8 +118,11 @@ def flatten(x: Tensor, axis: int) -> Tensor:
 
 
 def split_evenly(x: Tensor, num_parts: int, axis: int) -> tuple[Tensor, ...]:
-    """Split into equal parts, the last one shorter where they do not fit."""
-    return torch.split(x, -(-x.shape[axis] // num_parts), axis)
+    """Split into equal parts, the last ones shorter or empty where they do not fit."""
+    length = x.shape[axis]
+    size = -(-length // num_parts)
+    starts = [min(index * size, length) for index in range(num_parts)]
+    return tuple(x.narrow(axis, start, min(size, length - start)) for start in starts)
 
 
 def expand(x: Tensor, lengths: Sequence[int]) -> Tensor:
