@@ -9,7 +9,7 @@
     checkpoint_blocks_(model, policy="block")       # on the repeated blocks of a model
 
     none        nothing is recomputed
-    selective   results that cost many operations per byte (products, convolutions, attention) are kept, the cheap
+    selective   results that cost many operations per byte (matmuls, convolutions, attention) are kept, the cheap
                 rest (norms, activations, dropout, casts) is recomputed
     block       only the inputs are kept, everything inside is recomputed
     full        as block; on a model, the blocks are checkpointed inside a checkpoint of the whole model
@@ -227,14 +227,14 @@ _RUNS_IN_PIECES = 0x20 | 0x80 | 0x200
 
 def _selective_contexts(min_flops_per_byte: float) -> Any:
     def decide(_: Any, operator: Any, *inputs: Any, **named_inputs: Any) -> CheckpointPolicy:
-        price = flops_per_byte(operator, *inputs, **named_inputs)
-        return CheckpointPolicy.MUST_SAVE if price >= min_flops_per_byte else CheckpointPolicy.PREFER_RECOMPUTE
+        cost = flops_per_byte(operator, *inputs, **named_inputs)
+        return CheckpointPolicy.MUST_SAVE if cost >= min_flops_per_byte else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(decide)
 
 
 def flops_per_byte(operator: Any, *inputs: Any, **_: Any) -> float:
-    """Operations that an operator spends on each byte of its result; 0 for all that are cheap.
+    """Return the operations that an operator spends on each byte of its result; 0 for all that are cheap.
 
     >>> flops_per_byte(torch.ops.aten.mm.default, torch.ones(8, 64), torch.ones(64, 8))
     32.0
@@ -249,13 +249,13 @@ def flops_per_byte(operator: Any, *inputs: Any, **_: Any) -> float:
 
 
 def _inner_size(name: str, factor: Tensor) -> int:
-    """Products that are added up for each element of the result."""
+    """Return how many products are added up for each element of the result."""
     if "convolution" in name:  # the weight, (out, in / groups, *kernel) or, transposed, (in, out / groups, *kernel)
         return factor[0].numel()
     return factor.shape[-1]
 
 
-# Operators whose results are sums of products -> the place of the factor that tells how long the sums are.
+# Operators whose results are sums of products -> the index of the factor that shows how long the sums are.
 _LEFT_FACTOR = {
     "mm": 0,
     "bmm": 0,

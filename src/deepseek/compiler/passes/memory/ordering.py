@@ -65,22 +65,22 @@ class Order:
 
 @dataclass(frozen=True)
 class Lifetime:
-    """Places in an order between which a buffer is alive, both included."""
+    """Indices in an order between which a buffer is alive, both included."""
 
     first: int
     last: int
 
 
 def find_lifetimes(graph: BufferGraph, reused: Mapping[str, str] | None = None) -> dict[str, Lifetime]:
-    """When each counted buffer is alive; `reused` names, for a step, the buffer that its result is written into."""
+    """Find when each counted buffer is alive; `reused` names, for a step, the buffer that it writes its result into."""
     owner = _owners(graph, reused or {})
     lifetimes: dict[str, Lifetime] = {}
-    for place, step in enumerate(graph.steps):
+    for index, step in enumerate(graph.steps):
         for name in (*step.creates, *step.reads):
             buffer = owner.get(name, name)
             if buffer not in graph.given:
-                first = lifetimes[buffer].first if buffer in lifetimes else place
-                lifetimes[buffer] = Lifetime(first, place)
+                first = lifetimes[buffer].first if buffer in lifetimes else index
+                lifetimes[buffer] = Lifetime(first, index)
     last = len(graph.steps) - 1
     for name in graph.kept - graph.given:
         buffer = owner.get(name, name)
@@ -89,7 +89,7 @@ def find_lifetimes(graph: BufferGraph, reused: Mapping[str, str] | None = None) 
 
 
 def profile(graph: BufferGraph, reused: Mapping[str, str] | None = None) -> list[int]:
-    """Bytes alive while each step runs, its scratch included."""
+    """Count the bytes alive while each step runs, its scratch included."""
     alive = [step.scratch_bytes for step in graph.steps]
     for buffer, lifetime in find_lifetimes(graph, reused).items():
         for place in range(lifetime.first, lifetime.last + 1):
@@ -98,7 +98,7 @@ def profile(graph: BufferGraph, reused: Mapping[str, str] | None = None) -> list
 
 
 def find_peak(graph: BufferGraph, reused: Mapping[str, str] | None = None) -> int:
-    """The largest number of bytes alive at once.
+    """Find the largest number of bytes alive at once.
 
     >>> steps = (GraphStep("a", creates=("x",)), GraphStep("b", frozenset({"x"}), ("y",)))
     >>> find_peak(BufferGraph(steps, {"x": 8, "y": 2}))
@@ -123,7 +123,7 @@ def arrange(graph: BufferGraph, names: Sequence[str]) -> BufferGraph:
 
 
 def reorder(graph: BufferGraph, *, max_states: int = MAX_STATES) -> Order:
-    """The order of least peak; the order that is there, where none is better.
+    """Find the order of least peak; the order that is there, where none is better.
 
     >>> sizes = {"big": 100, "wide": 100, "small": 1, "thin": 1, "sum": 1}
     >>> steps = (
@@ -143,9 +143,9 @@ def reorder(graph: BufferGraph, *, max_states: int = MAX_STATES) -> Order:
 
 
 def reuse(graph: BufferGraph) -> dict[str, str]:
-    """For each step that can, the buffer that its result is written into."""
+    """Find, for each step that can, the buffer that its result is written into."""
     reused: dict[str, str] = {}
-    for place, step in enumerate(graph.steps):
+    for index, step in enumerate(graph.steps):
         if len(step.creates) != 1:
             continue
         (created,) = step.creates
@@ -153,7 +153,7 @@ def reuse(graph: BufferGraph) -> dict[str, str]:
         owner = _owners(graph, reused)
         for name in step.overwrites:
             buffer = owner.get(name, name)
-            is_free = buffer in lifetimes and lifetimes[buffer].last == place and buffer not in _kept(graph, owner)
+            is_free = buffer in lifetimes and lifetimes[buffer].last == index and buffer not in _kept(graph, owner)
             if is_free and graph.sizes_bytes[buffer] == graph.sizes_bytes[created]:
                 reused[step.name] = name
                 break
@@ -221,7 +221,7 @@ class _Search:
 
     def find_best(self, max_states: int) -> Order | None:
         """The best order; `None` where more than `max_states` sets would be looked at."""
-        start = self._settle(_State(0, 0, len(self.graph.steps), 0))
+        start = self._run_free_steps(_State(0, 0, len(self.graph.steps), 0))
         queue, least = [start], {start.done: start.peak_bytes}
         while queue:
             state = heapq.heappop(queue)
@@ -230,7 +230,7 @@ class _Search:
             if state.peak_bytes > least[state.done]:
                 continue
             for index in self._ready(state.done):
-                following = self._settle(self._run(state, index))
+                following = self._run_free_steps(self._run(state, index))
                 if following.peak_bytes < least.get(following.done, following.peak_bytes + 1):
                     least[following.done] = following.peak_bytes
                     heapq.heappush(queue, following)
@@ -240,11 +240,13 @@ class _Search:
 
     def find_good(self, width: int) -> Order:
         """The best order among `width` kept at each length."""
-        beam = [self._settle(_State(0, 0, len(self.graph.steps), 0))]
+        beam = [self._run_free_steps(_State(0, 0, len(self.graph.steps), 0))]
         while any(state.num_left for state in beam):
             following: dict[int, _State] = {}
             for state in beam:
-                choices = [self._settle(self._run(state, index)) for index in self._ready(state.done)] or [state]
+                choices = [self._run_free_steps(self._run(state, index)) for index in self._ready(state.done)] or [
+                    state
+                ]
                 for each in choices:
                     if each.done not in following or each < following[each.done]:
                         following[each.done] = each
@@ -270,7 +272,7 @@ class _Search:
         path = (index, state.path)
         return _State(peak, during - freed, state.num_left - 1, done, path)  # type: ignore[arg-type]
 
-    def _settle(self, state: _State) -> _State:
+    def _run_free_steps(self, state: _State) -> _State:
         """Take every ready step that raises neither the peak nor what is alive."""
         waiting = self._ready(state.done)
         while waiting:
