@@ -147,7 +147,9 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
 def test_a_checkpoint_of_a_newer_deepseek_is_not_skipped(tmp_path):
     save(tmp_path, 1, {})
     path = save(tmp_path, 2, {}) / "checksums.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 2}))
+    values = json.loads(path.read_text()) | {"schema_version": 2}
+    del values["sha256"]  # a newer one brings its own; a table with the digest of this one would be damaged
+    path.write_text(json.dumps(values))
     with pytest.raises(UnsupportedSchemaError, match="upgrade deepseek-engine"):
         newest_valid(tmp_path)
 
@@ -157,3 +159,35 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
     path.rename(tmp_path / "step-00000900")
     with pytest.raises(CheckpointError, match="holds step 100"):
         load(tmp_path / "step-00000900")
+
+
+def test_any_flipped_bit_in_the_checksums_leads_to_the_older_checkpoint(tmp_path):
+    save(tmp_path, 1, {"w": torch.ones(2)})
+    path = save(tmp_path, 2, {"w": torch.zeros(2)}) / "checksums.json"
+    content = path.read_bytes()
+    for at in range(len(content)):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << (at % 7)
+        path.write_bytes(flipped)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = newest_valid(tmp_path)
+        # A flip in white space changes nothing that is read.
+        is_same = json_or_none(flipped) == json.loads(content)
+        assert found.step == (2 if is_same else 1), bytes(flipped[max(0, at - 20) : at + 20])
+        assert bool(caught) != is_same
+
+
+def json_or_none(content):
+    try:
+        return json.loads(bytes(content))
+    except ValueError:
+        return None
+
+
+def test_a_table_without_a_digest_of_its_own_is_still_read(tmp_path):
+    path = save(tmp_path, 1, {"w": torch.ones(2)}) / "checksums.json"
+    values = json.loads(path.read_bytes())
+    del values["sha256"]
+    path.write_text(json.dumps(values))
+    assert newest_valid(tmp_path).step == 1

@@ -138,7 +138,7 @@ def is_plain_name(name: str) -> bool:
 def _parse(content: bytes, source: str) -> dict[str, Any]:
     try:
         values = json.loads(content)
-    except ValueError as error:  # also what bytes that are not UTF-8 raise
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and deep nesting
         raise CorruptArtifactError(f"{source} is not valid JSON ({error}); copy or write the artifact again") from error
     if not isinstance(values, dict):
         raise CorruptArtifactError(f"{source} holds a {type(values).__name__}, expected an object; write it again")

@@ -5,7 +5,7 @@
       step-00000500/
         state.safetensors     every tensor of the state, once
         state.json            the step, and the nested state with names instead of tensors
-        checksums.json        sha256 and size of the two
+        checksums.json        sha256 and size of the two, and of this table
 
 Folders appear whole, by a rename. A kill leaves hidden neighbors behind, which the next save removes: a
 `.step-00000600.1a2b3c4d.tmp` on its way in, or an `.old` that was being replaced, which counts as a checkpoint while
@@ -14,6 +14,7 @@ its successor is not there. Any number of processes may read while one saves.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -28,6 +29,7 @@ SCHEMA_VERSION = 1
 STATE_NAME = "state.json"
 TENSORS_NAME = "state.safetensors"
 CHECKSUMS_NAME = "checksums.json"
+_MAX_CHECKSUMS_BYTES = 100_000
 
 # A checkpoint, and the names that `core.storage.new_folder` gives to a folder on its way in and to the one it replaces.
 _STEP = re.compile(r"step-(\d{8,})")
@@ -85,22 +87,34 @@ def clear_leftovers(folder: Path) -> None:
 def write_checksums(path: Path, records: dict[str, FileRecord]) -> None:
     """Write the file table of a checkpoint."""
     table = {name: record.to_dict() for name, record in records.items()}
-    path.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "files": table}, indent=1), encoding="utf-8")
+    values = {"schema_version": SCHEMA_VERSION, "files": table}
+    path.write_text(json.dumps({"sha256": _digest(values)} | values, indent=1), encoding="utf-8")
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_checksums(path: Path) -> dict[str, FileRecord]:
     """Read the file table of a checkpoint; `CorruptArtifactError` where it is damaged or does not list both files."""
     try:
+        if path.stat().st_size > _MAX_CHECKSUMS_BYTES:
+            raise CorruptArtifactError(f"{path} holds {path.stat().st_size} bytes, more than a table of two files")
         values: dict[str, Any] = json.loads(path.read_bytes())
+        # Checkpoints from before 0.2 have no digest of the table itself.
+        if values.pop("sha256", None) not in (None, _digest(values)):
+            raise CorruptArtifactError(f"{path} is damaged (its own checksum does not match)")
         version, table = int(values["schema_version"]), dict(values["files"])
         records = {name: FileRecord.from_dict(record) for name, record in table.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptArtifactError(f"{path} is missing or damaged ({error})") from error
     if version > SCHEMA_VERSION:
         raise UnsupportedSchemaError(
             f"{path} has schema version {version} and this deepseek reads up to {SCHEMA_VERSION}; "
             "upgrade deepseek-engine to resume from it"
         )
+    if set(values) != {"schema_version", "files"}:
+        raise CorruptArtifactError(f"{path} is damaged (it holds {sorted(values)})")
     if set(records) != {STATE_NAME, TENSORS_NAME}:
         raise CorruptArtifactError(f"{path} lists {sorted(records)}, expected {[STATE_NAME, TENSORS_NAME]}")
     return records
