@@ -12,7 +12,7 @@ A network is a list of rows, each a layer and the rows it reads. The position of
     grow     twice the size, joined with an older map
 
 Batch norms, the branches of a RepConv and the head's learned offset and factor (Wang et al. 2021, "You Only Learn One
-Representation") are of use in training; `folding.fold_` moves them into the convolutions.
+Representation") are of use in training; `reparameterization.fold_` moves them into the convolutions.
 
 Shapes: B images, C channels, H x W picture, A anchors a level, K classes, N = A * (cells of all levels) boxes; a box is
 centre x, centre y, width, height in pixels of the input, objectness, and K class probabilities.
@@ -63,7 +63,7 @@ class YOLOv7Config(Config):
     norm_momentum: float = Field(default=0.03, gt=0, le=1)
     """Share of a batch in the running statistics."""
     is_folded: bool = False
-    """Whether it is built as `folding.fold_` leaves it, for weights that were folded before they were stored."""
+    """Whether it is built as `fold_` leaves it, for weights that were folded before they were stored."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
