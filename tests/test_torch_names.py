@@ -28,6 +28,11 @@ FEATURES = {
         "torch._dynamo.utils.graph_break_reasons",
         "torch._dynamo.utils.get_compilation_metrics",
     ),
+    "ds.jit: what tracing reads of modules is guarded, and errors are translated": (
+        "torch._dynamo.config.skip_nnmodule_hook_guards",
+        "torch._dynamo.exc.BackendCompilerFailed",
+        "torch._dynamo.exc.TorchDynamoException",
+    ),
     "ds.jit: one graph for each kind of argument, floats among them": (
         "torch._dynamo.config.recompile_limit",
         "torch._dynamo.config.specialize_float",
