@@ -24,7 +24,6 @@ FEATURES = {
     ),
     "ds.jit: a sentence with file and line instead of an error of torch": (
         "torch._dynamo.exc.FailOnRecompileLimitHit",
-        "torch._dynamo.exc.Unsupported",
         "torch._dynamo.utils.graph_break_reasons",
         "torch._dynamo.utils.get_compilation_metrics",
     ),
