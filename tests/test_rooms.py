@@ -215,7 +215,6 @@ KNOWN_UNTESTED: set[str] = {
     "compiler/runtimes/digests.py",
     "compiler/runtimes/selection_report.py",
     "models/architectures.py",
-    "models/programs.py",
     "models/text_zoo.py",
     "recipes/quickstart.py",
 }

@@ -10,6 +10,9 @@ Both come in through the doors of `compiler/backends`, which keep OpenVINO from 
 the processor has bfloat16, OpenVINO computes in it unless told otherwise, with errors of 1e-3, and where weights are
 int8 it rounds what they are multiplied with to int8 as well (measured on all-MiniLM-L6-v2: off by 0.07): here fp32 is
 asked for and that rounding is not, and what it says that it runs in is compared with the request.
+
+Only tensors go in and come out: a file with texts, sequences or maps among its inputs or outputs (a classifier of
+scikit-learn, as it is usually exported) is refused when it is opened.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -28,6 +32,7 @@ from deepseek.compiler.runtimes.backends.onnxruntime import make_session
 from deepseek.compiler.runtimes.backends.openvino import require_openvino
 from deepseek.core.errors import ConfigError, CorruptArtifactError, MissingExtraError, UnsafeFileError
 from deepseek.core.names import explain_unknown
+from deepseek.onnx.files import UnsupportedOperatorError
 from deepseek.onnx.sample_inputs import InputSpec
 
 _AS_WRITTEN = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # OpenVINO rounds nothing that the file does not round
@@ -63,12 +68,11 @@ class Program:
             if name not in names:
                 raise ConfigError(explain_unknown("input", name, names))
         given = dict(zip(names, inputs, strict=False)) | dict(named)
-        missing = [name for name in names if name not in given]
-        if missing or len(inputs) > len(names):
+        if len(given) != len(names) or len(inputs) + len(named) != len(names):
             raise ConfigError(
-                f"{self.path} takes {', '.join(names)} and {len(inputs) + len(named)} were given; give each"
+                f"{self.path} takes {', '.join(names)} and {len(inputs) + len(named)} were given; give each once"
             )
-        return [given[name].detach() for name in names]
+        return [_take_input(spec, given[spec.name]) for spec in self.inputs]
 
 
 def run_onnx(path: Path, runtime: str, precision: str = "auto") -> Program:
@@ -97,14 +101,16 @@ def _open_onnxruntime(path: Path, precision: str) -> Program:
         raise CorruptArtifactError(
             f"ONNX Runtime cannot run {path} ({_last_line(error)}); try another backend"
         ) from error
+    for port in (*session.get_inputs(), *session.get_outputs()):
+        _refuse_foreign_type(path, port.name, port.type, _ORT_DTYPES)
     inputs = tuple(
-        InputSpec(each.name, tuple(_length(dim) for dim in each.shape), _ORT_DTYPES[each.type])
-        for each in session.get_inputs()
+        InputSpec(port.name, tuple(_length(dim) for dim in port.shape), _ORT_DTYPES[port.type])
+        for port in session.get_inputs()
     )
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         feed = {spec.name: tensor.contiguous().cpu().numpy() for spec, tensor in zip(inputs, tensors, strict=True)}
-        return [torch.from_numpy(each) for each in session.run(None, feed)]
+        return [_from_numpy(array) for array in session.run(None, feed)]
 
     return Program(path, "onnxruntime", "the precision of the file", inputs, run)
 
@@ -129,11 +135,24 @@ def _open_openvino(path: Path, precision: str) -> Program:
         raise ConfigError(
             f"OpenVINO would run {path} in {runs_in} here although {precision} was asked for; ask for that"
         )
-    inputs = tuple(_describe_port(port, place) for place, port in enumerate(compiled.inputs))
+    for port in (*compiled.inputs, *compiled.outputs):
+        _refuse_foreign_type(path, _name_port(port), port.get_element_type().get_type_name(), _OPENVINO_DTYPES)
+    inputs = tuple(_describe_port(port, index) for index, port in enumerate(compiled.inputs))
+
+    def give(tensor: Tensor) -> Any:
+        if tensor.dtype is not torch.bfloat16:
+            return tensor.contiguous().cpu().numpy()
+        bits = tensor.contiguous().cpu().view(torch.int16).numpy()  # NumPy has no bfloat16
+        return openvino.Tensor(bits, list(bits.shape), openvino.Type.bf16)
+
+    def take(array: Any, type_name: str) -> Tensor:
+        if type_name != "bf16":
+            return torch.from_numpy(array.copy())
+        return torch.from_numpy(array.view(numpy.int16).copy()).view(torch.bfloat16)  # it comes by the name of float16
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        results = compiled([tensor.contiguous().cpu().numpy() for tensor in tensors])
-        return [torch.from_numpy(results[port].copy()) for port in compiled.outputs]
+        results = compiled([give(tensor) for tensor in tensors])
+        return [take(results[port], port.get_element_type().get_type_name()) for port in compiled.outputs]
 
     return Program(path, "openvino", runs_in, inputs, run)
 
@@ -146,11 +165,55 @@ def find_tensorflow(path: Path) -> bool:
     return (path / SAVED_MODEL_NAME).is_file() or (path.is_file() and path.suffix in TENSORFLOW_SUFFIXES)
 
 
-def _describe_port(port: Any, place: int) -> InputSpec:
-    names = sorted(port.get_names(), key=lambda name: (":" in name, name))
+def _take_input(spec: InputSpec, value: object) -> Tensor:
+    """Return `value` in the type of the file; raise `ConfigError` where its kind of number or its shape is another."""
+    tensor = torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
+    if not isinstance(tensor, Tensor):
+        raise ConfigError(f"input {spec.name!r} is a {type(value).__name__}; give a tensor")
+    if not torch.can_cast(tensor.dtype, spec.dtype):
+        raise ConfigError(
+            f"input {spec.name!r} is {str(spec.dtype).removeprefix('torch.')} in the file and "
+            f"{str(tensor.dtype).removeprefix('torch.')} was given; convert it"
+        )
+    fits = len(tensor.shape) == len(spec.shape) and all(
+        length in (None, given) for length, given in zip(spec.shape, tensor.shape, strict=True)
+    )
+    if spec.shape and not fits:  # ONNX Runtime shows a shape that the file leaves open as that of a scalar
+        raise ConfigError(
+            f"input {spec.name!r} has shape {_show(spec)} and {tuple(tensor.shape)} was given; give one that fits"
+        )
+    return tensor.detach().to(spec.dtype)
+
+
+def _refuse_foreign_type(path: Path, name: str, type_name: str, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise for an input or output of a runtime's type that cannot be handed over as a tensor."""
+    if type_name == "tensor(bfloat16)":
+        raise UnsupportedOperatorError(
+            f"{path} has {name!r} in bfloat16, which ONNX Runtime does not hand over to Python; run it by "
+            "backend='openvino', or convert it with backend='eager'"
+        )
+    if type_name not in dtypes:
+        raise UnsupportedOperatorError(
+            f"{path} has {name!r} of type {type_name} and only tensors of numbers are taken and given here; export it "
+            "without, or with numbers instead (class labels as integers; zipmap=False in skl2onnx)"
+        )
+
+
+def _from_numpy(array: Any) -> Tensor:
+    """Return a tensor of `array`; of two types of 64 unsigned bits NumPy has, torch knows one."""
+    return torch.from_numpy(array.view(numpy.uint64) if array.dtype == numpy.ulonglong else array)
+
+
+def _describe_port(port: Any, index: int) -> InputSpec:
     lengths = tuple(dim.get_length() if dim.is_static else None for dim in port.get_partial_shape())
-    name = names[0].partition(":")[0] if names else f"input_{place}"
+    name = _name_port(port) or f"input_{index}"
     return InputSpec(name, lengths, _OPENVINO_DTYPES[port.get_element_type().get_type_name()])
+
+
+def _name_port(port: Any) -> str:
+    """Return the name of an input or output, without the number that TensorFlow adds; empty where it has none."""
+    names = sorted(port.get_names(), key=lambda name: (":" in name, name))
+    return names[0].partition(":")[0] if names else ""
 
 
 def _length(dim: Any) -> int | None:
@@ -184,10 +247,14 @@ _ORT_DTYPES = {
     "tensor(int16)": torch.int16,
     "tensor(int8)": torch.int8,
     "tensor(uint8)": torch.uint8,
+    "tensor(uint16)": torch.uint16,
+    "tensor(uint32)": torch.uint32,
+    "tensor(uint64)": torch.uint64,
     "tensor(bool)": torch.bool,
 }
 _OPENVINO_DTYPES = {
     "f32": torch.float32,
+    "bf16": torch.bfloat16,
     "f16": torch.float16,
     "f64": torch.float64,
     "i64": torch.int64,
@@ -195,5 +262,8 @@ _OPENVINO_DTYPES = {
     "i16": torch.int16,
     "i8": torch.int8,
     "u8": torch.uint8,
+    "u16": torch.uint16,
+    "u32": torch.uint32,
+    "u64": torch.uint64,
     "boolean": torch.bool,
 }
