@@ -47,7 +47,7 @@ def generate(folder: Path, num_bytes: float) -> int:
             for name, shape in shapes.items()
         }
         save_file(shard, folder / f"layer-{layer:03d}.safetensors")
-        done += sum(each.numel() * each.element_size() for each in shard.values())
+        done += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
         layer += 1
     return done
 
@@ -60,7 +60,7 @@ def convert(side: str, source: Path, target: Path) -> None:
         convert_files(VersionConverter("3.5", "3.0"), source, target)
     else:
         weights = {
-            name: each for path in sorted(source.glob("*.safetensors")) for name, each in load_file(path).items()
+            name: tensor for path in sorted(source.glob("*.safetensors")) for name, tensor in load_file(path).items()
         }
         target.mkdir()
         save_file(dict(VersionConverter("3.5", "5.0").convert(weights)), target / "model.safetensors")

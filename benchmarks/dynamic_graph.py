@@ -120,12 +120,12 @@ def measure_compiling(num_rounds: int, num_layers: int) -> list[Row]:
     return [
         Row(
             name,
-            60 / statistics.median(each),
-            60 / max(each),
-            60 / min(each),
-            f"{num_layers} layers, {statistics.median(each):.2f} s",
+            60 / statistics.median(times_s),
+            60 / max(times_s),
+            60 / min(times_s),
+            f"{num_layers} layers, {statistics.median(times_s):.2f} s",
         )
-        for name, each in seconds.items()
+        for name, times_s in seconds.items()
     ]
 
 
@@ -227,7 +227,7 @@ class Stream:
     def largest_difference(self) -> float:
         """Between the losses of `dynamic_graph` and of eager, over all batches that both have seen."""
         ours, eager = self.losses[OURS], self.losses[EAGER]
-        return max(abs(ours[each] - eager[each]) for each in eager)
+        return max(abs(ours[index] - eager[index]) for index in eager)
 
     def explanation(self) -> DynamicExplanation:
         forward = self.models[OURS].forward
@@ -254,7 +254,7 @@ def draw_length(generator: random.Random) -> int:
 
 
 def pad_batch(batch: Batch, length: int) -> Sequence[Tensor]:
-    return [F.pad(each, (0, max(0, length - each.shape[1]))) for each in batch]
+    return [F.pad(tensor, (0, max(0, length - tensor.shape[1]))) for tensor in batch]
 
 
 def train_step(model: nn.Module, run: Callable[[Tensor, Tensor], Tensor], batch: Sequence[Tensor]) -> float:
@@ -271,7 +271,7 @@ def train_step(model: nn.Module, run: Callable[[Tensor, Tensor], Tensor], batch:
 
 
 def copy_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: each.clone() for name, each in model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 if __name__ == "__main__":

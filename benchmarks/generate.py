@@ -113,8 +113,8 @@ def llama_cpp_side(prompt: list[int], num_tokens: int) -> Side:
 
 
 def _over_best_transformers(rows: list, name: str) -> float | None:  # type: ignore[type-arg]
-    ratios = [ratio(rows, name, each) for each in ("transformers fp32", "transformers bf16")]
-    return min((each for each in ratios if each is not None), default=None)
+    ratios = [ratio(rows, name, reference) for reference in ("transformers fp32", "transformers bf16")]
+    return min((speedup for speedup in ratios if speedup is not None), default=None)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def fit_last_layer(model: nn.Module, pictures: Tensor, labels: Tensor) -> None:
     model.eval()
     last, model.fc = model.fc, nn.Identity()
     batches = track(pictures.split(BATCH_SIZE), description="reading", console=Console(stderr=True))
-    features = torch.cat([model(each.contiguous(memory_format=torch.channels_last)) for each in batches]).double()
+    features = torch.cat([model(batch.contiguous(memory_format=torch.channels_last)) for batch in batches]).double()
     model.fc = last
     assert isinstance(last, nn.Linear)
     mean = features.mean(0)
@@ -134,7 +134,12 @@ def _loss_percent(row: Compared_Row, reference: Compared_Row) -> float:
 
 def _line(row: Compared_Row, oldest: Compared_Row) -> Row:
     documented = next(
-        (each for each in find_generation(row.name).measurements if each.what.startswith("ResNet-50")), None
+        (
+            measurement
+            for measurement in find_generation(row.name).measurements
+            if measurement.what.startswith("ResNet-50")
+        ),
+        None,
     )
     said = "" if documented is None else f"; documents {documented.images_per_s:.0f}/s, {documented.latency_ms} ms"
     if row.latency_ms is None or row.latency_p95_ms is None or row.memory_bytes is None:

@@ -179,7 +179,7 @@ def train(work: Work, way: Way) -> tuple[Callable[[], object], Callable[[], int]
 
     def count_resident() -> int:
         optimizer.zero_grad(set_to_none=True)
-        return 2 * sum(each.nbytes for each in parameters) + sum(each.nbytes for each in model.buffers())
+        return 2 * sum(parameter.nbytes for parameter in parameters) + sum(buffer.nbytes for buffer in model.buffers())
 
     return step, count_resident
 
@@ -192,7 +192,7 @@ def infer(work: Work, way: Way) -> tuple[Callable[[], object], Callable[[], int]
     if way.is_bf16:
         model = model.bfloat16()
         inputs = inputs.bfloat16() if inputs.is_floating_point() else inputs
-    weights_bytes = sum(each.nbytes for each in [*model.parameters(), *model.buffers()])
+    weights_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     with torch.no_grad():
         forward = way.prepare(model, inputs)
     inputs = inputs if way.name == EAGER else lay_out(inputs)

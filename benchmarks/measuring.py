@@ -122,7 +122,7 @@ def _print(name: str, unit: str, rows: Sequence[Row], bars: Sequence[Bar]) -> No
     for column in ("side", "median", "lowest", "highest", "note"):
         table.add_column(column, justify="left" if column in ("side", "note") else "right")
     for row in rows:
-        table.add_row(row.name, *(_number(each) for each in (row.median, row.lowest, row.highest)), row.note)
+        table.add_row(row.name, *(_number(value) for value in (row.median, row.lowest, row.highest)), row.note)
     Console().print(table)
     print_bars(bars)
 
@@ -146,7 +146,7 @@ def _markdown(name: str, unit: str, rows: Sequence[Row], bars: Sequence[Bar]) ->
         "|---|---:|---:|---:|---|",
     ]
     for row in rows:
-        numbers = " | ".join(_number(each) for each in (row.median, row.lowest, row.highest))
+        numbers = " | ".join(_number(value) for value in (row.median, row.lowest, row.highest))
         lines.append(f"| {row.name} | {numbers} | {row.note} |")
     lines += ["", "| bar | measured | goal |", "|---|---:|---:|"]
     lines += [f"| {bar.name} | {_number(bar.value)} | {'>=' if bar.at_least else '<='} {bar.goal:g} |" for bar in bars]

@@ -100,9 +100,9 @@ def predict_left_out(runs: Sequence[MeasuredRun], is_quick: bool) -> tuple[Array
     """Seconds of each run under constants that never saw its source, and whether there were any."""
     everything = load_runs()
     seconds, is_left_out = np.zeros(len(runs)), np.zeros(len(runs), dtype=bool)
-    for family, source in sorted({(each.family, each.source) for each in runs}):
-        rows = np.array([i for i, each in enumerate(runs) if (each.family, each.source) == (family, source)])
-        others = {each.source for each in select_timed(everything) if each.family == family} - {source}
+    for family, source in sorted({(run.family, run.source) for run in runs}):
+        rows = np.array([i for i, run in enumerate(runs) if (run.family, run.source) == (family, source)])
+        others = {run.source for run in select_timed(everything) if run.family == family} - {source}
         constants = fit_without(everything, family, source) if others and not is_quick else get_constants(family)
         seconds[rows] = predict_with(stack_runs(runs[i].run for i in rows), constants)
         is_left_out[rows] = bool(others) and not is_quick
@@ -115,20 +115,20 @@ def predict_with(columns: Columns, constants: Constants) -> Array:
     return predict_seconds(columns.with_columns(**{name: np.array([value]) for name, value in values.items()}))
 
 
-def count_flops(each: MeasuredRun) -> float:
+def count_flops(measured: MeasuredRun) -> float:
     """Matrix and attention operations of one step, recomputation included: what one constant rate would explain."""
-    model, plan = each.run.model, each.run.plan
+    model, plan = measured.run.model, measured.run.plan
     attention = 4 * model.sequence * model.heads * model.head_dim * model.layers
     per_token = 2 * (model.num_active_parameters - model.embedding_parameters + model.vocabulary * model.hidden)
     passes = 4 if plan.recomputation == "full" else 3
-    return float(passes * (per_token + attention) * model.sequence * each.run.global_batch)
+    return float(passes * (per_token + attention) * model.sequence * measured.run.global_batch)
 
 
 def fit_one_constant(runs: Sequence[MeasuredRun]) -> float:
     """Mean error of the best single FLOP/s for each accelerator and precision of a source."""
     groups: dict[tuple[str, str], list[MeasuredRun]] = defaultdict(list)
-    for each in runs:
-        groups[each.row["accel"], "16" if each.run.plan.precision in ("fp16", "bf16") else "8"].append(each)
+    for run in runs:
+        groups[run.row["accel"], "16" if run.run.plan.precision in ("fp16", "bf16") else "8"].append(run)
     errors: list[float] = []
     for group in groups.values():
         slowness = np.array([count_flops(e) / e.run.cluster.num_devices / float(e.row["iter_time_s"]) for e in group])
@@ -139,19 +139,19 @@ def fit_one_constant(runs: Sequence[MeasuredRun]) -> float:
 def measure_floor(runs: Sequence[MeasuredRun]) -> float:
     """Mean error of the best answer for rows whose inputs are equal: no planner can do better on them."""
     groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for each in runs:
-        groups[tuple(each.row[key] for key in INPUT_KEYS)].append(float(each.row["iter_time_s"]))
+    for run in runs:
+        groups[tuple(run.row[key] for key in INPUT_KEYS)].append(float(run.row["iter_time_s"]))
     errors = [abs(float(np.median(times)) / time - 1) for times in groups.values() for time in times]
     return float(np.mean(errors))
 
 
 def judge_times(runs: Sequence[MeasuredRun], seconds: Array, is_left_out: NDArray[np.bool_]) -> list[SourceErrors]:
     """One row per source."""
-    measured = np.array([float(each.row["iter_time_s"]) for each in runs])
+    measured = np.array([float(run.row["iter_time_s"]) for run in runs])
     errors = seconds / measured - 1
     answers = []
-    for source in dict.fromkeys(each.source for each in runs):
-        rows = np.array([i for i, each in enumerate(runs) if each.source == source])
+    for source in dict.fromkeys(run.source for run in runs):
+        rows = np.array([i for i, run in enumerate(runs) if run.source == source])
         mine, size = [runs[i] for i in rows], np.abs(errors[rows])
         answers.append(
             SourceErrors(
@@ -189,8 +189,8 @@ def judge_choices(runs: Sequence[MeasuredRun], seconds: Array) -> list[Choice]:
     A plan that was run several times counts once, with the median of its times; three plans make an order.
     """
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for index, each in enumerate(runs):
-        groups[tuple(each.row[key] for key in GROUP_KEYS)].append(index)
+    for index, run in enumerate(runs):
+        groups[tuple(run.row[key] for key in GROUP_KEYS)].append(index)
     by_source: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for key, rows in groups.items():
         plans: dict[tuple[object, ...], list[int]] = defaultdict(list)
@@ -206,14 +206,14 @@ def judge_choices(runs: Sequence[MeasuredRun], seconds: Array) -> list[Choice]:
     return [_summarise(source, values) for source, values in by_source.items()]
 
 
-def _name_plan(each: MeasuredRun) -> tuple[object, ...]:
+def _name_plan(measured: MeasuredRun) -> tuple[object, ...]:
     """What makes a plan one that was run before: all published inputs, and the program with its age."""
-    run = each.run
-    return (*(each.row[name] or "0" for name in INPUT_KEYS), run.plan, run.software, run.model.frozen_weights)
+    run = measured.run
+    return (*(measured.row[name] or "0" for name in INPUT_KEYS), run.plan, run.software, run.model.frozen_weights)
 
 
 def _summarise(source: str, values: list[tuple[float, float, float]]) -> Choice:
-    regret, random, order = (np.array(each) for each in zip(*values, strict=True))
+    regret, random, order = (np.array(column) for column in zip(*values, strict=True))
     known = order[~np.isnan(order)]
     middle, mean = (float(np.median(known)), float(known.mean())) if len(known) else (math.nan, math.nan)
     return Choice(
@@ -230,18 +230,18 @@ def _summarise(source: str, values: list[tuple[float, float, float]]) -> Choice:
 
 def judge_memory(runs: Sequence[MeasuredRun]) -> dict[str, float]:
     """Errors where memory was reported, out-of-memory rows foreseen, and runs that would have been refused."""
-    columns = stack_runs(each.run for each in runs)
+    columns = stack_runs(run.run for run in runs)
     needed = np.sum(np.broadcast_arrays(*measure_memory(columns).values()), axis=0)
     is_over = needed > columns.device_memory_bytes
     answers: dict[str, float] = {}
-    for source in dict.fromkeys(each.source for each in runs if each.row["mem_gb"]):
-        rows = [i for i, each in enumerate(runs) if each.source == source and each.row["mem_gb"]]
+    for source in dict.fromkeys(run.source for run in runs if run.row["mem_gb"]):
+        rows = [i for i, run in enumerate(runs) if run.source == source and run.row["mem_gb"]]
         told = np.array([float(runs[i].row["mem_gb"]) for i in rows]) * 1e9
         size = np.abs(needed[rows] / told - 1)
         answers[f"memory error mean, {source} ({len(rows)} rows)"] = float(size.mean())
         answers[f"memory error median, {source} ({len(rows)} rows)"] = float(np.median(size))
-    failed = np.array([each.row["oom"] == "1" for each in runs])
-    happened = np.array([bool(each.row["iter_time_s"]) and each.row["use"] != "sanity_only" for each in runs])
+    failed = np.array([run.row["oom"] == "1" for run in runs])
+    happened = np.array([bool(run.row["iter_time_s"]) and run.row["use"] != "sanity_only" for run in runs])
     answers["out-of-memory rows"] = float(failed.sum())
     answers["out-of-memory rows foreseen"] = float((failed & is_over).sum())
     answers["runs that happened"] = float(happened.sum())
@@ -271,9 +271,9 @@ def plot_errors(runs: Sequence[MeasuredRun], seconds: Array, path: Path) -> None
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 7), dpi=140)
-    measured = np.array([float(each.row["iter_time_s"]) for each in runs])
-    for number, source in enumerate(dict.fromkeys(each.source for each in runs)):
-        rows = [i for i, each in enumerate(runs) if each.source == source]
+    measured = np.array([float(run.row["iter_time_s"]) for run in runs])
+    for number, source in enumerate(dict.fromkeys(run.source for run in runs)):
+        rows = [i for i, run in enumerate(runs) if run.source == source]
         axes.scatter(measured[rows], seconds[rows], s=9, alpha=0.6, color=f"C{number % 10}", label=source,
                      marker="o" if number < 10 else "^")  # fmt: skip
     ends = np.array([measured.min(), measured.max()])
@@ -296,7 +296,7 @@ def run(is_quick: bool, plot: Path | None) -> Result:
     return Result(
         judge_times(timed, seconds, is_left_out),
         judge_choices(timed, seconds),
-        judge_memory([each for each in everything if each.row["simulatable"] == "full"]),
+        judge_memory([run for run in everything if run.row["simulatable"] == "full"]),
         judge_collectives(),
     )
 
@@ -325,11 +325,19 @@ def tabulate_times(result: Result) -> list[tuple[str, ...]]:
     """Rows of the table of errors, the first one its head."""
     head = ("source", "rows", "mean", "median", "p90", "bias", "one constant", "equal inputs", "goal", "met", "peer")
     rows = [head]
-    for each in result.times:
-        name = each.source if each.is_left_out else f"{each.source} (not left out)"
-        met = "" if each.goal is None else "yes" if each.mean <= each.goal else "no"
-        numbers = (each.mean, each.median, each.p90, each.bias, each.one_constant, each.equal_inputs, each.goal)
-        rows.append((name, str(each.rows), *map(_percent, numbers), met, each.peer))
+    for errors in result.times:
+        name = errors.source if errors.is_left_out else f"{errors.source} (not left out)"
+        met = "" if errors.goal is None else "yes" if errors.mean <= errors.goal else "no"
+        numbers = (
+            errors.mean,
+            errors.median,
+            errors.p90,
+            errors.bias,
+            errors.one_constant,
+            errors.equal_inputs,
+            errors.goal,
+        )
+        rows.append((name, str(errors.rows), *map(_percent, numbers), met, errors.peer))
     return rows
 
 
@@ -338,10 +346,10 @@ def tabulate_choices(result: Result) -> list[tuple[str, ...]]:
     rows = [
         ("source", "groups", "regret median", "regret mean", "random pick", "of 3 plans", "Spearman median", "mean")
     ]
-    for each in result.choices:
-        orders = (f"{value:.2f}" for value in (each.spearman_median, each.spearman_mean))
-        regrets = map(_percent, (each.regret_median, each.regret_mean, each.random_median))
-        rows.append((each.source, str(each.groups), *regrets, str(each.ordered), *orders))
+    for choice in result.choices:
+        orders = (f"{value:.2f}" for value in (choice.spearman_median, choice.spearman_mean))
+        regrets = map(_percent, (choice.regret_median, choice.regret_mean, choice.random_median))
+        rows.append((choice.source, str(choice.groups), *regrets, str(choice.ordered), *orders))
     return rows
 
 

@@ -113,7 +113,7 @@ def _understand(row: dict[str, str]) -> MeasuredRun | None:
 def select_timed(runs: Sequence[MeasuredRun], *, is_partial: bool = False) -> list[MeasuredRun]:
     """Runs with a time and full inputs (or, with `is_partial`, those with some inputs assumed)."""
     wanted = "partial" if is_partial else "full"
-    return [each for each in runs if each.row["iter_time_s"] and each.row["simulatable"] == wanted]
+    return [run for run in runs if run.row["iter_time_s"] and run.row["simulatable"] == wanted]
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,9 @@ class Problem:
 
 def pose(runs: Sequence[MeasuredRun], family: str) -> Problem:
     """The fit of one family on some runs."""
-    seconds = np.array([float(each.row["iter_time_s"]) for each in runs])
-    weights = weigh(np.array([each.source for each in runs]))
-    return Problem(stack_runs(each.run for each in runs), seconds, weights, load_collectives(family))
+    seconds = np.array([float(run.row["iter_time_s"]) for run in runs])
+    weights = weigh(np.array([run.source for run in runs]))
+    return Problem(stack_runs(run.run for run in runs), seconds, weights, load_collectives(family))
 
 
 def fit(problem: Problem, start: Constants, steps: int = 20) -> Array:
@@ -252,12 +252,12 @@ def fit(problem: Problem, start: Constants, steps: int = 20) -> Array:
 
 def fit_memory(runs: Sequence[MeasuredRun], start: Constants) -> tuple[float, float]:
     """The two constants of memory with the least mean error, among those that reject the fewest runs that happened."""
-    told = [each for each in runs if each.row["mem_gb"] and each.row["use"] != "sanity_only"]
-    happened = [each for each in runs if each.row["iter_time_s"] and each.row["oom"] != "1"]
+    told = [run for run in runs if run.row["mem_gb"] and run.row["use"] != "sanity_only"]
+    happened = [run for run in runs if run.row["iter_time_s"] and run.row["oom"] != "1"]
     if not told:
         return start.communicator_bytes, start.fragmentation_fraction
-    measured = np.array([float(each.row["mem_gb"]) * 1e9 for each in told])
-    tables = stack_runs(each.run for each in told), stack_runs(each.run for each in happened)
+    measured = np.array([float(run.row["mem_gb"]) * 1e9 for run in told])
+    tables = stack_runs(run.run for run in told), stack_runs(run.run for run in happened)
 
     def judge(pair: tuple[float, float]) -> tuple[int, float]:
         needed, possible = (_measure(table, pair) for table in tables)
@@ -277,7 +277,7 @@ def _measure(columns: Columns, pair: tuple[float, float]) -> Array:
 
 def fit_family(runs: Sequence[MeasuredRun], family: str) -> Constants:
     """All constants of a family, from the runs given."""
-    mine = [each for each in runs if each.family == family]
+    mine = [run for run in runs if run.family == family]
     timed = select_timed(mine)
     start = START.get(family, _USUAL)
     if not timed:
@@ -290,7 +290,7 @@ def fit_family(runs: Sequence[MeasuredRun], family: str) -> Constants:
 
 def fit_without(runs: Sequence[MeasuredRun], family: str, source: str) -> Constants:
     """The constants of a family as they would be if `source` had never published."""
-    return fit_family([each for each in runs if each.source != source], family)
+    return fit_family([run for run in runs if run.source != source], family)
 
 
 def main() -> None:

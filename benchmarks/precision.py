@@ -160,7 +160,7 @@ def compare_metric(workload: Workload, *, num_steps: int, seeds: tuple[int, ...]
             found[kind].append(trainer.run(num_steps))
             if trainer.dynamic is not None:
                 precisions = list(trainer.dynamic.precisions.values())
-                low.append(f"{sum(each != 'fp32' for each in precisions)}/{len(precisions)}")
+                low.append(f"{sum(precision != 'fp32' for precision in precisions)}/{len(precisions)}")
     notes = dict.fromkeys(KINDS, f"held-out metric, {num_steps} steps, {len(seeds)} seeds")
     notes["dynamic"] += f"; layers in bf16 at the end: {', '.join(low)}"
     rows = [summarize(f"{workload.name} metric, {kind}", found[kind], notes[kind]) for kind in KINDS]
@@ -184,7 +184,7 @@ def counted_peak(workload: Workload, kind: str) -> float:
     """MB of weights, optimizer state and everything that one step makes."""
     trainer, batch = prepare_for_memory(workload, kind)
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
-    kept = sum(each.untyped_storage().nbytes() for each in (*trainer.model.parameters(), *state))
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in (*trainer.model.parameters(), *state))
     with StorageTracker() as tracker:
         trainer.step(batch)
     return (kept + tracker.peak_bytes) / 1e6

@@ -107,7 +107,7 @@ def measure_in_a_process(name: str, batch_size: int, arguments: argparse.Namespa
         if status != 0:
             return [Row(f"{name} batch {batch_size}", None, None, None, f"its process ended with status {status}")], []
         table = json.loads(path.read_text(encoding="utf-8"))
-    return [Row(**each) for each in table["rows"]], [Bar(**each) for each in table["bars"]]
+    return [Row(**row) for row in table["rows"]], [Bar(**bar) for bar in table["bars"]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -142,7 +142,7 @@ def measure_sides(
     contenders += list(build_ours(model, samples, calibration, flattened, arguments))
     contenders += [make() for make in list_peers(model, samples, calibration, flattened, arguments.precision)]
     num_rounds = 3 if arguments.quick else 21
-    sides = {each.name: no_grad(each.run) for each in contenders if each.run is not None}
+    sides = {contender.name: no_grad(contender.run) for contender in contenders if contender.run is not None}
     once_ms = {name: time_call(run) for name, run in sides.items()}
     slow = {name for name in sides if once_ms[name] > max(SLOW * once_ms[EAGER], 1000 * SLOW_CALL_S)}
     timed = {name: sides[name] for name in sides if name not in slow}
@@ -151,8 +151,8 @@ def measure_sides(
     label = f"{name} batch {batch_size}"
     if set(arguments.precision) != set(CHOICES):
         label += f", {' and '.join(arguments.precision)} alone"
-    rows = [make_row(label, each, times_ms.get(each.name, []), flattened) for each in contenders]
-    return rows, make_bars(label, contenders, {each: statistics.median(times_ms[each]) for each in times_ms})
+    rows = [make_row(label, contender, times_ms.get(contender.name, []), flattened) for contender in contenders]
+    return rows, make_bars(label, contenders, {name: statistics.median(times_ms[name]) for name in times_ms})
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def build_model(name: str, batch_size: int) -> tuple[nn.Module, Any, list[Any]]:
     model = zoo.build(name)
     settle(model, name)
     samples = zoo.sample_inputs(name, batch_size)
-    batches = [tuple(torch.randn_like(each) for each in samples) for _ in range(NUM_CALIBRATION)]
+    batches = [tuple(torch.randn_like(tensor) for tensor in samples) for _ in range(NUM_CALIBRATION)]
     return model.eval(), samples, batches
 
 
@@ -246,7 +246,7 @@ def build_ours(
             )
         print(selection.explain(), flush=True)
         chosen = selection.model
-        answers = tuple(each for each in flattened.read_answers(call(chosen, samples)))
+        answers = tuple(answer for answer in flattened.read_answers(call(chosen, samples)))
         run = lambda chosen=chosen: call(chosen, samples)  # noqa: E731
         yield Contender(f"AUTO {precision}", precision, run, answers, str(selection.decision.chosen))
 
@@ -312,8 +312,8 @@ def torch_compile_int8(model: nn.Module, samples: Any, calibration: list[Any]) -
     graph = torch.export.export(model, positional, keywords).module()
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(graph, quantizer)
-    for each in calibration:
-        call(prepared, each)
+    for batch in calibration:
+        call(prepared, batch)
     compiled = torch.compile(convert_pt2e(prepared))
     with settings.patch(freezing=True):
         call(compiled, samples)
@@ -330,7 +330,7 @@ def onnxruntime_session(flattened: Flattened, quantization: str | None, calibrat
 
     names = [f"input_{index}" for index in range(len(flattened.inputs))]
     with tempfile.TemporaryDirectory() as folder:
-        path, prepared, quantized = (str(Path(folder) / f"{each}.onnx") for each in ("model", "prepared", "int8"))
+        path, prepared, quantized = (str(Path(folder) / f"{stem}.onnx") for stem in ("model", "prepared", "int8"))
         program = torch.onnx.export(
             flattened.model, flattened.inputs, dynamo=True, input_names=names, verbose=False, external_data=False
         )
@@ -343,7 +343,8 @@ def onnxruntime_session(flattened: Flattened, quantization: str | None, calibrat
         if quantization in ("static", "static u8"):
             refuse_too_large(flattened, "ONNX Runtime", share=CALIBRATION_SHARE)  # or the whole table is killed
             feeds = [
-                dict(zip(names, (x.numpy() for x in flattened.read_samples(each)), strict=True)) for each in calibration
+                dict(zip(names, (x.numpy() for x in flattened.read_samples(batch)), strict=True))
+                for batch in calibration
             ]
             kind = {"activation_type": quantizing.QuantType.QUInt8} if quantization == "static u8" else {}
             quantizing.quantize_static(prepared, quantized, Reader(feeds), per_channel=True, **kind)
@@ -353,7 +354,7 @@ def onnxruntime_session(flattened: Flattened, quantization: str | None, calibrat
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(path if quantization is None else quantized, options)
-    known = [each.name for each in session.get_inputs()]
+    known = [argument.name for argument in session.get_inputs()]
     feeds_once = {name: x.numpy() for name, x in zip(names, flattened.inputs, strict=True) if name in known}
     return lambda: session.run(None, feeds_once)
 
@@ -379,8 +380,8 @@ def openvino_model(flattened: Flattened, hint: str, calibration: list[Any]) -> C
         if calibration:
             import nncf
 
-            samples = [tuple(x.numpy() for x in flattened.read_samples(each)) for each in calibration]
-            feeds = [each[0] if len(each) == 1 else dict(enumerate(each)) for each in samples]
+            samples = [tuple(x.numpy() for x in flattened.read_samples(batch)) for batch in calibration]
+            feeds = [sample[0] if len(sample) == 1 else dict(enumerate(sample)) for sample in samples]
             model = nncf.quantize(model, nncf.Dataset(feeds))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -416,9 +417,11 @@ def make_bars(label: str, contenders: list[Contender], medians_ms: dict[str, flo
         if f"AUTO {precision}" not in medians_ms:
             continue
         peers = [
-            medians_ms[each.name]
-            for each in contenders
-            if each.precision == precision and each.name in medians_ms and not each.name.startswith(("AUTO", "eager"))
+            medians_ms[contender.name]
+            for contender in contenders
+            if contender.precision == precision
+            and contender.name in medians_ms
+            and not contender.name.startswith(("AUTO", "eager"))
         ]
         value = min(peers) / medians_ms[f"AUTO {precision}"] if peers else None
         bars.append(Bar(f"{label}: AUTO / best peer, {precision}", value, GOAL_PEER))

@@ -81,9 +81,9 @@ def choose_boundaries(
         raise ConfigError(
             f"{len(lengths)} lengths and {max_buckets} buckets give no plan; give at least one length and one bucket"
         )
-    totals = list(itertools.accumulate((counts[each] for each in lengths), initial=0.0))
-    own = math.fsum(counts[each] * cost(each) for each in lengths)
-    costs = [cost(each) for each in lengths]
+    totals = list(itertools.accumulate((counts[length] for length in lengths), initial=0.0))
+    own = math.fsum(counts[length] * cost(length) for length in lengths)
+    costs = [cost(length) for length in lengths]
     best: BoundaryPlan | None = None
     for boundaries, padded in _layers(lengths, totals, costs, min(max_buckets, len(lengths))):
         plan = BoundaryPlan(boundaries, max(0.0, padded - own), len(boundaries) * compile_cost)
@@ -186,7 +186,7 @@ def _layers(
         for row in reversed(choices):
             stops.append(stop)
             stop = row[stop]
-        answers.append((tuple(lengths[each - 1] for each in reversed(stops)), best[size]))
+        answers.append((tuple(lengths[stop - 1] for stop in reversed(stops)), best[size]))
     return answers
 
 

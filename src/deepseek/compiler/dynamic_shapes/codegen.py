@@ -119,7 +119,9 @@ def _one_library() -> type:
         def wait(self, scope: dict[str, Any]) -> None:
             if self.kernels:
                 loaded = self.load()
-                scope.update({name: loaded[each.index] for name, each in scope.items() if isinstance(each, _Pending)})
+                scope.update(
+                    {name: loaded[value.index] for name, value in scope.items() if isinstance(value, _Pending)}
+                )
             super().wait(scope)
 
         def load(self) -> list[Callable[..., None]]:
@@ -129,7 +131,7 @@ def _one_library() -> type:
             parts = [range(part, size, num_libraries) for part in range(num_libraries)]
             try:
                 waiting = [_start_library([self.kernels[index] for index in part], self.submit) for part in parts]
-                libraries = [each() for each in waiting]
+                libraries = [finish() for finish in waiting]
             except CppCompileError as error:
                 first = str(error).splitlines()[0]
                 warnings.warn(f"kernels are compiled one by one: {first}", SlowCompilerWarning, stacklevel=2)
@@ -154,7 +156,9 @@ def merge_kernels(kernels: Sequence[tuple[Sequence[str], str]]) -> tuple[str, st
     sources, cases = [], []
     for index, (argtypes, source) in enumerate(kernels):
         sources.append(_ENTRY.sub(rf"\g<1>kernel_{index}(", source))
-        parsed = (f"parse_arg<{each.replace('const ', '')}>(args, {n})" for n, each in enumerate(argtypes, start=1))
+        parsed = (
+            f"parse_arg<{argtype.replace('const ', '')}>(args, {n})" for n, argtype in enumerate(argtypes, start=1)
+        )
         count = (
             f'if(PyTuple_GET_SIZE(args) != {len(argtypes) + 1}) throw std::runtime_error("wrong number of arguments");'
         )

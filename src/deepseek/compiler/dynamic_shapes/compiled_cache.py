@@ -114,7 +114,7 @@ class CompiledStore:
 def _pack(artifacts: bytes, libraries: dict[str, bytes], key: bytes) -> bytes:
     """Header with the lengths, the parts, and the seal over all of it."""
     index = json.dumps(
-        {"artifacts": len(artifacts), "libraries": {name: len(each) for name, each in libraries.items()}}
+        {"artifacts": len(artifacts), "libraries": {name: len(library) for name, library in libraries.items()}}
     )
     head = index.encode()
     body = b"".join([_MAGIC, struct.pack("<Q", len(head)), head, artifacts, *libraries.values()])

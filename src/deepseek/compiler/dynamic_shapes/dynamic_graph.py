@@ -81,7 +81,7 @@ def dynamic_graph(target: Any = None, /, **options: Any) -> Any:
     >>> len(double.explain().compilations)
     1
     """
-    known = {each.name for each in fields(DynamicOptions)}
+    known = {setting.name for setting in fields(DynamicOptions)}
     for name in options:
         if name not in known:
             raise ConfigError(explain_unknown("option of dynamic_graph", name, known))
@@ -139,7 +139,7 @@ def _decorate_class(kind: type, options: DynamicOptions) -> type:
 def _check_names(function: Callable[..., Any], options: DynamicOptions) -> None:
     """Every argument that the options name exists."""
     parameters = inspect.signature(function).parameters
-    is_open = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    is_open = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     named = [options.mask] if options.mask else []
     named += [*(options.dims or ())]
     named += [*options.pad_value] if isinstance(options.pad_value, Mapping) else []

@@ -144,7 +144,7 @@ class DynamicGraph:
             num_pieces=counts.pieces,
             padding_share=1 - counts.real / counts.run if counts.run else 0.0,
             padding_share_before=1 - counts.real / counts.arrived if counts.arrived else 0.0,
-            num_cache_hits=sum(each.was_cached for each in self._ledger.compilations),
+            num_cache_hits=sum(compilation.was_cached for compilation in self._ledger.compilations),
             num_loaded=self._num_loaded,
         )
 
@@ -185,7 +185,7 @@ class DynamicGraph:
         """Store what the calls before this one compiled; by now their backward passes are compiled, too."""
         compilations = self._ledger.compilations
         if self._store is not None and len(compilations) > self._num_kept:
-            is_new = any(not each.was_cached for each in compilations[self._num_kept :])
+            is_new = any(not compilation.was_cached for compilation in compilations[self._num_kept :])
             self._num_kept = len(compilations)
             if is_new:
                 self._store.save()
@@ -339,10 +339,10 @@ class DynamicGraph:
     def _look(self) -> CompilationState:
         """Compilations as the planner sees them; they cost nothing while the cost of running is not in seconds."""
         compilations = self._ledger.compilations
-        seconds = [each.seconds for each in compilations if not each.was_cached] or [_COMPILE_S]
+        seconds = [compilation.seconds for compilation in compilations if not compilation.was_cached] or [_COMPILE_S]
         return CompilationState(
             self._ledger.num_left,
-            frozenset(each.way for each in compilations),
+            frozenset(compilation.way for compilation in compilations),
             statistics.fmean(seconds) if self._planner.has_cost else 0.0,
         )
 
@@ -385,6 +385,6 @@ def _keep_at_exit(reference: weakref.ref[DynamicGraph]) -> None:
     if (
         graph is not None
         and graph._store is not None
-        and any(not each.was_cached for each in graph._ledger.compilations)
+        and any(not compilation.was_cached for compilation in graph._ledger.compilations)
     ):
         graph._store.save()

@@ -89,7 +89,7 @@ class Trial:
 
     @property
     def is_over(self) -> bool:
-        return all(len(each) >= _TRIAL_GROUPS for each in self.seconds.values())
+        return all(len(timings) >= _TRIAL_GROUPS for timings in self.seconds.values())
 
     @property
     def gain(self) -> float:
@@ -191,7 +191,7 @@ class LengthPlanner:
         for length, count in counts.items():
             work[bucket_of(length, plan.boundaries) or length] += length * count
         boundary = work.most_common(1)[0][0]
-        lowest = max((each for each in plan.boundaries if each < boundary), default=0)
+        lowest = max((smaller for smaller in plan.boundaries if smaller < boundary), default=0)
         self._has_tried = True
         self.trial = Trial(lowest, boundary, plan.boundaries, {SYMBOLIC: [], boundary: []})
 

@@ -74,7 +74,7 @@ class DynamicExplanation:
         lines += [f"  compiled once: {block}" for block in self.blocks]
         lines += [f"  boundaries: {', '.join(map(str, self.boundaries))}"] if self.boundaries else []
         lines.append(f"  compilations: {len(self.compilations)} of at most {self.max_compilations}")
-        lines += [f"    {each}" for each in self.compilations]
+        lines += [f"    {compilation}" for compilation in self.compilations]
         lines.append(f"  graphs loaded from disk: {self.num_loaded}, used: {self.num_cache_hits}")
         lines.append(
             f"  {self.num_calls} calls ran as {self.num_pieces} pieces; "

@@ -171,7 +171,7 @@ def pad_length(tensor: Tensor, dims: Sequence[int], length: int, value: float = 
 
 def cut_length(outputs: Sequence[Any], roles: Sequence[tuple[int, ...]], length: int) -> list[Any]:
     """The outputs of a padded call with their length dims cut back to `length`."""
-    return [pad_length(each, dims, length) if dims else each for each, dims in zip(outputs, roles, strict=True)]
+    return [pad_length(output, dims, length) if dims else output for output, dims in zip(outputs, roles, strict=True)]
 
 
 def find_roles(

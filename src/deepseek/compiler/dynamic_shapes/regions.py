@@ -101,7 +101,7 @@ class CountingBackend:
             return graph.forward
         hits, began_s = _count_cache_hits(), time.perf_counter()
         compiled = self.backend(graph, inputs)
-        shapes = tuple(tuple(_size(each) for each in leaf.shape) for leaf in inputs if isinstance(leaf, Tensor))
+        shapes = tuple(tuple(_size(size) for size in leaf.shape) for leaf in inputs if isinstance(leaf, Tensor))
         self.ledger.compilations.append(
             Compilation(self.target, self.way, shapes, time.perf_counter() - began_s, _count_cache_hits() > hits)
         )
@@ -234,11 +234,15 @@ def structure_of(module: nn.Module) -> tuple[Any, ...]:
     """What two blocks must share to run the same compiled code."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     described = tuple(
-        (name, tuple(each.shape), each.dtype, str(each.device), each.requires_grad) for name, each in tensors
+        (name, tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.requires_grad) for name, tensor in tensors
     )
     settings = tuple(
-        (name, type(each), tuple(sorted((key, value) for key, value in vars(each).items() if _is_setting(key, value))))
-        for name, each in module.named_modules()
+        (
+            name,
+            type(submodule),
+            tuple(sorted((key, value) for key, value in vars(submodule).items() if _is_setting(key, value))),
+        )
+        for name, submodule in module.named_modules()
     )
     return type(module), described, settings
 
@@ -255,7 +259,7 @@ def _bind(function: Callable[..., Any], block: nn.Module) -> types.MethodType:
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
     """All tensors of a call, and what else it was given; without a walk where nothing is nested."""
-    if kwargs or any(isinstance(each, list | tuple | dict) for each in args):
+    if kwargs or any(isinstance(argument, list | tuple | dict) for argument in args):
         return pytree.tree_leaves((args, kwargs))
     return args
 

@@ -377,7 +377,7 @@ def _site_of(error: ControlFlowError) -> Site:
 def _last_difference() -> str:
     """The check of what was compiled last that the arguments do not pass, in the tracer's words."""
     metrics = torch._dynamo.utils.get_compilation_metrics()
-    reason = next((each.recompile_reason for each in reversed(metrics) if each.recompile_reason), None)
+    reason = next((metric.recompile_reason for metric in reversed(metrics) if metric.recompile_reason), None)
     if reason is None:
         return ""
     check = reason.splitlines()[0].partition(": ")[2].partition("  #")[0].strip()

@@ -130,6 +130,6 @@ def _run_on_copies(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Obser
 
 
 def _run(recorder: _ValueRecorder, inputs: Sequence[Any]) -> Observed:
-    taken = [recorder.take(each) if isinstance(each, Tensor) else each for each in inputs]
+    taken = [recorder.take(value) if isinstance(value, Tensor) else value for value in inputs]
     recorder.run(*taken, enable_io_processing=False)
     return recorder.seen

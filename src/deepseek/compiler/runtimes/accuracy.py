@@ -44,7 +44,7 @@ def _answer(built: Built, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Copies, since a runtime may answer the next call in the same memory."""
     try:
         with torch.no_grad():
-            return [each.clone() for each in built.run(*inputs)]
+            return [answer.clone() for answer in built.run(*inputs)]
     except Exception as error:
         raise BackendError(f"it fails on the samples: {type(error).__name__}: {str(error)[:200]}") from error
 
@@ -52,20 +52,20 @@ def _answer(built: Built, inputs: Sequence[Tensor]) -> list[Tensor]:
 def compare(references: Sequence[Tensor], answers: Sequence[Tensor], tolerance: Tolerance) -> Numbers:
     """The worst over all outputs of relative error, cosine and top-1 agreement. Raises `BackendError` on other
     shapes."""
-    if [each.shape for each in references] != [each.shape for each in answers]:
+    if [reference.shape for reference in references] != [answer.shape for answer in answers]:
         raise BackendError(
-            f"its answers have shapes {[tuple(each.shape) for each in answers]} instead of "
-            f"{[tuple(each.shape) for each in references]}"
+            f"its answers have shapes {[tuple(answer.shape) for answer in answers]} instead of "
+            f"{[tuple(reference.shape) for reference in references]}"
         )
     found = [_compare_one(*pair, tolerance) for pair in zip(references, answers, strict=True)]
-    agreements = [each.agreement for each in found if each.agreement is not None]
-    raw = [each.raw_agreement for each in found if each.raw_agreement is not None]
+    agreements = [numbers.agreement for numbers in found if numbers.agreement is not None]
+    raw = [numbers.raw_agreement for numbers in found if numbers.raw_agreement is not None]
     return Numbers(
-        relative_error=max(each.relative_error for each in found),
-        cosine=min(each.cosine for each in found),
+        relative_error=max(numbers.relative_error for numbers in found),
+        cosine=min(numbers.cosine for numbers in found),
         agreement=min(agreements, default=None),
         raw_agreement=min(raw, default=None),
-        is_finite=all(each.is_finite for each in found),
+        is_finite=all(numbers.is_finite for numbers in found),
     )
 
 

@@ -57,7 +57,7 @@ def list_buckets(largest: int) -> tuple[int, ...]:
     (1, 2, 4, 8, 12)
     """
     powers = (1 << place for place in range(largest.bit_length()))
-    return tuple(sorted({*(each for each in powers if each <= largest), largest}))
+    return tuple(sorted({*(power for power in powers if power <= largest), largest}))
 
 
 def make_key(values: Iterable[Any], *, mode: tuple[Any, ...] = ()) -> Key:
@@ -67,7 +67,8 @@ def make_key(values: Iterable[Any], *, mode: tuple[Any, ...] = ()) -> Key:
     (((2, 3), 'torch.float32', 'cpu'), 0.5)
     """
     described = (
-        (tuple(each.shape), str(each.dtype), str(each.device)) if isinstance(each, Tensor) else each for each in values
+        (tuple(value.shape), str(value.dtype), str(value.device)) if isinstance(value, Tensor) else value
+        for value in values
     )
     return (*described, *mode)
 
@@ -128,13 +129,13 @@ class GraphedFunction:
             if isinstance(value, Tensor):
                 self._fill(fixed, value)
         recording.replay()
-        return tree_map_only(Tensor, lambda each: self._take(each, size, bucket), recording.outputs)
+        return tree_map_only(Tensor, lambda value: self._take(value, size, bucket), recording.outputs)
 
     def _find_sizes(self, flat: Sequence[Any]) -> tuple[int, int]:
         """Rows of the batch, and rows of the recording."""
         if self._buckets is None:
             return -1, -1
-        sizes = {each.shape[self._dim] for each in flat if isinstance(each, Tensor) and each.dim() > self._dim}
+        sizes = {leaf.shape[self._dim] for leaf in flat if isinstance(leaf, Tensor) and leaf.dim() > self._dim}
         if len(sizes) != 1:
             raise ConfigError(
                 f"inputs have {sorted(sizes)} rows in dim {self._dim}; one number of rows is needed for all"
@@ -143,12 +144,12 @@ class GraphedFunction:
         return size, choose_bucket(size, self._buckets)
 
     def _find(self, flat: Sequence[Any], spec: Any, bucket: int) -> _Recording:
-        wanted = [self._widen(each, bucket) if isinstance(each, Tensor) else each for each in flat]
+        wanted = [self._widen(leaf, bucket) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         key = make_key(wanted, mode=(spec, torch.is_grad_enabled()))
         if key not in self._recordings:
             fixed = [
-                torch.zeros(each.shape, dtype=each.dtype, device=each.device) if isinstance(each, Tensor) else each
-                for each in wanted
+                torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, Tensor) else leaf
+                for leaf in wanted
             ]
             for buffer, value in zip(fixed, flat, strict=True):
                 if isinstance(value, Tensor):
@@ -189,13 +190,13 @@ class GraphedFunction:
 
 @contextmanager
 def _unchanged(state: Sequence[Tensor]) -> Iterator[None]:
-    kept = [each.detach().clone() for each in state]
+    kept = [tensor.detach().clone() for tensor in state]
     try:
         yield
     finally:
         with torch.no_grad():
-            for each, value in zip(state, kept, strict=True):
-                each.copy_(value)
+            for tensor, value in zip(state, kept, strict=True):
+                tensor.copy_(value)
 
 
 def refuse_without_cuda() -> None:
@@ -215,7 +216,7 @@ def record_on_gpu(
     `generators` are those, besides the default one of the device, that `function` draws from.
     """
     refuse_without_cuda()
-    device = next((each.device for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)), torch.device("cuda"))
+    device = next((leaf.device for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)), torch.device("cuda"))
     drawn = [torch.cuda.default_generators[device.index or torch.cuda.current_device()], *generators]
     states = [generator.get_state() for generator in drawn]
     side = torch.cuda.Stream(device)

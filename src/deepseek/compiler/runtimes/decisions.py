@@ -70,7 +70,7 @@ def recall(key: Mapping[str, Any]) -> Decision | None:
 def list_decisions() -> list[tuple[str, Decision]]:
     """Every readable decision with the name of its model, in the order of names."""
     entries = [_read(path) for path in sorted(find_folder().glob("*.json"))]
-    return sorted((each for each in entries if each is not None), key=lambda each: (each[0], str(each[1].key)))
+    return sorted((entry for entry in entries if entry is not None), key=lambda entry: (entry[0], str(entry[1].key)))
 
 
 def find_decisions(model: str) -> list[Decision]:
@@ -103,20 +103,20 @@ def from_dict(values: Mapping[str, Any]) -> Decision:
     decision = Decision(
         chosen=Candidate(**values["chosen"]),
         baseline_ms=float(values["baseline_ms"]),
-        measurements=tuple(_measurement(each) for each in values["measurements"]),
-        rejections=tuple(Rejection(**each) for each in values["rejections"]),
+        measurements=tuple(_measurement(measurement) for measurement in values["measurements"]),
+        rejections=tuple(Rejection(**rejection) for rejection in values["rejections"]),
         spent_s=float(values["spent_s"]),
         key=dict(values["key"]),
         is_remembered=True,
         reference=str(values["reference"]),
     )
-    if all(each.candidate != decision.chosen for each in decision.measurements):
+    if all(measurement.candidate != decision.chosen for measurement in decision.measurements):
         raise ValueError("the chosen candidate was never measured")
     return decision
 
 
 def _measurement(values: Mapping[str, Any]) -> Measurement:
-    times_ms = tuple(float(each) for each in values["times_ms"])
+    times_ms = tuple(float(time_ms) for time_ms in values["times_ms"])
     if not times_ms:
         raise ValueError("a measurement has no times")
     return Measurement(

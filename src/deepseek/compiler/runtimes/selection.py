@@ -238,7 +238,7 @@ class Search:
     @property
     def medians_ms(self) -> dict[Candidate, float]:
         """Median time of each candidate that runs."""
-        return {each: statistics.median(times) for each, times in self.times_ms.items()}
+        return {candidate: statistics.median(times) for candidate, times in self.times_ms.items()}
 
     def run(self) -> Generator[SelectionEvent, None, tuple[Decision, Built]]:
         """Try all candidates, time the finalists longer, decide."""
@@ -252,7 +252,9 @@ class Search:
         self._require_any()
         yield from self._run_final()
         self._time_baseline()
-        chosen = choose(self.medians_ms, {each: numbers.relative_error for each, numbers in self.numbers.items()})
+        chosen = choose(
+            self.medians_ms, {candidate: numbers.relative_error for candidate, numbers in self.numbers.items()}
+        )
         return self._decide(chosen), self.built[chosen]
 
     def _try(self, candidate: Candidate) -> SelectionEvent:
@@ -282,7 +284,7 @@ class Search:
 
     def _check(self, candidate: Candidate, built: Built) -> None:
         """Raise `BackendError` for a candidate that is wrong, or not what it says."""
-        serious = [each for each in built.findings if each.is_serious]
+        serious = [finding for finding in built.findings if finding.is_serious]
         if serious:
             raise BackendError(f"it is not what it says: {serious[0]}")
         numbers = check_numbers(self.job, built, self.tolerances[candidate.precision])
@@ -339,19 +341,19 @@ class Search:
         best = self._find_best()
         if best is not None:
             sides[best] = self._call(self.built[best])
-        for each, times in measure_in_turns(sides, NUM_SHORT_ROUNDS).items():
-            self.times_ms.setdefault(each, []).extend(times)
+        for side, times in measure_in_turns(sides, NUM_SHORT_ROUNDS).items():
+            self.times_ms.setdefault(side, []).extend(times)
 
     def _let_go_of_the_slow(self) -> None:
         """Free what can no longer win, which holds a copy of the weights each."""
         best_ms = min(self.medians_ms.values())
-        for each, median_ms in self.medians_ms.items():
-            if median_ms > best_ms * 2 and each != BASELINE:  # which is the reference itself, and no copy
-                self.built[each] = replace(self.built[each], run=_let_go)
+        for candidate, median_ms in self.medians_ms.items():
+            if median_ms > best_ms * 2 and candidate != BASELINE:  # which is the reference itself, and no copy
+                self.built[candidate] = replace(self.built[candidate], run=_let_go)
 
     def _find_best(self) -> Candidate | None:
         medians_ms = self.medians_ms
-        return min(medians_ms, key=lambda each: medians_ms[each], default=None)
+        return min(medians_ms, key=lambda candidate: medians_ms[candidate], default=None)
 
     def _run_final(self) -> Generator[SelectionEvent, None, None]:
         """Rounds of turns among those that could still win, the slower half leaving after each."""
@@ -362,7 +364,7 @@ class Search:
             num_rounds = plan_rounds(finalists, self.medians_ms, left_s / 2)
             fresh = self._time_together(finalists, num_rounds, time.perf_counter() + left_s / 2)
             finalists = keep_fastest(
-                {each: statistics.median(fresh[each]) for each in finalists}, margin=FINALIST_MARGIN
+                {candidate: statistics.median(fresh[candidate]) for candidate in finalists}, margin=FINALIST_MARGIN
             )
 
     def _call(self, built: Built) -> Callable[[], object]:
@@ -379,7 +381,7 @@ class Search:
 
     def _require_any(self) -> None:
         if not self.built:
-            reasons = "; ".join(f"{each.candidate}: {each.reason}" for each in self.rejections)
+            reasons = "; ".join(f"{rejection.candidate}: {rejection.reason}" for rejection in self.rejections)
             raise BackendError(
                 f"nothing that is allowed (backend {self.options.backend}, precision "
                 f"{' or '.join(self.options.precisions)}) runs this model correctly: {reasons}"
@@ -388,14 +390,14 @@ class Search:
     def _decide(self, chosen: Candidate) -> Decision:
         measurements = [
             Measurement(
-                each,
-                self.numbers[each],
-                tuple(self.times_ms[each]),
-                self.build_s[each],
-                tuple(str(finding) for finding in self.built[each].findings),
-                self.built[each].notes,
+                candidate,
+                self.numbers[candidate],
+                tuple(self.times_ms[candidate]),
+                self.build_s[candidate],
+                tuple(str(finding) for finding in self.built[candidate].findings),
+                self.built[candidate].notes,
             )
-            for each in sorted(self.medians_ms, key=lambda each: self.medians_ms[each])
+            for candidate in sorted(self.medians_ms, key=lambda candidate: self.medians_ms[candidate])
         ]
         for finding in self.built[chosen].findings:
             warnings.warn(f"{chosen}: {finding}", stacklevel=6)
@@ -500,13 +502,13 @@ def rebuild(job: Job, decision: Decision, options: SelectionOptions) -> Built | 
 
 def require_reference(flattened: Flattened) -> None:
     """Raise `ConfigError` for a model that cannot be the reference: not float32, or its answers are not finite."""
-    kinds = {each.dtype for each in flattened.model.parameters() if each.is_floating_point()}
+    kinds = {parameter.dtype for parameter in flattened.model.parameters() if parameter.is_floating_point()}
     if kinds - {torch.float32}:
         names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         raise ConfigError(
             f"the model's weights are {names}; give it in float32, and say precision= for what it runs in"
         )
-    if not all(each.isfinite().all() for each in flattened.outputs if each.is_floating_point()):
+    if not all(output.isfinite().all() for output in flattened.outputs if output.is_floating_point()):
         raise ConfigError(
             "the model answers NaN or infinity to the sample inputs in FP32, so nothing can be compared with it; "
             "check the samples and the weights"

@@ -67,7 +67,7 @@ class SelectionOptions:
 
     def override(self, changes: Mapping[str, Any]) -> Self:
         """A copy with some settings changed; raises `ConfigError` for an unknown one, with the nearest known."""
-        known = [each.name for each in fields(self)]
+        known = [setting.name for setting in fields(self)]
         for name in changes:
             if name not in known:
                 raise ConfigError(explain_unknown("setting of select", name, known))

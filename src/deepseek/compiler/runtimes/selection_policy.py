@@ -150,7 +150,7 @@ class Decision:
     @property
     def winner(self) -> Measurement:
         """The measurement of the chosen candidate."""
-        return next(each for each in self.measurements if each.candidate == self.chosen)
+        return next(measurement for measurement in self.measurements if measurement.candidate == self.chosen)
 
 
 def read_backend(backend: BackendSelector | str) -> BackendSelector:
@@ -162,7 +162,9 @@ def read_backend(backend: BackendSelector | str) -> BackendSelector:
     try:
         return BackendSelector(backend)
     except ValueError:
-        raise ConfigError(explain_unknown("backend", str(backend), [str(each) for each in BackendSelector])) from None
+        raise ConfigError(
+            explain_unknown("backend", str(backend), [str(selector) for selector in BackendSelector])
+        ) from None
 
 
 def list_precisions(precision: str) -> tuple[str, ...]:
@@ -203,14 +205,14 @@ def merge_numbers(found: Sequence[Numbers]) -> Numbers:
     >>> merge_numbers([Numbers(0.1, 1.0, None), Numbers(0.3, 0.8, 0.5)])
     Numbers(relative_error=0.2, cosine=0.9, agreement=0.5, raw_agreement=None, is_finite=True)
     """
-    agreements = [each.agreement for each in found if each.agreement is not None]
-    raw = [each.raw_agreement for each in found if each.raw_agreement is not None]
+    agreements = [numbers.agreement for numbers in found if numbers.agreement is not None]
+    raw = [numbers.raw_agreement for numbers in found if numbers.raw_agreement is not None]
     return Numbers(
-        relative_error=statistics.fmean(each.relative_error for each in found),
-        cosine=statistics.fmean(each.cosine for each in found),
+        relative_error=statistics.fmean(numbers.relative_error for numbers in found),
+        cosine=statistics.fmean(numbers.cosine for numbers in found),
         agreement=statistics.fmean(agreements) if agreements else None,
         raw_agreement=statistics.fmean(raw) if raw else None,
-        is_finite=all(each.is_finite for each in found),
+        is_finite=all(numbers.is_finite for numbers in found),
     )
 
 
@@ -234,7 +236,7 @@ def judge_numbers(numbers: Numbers, tolerance: Tolerance) -> str | None:
 def order(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Candidates in the order to try: the likeliest winner first, so that a small budget still finds it."""
     rank = {name: index for index, name in enumerate(DEFAULT_TOLERANCES)}
-    return sorted(candidates, key=lambda each: (each.prior, rank[each.precision], str(each)))
+    return sorted(candidates, key=lambda candidate: (candidate.prior, rank[candidate.precision], str(candidate)))
 
 
 def is_worth_more(median_ms: float, best_ms: float, *, margin: float) -> bool:
@@ -248,9 +250,9 @@ def find_stale_parent(
     """Why a refinement need not be built: what it refines is too far behind the best already; `None` if it may win."""
     parent = next(
         (
-            each
-            for each in medians_ms
-            if (each.backend, each.precision, each.variant)
+            refined
+            for refined in medians_ms
+            if (refined.backend, refined.precision, refined.variant)
             == (candidate.backend, candidate.precision, candidate.refines)
         ),
         None,
@@ -270,10 +272,10 @@ def keep_fastest(medians_ms: Mapping[Candidate, float], *, margin: float = 0.5) 
     >>> keep_fastest({one: 10.0, two: 1.0}) == [two]
     True
     """
-    ranked = sorted(medians_ms, key=lambda each: medians_ms[each])
+    ranked = sorted(medians_ms, key=lambda candidate: medians_ms[candidate])
     best_ms = medians_ms[ranked[0]]
     half = ranked[: max(1, math.ceil(len(ranked) / 2))]
-    return [each for each in half if is_worth_more(medians_ms[each], best_ms, margin=margin)]
+    return [candidate for candidate in half if is_worth_more(medians_ms[candidate], best_ms, margin=margin)]
 
 
 def choose(
@@ -286,8 +288,8 @@ def choose(
     True
     """
     best_ms = min(medians_ms.values())
-    near = [each for each in medians_ms if medians_ms[each] <= best_ms * (1 + noise)]
-    return min(near, key=lambda each: (errors[each], medians_ms[each]))
+    near = [candidate for candidate in medians_ms if medians_ms[candidate] <= best_ms * (1 + noise)]
+    return min(near, key=lambda candidate: (errors[candidate], medians_ms[candidate]))
 
 
 def plan_rounds(finalists: Sequence[Candidate], medians_ms: Mapping[Candidate, float], left_s: float) -> int:
@@ -296,5 +298,5 @@ def plan_rounds(finalists: Sequence[Candidate], medians_ms: Mapping[Candidate, f
     >>> plan_rounds([], {}, 1.0)
     5
     """
-    round_s = sum(medians_ms[each] for each in finalists) / 1000
+    round_s = sum(medians_ms[candidate] for candidate in finalists) / 1000
     return max(5, min(50, int(left_s / round_s))) if round_s > 0 else 5

@@ -28,18 +28,24 @@ def summarize(decision: Decision) -> str:
 
 def list_rows(decision: Decision) -> list[tuple[str, ...]]:
     """One row for each candidate that ran, fastest first."""
-    ranked = sorted(decision.measurements, key=lambda each: (each.candidate != decision.chosen, each.median_ms))
-    return [_row(each, decision) for each in ranked]
+    ranked = sorted(
+        decision.measurements, key=lambda measurement: (measurement.candidate != decision.chosen, measurement.median_ms)
+    )
+    return [_row(measurement, decision) for measurement in ranked]
 
 
 def list_refusals(decision: Decision) -> list[tuple[str, ...]]:
     """One row for each candidate that was refused, with the reason."""
-    return [(each.candidate, each.reason) for each in decision.rejections]
+    return [(rejection.candidate, rejection.reason) for rejection in decision.rejections]
 
 
 def list_notes(decision: Decision) -> list[tuple[str, ...]]:
     """One row for each thing that a candidate that ran did otherwise than asked, or that is worth knowing of it."""
-    return [(str(each.candidate), said) for each in decision.measurements for said in (*each.findings, *each.notes)]
+    return [
+        (str(measurement.candidate), said)
+        for measurement in decision.measurements
+        for said in (*measurement.findings, *measurement.notes)
+    ]
 
 
 def describe_key(key: Mapping[str, Any]) -> str:

@@ -154,7 +154,9 @@ class ProbeVariable(TorchHigherOrderOperatorVariable):
         is_watched = tx.symbolic_torch_function_state.in_torch_function_mode()
         if not made or not (is_watched or any(_has_symbols(variable) for variable in made)):
             return []
-        tx.output.create_node("output", "output", (tracer.create_arg((tuple(each.as_proxy() for each in made),))), {})
+        tx.output.create_node(
+            "output", "output", (tracer.create_arg((tuple(variable.as_proxy() for variable in made),))), {}
+        )
         move_lifted_freevars_phs_to_end(tracer.graph, tracer.lifted_freevars)
         return made
 

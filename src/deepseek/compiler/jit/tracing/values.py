@@ -66,7 +66,7 @@ class Values(ConditionOperators):
         result = values[0]
         for value in values[1:]:
             if isinstance(result, Tensor) or isinstance(value, Tensor):
-                tensors = [each for each in (result, value) if isinstance(each, Tensor)]
+                tensors = [operand for operand in (result, value) if isinstance(operand, Tensor)]
                 pair = [_beside_all(side, tensors) for side in (result, value)]
                 result = of_tensors(pair[0], pair[1])
             else:

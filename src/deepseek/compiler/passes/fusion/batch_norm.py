@@ -33,7 +33,7 @@ def match_convolution_batch_norm(node: Node, graph: Rewriting) -> Match:
     if convolution is None:
         return None
     replaced = (source, *skipped, *norm.replaced)
-    if any(len(each.users) != 1 for each in replaced[:-1]):
+    if any(len(inner.users) != 1 for inner in replaced[:-1]):
         return Refusal(replaced, f"{source.name} is read by others as well, who need it before normalization")
     x = convolution.x
     has_batch = len(graph.shape(source)) == convolution.num_spatial + 2
@@ -63,7 +63,7 @@ def match_linear_batch_norm(node: Node, graph: Rewriting) -> Match:
     replaced = (source, *skipped, *norm.replaced)
     if len(graph.shape(source)) != 2:
         return Refusal(replaced, "normalization runs over dim 1, which is not the outputs of the linear layer here")
-    if any(len(each.users) != 1 for each in replaced[:-1]):
+    if any(len(inner.users) != 1 for inner in replaced[:-1]):
         return Refusal(replaced, f"{source.name} is read by others as well, who need it before normalization")
 
     def emit() -> tuple[Node, ...]:

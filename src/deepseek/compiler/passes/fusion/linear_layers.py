@@ -74,24 +74,26 @@ def match_parallel_linears(node: Node, graph: Rewriting) -> Match:
     lead = read_linear(node, graph)
     if lead is None:
         return None
-    found = [read_linear(each, graph) for each in graph.graph.nodes if each in lead.x.users]
-    layers = [each for each in found if each is not None and each.x is lead.x]
+    found = [read_linear(reader, graph) for reader in graph.graph.nodes if reader in lead.x.users]
+    layers = [layer for layer in found if layer is not None and layer.x is lead.x]
     if len(layers) < 2 or layers[0].node is not node:
         return None
-    nodes = tuple(each.node for each in layers)
+    nodes = tuple(layer.node for layer in layers)
     reason = _why_not_together(layers)
     if reason is not None:
         return Refusal(nodes, reason)
-    readers = {user: aten.reshape.default for each in nodes for user in each.users if user.target is aten.view.default}
+    readers = {
+        user: aten.reshape.default for linear in nodes for user in linear.users if user.target is aten.view.default
+    }
     return ProposedRewrite(nodes, nodes, (lead.x,), lambda: _emit_stacked(layers, graph), after=dict(readers))
 
 
 def _emit_stacked(layers: list[LinearMap], graph: Rewriting) -> tuple[Node, ...]:
-    weight = graph.add_constant(torch.cat([each.weight for each in layers]), "weight")
+    weight = graph.add_constant(torch.cat([layer.weight for layer in layers]), "weight")
     bias = _stack_biases(layers)
     new_bias = None if bias is None else graph.add_constant(bias, "bias")
-    sizes = [each.y_size for each in layers]
-    values = [graph.values[each.node] for each in layers]
+    sizes = [layer.y_size for layer in layers]
+    values = [graph.values[layer.node] for layer in layers]
     stacked = torch.cat([torch.empty_like(value, device="meta") for value in values], dim=-1)
     together = graph.add_call(aten.linear.default, layers[0].x, weight, new_bias, like=stacked)
     slices = graph.add_call(aten.split_with_sizes.default, together, sizes, -1, like=tuple(values))
@@ -99,15 +101,15 @@ def _emit_stacked(layers: list[LinearMap], graph: Rewriting) -> tuple[Node, ...]
 
 
 def _stack_biases(layers: list[LinearMap]) -> Tensor | None:
-    if all(each.bias is None for each in layers):
+    if all(layer.bias is None for layer in layers):
         return None
-    return torch.cat([torch.zeros_like(each.weight[:, 0]) if each.bias is None else each.bias for each in layers])
+    return torch.cat([torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias for layer in layers])
 
 
 def _why_not_together(layers: list[LinearMap]) -> str | None:
-    if len({(each.weight.dtype, each.weight.device) for each in layers}) > 1:
+    if len({(layer.weight.dtype, layer.weight.device) for layer in layers}) > 1:
         return "their weights differ in dtype or device"
-    if any(user.op == "output" for each in layers for user in each.node.users):
+    if any(user.op == "output" for layer in layers for user in layer.node.users):
         return "a result leaves the graph, where a slice would keep the memory of all"
     return None
 

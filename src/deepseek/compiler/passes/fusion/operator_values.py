@@ -271,7 +271,7 @@ def _read_hardswish(node: Node) -> Activation | None:
     if total is None or _single(total, aten.add.Tensor, 3) is not x or not isinstance(x, Node):
         return None
     inside = [high, low, total, product]
-    if set(x.users) != {total, product} or any(len(each.users) != 1 for each in inside):  # type: ignore[union-attr]
+    if set(x.users) != {total, product} or any(len(inner.users) != 1 for inner in inside):  # type: ignore[union-attr]
         return None
     return Activation(node, x, "hardswish", (), "", (total, low, high, product, node))  # type: ignore[arg-type]
 

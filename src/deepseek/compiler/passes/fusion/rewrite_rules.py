@@ -106,8 +106,8 @@ class FusionReport:
 
     def __str__(self) -> str:
         lines = [f"{self.num_operators_before} operators became {self.num_operators_after}"]
-        lines += [f"  {each.rule} at {each.where}: error {each.max_error:.1e}" for each in self.fusions]
-        lines += [f"  not {each.rule} at {each.where}: {each.reason}" for each in self.rejections]
+        lines += [f"  {fusion.rule} at {fusion.where}: error {fusion.max_error:.1e}" for fusion in self.fusions]
+        lines += [f"  not {rejection.rule} at {rejection.where}: {rejection.reason}" for rejection in self.rejections]
         return "\n".join(lines)
 
 
@@ -226,8 +226,8 @@ def _fuse_branches(
         if node.target is not torch.ops.higher_order.cond:
             continue
         _, *branches, operands = node.args
-        for each in branches:
-            branch = read_attribute(graph.graph_module, str(each.target))
+        for branch_node in branches:
+            branch = read_attribute(graph.graph_module, str(branch_node.target))
             inputs = [stand_in(graph.values, operand) for operand in operands]
             bound = dict(zip(branch.graph.find_nodes(op="placeholder"), operands, strict=True))
             constants = {inner: graph.constant(outer) for inner, outer in bound.items()}

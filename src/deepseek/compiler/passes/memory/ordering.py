@@ -212,11 +212,12 @@ class _Search:
             for buffer in {*step.reads, *step.creates}:
                 self.touching[buffer] = self.touching.get(buffer, 0) | 1 << index
         self.freed = [
-            [each for each in {*step.reads, *step.creates} if each not in graph.kept | graph.given]
+            [buffer for buffer in {*step.reads, *step.creates} if buffer not in graph.kept | graph.given]
             for step in graph.steps
         ]
         self.created_bytes = [
-            sum(graph.sizes_bytes[each] for each in step.creates if each not in graph.given) for step in graph.steps
+            sum(graph.sizes_bytes[buffer] for buffer in step.creates if buffer not in graph.given)
+            for step in graph.steps
         ]
 
     def find_best(self, max_states: int) -> Order | None:
@@ -247,12 +248,12 @@ class _Search:
                 choices = [self._run_free_steps(self._run(state, index)) for index in self._ready(state.done)] or [
                     state
                 ]
-                for each in choices:
-                    if each.done not in following or each < following[each.done]:
-                        following[each.done] = each
-            fewest = max(each.num_left for each in following.values())
-            behind = [each for each in following.values() if each.num_left == fewest]
-            ahead = [each for each in following.values() if each.num_left != fewest]
+                for choice in choices:
+                    if choice.done not in following or choice < following[choice.done]:
+                        following[choice.done] = choice
+            fewest = max(choice.num_left for choice in following.values())
+            behind = [choice for choice in following.values() if choice.num_left == fewest]
+            ahead = [choice for choice in following.values() if choice.num_left != fewest]
             beam = heapq.nsmallest(width, behind) + heapq.nsmallest(width, ahead)
         best = min(beam)
         return Order(self._names(best), best.peak_bytes, is_optimal=False)
@@ -264,9 +265,9 @@ class _Search:
         during = state.alive_bytes + self.created_bytes[index]
         done = state.done | 1 << index
         freed = sum(
-            self.graph.sizes_bytes[each]
-            for each in self.freed[index]
-            if self.touching[each] & done == self.touching[each]
+            self.graph.sizes_bytes[buffer]
+            for buffer in self.freed[index]
+            if self.touching[buffer] & done == self.touching[buffer]
         )
         peak = max(state.peak_bytes, during + self.graph.steps[index].scratch_bytes)
         path = (index, state.path)
@@ -286,9 +287,9 @@ class _Search:
                 break
             waiting.remove(taken)
             waiting += [
-                each
-                for each in self.successors[taken]
-                if each not in waiting and self.needs[each] & state.done == self.needs[each]
+                successor
+                for successor in self.successors[taken]
+                if successor not in waiting and self.needs[successor] & state.done == self.needs[successor]
             ]
         return state
 

@@ -101,18 +101,18 @@ def measure_kernels(graph_module: fx.GraphModule, observed: Observed) -> dict[No
 def _find_kind(node: Node, observed: Observed) -> str:
     """What the scratch memory of an operator depends on."""
 
-    def describe_argument(each: Node) -> Any:
-        value = observed.values[each]
+    def describe_argument(operand: Node) -> Any:
+        value = observed.values[operand]
         return (tuple(value.shape), str(value.dtype), str(value.layout), _strides(value))
 
-    return str((node.target, map_arg(node.args, lambda each: str(describe_argument(each)))))
+    return str((node.target, map_arg(node.args, lambda operand: str(describe_argument(operand)))))
 
 
 def _on_zeros(node: Node, graph_module: fx.GraphModule, observed: Observed) -> Callable[[], Tensor]:
-    def make(each: Node) -> Any:
-        value = observed.values[each]
+    def make(operand: Node) -> Any:
+        value = observed.values[operand]
         if value.is_mkldnn:
-            return read_attribute(graph_module, str(each.target))
+            return read_attribute(graph_module, str(operand.target))
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
 
     target, arguments = node.target, map_arg(node.args, make)
@@ -157,16 +157,18 @@ def describe(graph_module: fx.GraphModule, observed: Observed, *, is_training: b
     steps = tuple(
         GraphStep(
             node.name,
-            frozenset(name for each in node.all_input_nodes for name in buffers[each]),
+            frozenset(name for source in node.all_input_nodes for name in buffers[source]),
             creates[node],
-            frozenset(follows[node] | {each.name for each in node.all_input_nodes if each.op not in _NO_STEPS}),
+            frozenset(follows[node] | {source.name for source in node.all_input_nodes if source.op not in _NO_STEPS}),
             _find_scratch(node, observed, graph_module),
             _find_overwritable(node, observed, buffers, is_training=is_training),
         )
         for node in nodes
         if node.op not in _NO_STEPS
     )
-    kept = {name for node in nodes if node.op == "output" for each in node.all_input_nodes for name in buffers[each]}
+    kept = {
+        name for node in nodes if node.op == "output" for result in node.all_input_nodes for name in buffers[result]
+    }
     return BufferGraph(steps, sizes, frozenset(outside), frozenset(kept))
 
 
@@ -204,15 +206,15 @@ def _find_scratch_of_branches(node: Node, observed: Observed, graph_module: fx.G
     _, *branches, operands = node.args
     assert isinstance(operands, list | tuple)
     inputs = [stand_in(observed.values, operand) for operand in operands]
-    names = [str(each.target) for each in branches if isinstance(each, Node)]
+    names = [str(branch.target) for branch in branches if isinstance(branch, Node)]
     peaks = [predict_peak_bytes(read_attribute(graph_module, name), inputs) for name in names]
     return max(0, max(peaks) - sum(_find_buffers(observed.values[node]).values()))
 
 
 def _find_buffers(value: Any) -> dict[str, int]:
     """Name and size of each storage of a value."""
-    storages = [each.untyped_storage() for each in tensors_in(value) if each.layout == torch.strided]
-    return {f"{each._cdata:x}": each.nbytes() for each in storages}
+    storages = [tensor.untyped_storage() for tensor in tensors_in(value) if tensor.layout == torch.strided]
+    return {f"{storage._cdata:x}": storage.nbytes() for storage in storages}
 
 
 def _order_effects(nodes: Sequence[Node], buffers: dict[Node, dict[str, int]]) -> dict[Node, set[str]]:
@@ -224,10 +226,10 @@ def _order_effects(nodes: Sequence[Node], buffers: dict[Node, dict[str, int]]) -
     for node in nodes:
         if node.op in _NO_STEPS:
             continue
-        near = {name for each in [node, *node.all_input_nodes] for name in buffers[each]}
-        written = set(near) if is_opaque(node) else {name for each in find_written(node) for name in buffers[each]}
+        near = {name for neighbor in [node, *node.all_input_nodes] for name in buffers[neighbor]}
+        written = set(near) if is_opaque(node) else {name for target in find_written(node) for name in buffers[target]}
         follows[node] |= {last_write[name].name for name in near if name in last_write}
-        follows[node] |= {each.name for name in written for each in touched.get(name, [])}
+        follows[node] |= {earlier.name for name in written for earlier in touched.get(name, [])}
         if has_effects(node):
             follows[node] |= {last_effect.name} if last_effect is not None else set()
             last_effect = node

@@ -100,9 +100,9 @@ def measure_peaks_on_cpu(runs: Sequence[Callable[[], object]]) -> list[Peak]:
         for index, run in enumerate(runs):
             with torch.profiler.record_function(f"{_MARK}{index}"):
                 kept.append(run())
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda each: each.start_ns())
-    changes = [(each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"]
-    spans = {each.name(): (each.start_ns(), each.end_ns()) for each in events if each.name().startswith(_MARK)}
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    spans = {event.name(): (event.start_ns(), event.end_ns()) for event in events if event.name().startswith(_MARK)}
     del kept
     return [_find_peak(changes, *spans[f"{_MARK}{index}"]) for index in range(len(runs))]
 
@@ -123,7 +123,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [tensor for each in value for tensor in tensors_in(each)]
+        return [tensor for item in value for tensor in tensors_in(item)]
     return []
 
 

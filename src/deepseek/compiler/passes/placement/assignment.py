@@ -77,7 +77,8 @@ class Placement:
         alone = ", ".join(f"{name} alone {time_s * 1e3:.3g} ms" for name, time_s in self.single_device_time_s.items())
         proof = "the best there is" if self.is_exact else f"no less than {self.lower_bound_s * 1e3:.3g} ms is possible"
         counts = {
-            name: sum(each == name for each in self.devices.values()) for name in dict.fromkeys(self.devices.values())
+            name: sum(device == name for device in self.devices.values())
+            for name in dict.fromkeys(self.devices.values())
         }
         shares = ", ".join(f"{count} on {name}" for name, count in counts.items())
         return f"{self.time_s * 1e3:.3g} ms with {shares} ({proof}); {alone}"
@@ -111,11 +112,11 @@ def time_s(workload: Workload, devices: Mapping[str, str]) -> float:
     """What a placement takes."""
     origin = {name: device for name, (device, _) in workload.inputs.items()} | dict(devices)
     sizes = _sizes(workload)
-    wanted = [(name, devices[each.name]) for each in workload.operations for name in each.reads]
+    wanted = [(name, devices[operation.name]) for operation in workload.operations for name in operation.reads]
     wanted += list(workload.outputs.items())
     sent = [(name, device) for name, device in dict.fromkeys(wanted) if device != origin[name]]
     sent_s = sum(_link(workload, origin[name], device).time_s(sizes[name]) for name, device in sent)
-    return sent_s + sum(each.times_s[devices[each.name]] for each in workload.operations)
+    return sent_s + sum(operation.times_s[devices[operation.name]] for operation in workload.operations)
 
 
 # Where a value was made, and all devices that hold it.
@@ -146,7 +147,7 @@ def _search(workload: Workload, max_states: int) -> tuple[dict[str, str], float,
         for state, way in ways.items():
             for device in _allowed(operation, state):
                 new_state, sent_s = _step(workload, state, operation, device, sizes)
-                alive = tuple(each for each in new_state if last_read.get(each[0], -1) > index)
+                alive = tuple(placed for placed in new_state if last_read.get(placed[0], -1) > index)
                 total_s = way.time_s + sent_s + operation.times_s[device]
                 if alive not in following or total_s < following[alive].time_s:
                     following[alive] = _Way(total_s, (device, way.chosen))  # type: ignore[arg-type]
@@ -176,7 +177,7 @@ def _step(
         else:
             new_state.append((name, source, holders))
     new_state.append((operation.name, device, frozenset({device})))
-    return tuple(sorted(new_state, key=lambda each: each[0])), sent_s
+    return tuple(sorted(new_state, key=lambda placed: placed[0])), sent_s
 
 
 def _finish(workload: Workload, ways: Mapping[_Places, _Way], sizes: Mapping[str, int]) -> tuple[_Way, float]:
@@ -190,7 +191,7 @@ def _finish(workload: Workload, ways: Mapping[_Places, _Way], sizes: Mapping[str
             if device not in holders[name][1]
         )
         totals.append((way.time_s + sent_s, way))
-    total_s, best = min(totals, key=lambda each: each[0])
+    total_s, best = min(totals, key=lambda total: total[0])
     return best, total_s
 
 
@@ -224,7 +225,7 @@ def _last_reads(workload: Workload) -> dict[str, int]:
 def _find_common_devices(workload: Workload) -> list[str]:
     """Devices that can run every operation."""
     first, *others = [list(operation.times_s) for operation in workload.operations] or [[]]
-    return [device for device in first if all(device in each for each in others)]
+    return [device for device in first if all(device in allowed for allowed in others)]
 
 
 def _check(workload: Workload) -> None:

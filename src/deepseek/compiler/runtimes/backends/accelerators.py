@@ -84,7 +84,7 @@ def run_compiled(device: str, precision: str) -> Callable[[Job], Built]:
     def run(job: Job) -> Built:
         dtype = _DTYPES[precision]
         model = in_channels_last(job.copy_model().to(device=device, dtype=dtype))
-        inputs = tuple(place(each, device, dtype) for each in job.inputs)
+        inputs = tuple(place(tensor, device, dtype) for tensor in job.inputs)
         graph = export(model, inputs).module(check_guards=False)
         call, _ = compile_graph(graph, inputs, {"freezing": True, "triton.cudagraphs": True})
         return Built(on_device(lambda *tensors: _copy(call(*tensors)), device, dtype, job))
@@ -110,7 +110,7 @@ def run_tensorrt(precision: str) -> Callable[[Job], Built]:
         library = require("torch_tensorrt", extra="compile")
         dtype = _DTYPES[precision]
         model = job.copy_model().to(device="cuda", dtype=dtype)
-        inputs = tuple(place(each, "cuda", dtype) for each in job.inputs)
+        inputs = tuple(place(tensor, "cuda", dtype) for tensor in job.inputs)
         compiled = library.dynamo.compile(export(model, inputs), arg_inputs=inputs)
         return Built(on_device(compiled, "cuda", dtype, job))
 
@@ -123,9 +123,9 @@ def on_device(run: Callable[..., Any], device: str, dtype: torch.dtype, job: Job
     home = job.flattened.outputs[0].device
 
     def call(*inputs: Tensor) -> Sequence[Tensor]:
-        answers = run(*(place(each, device, dtype) for each in inputs))
+        answers = run(*(place(tensor, device, dtype) for tensor in inputs))
         answers = (answers,) if isinstance(answers, Tensor) else answers
-        return restore_dtypes([each.to(home) for each in answers], kinds)
+        return restore_dtypes([answer.to(home) for answer in answers], kinds)
 
     return call
 
@@ -137,7 +137,7 @@ def place(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
 
 def _copy(answers: Sequence[Tensor]) -> list[Tensor]:
     """A captured graph writes into the same memory in every call."""
-    return [each.clone() for each in answers]
+    return [answer.clone() for answer in answers]
 
 
 def _variants(device: str, *, is_compiled: bool) -> tuple[Variant, ...]:

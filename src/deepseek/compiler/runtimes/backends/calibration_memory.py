@@ -41,7 +41,7 @@ def count_activation_bytes(flattened: Flattened) -> int:
     256
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), _Counting() as counting:
-        flattened.model(*[fake.from_tensor(each) for each in flattened.inputs])
+        flattened.model(*[fake.from_tensor(tensor) for tensor in flattened.inputs])
     return int(counting.num_bytes)
 
 
@@ -55,5 +55,5 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            self.num_bytes += sum(each.nbytes for each in tree_leaves(result) if isinstance(each, Tensor))
+            self.num_bytes += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result

@@ -68,7 +68,7 @@ def _compile(name: str, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> C
     BACKENDS[name].require_available()
     _require_inference(name)
     _require_tensors(name, inputs)
-    weights = {index: each.detach() for index, each in enumerate(inputs) if _is_weight(graph, index, each)}
+    weights = {index: tensor.detach() for index, tensor in enumerate(inputs) if _is_weight(graph, index, tensor)}
     if len(weights) == len(inputs):
         raise BackendError(f"a graph without inputs is nothing for {name} to run; give the model at least one tensor")
     return Late(name, Specialized(graph, weights).eval())
@@ -84,7 +84,7 @@ class Late:
 
     def __call__(self, *given: Any) -> Any:
         _require_inference(self.name)
-        tensors = [each.detach() for index, each in enumerate(given) if index not in self.model.weights]
+        tensors = [tensor.detach() for index, tensor in enumerate(given) if index not in self.model.weights]
         with self.lock:
             if self.compiled is None:
                 self.compiled = BACKENDS[self.name].compile(self.model, tensors)
@@ -97,7 +97,7 @@ def _require_inference(name: str) -> None:
 
 
 def _require_tensors(name: str, inputs: Sequence[Any]) -> None:
-    if not all(isinstance(each, Tensor) for each in inputs):
+    if not all(isinstance(value, Tensor) for value in inputs):
         raise ConfigError(f"{name} takes fixed shapes; compile with torch.compile(..., dynamic=False)")
 
 

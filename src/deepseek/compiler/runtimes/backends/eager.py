@@ -153,7 +153,7 @@ def with_layout(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` with pictures (4-D inputs) handed over in channels-last layout."""
 
     def call(*inputs: Tensor) -> Any:
-        return run(*(to_channels_last(each) for each in inputs))
+        return run(*(to_channels_last(tensor) for tensor in inputs))
 
     return call
 
@@ -163,19 +163,21 @@ def with_dtype(run: Callable[..., Any], dtype: torch.dtype, job: Job) -> Callabl
     kinds = output_dtypes(job)
 
     def call(*inputs: Tensor) -> Sequence[Tensor]:
-        return restore_dtypes(run(*(each.to(dtype) if each.is_floating_point() else each for each in inputs)), kinds)
+        return restore_dtypes(
+            run(*(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs)), kinds
+        )
 
     return call
 
 
 def output_dtypes(job: Job) -> tuple[torch.dtype, ...]:
     """The types of the reference's answers."""
-    return tuple(each.dtype for each in job.flattened.outputs)
+    return tuple(output.dtype for output in job.flattened.outputs)
 
 
 def restore_dtypes(outputs: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
     """`outputs` in the types that the model itself answers in."""
-    return tuple(each.to(kind) for each, kind in zip(outputs, kinds, strict=True))
+    return tuple(output.to(kind) for output, kind in zip(outputs, kinds, strict=True))
 
 
 def to_channels_last(tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class FlatModel(nn.Module):
         """Which of the returned tensors a runtime has to give; all where it is not said."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        returned = [each for each in pytree.tree_leaves(self.call(*tensors)) if isinstance(each, Tensor)]
+        returned = [leaf for leaf in pytree.tree_leaves(self.call(*tensors)) if isinstance(leaf, Tensor)]
         return tuple(returned if self.kept is None else (returned[index] for index in self.kept))
 
     def call(self, *tensors: Tensor) -> Any:
@@ -86,22 +86,22 @@ class Flattened:
     @property
     def shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
         """Shape and type of each input."""
-        return tuple((tuple(each.shape), str(each.dtype).removeprefix("torch.")) for each in self.inputs)
+        return tuple((tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for tensor in self.inputs)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the weights."""
-        return sum(each.numel() * each.element_size() for each in self.model.parameters())
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
     @property
     def traits(self) -> Traits:
         """What the policy of choosing knows of the model."""
         modules = list(self.model.modules())
         return Traits(
-            num_convolutions=sum(isinstance(each, nn.Conv1d | nn.Conv2d | nn.Conv3d) for each in modules),
-            num_linears=sum(isinstance(each, nn.Linear) for each in modules),
+            num_convolutions=sum(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in modules),
+            num_linears=sum(isinstance(module, nn.Linear) for module in modules),
             batch_size=self.inputs[0].shape[0] if self.inputs[0].ndim else 1,
-            num_parameters=sum(each.numel() for each in self.model.parameters()),
+            num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             device=self.inputs[0].device.type,
         )
 
@@ -192,7 +192,7 @@ class Flattened:
     def read_answers(self, answers: Any) -> tuple[Tensor, ...]:
         """The tensors of what a model or a runtime returned, in order; arrays of numpy become tensors."""
         leaves = pytree.tree_leaves(answers)
-        return tuple(each if isinstance(each, Tensor) else torch.from_numpy(each) for each in leaves if _is_array(each))
+        return tuple(leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf) for leaf in leaves if _is_array(leaf))
 
     def _require_constants(self, leaves: Sequence[Any]) -> None:
         for given, expected in zip(leaves, self.input_leaves, strict=True):
@@ -268,7 +268,9 @@ def read_names(model: nn.Module) -> tuple[str, ...]:
     if isinstance(named, tuple):
         return named
     parameters = inspect.signature(model.forward).parameters.values()
-    return tuple(each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(
+        parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    )
 
 
 def trace_outputs(
@@ -279,17 +281,18 @@ def trace_outputs(
     Runtimes are at their worst with these: OpenVINO cannot convert a tensor that is returned twice, and reads its
     inputs from the memory given for an answer that is one. A model that computes nothing keeps its first answer.
     """
-    positions = {id(each): index for index, each in enumerate(inputs)}
+    positions = {id(tensor): index for index, tensor in enumerate(inputs)}
     kept: dict[int, int] = {}
-    for index, each in enumerate(returned):
-        if id(each) not in positions and id(each) not in kept:
-            kept[id(each)] = index
+    for index, tensor in enumerate(returned):
+        if id(tensor) not in positions and id(tensor) not in kept:
+            kept[id(tensor)] = index
     if not kept:
         del positions[id(returned[0])]
         kept[id(returned[0])] = 0
     order = {identity: number for number, identity in enumerate(kept)}
     sources = [
-        ("input", positions[id(each)]) if id(each) in positions else ("answer", order[id(each)]) for each in returned
+        ("input", positions[id(tensor)]) if id(tensor) in positions else ("answer", order[id(tensor)])
+        for tensor in returned
     ]
     return tuple(kept.values()), tuple(sources)
 

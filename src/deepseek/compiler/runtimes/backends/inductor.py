@@ -142,10 +142,10 @@ def quantize_graph(job: Job, mode: str) -> torch.fx.GraphModule:
         )
         quantizer = x86.X86InductorQuantizer().set_global(config)
         model = in_channels_last(inline_activations_(job.copy_model()))
-        graph = export(model, tuple(to_channels_last(each) for each in job.inputs)).module(check_guards=False)
+        graph = export(model, tuple(to_channels_last(tensor) for tensor in job.inputs)).module(check_guards=False)
         prepared = quantizing.prepare_pt2e(graph, quantizer)
         for inputs in job.calibration:
-            prepared(*(to_channels_last(each) for each in inputs))
+            prepared(*(to_channels_last(tensor) for tensor in inputs))
         converted: torch.fx.GraphModule = quantizing.convert_pt2e(prepared)
     return converted
 
@@ -225,7 +225,7 @@ def _compile_quantized(job: Job, mode: str, options: Mapping[str, Any], glue: to
     num_heavy = count_quantized(graph)
     if num_heavy == 0:
         raise BackendError("the quantizer found no pattern that it knows in this model")
-    inputs = tuple(to_channels_last(each) for each in job.inputs)
+    inputs = tuple(to_channels_last(tensor) for tensor in job.inputs)
     with quantizer_library() as (_, x86):
         passes = {"pre_grad_custom_pass": x86.quant_lift_up} if hasattr(x86, "quant_lift_up") else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=glue == torch.bfloat16):
@@ -242,7 +242,7 @@ def _compile_quantized(job: Job, mode: str, options: Mapping[str, Any], glue: to
 
 
 def _cast_inputs(inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(to_channels_last(each.to(dtype) if each.is_floating_point() else each) for each in inputs)
+    return tuple(to_channels_last(tensor.to(dtype) if tensor.is_floating_point() else tensor) for tensor in inputs)
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -149,7 +149,7 @@ class Compiled:
             "precision": self.variant.precision,
             "summary": self.variant.summary,
             "notes": list(self.notes),
-            "findings": [str(each) for each in self.findings],
+            "findings": [str(finding) for finding in self.findings],
         }
 
 
@@ -177,7 +177,7 @@ class Backend:
             "name": self.name,
             "summary": self.summary,
             "missing": None if missing is None else str(missing),
-            "variants": {f"{each.name} {each.precision}": each.summary for each in self.variants},
+            "variants": {f"{variant.name} {variant.precision}": variant.summary for variant in self.variants},
             "unsupported": dict(self.unsupported),
         }
 
@@ -198,14 +198,16 @@ class Backend:
         chosen = self.find_variant(precision, variant)
         self.require_available()
         flattened = flatten_model(model, sample_inputs)
-        job = Job(flattened, calibration=[flattened.read_samples(each) for each in calibration])
+        job = Job(flattened, calibration=[flattened.read_samples(batch) for batch in calibration])
         return Compiled(self.name, chosen, build(chosen, job), flattened)
 
     def find_variant(self, precision: str, name: str | None = None) -> Variant:
         """The first variant of `precision`, or the one called `name`."""
-        found = [each for each in self.variants if each.precision == precision and name in (None, each.name)]
+        found = [
+            variant for variant in self.variants if variant.precision == precision and name in (None, variant.name)
+        ]
         if not found:
-            known = ", ".join(f"{each.name} ({each.precision})" for each in self.variants) or "none"
+            known = ", ".join(f"{variant.name} ({variant.precision})" for variant in self.variants) or "none"
             reason = self.unsupported.get(precision)
             asked = f"variant {name!r} in {precision}" if name else precision
             raise ConfigError(

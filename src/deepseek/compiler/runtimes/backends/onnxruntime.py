@@ -115,12 +115,12 @@ class BoundSession:
 
     def __init__(self, session: Any, job: Job) -> None:
         self.session = session
-        self.names = [each.name for each in session.get_inputs()]
+        self.names = [argument.name for argument in session.get_inputs()]
         self.used = used_inputs(self.names, len(job.inputs))
-        self.outputs = [(each.name, _torch_type(each.type)) for each in session.get_outputs()]
-        self.shapes = [tuple(each.shape) for each in job.flattened.outputs]
+        self.outputs = [(output.name, _torch_type(output.type)) for output in session.get_outputs()]
+        self.shapes = [tuple(output.shape) for output in job.flattened.outputs]
         self.kinds = output_dtypes(job)
-        self.is_bound = sum(each.nbytes for each in job.flattened.outputs) >= SMALLEST_BINDING_BYTES
+        self.is_bound = sum(output.nbytes for output in job.flattened.outputs) >= SMALLEST_BINDING_BYTES
         self.lock = threading.Lock()
         self.binding = session.io_binding()
 
@@ -131,7 +131,7 @@ class BoundSession:
 
     def _run(self, held: Sequence[Tensor]) -> list[Tensor]:
         feeds = {name: tensor.numpy() for name, tensor in zip(self.names, held, strict=True)}
-        return [torch.from_numpy(each) for each in self.session.run(None, feeds)]
+        return [torch.from_numpy(answer) for answer in self.session.run(None, feeds)]
 
     def _run_bound(self, held: Sequence[Tensor]) -> list[Tensor]:
         with self.lock:
@@ -253,7 +253,7 @@ class Calibration:
         tensors = next(self._samples, None)
         if tensors is None:
             return None
-        return {f"input_{index}": each.detach().contiguous().numpy() for index, each in enumerate(tensors)}
+        return {f"input_{index}": tensor.detach().contiguous().numpy() for index, tensor in enumerate(tensors)}
 
 
 def lacks_layers(traits: Traits) -> str | None:

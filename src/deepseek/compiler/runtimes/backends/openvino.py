@@ -89,13 +89,13 @@ class Requests:
     def __init__(self, library: Any, compiled: Any, job: Job, parts: Sequence[slice]) -> None:
         self.library, self.parts = library, parts
         self.requests = [compiled.create_infer_request() for _ in parts]
-        self.outputs = [(tuple(each.shape), each.dtype) for each in job.flattened.outputs]
+        self.outputs = [(tuple(output.shape), output.dtype) for output in job.flattened.outputs]
         self.bound = find_bindable(compiled, job)
         self.lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         answers = [torch.empty(shape, dtype=kind) for shape, kind in self.outputs]
-        tensors = [each.detach().contiguous() for each in inputs]
+        tensors = [tensor.detach().contiguous() for tensor in inputs]
         with self.lock:
             for request, part in zip(self.requests, self.parts, strict=True):
                 for index, tensor in enumerate(tensors):
@@ -128,9 +128,9 @@ def find_bindable(compiled: Any, job: Job) -> list[int]:
 
     Given memory for an output that is an input, OpenVINO takes it for the input as well and reads from it.
     """
-    sources = [each.get_node().input(0).get_source_output().get_node() for each in compiled.outputs]
-    is_input = [each.get_type_name() == "Parameter" for each in sources]
-    sizes = [each.numel() * each.element_size() for each in job.flattened.outputs]
+    sources = [output.get_node().input(0).get_source_output().get_node() for output in compiled.outputs]
+    is_input = [source.get_type_name() == "Parameter" for source in sources]
+    sizes = [output.numel() * output.element_size() for output in job.flattened.outputs]
     return [index for index, size in enumerate(sizes) if size >= SMALLEST_BINDING_BYTES and not is_input[index]]
 
 
@@ -140,12 +140,12 @@ def split_batch(job: Job, num_parts: int) -> list[slice]:
     A batch can be cut when every input and output has its rows along the first dim.
     """
     tensors = (*job.inputs, *job.flattened.outputs)
-    sizes = {each.shape[0] if each.ndim else 0 for each in tensors}
+    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
     rows = max(sizes)
     if len(sizes) != 1 or rows < SMALLEST_SPLIT:
         raise BackendError(f"the batch cannot be cut into parts: first dims are {sorted(sizes)}")
     num_parts_wanted = num_parts
-    num_parts = max(each for each in range(1, min(num_parts, rows) + 1) if rows % each == 0)
+    num_parts = max(count for count in range(1, min(num_parts, rows) + 1) if rows % count == 0)
     if num_parts == 1:
         raise BackendError(f"a batch of {rows} rows has no {num_parts_wanted} or fewer equal parts to run side by side")
     size = rows // num_parts
@@ -179,7 +179,7 @@ def _convert_program(library: Any, program: torch.export.ExportedProgram) -> Any
 
 
 def _with_shapes(model: Any, job: Job) -> Any:
-    model.reshape({index: list(each.shape) for index, each in enumerate(job.inputs)})
+    model.reshape({index: list(tensor.shape) for index, tensor in enumerate(job.inputs)})
     return model
 
 
@@ -189,7 +189,7 @@ def quantize(job: Job) -> Any:
     model = job.once("openvino decomposed", lambda: convert_decomposed(job))
     with without_telemetry(), quiet(), redirect_stdout(io.StringIO()):  # where NNCF draws progress bars
         nncf = require("nncf", extra="compile")
-        samples = [tuple(each.detach().contiguous().numpy() for each in sample) for sample in job.calibration]
+        samples = [tuple(tensor.detach().contiguous().numpy() for tensor in sample) for sample in job.calibration]
         feeds = [sample[0] if len(sample) == 1 else dict(enumerate(sample)) for sample in samples]
         kind = (
             {"model_type": nncf.ModelType.TRANSFORMER} if job.traits.num_linears > job.traits.num_convolutions else {}
@@ -232,7 +232,7 @@ def without_telemetry() -> Iterator[None]:
 def executed_layers(compiled: Any) -> list[tuple[str, str]]:
     """Type and runtime precision of each layer that a compiled model executes."""
     operations = compiled.get_runtime_model().get_ordered_ops()
-    infos = [each.get_rt_info() for each in operations]
+    infos = [operation.get_rt_info() for operation in operations]
     return [(str(info["layerType"].astype(str)), str(info["runtimePrecision"].astype(str))) for info in infos]
 
 

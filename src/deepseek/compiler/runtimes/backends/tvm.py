@@ -101,10 +101,10 @@ class Machine:
         self.lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        arrays = [self.library.runtime.from_dlpack(each.detach().contiguous()) for each in inputs]
+        arrays = [self.library.runtime.from_dlpack(tensor.detach().contiguous()) for tensor in inputs]
         with self.lock:
             answer = self.machine["main"](*arrays)
-        return [from_dlpack(each) for each in answer]
+        return [from_dlpack(array) for array in answer]
 
 
 def _import(job: Job) -> Any:
