@@ -88,7 +88,7 @@ def measure(source: Path, target: Path) -> Iterator[dict[str, object]]:
 
 
 def peak_bytes() -> int:
-    """The most memory that was resident in this process so far."""
+    """Return the most memory that was resident in this process so far."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -137,7 +137,7 @@ COMPILING = {
 
 
 def compile_in_a_process(wrap: str, num_layers: int, environment: dict[str, str]) -> float:
-    """Seconds that the first compiled step takes in a process of its own."""
+    """Return the seconds that the first compiled step takes in a process of its own."""
     code = f"from benchmarks.dynamic_graph import compile_once; compile_once({wrap!r}, {num_layers})"
     root = str(Path(__file__).parents[1])
     result = subprocess.run(

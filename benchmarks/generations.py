@@ -123,7 +123,7 @@ def fit_last_layer(model: nn.Module, pictures: Tensor, labels: Tensor) -> None:
 
 
 def enlarge(pictures: Tensor) -> Tensor:
-    """The pictures at the size that latency is measured at."""
+    """Return the pictures at the size that latency is measured at."""
     return nn.functional.interpolate(pictures, size=SHOWN_SIZE, mode="bilinear")
 
 

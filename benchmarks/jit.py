@@ -110,7 +110,7 @@ def compile_blocks(budget: float) -> Callable[[nn.Module, Tensor], Callable[...,
 
 
 def compile_whole(model: nn.Module, inputs: Tensor) -> Callable[..., Tensor]:
-    """The model as one graph."""
+    """Return the model as one graph."""
     return jit(arrange(model), dynamic=False)
 
 
@@ -121,7 +121,7 @@ def fuse_kernels(model: nn.Module, inputs: Tensor) -> Callable[..., Tensor]:
 
 
 def arrange(model: nn.Module) -> nn.Module:
-    """Weights of images with their channels last."""
+    """Return the weights of images with their channels last."""
     is_visual = any(isinstance(module, nn.Conv2d) for module in model.modules())
     return model.to(memory_format=torch.channels_last) if is_visual else model
 
@@ -222,7 +222,7 @@ def measure_memory(run: Callable[[], object], count_resident: Callable[[], int])
 
 
 def judge(rows: list[Row]) -> list[Bar]:
-    """The fastest of ours, and the one of ours that takes least memory while it is as fast as the bar asks."""
+    """Return the fastest of ours, and the one of ours that takes least memory while it is as fast as the bar asks."""
     medians = {row.name: row.median or 0.0 for row in rows}
     eager = next(name for name in medians if name.endswith(EAGER))
     prefix = eager.removesuffix(EAGER)

@@ -54,7 +54,7 @@ class Bar:
 
 
 def parse_arguments(claim: str) -> argparse.Namespace:
-    """The options that every benchmark has."""
+    """Return the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=claim)
     parser.add_argument("--json", type=Path, help="also write the result to this file as JSON")
     parser.add_argument("--markdown", type=Path, help="also write the result to this file as Markdown")
@@ -75,7 +75,7 @@ def measure(sides: Sequence[Side], *, num_rounds: int) -> list[Row]:
 
 
 def ratio(rows: Sequence[Row], name: str, reference: str) -> float | None:
-    """Median of one side over that of another; `None` where one did not run."""
+    """Return the median of one side over that of another; `None` where one did not run."""
     medians = {row.name: row.median for row in rows}
     ours, theirs = medians[name], medians[reference]
     return None if ours is None or theirs is None else ours / theirs

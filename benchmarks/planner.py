@@ -74,7 +74,7 @@ class SourceErrors:
 
 @dataclass(frozen=True)
 class Choice:
-    """What choosing by prediction costs among the plans of one source's groups."""
+    """The cost of choosing by prediction among the plans of one source's groups."""
 
     source: str
     groups: int
@@ -97,7 +97,7 @@ class Result:
 
 
 def predict_left_out(runs: Sequence[MeasuredRun], is_quick: bool) -> tuple[Array, NDArray[np.bool_]]:
-    """Seconds of each run under constants that never saw its source, and whether there were any."""
+    """Return the seconds of each run under constants that never saw its source, and whether there were any."""
     everything = load_runs()
     seconds, is_left_out = np.zeros(len(runs)), np.zeros(len(runs), dtype=bool)
     for family, source in sorted({(run.family, run.source) for run in runs}):
@@ -110,7 +110,7 @@ def predict_left_out(runs: Sequence[MeasuredRun], is_quick: bool) -> tuple[Array
 
 
 def predict_with(columns: Columns, constants: Constants) -> Array:
-    """Step seconds of every row with these constants."""
+    """Return the step seconds of every row with these constants."""
     values = describe_constants(constants)
     return predict_seconds(columns.with_columns(**{name: np.array([value]) for name, value in values.items()}))
 
@@ -125,7 +125,7 @@ def count_flops(measured: MeasuredRun) -> float:
 
 
 def fit_one_constant(runs: Sequence[MeasuredRun]) -> float:
-    """Mean error of the best single FLOP/s for each accelerator and precision of a source."""
+    """Return the mean error of the best single FLOP/s for each accelerator and precision of a source."""
     groups: dict[tuple[str, str], list[MeasuredRun]] = defaultdict(list)
     for run in runs:
         groups[run.row["accel"], "16" if run.run.plan.precision in ("fp16", "bf16") else "8"].append(run)
@@ -137,7 +137,7 @@ def fit_one_constant(runs: Sequence[MeasuredRun]) -> float:
 
 
 def measure_floor(runs: Sequence[MeasuredRun]) -> float:
-    """Mean error of the best answer for rows whose inputs are equal: no planner can do better on them."""
+    """Return the mean error of the best answer for rows whose inputs are equal: no planner can do better on them."""
     groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for run in runs:
         groups[tuple(run.row[key] for key in INPUT_KEYS)].append(float(run.row["iter_time_s"]))
@@ -207,7 +207,7 @@ def judge_choices(runs: Sequence[MeasuredRun], seconds: Array) -> list[Choice]:
 
 
 def _name_plan(measured: MeasuredRun) -> tuple[object, ...]:
-    """What makes a plan one that was run before: all published inputs, and the program with its age."""
+    """Return what identifies a plan in repeated runs: all published inputs, and the program with its age."""
     run = measured.run
     return (*(measured.row[name] or "0" for name in INPUT_KEYS), run.plan, run.software, run.model.frozen_weights)
 
@@ -229,7 +229,8 @@ def _summarise(source: str, values: list[tuple[float, float, float]]) -> Choice:
 
 
 def judge_memory(runs: Sequence[MeasuredRun]) -> dict[str, float]:
-    """Errors where memory was reported, out-of-memory rows foreseen, and runs that would have been refused."""
+    """Return the errors where memory was reported, out-of-memory rows foreseen, and runs that would have been
+    refused."""
     columns = stack_runs(run.run for run in runs)
     needed = np.sum(np.broadcast_arrays(*measure_memory(columns).values()), axis=0)
     is_over = needed > columns.device_memory_bytes
@@ -250,7 +251,7 @@ def judge_memory(runs: Sequence[MeasuredRun]) -> dict[str, float]:
 
 
 def judge_collectives() -> dict[str, float]:
-    """Median error of the measured curves, from 1 MB up."""
+    """Return the median error of the measured curves, from 1 MB up."""
     answers: dict[str, float] = {}
     for family in FAMILIES:
         if (curves := load_collectives(family)) is None:
@@ -322,7 +323,7 @@ def _percent(value: float | None) -> str:
 
 
 def tabulate_times(result: Result) -> list[tuple[str, ...]]:
-    """Rows of the table of errors, the first one its head."""
+    """Return the rows of the table of errors, the first one its head."""
     head = ("source", "rows", "mean", "median", "p90", "bias", "one constant", "equal inputs", "goal", "met", "peer")
     rows = [head]
     for errors in result.times:
@@ -342,7 +343,7 @@ def tabulate_times(result: Result) -> list[tuple[str, ...]]:
 
 
 def tabulate_choices(result: Result) -> list[tuple[str, ...]]:
-    """Rows of the table of choices, the first one its head."""
+    """Return the rows of the table of choices, the first one its head."""
     rows = [
         ("source", "groups", "regret median", "regret mean", "random pick", "of 3 plans", "Spearman median", "mean")
     ]
@@ -354,7 +355,7 @@ def tabulate_choices(result: Result) -> list[tuple[str, ...]]:
 
 
 def tabulate_rest(result: Result) -> list[tuple[str, ...]]:
-    """Rows of memory and collectives, the first one its head."""
+    """Return the rows of memory and collectives, the first one its head."""
     shown: Callable[[str, float], str] = lambda name, value: _percent(value) if "error" in name else f"{value:.0f}"  # noqa: E731
     memory = [(name, shown(name, value)) for name, value in result.memory.items()]
     return [("what", "value"), *memory, *((name, _percent(value)) for name, value in result.collectives.items())]
@@ -370,7 +371,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def write_markdown(result: Result) -> str:
-    """All tables as Markdown."""
+    """Return all tables as Markdown."""
     parts = []
     for rows in (tabulate_times(result), tabulate_choices(result), tabulate_rest(result)):
         lines = ["| " + " | ".join(row) + " |" for row in rows]

@@ -97,7 +97,7 @@ class MeasuredRun:
 
 @cache
 def load_runs() -> tuple[MeasuredRun, ...]:
-    """Every published run whose inputs can be understood."""
+    """Return every published run whose inputs can be understood."""
     with (DATA / "planner_runs.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     return tuple(run for row in rows if (run := _understand(row)) is not None)
@@ -128,14 +128,14 @@ class Collectives:
     sources: NDArray[np.str_]
 
     def predict(self, columns: Columns) -> Array:
-        """Seconds of each under the constants in `columns`."""
+        """Return the seconds of each under the constants in `columns`."""
         scattered = all_to_all_s(columns, self.num_bytes, self.group)
         return np.where(self.is_all_to_all, scattered, all_reduce_s(columns, self.num_bytes, self.group))
 
 
 @cache
 def load_collectives(family: str) -> Collectives | None:
-    """The measured collectives of a family, or `None` where nobody published any."""
+    """Return the measured collectives of a family, or `None` where nobody published any."""
     with (DATA / "planner_collectives.csv").open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if get_accelerator(row["accelerator"]).family == family]
     rows = [row for row in rows if row["source"] not in OTHER_NETWORKS]
@@ -159,12 +159,12 @@ def _cluster_of(row: dict[str, str]) -> Cluster:
 
 
 def insert(columns: Columns, theta: Array) -> Columns:
-    """The table with the fitted constants at `exp(theta)`."""
+    """Return the table with the fitted constants at `exp(theta)`."""
     return columns.with_columns(**{name: np.array([np.exp(value)]) for name, value in zip(FITTED, theta, strict=True)})
 
 
 def predict_seconds(columns: Columns) -> Array:
-    """Step seconds of every row."""
+    """Return the step seconds of every row."""
     return np.asarray(np.sum(np.broadcast_arrays(*predict_times(columns).values()), axis=0))
 
 
@@ -179,7 +179,7 @@ def weigh(labels: NDArray[np.str_], power: float = 0.6, most: int = 150) -> Arra
 
 @dataclass(frozen=True)
 class Problem:
-    """What one family's constants are fitted to."""
+    """The measurements that one family's constants are fitted to."""
 
     columns: Columns
     seconds: Array
@@ -187,7 +187,7 @@ class Problem:
     collectives: Collectives | None
 
     def residuals(self, theta: Array) -> Array:
-        """Logarithms of predicted over measured, runs first."""
+        """Return the logarithms of predicted over measured, runs first."""
         runs = np.log(predict_seconds(insert(self.columns, theta)) / self.seconds)
         if self.collectives is None:
             return runs
@@ -196,7 +196,7 @@ class Problem:
 
     @property
     def all_weights(self) -> Array:
-        """Weights of all residuals."""
+        """Return the weights of all residuals."""
         if self.collectives is None:
             return self.weights
         others = COLLECTIVE_WEIGHT * weigh(self.collectives.sources, 0.5, 10**6)
@@ -204,20 +204,20 @@ class Problem:
 
     @property
     def scales(self) -> Array:
-        """Errors that still count as ordinary, of all residuals."""
+        """Return the errors that still count as ordinary, of all residuals."""
         others = 0 if self.collectives is None else len(self.collectives.seconds)
         return np.concatenate([np.full(len(self.seconds), TIME_SCALE), np.full(others, COLLECTIVE_SCALE)])
 
 
 def pose(runs: Sequence[MeasuredRun], family: str) -> Problem:
-    """The fit of one family on some runs."""
+    """Return the fit of one family on some runs."""
     seconds = np.array([float(run.row["iter_time_s"]) for run in runs])
     weights = weigh(np.array([run.source for run in runs]))
     return Problem(stack_runs(run.run for run in runs), seconds, weights, load_collectives(family))
 
 
 def fit(problem: Problem, start: Constants, steps: int = 20) -> Array:
-    """Logarithms of the fitted constants."""
+    """Return the logarithms of the fitted constants."""
     prior = np.log([getattr(start, name) for name in FITTED])
     low, high = (np.log([BOUNDS[name][side] for name in FITTED]) for side in (0, 1))
     weights, scales = problem.all_weights, problem.scales
@@ -251,7 +251,8 @@ def fit(problem: Problem, start: Constants, steps: int = 20) -> Array:
 
 
 def fit_memory(runs: Sequence[MeasuredRun], start: Constants) -> tuple[float, float]:
-    """The two constants of memory with the least mean error, among those that reject the fewest runs that happened."""
+    """Return the two constants of memory with the least mean error, among those that reject the fewest runs that
+    happened."""
     told = [run for run in runs if run.row["mem_gb"] and run.row["use"] != "sanity_only"]
     happened = [run for run in runs if run.row["iter_time_s"] and run.row["oom"] != "1"]
     if not told:
@@ -276,7 +277,7 @@ def _measure(columns: Columns, pair: tuple[float, float]) -> Array:
 
 
 def fit_family(runs: Sequence[MeasuredRun], family: str) -> Constants:
-    """All constants of a family, from the runs given."""
+    """Return all constants of a family, from the runs given."""
     mine = [run for run in runs if run.family == family]
     timed = select_timed(mine)
     start = START.get(family, _USUAL)
@@ -289,7 +290,7 @@ def fit_family(runs: Sequence[MeasuredRun], family: str) -> Constants:
 
 
 def fit_without(runs: Sequence[MeasuredRun], family: str, source: str) -> Constants:
-    """The constants of a family as they would be if `source` had never published."""
+    """Return the constants of a family as they would be if `source` had never published."""
     return fit_family([run for run in runs if run.source != source], family)
 
 

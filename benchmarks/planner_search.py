@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def rate(model: ModelShape, nodes: int, global_batch: int) -> float:
-    """Candidates per second of one search."""
+    """Return the candidates per second of one search."""
     cluster = Cluster.of("H100-SXM-80GB", nodes=nodes)
     began_s = time.perf_counter()
     found = plan(model, cluster, global_batch=global_batch)

@@ -115,7 +115,7 @@ class Trainer:
         self.dynamic = DynamicPrecision(self.model, every=self.every) if self.kind == "dynamic" else None
 
     def context(self) -> AbstractContextManager[Any]:
-        """What surrounds the forward pass."""
+        """Return the context of the forward pass."""
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.kind == "autocast" else nullcontext()
 
     def step(self, batch: Any) -> float:
@@ -151,7 +151,7 @@ def learning_rate_share(num_steps: int, step: int) -> float:
 
 
 def compare_metric(workload: Workload, *, num_steps: int, seeds: tuple[int, ...]) -> tuple[list[Row], list[Bar]]:
-    """The metric after training, by kind, over seeds."""
+    """Return the metric after training, by kind, over seeds."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     low: list[str] = []
     for seed in seeds:
@@ -172,7 +172,7 @@ def compare_metric(workload: Workload, *, num_steps: int, seeds: tuple[int, ...]
 
 
 def prepare_for_memory(workload: Workload, kind: str) -> tuple[Trainer, Any]:
-    """A trainer with its optimizer's state in place and no look due, and a large batch."""
+    """Return a trainer with its optimizer's state in place and no look due, and a large batch."""
     trainer = Trainer(workload, kind, every=10**9)
     small, large = (next(workload.batches(0, rows)) for rows in (workload.num_rows, workload.num_rows_for_memory))
     for _ in range(10):  # past the first windows
@@ -275,7 +275,7 @@ def stepping(trainer: Trainer) -> Callable[[], float]:
 
 
 def text(folder: Path, is_quick: bool) -> Workload:
-    """A decoder on the standard library."""
+    """Return a decoder on the standard library."""
     for _ in prepare_data(TEXT_DATA, folder / "text"):
         pass
     data = load_data(TEXT_DATA, folder / "text")
@@ -283,12 +283,12 @@ def text(folder: Path, is_quick: bool) -> Workload:
 
 
 def text_workload(batches: Callable[[int, int], Iterator[Any]], metric: Callable[..., float]) -> Workload:
-    """The decoder, with batches and metric given."""
+    """Return the decoder, with batches and metric given."""
     return Workload("text", partial(Decoder, TEXT), text_loss, batches, metric, 3e-3, TEXT_DATA.batch_size, 64)
 
 
 def text_loss(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, in nats."""
+    """Return the mean cross-entropy of the next token, in nats."""
     logits_BTV = model(tokens_BT[:, :-1])
     targets_BT = tokens_BT[:, 1:]
     return sum_cross_entropy(logits_BTV, targets_BT, ignored_target=IGNORED_TARGET) / targets_BT.numel()
@@ -337,19 +337,19 @@ def images(folder: Path) -> Workload:
 
 
 def image_workload(batches: Callable[[int, int], Iterator[Any]], metric: Callable[..., float]) -> Workload:
-    """The ResNet, with batches and metric given."""
+    """Return the ResNet, with batches and metric given."""
     build = partial(zoo.build, "resnet18", width=16, num_classes=10, stem="cifar", in_channels=1)
     return Workload("images", build, image_loss, batches, metric, 2e-3, 64, 256)
 
 
 def image_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return F.cross_entropy(model(batch[0]).float(), batch[1])
 
 
 @torch.no_grad()
 def accuracy(pictures: Tensor, labels: Tensor, model: nn.Module, context: AbstractContextManager[Any]) -> float:
-    """Share of pictures that are recognized."""
+    """Return the share of pictures that are recognized."""
     model.eval()
     with context:
         answers = torch.cat([model(part).argmax(1) for part in pictures.split(250)])
@@ -418,7 +418,7 @@ TEMPERATURE = 2e5
 
 
 def compare_breaking(num_steps: int) -> tuple[list[Row], list[Bar]]:
-    """The last loss of a model with logits beyond FP16 and gradients below it."""
+    """Return the last loss of a model with logits beyond FP16 and gradients below it."""
     losses = {kind: train_breaking(kind, num_steps) for kind in KINDS}
     notes = {"fp32": "", "autocast": ", FP16 with a GradScaler", "dynamic": ", FP16 where it holds"}
     rows = [
@@ -432,7 +432,7 @@ def compare_breaking(num_steps: int) -> tuple[list[Row], list[Bar]]:
 
 
 def train_breaking(kind: str, num_steps: int) -> float:
-    """Mean loss of the last tenth of the steps."""
+    """Return the mean loss of the last tenth of the steps."""
     torch.manual_seed(0)
     head = nn.Linear(64, 8, bias=False)
     body = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
@@ -463,7 +463,7 @@ def train_breaking(kind: str, num_steps: int) -> float:
 
 
 def summarize(name: str, values: list[float], note: str) -> Row:
-    """A row of values that were not measured as rates."""
+    """Return a row of values that were not measured as rates."""
     return Row(name, statistics.median(values), min(values), max(values), note)
 
 

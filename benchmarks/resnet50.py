@@ -111,7 +111,7 @@ def measure_in_a_process(name: str, batch_size: int, arguments: argparse.Namespa
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The options of every benchmark, and which models and batches."""
+    """Return the options of every benchmark, and which models and batches."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the result to this file as JSON")
     parser.add_argument("--markdown", type=Path, help="also write the result to this file as Markdown")
@@ -124,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure_model(name: str, batch_size: int, arguments: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
-    """Rows and bars of one model at one batch size."""
+    """Return the rows and bars of one model at one batch size."""
     with plain_eager(name, batch_size) as plain:
         return measure_sides(name, batch_size, plain, arguments)
 
@@ -183,7 +183,7 @@ def serve_eager(name: str, batch_size: int) -> None:
 
 
 def build_model(name: str, batch_size: int) -> tuple[nn.Module, Any, list[Any]]:
-    """The model, a batch for it, and further batches to calibrate int8 on."""
+    """Return the model, a batch for it, and further batches to calibrate int8 on."""
     torch.manual_seed(0)
     if name == "bert_base":
         config = transformers.BertConfig()
@@ -212,7 +212,7 @@ def bert_inputs(vocab_size: int, batch_size: int) -> dict[str, Tensor]:
 
 
 def call(model: Callable[..., Any], samples: Any) -> Any:
-    """The model called as it takes its samples."""
+    """Return the model called as it takes its samples."""
     return model(**samples) if isinstance(samples, dict) else model(*samples)
 
 
@@ -229,7 +229,7 @@ def no_grad(run: Call) -> Call:
 def build_ours(
     model: nn.Module, samples: Any, calibration: list[Any], flattened: Flattened, arguments: argparse.Namespace
 ) -> Iterator[Contender]:
-    """What AUTO chooses at each precision, and at any."""
+    """Yield the winner of AUTO at each precision."""
     budget_s = 20.0 if arguments.quick else arguments.budget
     for precision in arguments.precision:
         print(f"AUTO at {precision} ...", flush=True)
@@ -366,7 +366,7 @@ class Reader:
         self._feeds = iter(feeds)
 
     def get_next(self) -> dict[str, Any] | None:
-        """The next one, or `None` at the end."""
+        """Return the next one, or `None` at the end."""
         return next(self._feeds, None)
 
 
@@ -400,7 +400,7 @@ def require(library: str) -> None:
 
 
 def make_row(label: str, contender: Contender, times_ms: list[float], flattened: Flattened) -> Row:
-    """A row with what the answers are worth."""
+    """Return a row with what the answers are worth."""
     name = f"{label}: {contender.name}"
     if contender.run is None:
         return Row(name, None, None, None, contender.note)

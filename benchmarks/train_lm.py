@@ -66,7 +66,7 @@ def build_sides(num_steps: int) -> list[Side]:
 
 
 def best_of(rows: list[Row], prefix: str) -> str:
-    """Name of the fastest side whose name begins so."""
+    """Return the name of the fastest side whose name begins so."""
     return max((row for row in rows if row.name.startswith(prefix)), key=lambda row: row.median or 0).name
 
 
@@ -97,7 +97,7 @@ def our_loop(num_steps: int, *, compiled: bool) -> Callable[[], float]:
 
 
 def plain_loop(num_steps: int, *, is_fast: bool) -> Callable[[], float]:
-    """What one writes by hand: eager FP32, or compiled under bf16 autocast."""
+    """Build the loop that one writes by hand: eager FP32, or compiled under bf16 autocast."""
     torch.manual_seed(0)
     model: nn.Module = Decoder(CONFIG).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)

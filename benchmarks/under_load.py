@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def name_row(job: str, num_busy: int, side: str) -> str:
-    """Name of a row of the table."""
+    """Return the name of a row of the table."""
     return f"{job} beside {num_busy}, {side}"
 
 
@@ -103,7 +103,7 @@ def working(job: str, environment: dict[str, str]) -> Iterator[Callable[[float],
 
 
 def rate_beside(rate: Callable[[float], float], num_busy: int, duration_s: float) -> float:
-    """The rate of a job while `num_busy` processes keep a core busy each."""
+    """Return the rate of a job while `num_busy` processes keep a core busy each."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_busy)]
     try:
         time.sleep(0.1)  # until they run
@@ -149,7 +149,7 @@ def training() -> Iterator[Callable[[], float]]:
 
 
 def build_decoder() -> tuple[Decoder, Tokenizer]:
-    """A decoder with random weights of the quickstart's size, without its experts, and a tokenizer."""
+    """Return a decoder with random weights of the quickstart's size, without its experts, and a tokenizer."""
     import torch
 
     from deepseek.data.tokenizing import train_tokenizer

@@ -137,7 +137,7 @@ def list_unsupported(model: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class _Node:
-    """What errors say of an operator."""
+    """Name and opset of an operator, for error messages."""
 
     name: str
     opset: int

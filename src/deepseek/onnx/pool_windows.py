@@ -33,7 +33,7 @@ class PoolWindow(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether torch pools with these windows as they are."""
+        """Return whether torch pools with these windows as they are."""
         is_narrow = all(2 * pad <= size for pad, size in zip(self.before, self.kernel, strict=True))
         return not self.same and self.before == self.after and is_narrow
 

@@ -66,7 +66,8 @@ class BoundaryPlan:
 def choose_boundaries(
     counts: Mapping[int, float], *, max_buckets: int, cost: Callable[[int], float], compile_cost: float = 0.0
 ) -> BoundaryPlan:
-    """The at most `max_buckets` boundaries with the least padding and compile cost for lengths seen `counts` times.
+    """Return the at most `max_buckets` boundaries with the least padding and compile cost for lengths seen `counts`
+    times.
 
     `cost(length)` is what one unit of that length costs and must not fall with length. Every boundary is a length that
     was seen, and the longest one is always among them. Raises `ConfigError` for no lengths, or no buckets.
@@ -94,7 +95,7 @@ def choose_boundaries(
 
 
 def bucket_of(length: int, boundaries: Sequence[int]) -> int | None:
-    """The smallest boundary that holds `length`, or `None` when it is longer than all of them.
+    """Return the smallest boundary that holds `length`, or `None` when it is longer than all of them.
 
     >>> bucket_of(9, (8, 16)), bucket_of(16, (8, 16)), bucket_of(17, (8, 16))
     (16, 16, None)
@@ -104,7 +105,7 @@ def bucket_of(length: int, boundaries: Sequence[int]) -> int | None:
 
 
 def padding_share(counts: Mapping[int, float], boundaries: Sequence[int]) -> float:
-    """Which share of the positions that run is padding; lengths above all boundaries run unpadded.
+    """Return which share of the positions that run is padding; lengths above all boundaries run unpadded.
 
     >>> padding_share({4: 1, 8: 1}, (8,))
     0.25
@@ -115,7 +116,7 @@ def padding_share(counts: Mapping[int, float], boundaries: Sequence[int]) -> flo
 
 
 def padding_cost(counts: Mapping[int, float], boundaries: Sequence[int], cost: Callable[[int], float]) -> float:
-    """What the padding to `boundaries` costs over all of `counts`."""
+    """Return the cost of padding to `boundaries` over all of `counts`."""
     return math.fsum(
         count * (cost(bucket_of(length, boundaries) or length) - cost(length)) for length, count in counts.items()
     )
@@ -132,7 +133,8 @@ def is_worth_replanning(
     margin: float = REPLAN_MARGIN,
     patience: int = REPLAN_PATIENCE,
 ) -> bool:
-    """Whether to leave the boundaries `old` for `new`: never before `patience` batches, and then only for a real gain.
+    """Return whether to leave the boundaries `old` for `new`: never before `patience` batches, and then only for a real
+    gain.
 
     Over a future like `counts`, the padding saved must pay for compiling the boundaries that are new, and exceed
     `margin` of all that running under the old plan costs. A length longer than every old boundary is no reason by
@@ -208,7 +210,7 @@ def _next_layer(best: Sequence[float], run: Callable[[int, int], float]) -> tupl
 
 
 def _cuts(lengths: Sequence[int]) -> list[int]:
-    """Where a run may end: between different lengths; of too many such places, evenly spread ones."""
+    """Return where a run may end: between different lengths; of too many such places, evenly spread ones."""
     places = [index for index in range(1, len(lengths)) if lengths[index] != lengths[index - 1]]
     if len(places) > _MAX_CUTS:
         places = [places[index * len(places) // _MAX_CUTS] for index in range(_MAX_CUTS)]

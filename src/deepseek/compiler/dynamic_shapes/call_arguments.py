@@ -38,7 +38,7 @@ KindKey = tuple[tuple[str, int | None], ...]
 
 @dataclass
 class CallKind:
-    """What is known of the calls of one kind."""
+    """Knowledge of the calls of one kind."""
 
     num_calls: int = 0
     history: ShapeHistory = field(default_factory=ShapeHistory)

@@ -57,7 +57,7 @@ def start_probing() -> threading.Thread:
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """What `torch.compile` would make of a captured graph, on whichever devices its inputs are."""
+    """Compile a captured graph as `torch.compile` does, on whichever devices its inputs are."""
     start_probing().join()
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
@@ -99,7 +99,7 @@ def few_libraries() -> Iterator[None]:
 
 @functools.cache
 def _one_library() -> type:
-    """The class, made at the first use: its base comes with the code generator."""
+    """Return the class, made at the first use: its base comes with the code generator."""
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.exc import CppCompileError
 
@@ -125,7 +125,7 @@ def _one_library() -> type:
             super().wait(scope)
 
         def load(self) -> list[Callable[..., None]]:
-            """All kernels as functions, compiled in one program for each core that has enough to do."""
+            """Return all kernels as functions, compiled in one program for each core that has enough to do."""
             size = len(self.kernels)
             num_libraries = max(1, min(os.cpu_count() or 1, size // _KERNELS_PER_LIBRARY))
             parts = [range(part, size, num_libraries) for part in range(num_libraries)]
@@ -145,7 +145,7 @@ def _one_library() -> type:
 
 
 class _Pending:
-    """What stands for a kernel in a generated module until the module waits for its kernels."""
+    """A placeholder for a kernel in a generated module until the module waits for its kernels."""
 
     def __init__(self, index: int) -> None:
         self.index = index

@@ -48,7 +48,7 @@ class CompiledCacheWarning(UserWarning):
 
 
 def find_compiled_folder() -> Path:
-    """Where compiled code is kept."""
+    """Return where compiled code is kept."""
     return find_cache_folder() / "compiled"
 
 
@@ -122,7 +122,7 @@ def _pack(artifacts: bytes, libraries: dict[str, bytes], key: bytes) -> bytes:
 
 
 def _unpack(content: bytes, key: bytes) -> tuple[bytes, dict[str, bytes]]:
-    """The parts of a sealed bundle; `ValueError` for one that is damaged or was sealed by somebody else."""
+    """Return the parts of a sealed bundle; `ValueError` for one that is damaged or was sealed by somebody else."""
     body, seal = content[:-32], content[-32:]
     if not body.startswith(_MAGIC) or not hmac.compare_digest(_seal(body, key), seal):
         raise ValueError("it is damaged, or was not written by this user")
@@ -168,7 +168,7 @@ def _read_private(path: Path) -> bytes:
 
 
 def _read_key(folder: Path) -> bytes:
-    """The key of this folder, made at the first use; of two processes that make one, the first one's holds."""
+    """Return the key of this folder, made at the first use; of two processes that make one, the first one's holds."""
     path = folder / _KEY_NAME
     if not path.exists():
         temporary = folder / f".{_KEY_NAME}.{secrets.token_hex(4)}.tmp"
@@ -195,7 +195,7 @@ def _link_first(temporary: Path, path: Path) -> None:
 
 
 def _collect_artifacts() -> bytes:
-    """Everything that torch compiled in this process, in its portable form; empty where it compiled nothing."""
+    """Return everything that torch compiled in this process, in its portable form; empty where it compiled nothing."""
     import torch
 
     collected = torch.compiler.save_cache_artifacts()
@@ -216,7 +216,7 @@ def _hand_to_torch(content: bytes) -> int:
 
 
 def _collect_libraries() -> dict[str, bytes]:
-    """The compiled CPU libraries that this process loaded, by file name."""
+    """Return the compiled CPU libraries that this process loaded, by file name."""
     return {path.name: path.read_bytes() for path in _loaded_libraries() if _LIBRARY_NAME.fullmatch(path.name)}
 
 
@@ -242,7 +242,7 @@ def _place_libraries(libraries: dict[str, bytes]) -> None:
 
 
 def _processor_flags() -> str:
-    """A hash of the processor's instruction sets, where the system tells; code is compiled for exactly these."""
+    """Return a hash of the processor's instruction sets, where the system tells; code is compiled for exactly these."""
     flags = list_processor_flags()
     return hashlib.sha256(" ".join(flags).encode()).hexdigest() if flags else ""
 

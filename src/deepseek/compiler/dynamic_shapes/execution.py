@@ -70,7 +70,7 @@ class _Part(Piece):
 
 @dataclass(frozen=True)
 class _Batch:
-    """What parts are parts of: its length, and for groups of rows the order they are in and the mask."""
+    """The batch that parts belong to: its length, and for groups of rows their order and the mask."""
 
     length: int
     rows: Tensor | None
@@ -122,7 +122,7 @@ class DynamicGraph:
         return self if instance is None else types.MethodType(self, instance)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs; what was compiled and learned is learned again."""
+        """Return the state that a copy needs; what was compiled and learned is learned again."""
         return {"_function": self._function, "_options": self._options, "_owner": self._owner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ class DynamicGraph:
         self._start()
 
     def explain(self) -> DynamicExplanation:
-        """Which graphs were compiled for which shapes, and why; what is padding; what came from disk."""
+        """Return which graphs were compiled for which shapes, and why; what is padding; what came from disk."""
         planner, counts = self._planner, self._planner.counts
         return DynamicExplanation(
             target=self._name,
@@ -267,7 +267,7 @@ class DynamicGraph:
         return pytree.tree_flatten(answer)
 
     def _compiled(self, call: Call, leaves: list[Any], way: Way) -> Any:
-        """The function with its regions compiled; a call of a new kind may compile, and marks what varies."""
+        """Return the function with its regions compiled; a call of a new kind may compile, and marks what varies."""
         assert self._whole is not None
         self._planner.counts.pieces += 1
         args, kwargs = call.rebuild(leaves)
@@ -281,7 +281,7 @@ class DynamicGraph:
         return answer
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_learning: bool = False) -> Any:
-        """The function as it was written."""
+        """Return the function as it was written."""
         assert self._whole is not None
         with self._situation.set(None, is_learning=is_learning):
             return self._whole(*args, **kwargs)
@@ -294,7 +294,7 @@ class DynamicGraph:
         return contextlib.nullcontext()
 
     def _mode(self) -> tuple[bool, ...]:
-        """What, beside shapes, torch compiles separately for."""
+        """Return the modes for which, beside shapes, torch compiles separately."""
         is_training = self._owner is not None and self._owner.training
         autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), is_training, *autocast
@@ -361,7 +361,7 @@ class DynamicGraph:
 
 
 def _kind_of(shapes: Shapes, varying: Sequence[tuple[int, ...]]) -> Any:
-    """Shapes as compiled code tells them apart: of a dim that varies, only whether it is 0, 1 or more."""
+    """Return the shapes as compiled code tells them apart: of a dim that varies, only whether it is 0, 1 or more."""
     return tuple(
         shape and tuple(min(size, 2) if dim in dims else size for dim, size in enumerate(shape))
         for shape, dims in zip(shapes, varying, strict=True)
@@ -369,7 +369,8 @@ def _kind_of(shapes: Shapes, varying: Sequence[tuple[int, ...]]) -> Any:
 
 
 def _now_s(leaves: Sequence[Any]) -> float:
-    """The time, after all work on the device of `leaves` is done; on a CPU that of this thread, whoever else runs."""
+    """Return the time, after all work on the device of `leaves` is done; on a CPU that of this thread, whoever else
+    runs."""
     if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
         torch.cuda.synchronize()
         return time.perf_counter()

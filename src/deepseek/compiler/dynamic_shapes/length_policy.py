@@ -40,7 +40,7 @@ _FIT_AFTER, _MAX_SAMPLES = 64, 512
 
 @dataclass
 class Counts:
-    """What came in and what ran, in calls and in positions."""
+    """Counts of what came in and what ran, in calls and in positions."""
 
     calls: int = 0
     pieces: int = 0
@@ -62,14 +62,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class CompilationState:
-    """What the planner must know of compilations."""
+    """The state of compilations that the planner decides by."""
 
     num_left: int
     """How many more are allowed."""
     ways: frozenset[Way]
-    """Those that have compiled code."""
+    """Ways that have compiled code."""
     seconds: float
-    """What one takes."""
+    """Seconds that one compilation takes."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Trial:
     seconds: dict[Way, list[float]]
 
     def next_way(self, length: int) -> Way:
-        """The side whose turn it is; lengths of other buckets have no part in it."""
+        """Return the side whose turn it is; lengths of other buckets have no part in it."""
         if not self.lowest < length <= self.boundary:
             return SYMBOLIC
         return min(self.seconds, key=lambda way: len(self.seconds[way]))
@@ -117,12 +117,12 @@ class LengthPlanner:
 
     @property
     def wants_times(self) -> bool:
-        """Whether pieces are still to be timed."""
+        """Return whether pieces are still to be timed."""
         return self.trial is not None or len(self._samples) < _MAX_SAMPLES
 
     @property
     def has_cost(self) -> bool:
-        """Whether costs are known, in seconds unless they were given."""
+        """Return whether costs are known, in seconds unless they were given."""
         return self._cost is not None
 
     def count(self, lengths: Sequence[int], num_positions: int) -> None:
@@ -141,11 +141,12 @@ class LengthPlanner:
                 self._end_trial(self.trial, look())
 
     def group_cost(self, rows: int, length: int) -> float:
-        """What a group of rows costs whose longest row has `length`."""
+        """Return the cost of a group of rows whose longest row has `length`."""
         return (self._cost or ASSUMED_COST)(rows, bucket_of(length, self.boundaries) or length)
 
     def find_way(self, length: int) -> tuple[int, Way]:
-        """How long a piece is run, and by which code. A length of one is avoided: torch compiles it separately."""
+        """Return how long a piece is run, and by which code. A length of one is avoided: torch compiles it
+        separately."""
         if self.trial is not None:
             way = self.trial.next_way(length)
             return (self.trial.boundary, way) if way != SYMBOLIC else (max(2, length), SYMBOLIC)
@@ -215,7 +216,7 @@ class LengthPlanner:
 
     @property
     def _spent_s(self) -> float:
-        """Seconds that all calls so far have run, about."""
+        """Return the seconds that all calls so far have run, about."""
         if not self._samples:
             return 0.0
         return statistics.fmean(seconds for *_, seconds in self._samples) * self.counts.pieces

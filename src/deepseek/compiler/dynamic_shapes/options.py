@@ -53,7 +53,7 @@ class DynamicOptions:
 
 @dataclass(frozen=True)
 class DynamicExplanation:
-    """What `explain()` answers; printed, it is text."""
+    """The answer of `explain()`; printed, it is text."""
 
     target: str
     strategy: str

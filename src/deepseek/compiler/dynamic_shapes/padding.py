@@ -34,7 +34,7 @@ class PaddingRefusedError(Exception):
 
 @dataclass(frozen=True)
 class InputRole:
-    """What the dims of one tensor argument mean: whether dim 0 counts rows, and which dims are lengths."""
+    """The meaning of one tensor argument's dims: whether dim 0 counts rows, and which dims are lengths."""
 
     is_batched: bool
     length_dims: tuple[int, ...]
@@ -47,7 +47,7 @@ _MAX_HISTORY = 16
 
 
 def name_leaves(arguments: Mapping[str, Any]) -> tuple[list[str], list[Any], pytree.TreeSpec]:
-    """Everything in nested arguments with a name for each: `tokens`, `batch['mask']`.
+    """Return everything in nested arguments with a name for each: `tokens`, `batch['mask']`.
 
     >>> name_leaves({"batch": {"mask": 1}, "scale": 2})[0]
     ["batch['mask']", 'scale']
@@ -58,7 +58,7 @@ def name_leaves(arguments: Mapping[str, Any]) -> tuple[list[str], list[Any], pyt
 
 
 def shapes_of(leaves: Sequence[Any]) -> tuple[tuple[int, ...] | None, ...]:
-    """The shape of every tensor among `leaves`, `None` for what is no tensor."""
+    """Return the shape of every tensor among `leaves`, `None` for what is no tensor."""
     return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves)
 
 
@@ -77,7 +77,7 @@ class ShapeHistory:
 
 
 def find_varying(history: Sequence[tuple[tuple[int, ...] | None, ...]]) -> list[tuple[int, ...]]:
-    """The dims of each leaf whose size was not the same in all of `history`.
+    """Return the dims of each leaf whose size was not the same in all of `history`.
 
     >>> find_varying([((4, 10, 8), None), ((4, 12, 8), None)])
     [(1,), ()]
@@ -97,7 +97,7 @@ def find_input_roles(
     history: Sequence[tuple[tuple[int, ...] | None, ...]],
     given: Mapping[int, tuple[int, ...]] | None = None,
 ) -> list[InputRole]:
-    """The roles of all leaves beside a mask (B, T), which is leaf number `mask`.
+    """Return the roles of all leaves beside a mask (B, T), which is leaf number `mask`.
 
     A dim counts rows where it is the first and as large as B, and is a length where it is as large as T. Once T has
     changed between calls of `history`, a dim that did not change with it is not a length, whatever its size. `given`
@@ -139,7 +139,7 @@ def read_lengths(mask: Tensor) -> list[int]:
 def take_rows(
     leaves: Sequence[Any], roles: Sequence[InputRole], rows: Tensor | None, length: int, values: Sequence[float]
 ) -> list[Any]:
-    """The `rows` (all, for `None`) of every batched leaf, with every length dim cut or padded to `length`."""
+    """Return the `rows` (all, for `None`) of every batched leaf, with every length dim cut or padded to `length`."""
     taken = []
     for leaf, role, value in zip(leaves, roles, values, strict=True):
         piece = leaf
@@ -170,7 +170,7 @@ def pad_length(tensor: Tensor, dims: Sequence[int], length: int, value: float = 
 
 
 def cut_length(outputs: Sequence[Any], roles: Sequence[tuple[int, ...]], length: int) -> list[Any]:
-    """The outputs of a padded call with their length dims cut back to `length`."""
+    """Return the outputs of a padded call with their length dims cut back to `length`."""
     return [pad_length(output, dims, length) if dims else output for output, dims in zip(outputs, roles, strict=True)]
 
 
@@ -182,7 +182,8 @@ def find_roles(
     piece_length: int,
     rows: tuple[int, int] | None = None,
 ) -> list[tuple[int, ...]]:
-    """The length dims of each output: those as large as `length` in the `reference` and `piece_length` in the piece.
+    """Return the length dims of each output: those as large as `length` in the `reference` and `piece_length` in the
+    piece.
 
     With `rows` (B, b) the first dim must count rows. Raises `PaddingRefusedError` for an output that follows neither.
     """
@@ -201,7 +202,8 @@ def find_roles(
 def join_rows(
     pieces: Sequence[Sequence[Any]], order: Tensor, roles: Sequence[tuple[int, ...]], length: int
 ) -> list[Any]:
-    """The outputs of pieces that hold the rows `order`, put back: row order restored, length dims zero-filled to T."""
+    """Return the outputs of pieces that hold the rows `order`, put back: row order restored, length dims zero-filled to
+    T."""
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     joined = []
@@ -239,7 +241,7 @@ def compare(
 
 
 def _fill(parts: Sequence[Tensor], order: Tensor, dims: Sequence[int], length: int) -> Tensor:
-    """What `join_rows` does where no gradient is wanted: each part is copied once, to its place."""
+    """Join rows where no gradient is wanted: each part is copied once, to its position."""
     shape = [length if dim in dims else size for dim, size in enumerate(parts[0].shape)]
     whole, start = parts[0].new_zeros([len(order), *shape[1:]]), 0
     for part in parts:

@@ -71,7 +71,7 @@ class Ledger:
 
 
 class Situation(threading.local):
-    """What the regions of one model are to do at this moment, in this thread."""
+    """The way in which the regions of one model run at this moment, in this thread."""
 
     def __init__(self) -> None:
         self.way: Way | None = None
@@ -194,7 +194,7 @@ class Region:
 
 
 class SharedForward:
-    """What a block's `forward` is while it runs as a member of a region."""
+    """A `forward` that replaces a block's own while the block runs as a member of a region."""
 
     def __init__(self, region: Region, block: nn.Module) -> None:
         self.region, self.block = region, block
@@ -231,7 +231,7 @@ def find_repeated(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def structure_of(module: nn.Module) -> tuple[Any, ...]:
-    """What two blocks must share to run the same compiled code."""
+    """Return the structure that two blocks must share to run the same compiled code."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     described = tuple(
         (name, tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.requires_grad) for name, tensor in tensors
@@ -258,7 +258,7 @@ def _bind(function: Callable[..., Any], block: nn.Module) -> types.MethodType:
 
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-    """All tensors of a call, and what else it was given; without a walk where nothing is nested."""
+    """Return all tensors of a call, and what else it was given; without a walk where nothing is nested."""
     if kwargs or any(isinstance(argument, list | tuple | dict) for argument in args):
         return pytree.tree_leaves((args, kwargs))
     return args
@@ -296,5 +296,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _without_marks(values: Any) -> Any:
-    """The same tensors as new objects, which carry no marks."""
+    """Return the same tensors as new objects, which carry no marks."""
     return pytree.tree_map(lambda leaf: leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf, values)

@@ -94,7 +94,7 @@ def _has_symbols(inputs: Sequence[Any]) -> bool:
 
 
 def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], options: JitOptions) -> Callable[..., Any]:
-    """The graph compiled by the backend that the user named."""
+    """Return the graph compiled by the backend that the user named."""
     compiler: Any = find_compiler(options.backend)
     if options.memory_budget is not None and torch.is_grad_enabled():
         compiler = choose_budgeted(options)
@@ -109,7 +109,7 @@ def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Ji
 
 
 def choose_budgeted(options: JitOptions) -> Callable[..., Any]:
-    """The backend that keeps no more than the memory budget for backward."""
+    """Return the backend that keeps no more than the memory budget for backward."""
     backends: dict[Any, Any] = {"inductor": inductor_with_budget, "aot_eager": eager_with_budget}
     if options.backend not in backends:
         raise ConfigError(
@@ -120,7 +120,7 @@ def choose_budgeted(options: JitOptions) -> Callable[..., Any]:
 
 
 def find_static(graph_module: fx.GraphModule) -> list[int]:
-    """The places of the inputs that are a module's parameters and buffers."""
+    """Return the places of the inputs that are a module's parameters and buffers."""
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     return [
         index
@@ -130,7 +130,7 @@ def find_static(graph_module: fx.GraphModule) -> list[int]:
 
 
 def has_tensor_parameters(graph_module: fx.GraphModule) -> bool:
-    """Whether any parameter or buffer comes in."""
+    """Return whether any parameter or buffer comes in."""
     return bool(find_static(graph_module))
 
 
@@ -187,7 +187,7 @@ def _others(inputs: Sequence[Any], static: Sequence[int]) -> list[Any]:
 
 
 def inline_parameters(graph_module: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int]) -> fx.GraphModule:
-    """The graph at the level of ATen operators, with the parameters at the places `static` inside it."""
+    """Return the graph at the level of ATen operators, with the parameters at the places `static` inside it."""
     held = dict.fromkeys(static)
     root = nn.Module()
     for index in held:
@@ -247,7 +247,7 @@ def capture_inputs(
 def report_on(
     graph_module: fx.GraphModule, inputs: Sequence[Any], options: JitOptions, *, is_training: bool
 ) -> OptimizationReport:
-    """What the passes find in a captured graph."""
+    """Return the report of the passes on a captured graph."""
     static = find_static(graph_module)
     with torch.no_grad():
         graph = inline_parameters(graph_module, inputs, static)

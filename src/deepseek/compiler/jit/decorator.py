@@ -199,7 +199,7 @@ class Jitted(Rewritable):
         return self._bind(instance)
 
     def _bind(self, owner: Any) -> Self:
-        """The same compiled function for another owner; the guards tell owners apart."""
+        """Return the same compiled function for another owner; the guards tell owners apart."""
         if self._compiled is None:
             self._compiled = self._compile()
         bound = object.__new__(type(self))
@@ -280,7 +280,7 @@ class Jitted(Rewritable):
     # ---- explaining
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """What becomes of the function on these arguments: graphs, breaks, rewritten control flow, fusions, memory.
+        """Explain the function on these arguments: graphs, breaks, rewritten control flow, fusions, memory.
 
         Nothing of it runs but what lies between two graphs; the arguments are as for a call.
         """
@@ -366,7 +366,8 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
 
 
 def _site_of(error: ControlFlowError) -> Site:
-    """The site of a refusal: the statement that no graph can hold, which may stand inside the one that decides."""
+    """Return the site of a refusal: the statement that no graph can hold, which may stand inside the one that
+    decides."""
     site = error.sites[-1]
     if error.place in ("", site.place):
         return site
@@ -375,7 +376,7 @@ def _site_of(error: ControlFlowError) -> Site:
 
 
 def _last_difference() -> str:
-    """The check of what was compiled last that the arguments do not pass, in the tracer's words."""
+    """Return the check of what was compiled last that the arguments do not pass, in the tracer's words."""
     metrics = torch._dynamo.utils.get_compilation_metrics()
     reason = next((metric.recompile_reason for metric in reversed(metrics) if metric.recompile_reason), None)
     if reason is None:
@@ -385,7 +386,7 @@ def _last_difference() -> str:
 
 
 def _user_place(error: Exception) -> str | None:
-    """The last line of the user's own code in a tracer's report."""
+    """Return the last line of the user's own code in a tracer's report."""
     frame = last_own_frame(getattr(error, "real_stack", None) or [])
     return None if frame is None else f"{frame.filename}:{frame.lineno}"
 

@@ -26,7 +26,7 @@ class Rewritten:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of a function on one set of arguments."""
+    """The outcome of compiling a function for one set of arguments."""
 
     function: str
     num_graphs: int
@@ -41,7 +41,7 @@ class Explanation:
     """Which device runs what, for each graph, where several devices were given."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain values, for JSON."""
+        """Return the same as plain values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ def _show(statement: Rewritten) -> str:
 def explain_captured(
     function: Any, captured: Captured, trace: Trace, earlier: Trace, options: JitOptions
 ) -> Explanation:
-    """The explanation of graphs that were captured, with the breaks that calls met `earlier`."""
+    """Return the explanation of graphs that were captured, with the breaks that calls met `earlier`."""
     breaks = {site.key: _describe_site(site, reason) for site, reason in [*earlier.breaks, *trace.breaks]}
     reports, notes = [], []
     for graph_module, inputs, is_training in captured.graphs if options.optimize else []:
@@ -100,7 +100,7 @@ def explain_captured(
 
 
 def count_operators(graph_module: Any) -> int:
-    """Operators in a graph and its branches."""
+    """Return the number of operators in a graph and its branches."""
     return sum(
         node.op in ("call_function", "call_method", "call_module")
         for module in graph_module.modules()

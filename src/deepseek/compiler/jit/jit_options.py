@@ -44,5 +44,5 @@ class JitOptions:
 
     @property
     def device_names(self) -> tuple[str, ...]:
-        """The devices by name."""
+        """Return the devices by name."""
         return list_devices() if self.devices == PRESENT else tuple(self.devices)

@@ -24,24 +24,24 @@ _PURE_FUNCTIONS: tuple[Any, ...] = (
 
 
 def is_aten(node: Node) -> bool:
-    """Whether `node` calls an operator with a schema."""
+    """Return whether `node` calls an operator with a schema."""
     return node.op == "call_function" and isinstance(node.target, OpOverload)
 
 
 def is_control_flow(node: Node) -> bool:
-    """Whether `node` is a branch or a loop over graphs of its own."""
+    """Return whether `node` is a branch or a loop over graphs of its own."""
     return node.op == "call_function" and isinstance(node.target, HigherOrderOperator)
 
 
 def is_computation(node: Node) -> bool:
-    """Whether `node` computes values, rather than naming, viewing or picking them."""
+    """Return whether `node` computes values, rather than naming, viewing or picking them."""
     if node.op in ("placeholder", "get_attr", "output") or node.target in _PURE_FUNCTIONS:
         return False
     return node.op != "call_module" and not is_view(node)
 
 
 def is_view(node: Node) -> bool:
-    """Whether the result of `node` shares memory with an input that is left as it is."""
+    """Return whether the result of `node` shares memory with an input that is left as it is."""
     if not is_aten(node):
         return False
     schema = _schema(node)
@@ -50,7 +50,7 @@ def is_view(node: Node) -> bool:
 
 
 def find_written(node: Node) -> list[Node]:
-    """The inputs that `node` writes into."""
+    """Return the inputs that `node` writes into."""
     if not is_aten(node):
         return []
     written = []
@@ -62,24 +62,24 @@ def find_written(node: Node) -> list[Node]:
 
 
 def is_random(node: Node) -> bool:
-    """Whether `node` draws from a generator, so that its place among the others that do matters."""
+    """Return whether `node` draws from a generator, so that its place among the others that do matters."""
     return is_aten(node) and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
 
 
 def is_opaque(node: Node) -> bool:
-    """Whether nothing is known about what `node` does: it stays where it is."""
+    """Return whether nothing is known about what `node` does: it stays where it is."""
     if node.op == "call_module" or is_control_flow(node) or node.op == "call_method":
         return True
     return node.op == "call_function" and not is_aten(node) and node.target not in _PURE_FUNCTIONS
 
 
 def has_effects(node: Node) -> bool:
-    """Whether `node` must stay in its place among the other nodes for which this holds."""
+    """Return whether `node` must stay in its place among the other nodes for which this holds."""
     return is_opaque(node) or is_random(node) or bool(find_written(node))
 
 
 def find_root(node: Node) -> Node:
-    """The node whose memory `node` may be a view of; itself for what owns its memory."""
+    """Return the node whose memory `node` may be a view of; itself for what owns its memory."""
     while is_aten(node) or node.target is operator.getitem:
         source = _viewed(node)
         if source is None:
@@ -89,7 +89,7 @@ def find_root(node: Node) -> Node:
 
 
 def read_arguments(node: Node) -> dict[str, Any]:
-    """All arguments of an operator by name, defaults filled in."""
+    """Return all arguments of an operator by name, defaults filled in."""
     values = {}
     for index, argument in enumerate(_schema(node).arguments):
         if index < len(node.args):
@@ -100,7 +100,8 @@ def read_arguments(node: Node) -> dict[str, Any]:
 
 
 def find_line(node: Node) -> str:
-    """Where the user wrote `node`, as file:line; the module's path or the node's name where that is not recorded."""
+    """Return where the user wrote `node`, as file:line; the module's path or the node's name where that is not
+    recorded."""
     frames = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File ")]
     own = [frame for frame in frames if "/torch/" not in frame] or frames
     if not own:

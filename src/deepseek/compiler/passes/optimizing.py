@@ -31,7 +31,7 @@ _GUARDS = "_guards_fn"  # the checks of input shapes that torch.export adds
 
 @dataclass(frozen=True)
 class OptimizationReport:
-    """What the passes did to a graph."""
+    """A report of how the passes changed a graph."""
 
     fusion: FusionReport
     memory: MemoryReport
@@ -51,7 +51,7 @@ class Optimized:
     graph_module: fx.GraphModule
     report: OptimizationReport
     run: Callable[..., Any]
-    """What to call: the graph itself, or its compiled form where a memory budget was given."""
+    """The graph itself, or its compiled form where a memory budget was given."""
 
 
 def optimize(

@@ -35,12 +35,12 @@ _WITHOUT_SHAPES: dict[Any, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen of each node."""
+    """The observed value and scratch memory of each node."""
 
     values: dict[fx.Node, Any]
     """Its value, of which shape, dtype, device and storage mean something, and numbers do not."""
     scratch_bytes: dict[fx.Node, int]
-    """What it takes for itself and gives back before it ends."""
+    """Bytes that it takes for itself and gives back before it ends."""
 
 
 def observe(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Observed:
@@ -94,7 +94,7 @@ class _ValueRecorder(fx.Interpreter):
         return self._constants[str(target)]
 
     def take(self, value: Tensor) -> Tensor:
-        """A constant or an input as this run may use it."""
+        """Return a constant or an input as this run may use it."""
         return value.detach().clone()
 
 
@@ -113,7 +113,7 @@ class _FakeValueRecorder(_ValueRecorder):
 
 
 def _without_numbers() -> ShapeEnv:
-    """What loops in a graph ask for; an operator whose result depends on numbers is refused all the same."""
+    """Return the shape environment that loops need; an operator whose result depends on numbers is still refused."""
     return ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
 
 

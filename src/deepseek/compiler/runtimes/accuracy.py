@@ -23,7 +23,7 @@ GROSS = 3.0
 
 
 def check_numbers(job: Job, built: Built, tolerance: Tolerance) -> Numbers:
-    """How the answers of `built` compare with FP32 eager: to the samples, then to what int8 is calibrated on.
+    """Return how the answers of `built` compare with FP32 eager: to the samples, then to what int8 is calibrated on.
 
     The mean over all batches that `CHECK_S` has time for: one row alone, which a batch may be, says little. An answer
     to the samples that is beyond all bounds needs no others.
@@ -50,7 +50,7 @@ def _answer(built: Built, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def compare(references: Sequence[Tensor], answers: Sequence[Tensor], tolerance: Tolerance) -> Numbers:
-    """The worst over all outputs of relative error, cosine and top-1 agreement. Raises `BackendError` on other
+    """Return the worst over all outputs of relative error, cosine and top-1 agreement. Raises `BackendError` on other
     shapes."""
     if [reference.shape for reference in references] != [answer.shape for answer in answers]:
         raise BackendError(
@@ -86,12 +86,12 @@ def _compare_one(reference: Tensor, answer: Tensor, tolerance: Tolerance) -> Num
 
 
 def _is_scores(reference: Tensor) -> bool:
-    """Whether an output looks like rows of class scores."""
+    """Return whether an output looks like rows of class scores."""
     return reference.is_floating_point() and reference.ndim == 2 and reference.shape[1] > 1
 
 
 def _agreement(expected: Tensor, given: Tensor, tolerance: Tolerance) -> tuple[float | None, float]:
-    """Top-1 agreement among rows that an allowed error cannot flip, and among all rows."""
+    """Return the top-1 agreement among rows that an allowed error cannot flip, and among all rows."""
     same = expected.argmax(1) == given.argmax(1)
     best = expected.topk(2, dim=1).values
     spread = expected.std(dim=1, correction=0)

@@ -39,7 +39,7 @@ Record = Callable[[Callable[..., Any], Sequence[Any]], tuple[Any, Callable[[], N
 
 
 def choose_bucket(size: int, buckets: Sequence[int]) -> int:
-    """The smallest of `buckets`, which ascend, that holds `size` rows; raises `ConfigError` for too many rows.
+    """Return the smallest of `buckets`, which ascend, that holds `size` rows; raises `ConfigError` for too many rows.
 
     >>> choose_bucket(5, (1, 2, 4, 8))
     8
@@ -51,7 +51,7 @@ def choose_bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 def list_buckets(largest: int) -> tuple[int, ...]:
-    """Powers of two up to `largest`, and `largest` itself: at most half of the rows are filled up.
+    """Return the powers of two up to `largest`, and `largest` itself: at most half of the rows are filled up.
 
     >>> list_buckets(12)
     (1, 2, 4, 8, 12)
@@ -61,7 +61,7 @@ def list_buckets(largest: int) -> tuple[int, ...]:
 
 
 def make_key(values: Iterable[Any], *, mode: tuple[Any, ...] = ()) -> Key:
-    """What has to be alike for a recording to serve: shapes, dtypes and devices of tensors, other values as they are.
+    """Return what a recording must share to serve: shapes, dtypes and devices of tensors, other values as they are.
 
     >>> make_key([torch.ones(2, 3), 0.5])
     (((2, 3), 'torch.float32', 'cpu'), 0.5)
@@ -117,11 +117,11 @@ class GraphedFunction:
 
     @property
     def num_recordings(self) -> int:
-        """Recordings that are kept."""
+        """Return the number of recordings that are kept."""
         return len(self._recordings)
 
     def __call__(self, *inputs: Any) -> Any:
-        """What the function returns for `inputs`, in tensors of their own."""
+        """Return the function's result for `inputs`, in tensors of their own."""
         flat, spec = tree_flatten(inputs)
         size, bucket = self._find_sizes(flat)
         recording = self._find(flat, spec, bucket)
@@ -132,7 +132,7 @@ class GraphedFunction:
         return tree_map_only(Tensor, lambda value: self._take(value, size, bucket), recording.outputs)
 
     def _find_sizes(self, flat: Sequence[Any]) -> tuple[int, int]:
-        """Rows of the batch, and rows of the recording."""
+        """Return the rows of the batch, and rows of the recording."""
         if self._buckets is None:
             return -1, -1
         sizes = {leaf.shape[self._dim] for leaf in flat if isinstance(leaf, Tensor) and leaf.dim() > self._dim}
@@ -163,7 +163,7 @@ class GraphedFunction:
         return self._recordings[key]
 
     def _widen(self, value: Tensor, bucket: int) -> Tensor:
-        """A tensor of the shape that the recording takes, without memory."""
+        """Return a tensor of the shape that the recording takes, without memory."""
         shape = list(value.shape)
         if bucket >= 0 and value.dim() > self._dim:
             shape[self._dim] = bucket

@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "torchao", "onnxruntime", "onnx", "onnxscript", "openvino"
 
 
 def find_folder() -> Path:
-    """Where decisions are kept."""
+    """Return where decisions are kept."""
     return find_cache_folder() / "decisions"
 
 
@@ -36,7 +36,7 @@ def describe_surroundings(num_threads: int) -> dict[str, Any]:
 
 
 def digest_key(key: Mapping[str, Any]) -> str:
-    """The name of a key, the same in every process.
+    """Return the name of a key, the same in every process.
 
     >>> digest_key({"a": 1, "b": 2}) == digest_key({"b": 2, "a": 1})
     True
@@ -57,7 +57,7 @@ def remember(decision: Decision, name: str) -> Path | None:
 
 
 def recall(key: Mapping[str, Any]) -> Decision | None:
-    """What was decided under `key`, or `None`; an entry that cannot be read is ignored with a warning."""
+    """Return the decision under `key`, or `None`; an entry that cannot be read is ignored with a warning."""
     path = find_folder() / f"{digest_key(key)}.json"
     if not path.is_file():
         return None
@@ -68,13 +68,13 @@ def recall(key: Mapping[str, Any]) -> Decision | None:
 
 
 def list_decisions() -> list[tuple[str, Decision]]:
-    """Every readable decision with the name of its model, in the order of names."""
+    """Return every readable decision with the name of its model, in the order of names."""
     entries = [_read(path) for path in sorted(find_folder().glob("*.json"))]
     return sorted((entry for entry in entries if entry is not None), key=lambda entry: (entry[0], str(entry[1].key)))
 
 
 def find_decisions(model: str) -> list[Decision]:
-    """Decisions about the model that people call `model`, or whose digest begins with it.
+    """Return the decisions about the model that people call `model`, or whose digest begins with it.
 
     Raises `ConfigError` with the names that are known where there is none.
     """
@@ -99,7 +99,7 @@ def to_dict(decision: Decision) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Decision:
-    """A decision from what `to_dict` gave. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+    """Return a decision from what `to_dict` gave. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
     decision = Decision(
         chosen=Candidate(**values["chosen"]),
         baseline_ms=float(values["baseline_ms"]),

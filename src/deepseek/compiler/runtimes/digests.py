@@ -30,13 +30,13 @@ def digest_model(model: nn.Module) -> str:
 
 
 def _code(module: nn.Module) -> bytes:
-    """The compiled forward pass, without line numbers; nothing for one that is not Python."""
+    """Return the compiled forward pass, without line numbers; nothing for one that is not Python."""
     code = getattr(type(module).forward, "__code__", None)
     return b"" if code is None else code.co_code + repr(code.co_names).encode()
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """What the hash reads; a view, so that large weights are not copied."""
+    """Return the bytes that the hash reads; a view, so that large weights are not copied."""
     if tensor.is_meta:
         return b"meta"
     flat = tensor.detach().cpu().contiguous().reshape(-1)

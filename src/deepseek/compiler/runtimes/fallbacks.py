@@ -43,7 +43,7 @@ class Finding:
 
 
 def judge_share(num_right: int, num_heavy: int, precision: str, how: str) -> list[Finding]:
-    """Findings for `num_right` of `num_heavy` heavy operators that run in `precision`.
+    """Return the findings for `num_right` of `num_heavy` heavy operators that run in `precision`.
 
     >>> judge_share(0, 3, "int8", "as the executed graph says")[0].is_serious
     True
@@ -68,7 +68,7 @@ def judge_inductor_int8(counters: Mapping[str, int], num_heavy: int) -> list[Fin
 
 
 def judge_onnx_operators(operators: Iterable[str], precision: str) -> list[Finding]:
-    """Findings on the operators of the graph that ONNX Runtime executes."""
+    """Return the findings on the operators of the graph that ONNX Runtime executes."""
     if precision != "int8":
         return []
     counts = Counter(operators)
@@ -78,7 +78,8 @@ def judge_onnx_operators(operators: Iterable[str], precision: str) -> list[Findi
 
 
 def judge_providers(registered: Sequence[str], asked: str) -> list[Finding]:
-    """A finding when the provider that ONNX Runtime prefers is not the one asked for, which it drops with a log line.
+    """Return a finding when the provider that ONNX Runtime prefers is not the one asked for, which it drops with a log
+    line.
 
     >>> str(judge_providers(["CPUExecutionProvider"], "CUDAExecutionProvider")[0])
     'CUDAExecutionProvider was dropped; the session runs on CPUExecutionProvider'
@@ -90,7 +91,7 @@ def judge_providers(registered: Sequence[str], asked: str) -> list[Finding]:
 
 
 def judge_openvino_layers(layers: Iterable[tuple[str, str]], precision: str) -> list[Finding]:
-    """Findings on the executed layers of OpenVINO, each a (type, precision it ran in)."""
+    """Return the findings on the executed layers of OpenVINO, each a (type, precision it ran in)."""
     heavy = [runtime for kind, runtime in layers if kind in HEAVY_OPENVINO]
     num_right = sum(runtime.lower() in _OPENVINO_PRECISIONS[precision] for runtime in heavy)
     return judge_share(num_right, len(heavy), precision, "as the executed graph says")
@@ -107,7 +108,7 @@ def read_onednn_kernels(log: str) -> Counter[str]:
 
 
 def judge_onednn_kernels(kernels: Mapping[str, int]) -> list[Finding]:
-    """Findings on kernels that are oneDNN's reference code, which exists to be right and not to be fast."""
+    """Return the findings on kernels that are oneDNN's reference code, which exists to be right and not to be fast."""
     slow = {name: count for name, count in kernels.items() if " ref" in name or "simple" in name}
     heavy = {name: count for name, count in slow.items() if name.startswith(("convolution", "matmul", "inner_product"))}
     return [

@@ -37,7 +37,7 @@ class SelectedModel:
     ) -> None:
         self.built, self.flattened, self.candidate, self.build_other = built, flattened, candidate, build_other
         self._others: dict[Shapes, tuple[Flattened, Built] | None] = {}
-        """What was built for another shape; `None` for one that the model itself answers."""
+        """Return the program built for another shape; `None` for one that the model itself answers."""
         self._lock = Lock()
         self._warned: set[str] = set()
 
@@ -63,7 +63,7 @@ class SelectedModel:
         return f"SelectedModel({self.candidate})"
 
     def _find_other(self, inputs: tuple[Tensor, ...]) -> tuple[Flattened, Built] | None:
-        """What runs inputs of these shapes, built when they come for the first time."""
+        """Return the program for inputs of these shapes, built when they come for the first time."""
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         with self._lock:
             if shapes not in self._others:

@@ -135,7 +135,7 @@ class Selection:
     decision: Decision
 
     def explain(self) -> str:
-        """What was measured and refused, and why the winner won, as text."""
+        """Return what was measured and refused, and why the winner won, as text."""
         return explain(self.decision)
 
 
@@ -200,7 +200,7 @@ def search(
 
 
 def copy_frozen(model: nn.Module) -> nn.Module:
-    """A copy of `model` that nobody else holds, so that no backend shares weights with what is trained on.
+    """Return a copy of `model` that nobody else holds, so that no backend shares weights with what is trained on.
 
     OpenVINO keeps some constants where torch has them and copies others: weights that changed under it gave answers of
     neither the old model nor the new one.
@@ -232,12 +232,12 @@ class Search:
 
     @property
     def spent_s(self) -> float:
-        """Seconds since the search began."""
+        """Return the seconds since the search began."""
         return time.monotonic() - self.began_s
 
     @property
     def medians_ms(self) -> dict[Candidate, float]:
-        """Median time of each candidate that runs."""
+        """Return the median time of each candidate that runs."""
         return {candidate: statistics.median(times) for candidate, times in self.times_ms.items()}
 
     def run(self) -> Generator[SelectionEvent, None, tuple[Decision, Built]]:
@@ -322,11 +322,11 @@ class Search:
         return fresh
 
     def _is_slow(self, seconds: float) -> bool:
-        """Whether the budget has no time for many calls that take so long."""
+        """Return whether the budget has no time for many calls that take so long."""
         return seconds > SLOW_SHARE * self.time_budget_s
 
     def _is_timed_by_one_call(self, candidate: Candidate) -> bool:
-        """Whether one call, which is then its measurement, shows that it cannot win, or is all there is time for."""
+        """Return whether one call, then its measurement, shows that it cannot win or is all there is time for."""
         best = self._find_best()
         once_ms = time_call(self._call(self.built[candidate]))
         is_hopeless = best is not None and once_ms >= max(HOPELESS * self.medians_ms[best], SLOW_CALL_S * 1000)
@@ -414,7 +414,7 @@ class Search:
 
 
 def list_candidates(job: Job, options: SelectionOptions) -> tuple[list[Candidate], list[Rejection]]:
-    """Candidates in the order to try, and what is refused before anything is built.
+    """Return the candidates in the order to try, and what is refused before anything is built.
 
     Raises `BackendError` when a backend is asked for by name that cannot be used here.
     """
@@ -449,7 +449,7 @@ def _candidate(backend: str, variant: Variant) -> Candidate:
 
 
 def find_backend_obstacle(name: str, job: Job) -> str | None:
-    """Why no variant of a backend can run here, or `None`."""
+    """Return why no variant of a backend can run here, or `None`."""
     missing = BACKENDS[name].find_missing()
     if missing is not None:
         return str(missing)
@@ -459,7 +459,7 @@ def find_backend_obstacle(name: str, job: Job) -> str | None:
 
 
 def find_variant(candidate: Candidate, options: SelectionOptions) -> Variant:
-    """The variant that a candidate stands for."""
+    """Return the variant that a candidate stands for."""
     if candidate.precision == AS_WRITTEN:
         alternatives = options.alternatives
         if candidate.backend not in alternatives:
@@ -485,7 +485,8 @@ def build_alike(chosen: Candidate, options: SelectionOptions, job: Job) -> Built
 
 
 def rebuild(job: Job, decision: Decision, options: SelectionOptions) -> Built | None:
-    """The winner of a remembered decision, checked again; `None` with a warning when it no longer runs correctly."""
+    """Return the winner of a remembered decision, checked again; `None` with a warning when it no longer runs
+    correctly."""
     chosen, tolerance = decision.chosen, options.tolerances[decision.chosen.precision]
     try:
         BACKENDS[chosen.backend].require_available()
@@ -516,7 +517,7 @@ def require_reference(flattened: Flattened) -> None:
 
 
 def describe_key(job: Job, options: SelectionOptions) -> dict[str, Any]:
-    """Everything that a decision depends on, as plain values."""
+    """Return everything that a decision depends on, as plain values."""
     tried = (*options.precisions, *((AS_WRITTEN,) if options.alternatives else ()))
     return {
         "model": digest_model(job.flattened.model.model),

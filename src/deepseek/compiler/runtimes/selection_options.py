@@ -42,7 +42,7 @@ class SelectionOptions:
     """Further inputs like the samples: int8 is calibrated on them (default: on the samples), and answers to them are
     compared as well."""
     name: str | None = None
-    """What `deepseek explain` calls the model; none is the name of its class."""
+    """Name of the model in `deepseek explain`; none is the name of its class."""
     remember: bool = True
     """Whether the decision is kept on disk, and an earlier one is used."""
     tune_allocator: bool = False
@@ -56,7 +56,7 @@ class SelectionOptions:
     owner knows, such as a runtime on the file that the model was converted from. With `precision=AS_WRITTEN` they are
     all there is."""
     reference: str = "eager FP32"
-    """What the model as it was given is called, which all answers and times are compared with."""
+    """Name of the model as it was given, which all answers and times are compared with."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backend", read_backend(self.backend))
@@ -66,7 +66,7 @@ class SelectionOptions:
             raise ConfigError(f"time_budget_s is {self.time_budget_s}; give a number of seconds above 0")
 
     def override(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with some settings changed; raises `ConfigError` for an unknown one, with the nearest known."""
+        """Return a copy with some settings changed; raises `ConfigError` for an unknown one, with the nearest known."""
         known = [setting.name for setting in fields(self)]
         for name in changes:
             if name not in known:
@@ -75,7 +75,7 @@ class SelectionOptions:
 
     @property
     def tolerances(self) -> dict[str, Tolerance]:
-        """The bound for each precision."""
+        """Return the bound for each precision."""
         return read_tolerances(self.tolerance)
 
     @property
@@ -87,7 +87,7 @@ class SelectionOptions:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that are tried."""
+        """Return the precisions that are tried."""
         return tuple(name for name in list_precisions(self.precision) if name not in self.exclusions)
 
     @property

@@ -49,7 +49,7 @@ class BackendSelector(StrEnum):
 
 @dataclass(frozen=True)
 class Traits:
-    """What the policy knows of a model without looking at its tensors."""
+    """The traits of a model that the policy can read without looking at its tensors."""
 
     num_convolutions: int = 0
     num_linears: int = 0
@@ -117,7 +117,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one candidate."""
+    """The measurement of one candidate."""
 
     candidate: Candidate
     numbers: Numbers
@@ -128,7 +128,7 @@ class Measurement:
 
     @property
     def median_ms(self) -> float:
-        """Median time of a call."""
+        """Return the median time of a call."""
         return statistics.median(self.times_ms)
 
 
@@ -145,16 +145,16 @@ class Decision:
     key: Mapping[str, object] = field(default_factory=dict)
     is_remembered: bool = False
     reference: str = "eager FP32"
-    """What the model as it was given is called."""
+    """Name of the model as it was given."""
 
     @property
     def winner(self) -> Measurement:
-        """The measurement of the chosen candidate."""
+        """Return the measurement of the chosen candidate."""
         return next(measurement for measurement in self.measurements if measurement.candidate == self.chosen)
 
 
 def read_backend(backend: BackendSelector | str) -> BackendSelector:
-    """The selector called `backend`; raises `ConfigError` for an unknown name.
+    """Return the selector called `backend`; raises `ConfigError` for an unknown name.
 
     >>> read_backend("openvino")
     <BackendSelector.OPENVINO: 'openvino'>
@@ -168,7 +168,7 @@ def read_backend(backend: BackendSelector | str) -> BackendSelector:
 
 
 def list_precisions(precision: str) -> tuple[str, ...]:
-    """The precisions that a request allows: all for `auto`.
+    """Return the precisions that a request allows: all for `auto`.
 
     >>> list_precisions("bf16"), list_precisions("auto")
     (('bf16',), ('fp32', 'bf16', 'fp16', 'int8'))
@@ -183,7 +183,8 @@ def list_precisions(precision: str) -> tuple[str, ...]:
 
 
 def read_tolerances(tolerance: Tolerance | Mapping[str, Tolerance] | float | None) -> dict[str, Tolerance]:
-    """The bound for each precision: the defaults, one relative error for all, one tolerance for all, or a mapping."""
+    """Return the bound for each precision: the defaults, one relative error for all, one tolerance for all, or a
+    mapping."""
     if tolerance is None:
         return dict(DEFAULT_TOLERANCES)
     if isinstance(tolerance, Mapping):
@@ -217,7 +218,7 @@ def merge_numbers(found: Sequence[Numbers]) -> Numbers:
 
 
 def judge_numbers(numbers: Numbers, tolerance: Tolerance) -> str | None:
-    """Why these numbers are refused, or `None`.
+    """Return why these numbers are refused, or `None`.
 
     >>> judge_numbers(Numbers(0.5, 0.99, 1.0), Tolerance(0.1, 0.9, 1.0))
     'relative error 0.5 is above 0.1'
@@ -234,20 +235,21 @@ def judge_numbers(numbers: Numbers, tolerance: Tolerance) -> str | None:
 
 
 def order(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Candidates in the order to try: the likeliest winner first, so that a small budget still finds it."""
+    """Return the candidates in the order to try: the likeliest winner first, so that a small budget still finds it."""
     rank = {name: index for index, name in enumerate(DEFAULT_TOLERANCES)}
     return sorted(candidates, key=lambda candidate: (candidate.prior, rank[candidate.precision], str(candidate)))
 
 
 def is_worth_more(median_ms: float, best_ms: float, *, margin: float) -> bool:
-    """Whether a candidate that was timed shortly could still win."""
+    """Return whether a candidate that was timed shortly could still win."""
     return median_ms <= best_ms * (1 + margin)
 
 
 def find_stale_parent(
     candidate: Candidate, medians_ms: Mapping[Candidate, float], *, margin: float = 0.3
 ) -> str | None:
-    """Why a refinement need not be built: what it refines is too far behind the best already; `None` if it may win."""
+    """Return why a refinement need not be built: what it refines is too far behind the best already; `None` if it may
+    win."""
     parent = next(
         (
             refined
@@ -266,7 +268,8 @@ def find_stale_parent(
 
 
 def keep_fastest(medians_ms: Mapping[Candidate, float], *, margin: float = 0.5) -> list[Candidate]:
-    """The faster half of the candidates, those within `margin` of the best, and never fewer than one; fastest first.
+    """Return the faster half of the candidates, those within `margin` of the best, and never fewer than one; fastest
+    first.
 
     >>> one, two = Candidate("a", "x", "fp32"), Candidate("b", "x", "fp32")
     >>> keep_fastest({one: 10.0, two: 1.0}) == [two]
@@ -281,7 +284,7 @@ def keep_fastest(medians_ms: Mapping[Candidate, float], *, margin: float = 0.5) 
 def choose(
     medians_ms: Mapping[Candidate, float], errors: Mapping[Candidate, float], *, noise: float = NOISE
 ) -> Candidate:
-    """The fastest; among those that are as fast within `noise`, the one with the smallest error.
+    """Return the fastest candidate; among those that are as fast within `noise`, the one with the smallest error.
 
     >>> exact, rough = Candidate("a", "x", "fp32"), Candidate("a", "x", "int8")
     >>> choose({exact: 1.01, rough: 1.0}, {exact: 0.0, rough: 0.1}) == exact
@@ -293,7 +296,7 @@ def choose(
 
 
 def plan_rounds(finalists: Sequence[Candidate], medians_ms: Mapping[Candidate, float], left_s: float) -> int:
-    """How many interleaved rounds of one call each fit into `left_s`, between 5 and 50.
+    """Return how many interleaved rounds of one call each fit into `left_s`, between 5 and 50.
 
     >>> plan_rounds([], {}, 1.0)
     5

@@ -49,7 +49,7 @@ def list_notes(decision: Decision) -> list[tuple[str, ...]]:
 
 
 def describe_key(key: Mapping[str, Any]) -> str:
-    """The part of a key that people ask about: inputs, precision, threads, processor."""
+    """Return the part of a key that people ask about: inputs, precision, threads, processor."""
     inputs = ", ".join(f"{kind}{shape}" for shape, kind in key.get("inputs", ()))
     machine = key.get("machine", {})
     return (
@@ -59,7 +59,7 @@ def describe_key(key: Mapping[str, Any]) -> str:
 
 
 def explain(decision: Decision) -> str:
-    """The whole decision as text."""
+    """Return the whole decision as text."""
     lines = [summarize(decision), ""]
     rows = [COLUMNS, *list_rows(decision)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(COLUMNS))]

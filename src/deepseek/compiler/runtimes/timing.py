@@ -30,7 +30,8 @@ def measure_in_turns(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> dict[K, list[float]]:
-    """Times in ms of each side over `num_rounds` rounds in which all take turns; at least one round is measured.
+    """Return the times in ms of each side over `num_rounds` rounds in which all take turns; at least one round is
+    measured.
 
     No new round is begun after `deadline_s` (on `clock`).
     """
@@ -46,7 +47,7 @@ def measure_in_turns(
 
 
 def time_turn(run: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Times in ms of the calls of one turn, without the first unless it is slow.
+    """Return the times in ms of the calls of one turn, without the first unless it is slow.
 
     >>> len(time_turn(lambda: None)) > 1
     True
@@ -62,7 +63,7 @@ def time_turn(run: Callable[[], object], *, clock: Callable[[], float] = time.pe
 
 
 def time_call(run: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Time in ms of one call."""
+    """Return the time in ms of one call."""
     began_s = clock()
     run()
     return (clock() - began_s) * 1000

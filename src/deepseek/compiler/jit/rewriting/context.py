@@ -31,7 +31,7 @@ class Context:
     sites: list[Site] = field(default_factory=list)
 
     def is_builtin(self, name: str) -> bool:
-        """Whether a name that no local variable has is Python's own."""
+        """Return whether a name that no local variable has is Python's own."""
         return hasattr(builtins, name) and self.resolve(name) is getattr(builtins, name)
 
     def add_site(self, site: Site) -> ast.expr:
@@ -85,18 +85,18 @@ class Position:
         return replace(self, known=self.known | names)
 
     def site(self, node: ast.stmt | ast.expr, kind: str, **facts: Any) -> ast.expr:
-        """The expression for a site at `node`."""
+        """Return the expression for a site at `node`."""
         return self.context.add_site(Site(self.context.file, node.lineno, kind, self.scope.name, **facts))
 
     def read_only(self, nodes: Sequence[ast.AST], bound: Names) -> Names:
-        """Variables with a value that a part reads and does not write: they come in as parameters, too."""
+        """Return the variables with a value that a part reads and does not write: they come in as parameters, too."""
         read = frozenset(name for node in nodes for name in reads(node))
         return ((read & self.scope.locals & self.known) - bound) - self.scope.shared
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What is read after a list of statements: after its end, after a native `continue`, after a native `break`."""
+    """Variables read after a list of statements: after its end, a native `continue`, and a native `break`."""
 
     after: Names
     head: Names = frozenset()

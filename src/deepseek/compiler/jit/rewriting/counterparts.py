@@ -71,7 +71,7 @@ def show(function: types.FunctionType) -> str:
 
 
 def _resolve(function: types.FunctionType, name: str) -> Any:
-    """What a free name means in `function` now; none where it is not set."""
+    """Return the present value of a free name in `function`; none where it is not set."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     if name in cells:
         try:

@@ -42,7 +42,7 @@ class Expressions(ast.NodeTransformer):
     # ---- conditions
 
     def condition(self, node: ast.expr) -> ast.expr:
-        """An expression of which only the truth matters."""
+        """Return an expression of which only the truth matters."""
         match node:
             case ast.BoolOp(op=op, values=values) if not has_walrus(node):
                 return self._join(isinstance(op, ast.And), values, node)
@@ -152,7 +152,7 @@ class Expressions(ast.NodeTransformer):
         return not is_local and self.position.context.is_builtin(name)
 
     def _module_of(self, node: ast.Attribute) -> types.ModuleType | None:
-        """The library's module that an attribute such as `torch.relu`, `F.relu`, `math.sqrt` is of."""
+        """Return the library's module that an attribute such as `torch.relu`, `F.relu`, `math.sqrt` is of."""
         root = root_of(node)
         if root in self.position.scope.locals:
             return None
@@ -164,7 +164,7 @@ class Expressions(ast.NodeTransformer):
         return node.attr in ("tensor", "as_tensor") and self._module_of(node) is torch
 
     def index(self, node: ast.expr) -> ast.expr:
-        """What stands in brackets, as a value."""
+        """Return the index in brackets as a value."""
         match node:
             case ast.Slice(lower=low, upper=up, step=step):
                 parts = [ast.Constant(None) if bound is None else self.visit(bound) for bound in (low, up, step)]

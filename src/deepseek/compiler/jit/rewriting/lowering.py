@@ -32,7 +32,7 @@ PYTHON_ITERABLES = {"enumerate", "zip", "reversed", "sorted", "map", "filter"}
 
 @dataclass(frozen=True)
 class Fact:
-    """What lowering found out about a statement."""
+    """A finding of the lowering about a statement."""
 
     stays_native: bool = False
     """Whether it stays Python, its jumps included."""
@@ -81,7 +81,7 @@ def lower(statements: list[ast.stmt], where: str) -> tuple[list[ast.stmt], Facts
 
 
 def is_python(test: ast.expr) -> bool:  # noqa: PLR0911 - a table
-    """Whether a condition is a Python value for certain, whatever its variables hold."""
+    """Return whether a condition is a Python value for certain, whatever its variables hold."""
     match test:
         case ast.Constant():
             return True
@@ -102,7 +102,7 @@ def is_python(test: ast.expr) -> bool:  # noqa: PLR0911 - a table
 
 
 def is_python_iterable(items: ast.expr) -> bool:
-    """Whether what a `for` walks over is not a tensor and not a range of tensors for certain."""
+    """Return whether what a `for` walks over is not a tensor and not a range of tensors for certain."""
     match items:
         case ast.Tuple() | ast.List() | ast.Dict() | ast.Set():
             return True
@@ -131,7 +131,7 @@ def _is_python_number(node: ast.expr) -> bool:
 
 
 def has_jump(statements: list[ast.stmt], *, inside_loop: bool = False) -> bool:
-    """Whether a `return`, or a `break` or `continue` of the loop around, is among the statements."""
+    """Return whether a `return`, or a `break` or `continue` of the loop around, is among the statements."""
     for statement in statements:
         if isinstance(statement, ast.Return):
             return True
@@ -151,12 +151,12 @@ def has_jump(statements: list[ast.stmt], *, inside_loop: bool = False) -> bool:
 
 
 def has_return(statements: list[ast.stmt]) -> bool:
-    """Whether a `return` of this function is among the statements."""
+    """Return whether a `return` of this function is among the statements."""
     return has_jump(statements, inside_loop=True)
 
 
 def may_jump_on_tensor(statements: list[ast.stmt]) -> bool:
-    """Whether among the statements a condition that may be a tensor decides about a jump out of them."""
+    """Return whether among the statements a condition that may be a tensor decides about a jump out of them."""
     return any(_decides_a_jump(statement) for statement in statements)
 
 
@@ -175,7 +175,7 @@ def _decides_a_jump(statement: ast.stmt) -> bool:
 
 
 def stays_native(loop: ast.While | ast.For) -> bool:
-    """Whether a loop is Python for certain, its exits included, or has exits that no graph loop can have."""
+    """Return whether a loop is Python for certain, its exits included, or has exits that no graph loop can have."""
     if _has_hidden_exit(loop.body):
         return True
     fixed = is_python(loop.test) if isinstance(loop, ast.While) else is_python_iterable(loop.iter)
@@ -183,7 +183,7 @@ def stays_native(loop: ast.While | ast.For) -> bool:
 
 
 def _has_hidden_exit(statements: list[ast.stmt]) -> bool:
-    """Whether a jump out of the loop stands inside `try`, `match` or `with`."""
+    """Return whether a jump out of the loop stands inside `try`, `match` or `with`."""
     for statement in statements:
         if isinstance(statement, (ast.Try, ast.Match, ast.With)) and has_jump([statement]):
             return True
@@ -235,7 +235,7 @@ def _lower_parts(statement: ast.If | ast.With, loop: Loop | None, state: Lowerin
 
 
 def is_guard(statement: ast.If) -> bool:
-    """Whether it begins with `if condition: raise error`, which a graph can check when it runs."""
+    """Return whether it begins with `if condition: raise error`, which a graph can check when it runs."""
     match statement.body:
         case [ast.Raise(exc=error)]:
             return error is not None
@@ -262,7 +262,7 @@ def _must_take_rest(statement: ast.If, loop: Loop | None) -> bool:
 
 
 def _end(statement: ast.stmt, loop: Loop) -> list[ast.stmt]:
-    """What a jump leaves behind in a loop's body: flags."""
+    """Return the assignments of flags that replace a jump in a loop's body."""
     if isinstance(statement, ast.Continue):
         return []
     ends: list[ast.stmt] = [_assign(loop.stop, ast.Constant(True), statement)]
@@ -331,7 +331,7 @@ def _lower_loop(
 
 
 def _lower_native(statements: list[ast.stmt], state: Lowering) -> list[ast.stmt]:
-    """What stays Python: its own jumps stay, and what is inside is lowered where it has none."""
+    """Lower what is inside statements that stay Python, where it has no jumps of theirs."""
     lowered: list[ast.stmt] = []
     for statement in statements:
         is_open = has_jump([statement]) and not isinstance(statement, (ast.While, ast.For))
@@ -350,7 +350,7 @@ def _lower_native(statements: list[ast.stmt], state: Lowering) -> list[ast.stmt]
 
 
 def blocks_of(statement: ast.stmt) -> list[list[ast.stmt]]:
-    """The lists of statements inside a statement."""
+    """Return the lists of statements inside a statement."""
     blocks = [getattr(statement, name) for name in ("body", "orelse", "finalbody") if getattr(statement, name, None)]
     blocks.extend(handler.body for handler in getattr(statement, "handlers", []))
     blocks.extend(case.body for case in getattr(statement, "cases", []))
@@ -358,7 +358,7 @@ def blocks_of(statement: ast.stmt) -> list[list[ast.stmt]]:
 
 
 def _is_endless(statement: ast.While | ast.For) -> bool:
-    """Whether a loop ends by its jumps only."""
+    """Return whether a loop ends by its jumps only."""
     return isinstance(statement, ast.While) and isinstance(statement.test, ast.Constant) and bool(statement.test.value)
 
 

@@ -39,11 +39,11 @@ class Source:
     file: str
     class_name: str | None
     flags: int
-    """What the file imports from `__future__`, as the compiler wants it."""
+    """The file's `__future__` imports, as the flags of `compile`."""
 
 
 def read(function: types.FunctionType) -> Source:
-    """The definition of `function`; raises `ConfigError` where there is no source to read."""
+    """Return the definition of `function`; raises `ConfigError` where there is no source to read."""
     code = function.__code__
     file = inspect.getsourcefile(code) or code.co_filename
     try:
@@ -77,7 +77,8 @@ def refuse_changed(source: Source, function: types.FunctionType) -> None:
 
 
 def is_same_code(one: types.CodeType, other: types.CodeType) -> bool:
-    """Whether two pieces of code do the same; how names of modules are called may differ with what a file imports."""
+    """Return whether two pieces of code do the same; how names of modules are called may differ with what a file
+    imports."""
     if list(_instructions(one)) != list(_instructions(other)):
         return False
     inner = [[constant for constant in code.co_consts if isinstance(constant, types.CodeType)] for code in (one, other)]
@@ -115,7 +116,7 @@ def _class_of(function: types.FunctionType) -> str | None:
 
 
 def describe(function: Any) -> str:
-    """A function's name, file and line for messages."""
+    """Return a function's name, file and line for messages."""
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     code = getattr(function, "__code__", None)
     return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
@@ -124,7 +125,7 @@ def describe(function: Any) -> str:
 def compile_function(
     tree: ast.FunctionDef, original: types.FunctionType, source: Source, extra: dict[str, Any]
 ) -> types.FunctionType:
-    """The function that `tree` describes, with the globals, cells, defaults and name of `original`.
+    """Return the function that `tree` describes, with the globals, cells, defaults and name of `original`.
 
     `extra` are values that the new code finds under names of its own.
     """
@@ -156,7 +157,7 @@ def _compile_module(tree: ast.FunctionDef, free: tuple[str, ...], source: Source
 
 
 def _find_code(code: types.CodeType, name: str) -> types.CodeType:
-    """The code of the function `name` inside the factory (and its class, if any)."""
+    """Return the code of the function `name` inside the factory (and its class, if any)."""
     inner = next(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     while True:
         codes = {constant.co_name: constant for constant in inner.co_consts if isinstance(constant, types.CodeType)}

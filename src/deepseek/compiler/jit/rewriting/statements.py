@@ -52,7 +52,8 @@ Native = ast.If | ast.With | ast.Try | ast.Match
 def transform(
     tree: ast.FunctionDef, context: Context, name: str, level: int = 0, *, is_outermost: bool = True
 ) -> ast.FunctionDef:
-    """The definition with operators `_ds{level}` in scope; only the outermost takes them as its first parameter."""
+    """Return the definition with operators `_ds{level}` in scope; only the outermost takes them as its first
+    parameter."""
     body, facts = lower(name_writes(tree), f"{name} in {context.file}")
     scope = find_scope(tree, body)
     position = Position(context, scope, level, frozenset(scope.parameters), is_outermost)
@@ -65,7 +66,7 @@ def transform(
 
 
 def find_scope(tree: ast.FunctionDef, body: list[ast.stmt]) -> Scope:
-    """The variables of a function, by what may happen to them."""
+    """Return the variables of a function, by what may happen to them."""
     outside: dict[str, Outside] = {}
     for kind in (ast.Global, ast.Nonlocal):
         outside |= dict.fromkeys(declared(body, kind), kind)
@@ -78,7 +79,7 @@ def find_scope(tree: ast.FunctionDef, body: list[ast.stmt]) -> Scope:
 
 @dataclass(frozen=True)
 class Part:
-    """What goes in and out of the function of a branch or an iteration."""
+    """The function of a branch or an iteration, with the variables that go in and out."""
 
     kind: str
     node: ast.stmt
@@ -101,7 +102,7 @@ class Statements:
         return self.facts.get(node, NOTHING)
 
     def block(self, statements: list[ast.stmt], flow: Flow, position: Position) -> list[ast.stmt]:
-        """The statements transformed."""
+        """Return the statements transformed."""
         result: list[ast.stmt] = []
         scope = position.scope
         for index, statement in enumerate(statements):
@@ -158,7 +159,7 @@ class Statements:
         return self._native(node, flow, position)
 
     def _native(self, node: Native, flow: Flow, position: Position) -> list[ast.stmt]:
-        """A statement that stays Python, with what is inside transformed."""
+        """Return a statement that stays Python, with what is inside transformed."""
         items = node.items if isinstance(node, ast.With) else []
         for item in items:
             item.context_expr = Expressions(position).visit(item.context_expr)
@@ -270,7 +271,7 @@ class Statements:
         return [body, _bind(carried, made, node)]
 
     def _part(self, part: Part, position: Position) -> ast.FunctionDef:
-        """The function of one branch or iteration."""
+        """Return the function of one branch or iteration."""
         function = _define(part.kind, part.node, part.ins, position)
         function.body = _declare_outside(part.statements, position.scope)
         known = position.known - (part.bound - frozenset(part.ins))  # what is written first in here has no value before
@@ -358,12 +359,12 @@ def _undefined(name: str, position: Position, where: ast.AST) -> ast.stmt:
 
 
 def _bound_in(statements: list[ast.stmt], scope: Scope) -> Names:
-    """The local variables that statements write."""
+    """Return the local variables that statements write."""
     return writes(statements) & scope.locals - scope.shared
 
 
 def _define(kind: str, node: ast.stmt, names: Sequence[str], position: Position) -> ast.FunctionDef:
-    """An empty function for a part of the user's function, one level deeper."""
+    """Return an empty function for a part of the user's function, one level deeper."""
     position.scope.num_parts += 1
     arguments = ast.arguments(
         posonlyargs=[],

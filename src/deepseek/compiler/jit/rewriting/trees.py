@@ -19,7 +19,7 @@ def constant(value: str | int | float | bool | tuple[str, ...] | None) -> ast.Co
 
 
 def function_of(name: str, arguments: ast.arguments, body: list[ast.stmt]) -> ast.FunctionDef:
-    """A definition; Python 3.12 and later want its type parameters named."""
+    """Return a definition; Python 3.12 and later want its type parameters named."""
     fields: dict[str, Any] = {"name": name, "args": arguments, "body": body, "decorator_list": []}
     return ast.FunctionDef(**_with_type_parameters(ast.FunctionDef, fields))
 
@@ -72,5 +72,5 @@ def thunk(body: ast.expr) -> ast.Lambda:
 
 
 def keyword_of(name: str | None, value: ast.expr) -> ast.keyword:
-    """An argument by name; without a name, a mapping of them."""
+    """Return an argument by name; without a name, a mapping of them."""
     return ast.keyword(arg=name, value=value)

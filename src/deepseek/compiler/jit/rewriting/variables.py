@@ -18,7 +18,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def reads(node: ast.AST | None) -> Names:
-    """Names that `node` loads, those inside nested functions and comprehensions included."""
+    """Return the names that `node` loads, those inside nested functions and comprehensions included."""
     if node is None:
         return NONE
     return frozenset(
@@ -27,7 +27,7 @@ def reads(node: ast.AST | None) -> Names:
 
 
 def writes(nodes: ast.AST | Iterable[ast.AST]) -> Names:
-    """Names that `nodes` bind in their own scope."""
+    """Return the names that `nodes` bind in their own scope."""
     found: set[str] = set()
     for node in walk_scope(nodes):
         if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
@@ -59,7 +59,7 @@ def walk_scope(nodes: ast.AST | Iterable[ast.AST]) -> Iterator[ast.AST]:
 
 
 def captured(nodes: ast.AST | Iterable[ast.AST]) -> Names:
-    """Names that functions defined among `nodes` read from around them."""
+    """Return the names that functions defined among `nodes` read from around them."""
     found: set[str] = set()
     for node in walk_scope(nodes):
         if isinstance(node, SCOPES):
@@ -68,12 +68,13 @@ def captured(nodes: ast.AST | Iterable[ast.AST]) -> Names:
 
 
 def declared(nodes: Iterable[ast.AST], kind: type[ast.Global] | type[ast.Nonlocal]) -> Names:
-    """Names that a `global` or `nonlocal` statement of this scope declares."""
+    """Return the names that a `global` or `nonlocal` statement of this scope declares."""
     return frozenset(name for node in walk_scope(nodes) if isinstance(node, kind) for name in node.names)
 
 
 def live_before(statements: list[ast.stmt], after: Names, head: Names = NONE, end: Names = NONE) -> Names:
-    """Names that may be read before they are written, from the start of `statements` on; `after` is read afterwards.
+    """Return the names that may be read before they are written, from the start of `statements` on; `after` is read
+    afterwards.
 
     `head` and `end` are what is read after a native `continue` and `break`.
     """
@@ -130,7 +131,7 @@ def _live_before_loop(head_reads: Names, bound: Names, body: list[ast.stmt], lea
 
 
 def surely_written(statements: list[ast.stmt]) -> Names:
-    """Names that are bound on every way through `statements` to their end."""
+    """Return the names that are bound on every way through `statements` to their end."""
     found: set[str] = set()
     for statement in statements:
         match statement:
@@ -156,7 +157,7 @@ def _common(body: list[ast.stmt], orelse: list[ast.stmt]) -> Names:
 
 
 def never_ends(statements: list[ast.stmt]) -> bool:
-    """Whether the end of `statements` cannot be reached."""
+    """Return whether the end of `statements` cannot be reached."""
     for statement in statements:
         if isinstance(statement, (ast.Return, ast.Raise, ast.Break, ast.Continue)):
             return True

@@ -23,14 +23,15 @@ CHANGE = f"{INTERNAL}change"
 
 
 def parameters_of(tree: ast.FunctionDef) -> tuple[str, ...]:
-    """The names of a function's parameters, the starred ones last."""
+    """Return the names of a function's parameters, the starred ones last."""
     arguments = tree.args
     every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
     return tuple(argument.arg for argument in every if argument is not None)
 
 
 def name_writes(tree: ast.FunctionDef) -> list[ast.stmt]:
-    """The function's statements with every write into a local variable's value as an assignment to the variable."""
+    """Return the function's statements with every write into a local variable's value as an assignment to the
+    variable."""
     elsewhere = declared(tree.body, ast.Global) | declared(tree.body, ast.Nonlocal) | captured(tree.body)
     names = (writes(tree.body) | frozenset(parameters_of(tree))) - elsewhere
     return [_NameWrites(names).visit(statement) for statement in tree.body]
@@ -74,12 +75,12 @@ class _NameWrites(ast.NodeTransformer):
 
 
 def is_special(node: ast.FunctionDef) -> bool:
-    """Whether it is a generator, which stays as it is."""
+    """Return whether it is a generator, which stays as it is."""
     return any(isinstance(inner, (ast.Yield, ast.YieldFrom, ast.Await)) for inner in walk_scope(node.body))
 
 
 def is_plain_counter(node: ast.For) -> bool:
-    """Whether the loop's variable is only calculated with, so that it may as well be one of the graph."""
+    """Return whether the loop's variable is only calculated with, so that it may as well be one of the graph."""
     if not isinstance(node.target, ast.Name):
         return False
     name = node.target.id
@@ -94,7 +95,7 @@ def is_plain_counter(node: ast.For) -> bool:
 
 
 def root_of(node: ast.AST) -> str:
-    """The name at the left end of `a.b[c].d`, or nothing."""
+    """Return the name at the left end of `a.b[c].d`, or nothing."""
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call, ast.Starred)):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else ""

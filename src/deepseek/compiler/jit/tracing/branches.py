@@ -59,5 +59,5 @@ class Branches(ConditionOperators):
 
 
 def sample_of(leaf: Leaf) -> Tensor:
-    """A tensor like the one that a branch gives, where only its structure is looked at."""
+    """Return a tensor like the one that a branch gives, where only its structure is looked at."""
     return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)

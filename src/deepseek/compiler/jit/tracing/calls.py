@@ -21,7 +21,7 @@ Maker = Callable[[types.FunctionType], bool]
 
 
 class Rewritable:
-    """What stands for a Python function, such as what `jit` returns; `owner` is its first argument, if any."""
+    """An object that wraps a Python function, such as a jitted one; `owner` is its first argument, if any."""
 
     function: types.FunctionType
     owner: Any
@@ -43,7 +43,7 @@ class Calls(ConditionOperators):
     inner: Calls  # the operators of the functions that it calls
 
     def give(self, value: Any) -> Any:
-        """The result of a function."""
+        """Return the result of a function."""
         return publish(value) if self.is_entry else value
 
     def mark(self, function: Any) -> Any:
@@ -69,7 +69,7 @@ class Calls(ConditionOperators):
         return getattr(above, name)
 
     def call(self, function: Any) -> Any:  # noqa: PLR0911 - a table
-        """What to call instead of `function`: its rewritten counterpart if it is the user's own code, else itself."""
+        """Return the rewritten counterpart of `function` if it is the user's own code, else `function` itself."""
         if isinstance(function, types.MethodType):
             counterpart = self._find(function.__func__)
             if counterpart is None:
@@ -104,20 +104,20 @@ class Calls(ConditionOperators):
 
 
 def find_forward(module: nn.Module) -> Any:
-    """The function that a call of `module` runs."""
+    """Return the function that a call of `module` runs."""
     forward = type(module).forward
     return forward.function if isinstance(forward, Rewritable) else forward
 
 
 def is_library(name: str | None) -> bool:
-    """Whether a module of this name is a library's and stays as it is: torch's own code needs no rewriting."""
+    """Return whether a module of this name is a library's and stays as it is: torch's own code needs no rewriting."""
     if name is None:
         return True
     return name.partition(".")[0] in LIBRARIES or name.startswith("deepseek.compiler")
 
 
 def find_counterpart(function: Any, make_counterpart: Maker) -> Any:
-    """The rewritten counterpart of `function`, made the first time; none where it cannot be rewritten."""
+    """Return the rewritten counterpart of `function`, made the first time; none where it cannot be rewritten."""
     if hasattr(function, "__ds__"):
         known = function.__ds__
         if known is True:

@@ -26,7 +26,7 @@ MAX_DEPTH = len(DEPTHS) - 1  # tensor conditions inside one another
 
 
 class ConditionOperators:
-    """What stands at one depth of tensor conditions, for real or only to look.
+    """The operators at one depth of tensor conditions, for real or only to look.
 
     Depths are letters: the tracer may take a number that it meets with two values for a variable one.
     """
@@ -39,7 +39,7 @@ class ConditionOperators:
         self.building: Self | None = None
 
     def deeper(self, site: Site, *, is_probing: bool) -> Self:
-        """The operators inside one more tensor condition."""
+        """Return the operators inside one more tensor condition."""
         found = self.probing if is_probing else self.building
         if found is None:
             refuse(
@@ -53,7 +53,7 @@ class ConditionOperators:
         return found
 
     def as_condition(self, value: Any, site: Site) -> Tensor:
-        """A tensor's truth as a boolean tensor without dimensions; as in Python, it must have one element."""
+        """Return a tensor's truth as a boolean tensor without dimensions; as in Python, it must have one element."""
         tensor: Tensor = value.tensor if isinstance(value, Number) else value
         if tensor.numel() != 1:
             refuse(
@@ -102,7 +102,7 @@ class ConditionOperators:
         return self.and_(left, lambda: right, site)
 
     def test(self, value: Any, site: Site) -> Any:
-        """The condition of a statement that stays Python; a traced tensor is refused there."""
+        """Return the condition of a statement that stays Python; a traced tensor is refused there."""
         if is_traced(value) and not site.is_native:
             refuse(
                 site.key,

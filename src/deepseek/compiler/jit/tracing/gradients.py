@@ -69,7 +69,8 @@ def _pack(value: Tensor) -> Tensor:
 
 
 def _unpack(value: Tensor, dtype: torch.dtype, num_leaves: int) -> Tensor:
-    """A branch's result again; of several, each is multiplied by one, so that no two gradients coming back are one."""
+    """Return a branch's result again; of several, each is multiplied by one, so that no two gradients coming back are
+    one."""
     if dtype.is_floating_point or dtype.is_complex:
         return value * 1 if num_leaves > 1 else value
     if dtype == torch.bool:
@@ -78,7 +79,7 @@ def _unpack(value: Tensor, dtype: torch.dtype, num_leaves: int) -> Tensor:
 
 
 def steady(values: Any) -> list[Any]:
-    """The values with tensors whose gradients come back dense.
+    """Return the values with tensors whose gradients come back dense.
 
     The branches of a backward `torch.cond` must agree in memory layout, and the gradient of a sum has strides of zero
     where that of an unused input has not. A multiplication by one changes no number and makes a dense gradient.
@@ -89,18 +90,19 @@ def steady(values: Any) -> list[Any]:
 
 
 def unalias(value: Any) -> Any:
-    """A value that shares memory with no other: `torch.cond` takes no two views of one tensor in training."""
+    """Return a value that shares memory with no other: `torch.cond` takes no two views of one tensor in training."""
     is_view = isinstance(value, Tensor) and torch.is_grad_enabled() and value._base is not None
     return value.clone() if is_view else value
 
 
 def _may_require_grad(value: Tensor) -> bool:
-    """Whether gradients may flow into it; an exported graph may later be given other inputs than it was traced with."""
+    """Return whether gradients may flow into it; an exported graph may later be given other inputs than it was traced
+    with."""
     return value.is_floating_point() and (value.requires_grad or torch.compiler.is_exporting())
 
 
 def all_require_grad(leaves: tuple[Tensor, ...]) -> bool:
-    """Whether every variable of a loop is known to carry gradients before its first iteration.
+    """Return whether every variable of a loop is known to carry gradients before its first iteration.
 
     The backward of `while_loop` in torch 2.13 drops the gradients that flow through a variable whose first value needs
     none, such as a sum that starts at zero; after one iteration as a condition, every variable needs them.

@@ -11,12 +11,12 @@ from deepseek.compiler.jit.tracing.merging import is_traced
 
 
 def is_index(value: Tensor) -> bool:
-    """Whether it is one whole number."""
+    """Return whether it is one whole number."""
     return value.dim() == 0 and not value.is_floating_point() and value.dtype != torch.bool
 
 
 def is_plain_index(index: tuple[Any, ...]) -> bool:
-    """Whether it consists of whole numbers and full slices, and one of the numbers is a traced tensor."""
+    """Return whether it consists of whole numbers and full slices, and one of the numbers is a traced tensor."""
     if not any(is_traced(part) for part in index):
         return False
     for part in index:

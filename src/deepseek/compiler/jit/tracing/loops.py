@@ -60,7 +60,7 @@ class Loop:
         self.site = site
 
     def with_counter(self, test: Part, iterate: Part, extras: Sequence[Any] = ()) -> Loop:
-        """The loop with a counter as its first variable."""
+        """Return the loop with a counter as its first variable."""
         stop = None if self.stop is None else self.stop + 1
         return Loop(test, iterate, (*self.extras, *extras), (f"{INTERNAL}counter", *self.names), stop, self.site)
 
@@ -175,7 +175,7 @@ class Loops(Branches):
         return self.cond(ended, skip, iterate, (*values, *loop.extras), loop.site)
 
     def _count(self, items: TensorRange, values: Sequence[Any], loop: Loop) -> Any:
-        """A counted loop as a `while` with the counter as its first variable."""
+        """Return a counted loop as a `while` with the counter as its first variable."""
 
         def test(_: Loops, counter: Any, *__: Any) -> Any:
             if isinstance(items.step, PYTHON_NUMBERS):
@@ -201,7 +201,7 @@ class Loops(Branches):
         return self._run(loop.with_counter(test, iterate, extras=(rows,)), (start, *values))[1:]
 
     def iterate(self, items: Any, site: Site) -> Any:
-        """What a loop that stays Python walks over."""
+        """Return the items of a loop that stays Python; a range of tensors is refused."""
         if isinstance(items, TensorRange):
             refuse(site.key, self.depth, "a range of tensors is walked in a loop that cannot become a graph", HINT)
         return items
@@ -217,5 +217,5 @@ class Loops(Branches):
 
 
 def _never(*_: Any) -> bool:
-    """The test of a loop over items, which has none."""
+    """Return the test of a loop over items, which has none."""
     return False

@@ -84,7 +84,7 @@ Form = Leaf | Constant | Node
 
 
 def is_traced(value: Any) -> bool:
-    """Whether `value` is a tensor or number that is not known yet, because a graph is being made."""
+    """Return whether `value` is a tensor or number that is not known yet, because a graph is being made."""
     return isinstance(value, (Tensor, Number)) and torch.compiler.is_compiling()
 
 
@@ -98,13 +98,13 @@ class Merger:
         self.results: Any = None  # of both sides
 
     def merge_variables(self, first: Sequence[Any], second: Sequence[Any], names: tuple[str, ...]) -> Node:
-        """The form of all variables."""
+        """Return the form of all variables."""
         self.results = (first, second)
         forms = [self.merge(first[index], second[index], names[index]) for index in range(len(names))]
         return Node(tuple, None, forms)
 
     def merge(self, first: Any, second: Any, name: str) -> Form:  # noqa: PLR0911 - a table
-        """The form that both values can take; refuses with the variable's `name` where there is none."""
+        """Return the form that both values can take; refuses with the variable's `name` where there is none."""
         if not isinstance(first, tuple) and first is second:
             return Constant(first)  # neither side touches it
         if first is UNDEFINED or second is UNDEFINED:
@@ -132,7 +132,7 @@ class Merger:
         return self.fill(known)
 
     def fill(self, known: Any) -> Form:
-        """The form of a value whose other side is empty: every number in it becomes a tensor."""
+        """Return the form of a value whose other side is empty: every number in it becomes a tensor."""
         if isinstance(known, Number) or is_number(known):
             return Leaf(number_dtype(known), (), self.device, is_contiguous=True, is_number=True)
         if isinstance(known, Tensor):
@@ -220,7 +220,7 @@ class Merger:
 
 
 def _with_number(dtype: torch.dtype, number: Any) -> torch.dtype:
-    """The type of a tensor's values beside a Python number, as in `tensor + number`."""
+    """Return the type of a tensor's values beside a Python number, as in `tensor + number`."""
     kind = number_dtype(number)
     if kind == torch.float64 and not (dtype.is_floating_point or dtype.is_complex):
         return torch.get_default_dtype()
@@ -228,12 +228,12 @@ def _with_number(dtype: torch.dtype, number: Any) -> torch.dtype:
 
 
 def is_dataclass(value: Any) -> bool:
-    """Whether it is an object of a dataclass, such as the outputs of transformers."""
+    """Return whether it is an object of a dataclass, such as the outputs of transformers."""
     return hasattr(type(value), "__dataclass_fields__")
 
 
 def has_children(value: Any) -> bool:
-    """Whether it is a container that a graph can take apart and put together again."""
+    """Return whether it is a container that a graph can take apart and put together again."""
     kind = type(value)
     if kind in (tuple, list, dict, collections.OrderedDict):
         return True
@@ -241,7 +241,7 @@ def has_children(value: Any) -> bool:
 
 
 def keys_of(value: Any) -> list[Any] | None:
-    """The keys of a container's children; none where they are counted."""
+    """Return the keys of a container's children; none where they are counted."""
     if isinstance(value, dict):
         return list(value.keys())
     if is_dataclass(value):
@@ -250,7 +250,7 @@ def keys_of(value: Any) -> list[Any] | None:
 
 
 def children_of(value: Any, keys: list[Any] | None) -> list[Any]:
-    """A container's children in order."""
+    """Return a container's children in order."""
     if keys is None:
         return list(value)
     if isinstance(value, dict):
@@ -259,7 +259,7 @@ def children_of(value: Any, keys: list[Any] | None) -> list[Any]:
 
 
 def describe(value: Any) -> str:
-    """A value in a few words, for messages."""
+    """Return a value in a few words, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {[int(size) for size in value.shape]} and {value.dtype}"
     if isinstance(value, Number):
@@ -272,7 +272,8 @@ def describe(value: Any) -> str:
 
 
 def flatten(form: Form, value: Any) -> list[Tensor]:
-    """The tensors of `value` in the order of `form`, each fresh: nothing that goes in may come out of a branch."""
+    """Return the tensors of `value` in the order of `form`, each fresh: nothing that goes in may come out of a
+    branch."""
     if isinstance(form, Constant):
         return []
     if isinstance(form, Leaf):
@@ -296,7 +297,7 @@ def _fresh(form: Leaf, value: Any) -> Tensor:
 
 
 def rebuild(form: Form, leaves: list[Tensor]) -> Any:  # noqa: PLR0911 - a table
-    """The Python value of `form` whose tensors are taken from the front of `leaves`."""
+    """Return the Python value of `form` whose tensors are taken from the front of `leaves`."""
     if isinstance(form, Constant):
         return form.value
     if isinstance(form, Leaf):
@@ -317,14 +318,14 @@ def rebuild(form: Form, leaves: list[Tensor]) -> Any:  # noqa: PLR0911 - a table
 
 
 def has_leaves(form: Form) -> bool:
-    """Whether any tensor is in it."""
+    """Return whether any tensor is in it."""
     if isinstance(form, Node):
         return any(has_leaves(child) for child in form.children)
     return isinstance(form, Leaf)
 
 
 def leaves_of(form: Form) -> list[Leaf]:
-    """The tensors of a form, in order."""
+    """Return the tensors of a form, in order."""
     if isinstance(form, Leaf):
         return [form]
     children: list[Form] = form.children if isinstance(form, Node) else []

@@ -28,7 +28,8 @@ class Operators(Calls, Loops, Values):
 
 
 def make_operators(make_counterpart: Maker) -> Operators:
-    """The operators of the function that the user calls, with those of the functions it calls and all deeper ones."""
+    """Return the operators of the function that the user calls, with those of the functions it calls and all deeper
+    ones."""
     probing, building = None, None
     for depth in reversed(DEPTHS):
         pair = [Operators(depth, make_counterpart, is_probing=is_probing) for is_probing in (True, False)]

@@ -29,7 +29,7 @@ Part = Callable[..., Any]
 
 
 def probe_branches(then: Part, other: Part, operators: Any, values: Sequence[Any], merger: Merger) -> Form:
-    """The form of what two branches give."""
+    """Return the form of what two branches give."""
     site = merger.site
     first = PROBE(then, site.key, operators.depth, operators, *values)
     second = PROBE(other, site.key, operators.depth, operators, *values)
@@ -47,7 +47,7 @@ def converge(
     names: tuple[str, ...],
     merger: Merger,
 ) -> Node:
-    """The form of a loop's variables `names` that an iteration does not change any more."""
+    """Return the form of a loop's variables `names` that an iteration does not change any more."""
     site = merger.site
     form = merger.merge_variables(values, values, names)
     num_writes = count_writes()
@@ -85,12 +85,12 @@ def converge(
 
 
 def _is_shared(form: Form) -> bool:
-    """Whether Python would give a tensor of it that shares its memory with another."""
+    """Return whether Python would give a tensor of it that shares its memory with another."""
     return any(len(leaf.sources) > 0 for leaf in leaves_of(form))
 
 
 def _distinct(value: Any, form: Form) -> Any:
-    """A value that is another object where the loop is known to change its variable."""
+    """Return a value that is another object where the loop is known to change its variable."""
     return rebuild(form, flatten(form, value)) if has_leaves(form) and value is not UNDEFINED else value
 
 

@@ -188,12 +188,12 @@ class Number:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a Python number, known or computed by the graph."""
+    """Return whether it is a Python number, known or computed by the graph."""
     return isinstance(value, (*PYTHON_NUMBERS, Number))
 
 
 def number_dtype(value: Any) -> torch.dtype:
-    """The type in which a graph holds a Python number: float64 has all its digits."""
+    """Return the type in which a graph holds a Python number: float64 has all its digits."""
     if isinstance(value, Number):
         return value.tensor.dtype
     if isinstance(value, bool):
@@ -202,7 +202,7 @@ def number_dtype(value: Any) -> torch.dtype:
 
 
 def as_number(tensor: Tensor) -> Number:
-    """The Python number that a tensor of one element holds, as `tensor.item()` gives it."""
+    """Return the Python number that a tensor of one element holds, as `tensor.item()` gives it."""
     tensor = tensor.detach().reshape(())
     if tensor.dtype == torch.bool:
         return Number(tensor)
@@ -210,14 +210,14 @@ def as_number(tensor: Tensor) -> Number:
 
 
 def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a tensor without dimensions."""
+    """Return a number as a tensor without dimensions."""
     if isinstance(value, Number):
         return value.tensor.to(dtype)
     return torch.full((), value, dtype=dtype, device=device)
 
 
 def beside(number: Number, tensors: Sequence[Tensor]) -> Tensor:
-    """A number as the tensor that behaves beside these tensors like the Python number.
+    """Return a number as the tensor that behaves beside these tensors like the Python number.
 
     Beside a tensor with dimensions of the same kind (whole or floating) torch ignores the type of one without. Beside
     a tensor without dimensions it takes that one's type, and of a kind that no tensor has, torch's default type.
@@ -265,7 +265,7 @@ def compare(operation: Operation, left: Number, right: Any) -> Any:
 
 
 def find_tensors(values: Any) -> list[Tensor]:
-    """The tensors among arguments, also inside lists and tuples."""
+    """Return the tensors among arguments, also inside lists and tuples."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -276,7 +276,7 @@ def find_tensors(values: Any) -> list[Tensor]:
 
 
 def lower_numbers(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """An argument with tensors in place of its numbers."""
+    """Return an argument with tensors in place of its numbers."""
     if isinstance(value, Number):
         return beside(value, tensors)
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
@@ -285,7 +285,7 @@ def lower_numbers(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def publish(value: Any) -> Any:
-    """A result for the caller: numbers that the graph computes leave it as tensors without dimensions."""
+    """Return a result for the caller: numbers that the graph computes leave it as tensors without dimensions."""
     if isinstance(value, Number):
         return value.tensor
     if not _holds_number(value):
@@ -331,12 +331,12 @@ def _tensor_of(value: Any) -> Any:
 
 
 def _convert(value: Any, *, is_real: bool) -> Any:
-    """A number as an operand: of floats where one is among the operands, otherwise of whole numbers."""
+    """Return a number as an operand: of floats where one is among the operands, otherwise of whole numbers."""
     if isinstance(value, Number):
         return value.tensor.to(torch.float64) if is_real else _widen(value.tensor)
     return float(value) if is_real else int(value)
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    """A bool as the whole number that it is in Python's arithmetic."""
+    """Return a bool as the whole number that it is in Python's arithmetic."""
     return tensor.to(torch.int64) if tensor.dtype == torch.bool else tensor

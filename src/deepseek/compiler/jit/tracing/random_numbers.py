@@ -110,7 +110,7 @@ IN_PLACE = {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cau
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
+    """Return whether a node draws random numbers."""
     if node.op == "call_method":
         return node.target in METHODS | IN_PLACE
     if node.op != "call_function":
@@ -122,7 +122,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _is_off(node: fx.Node) -> bool:
-    """Whether a dropout is not in training."""
+    """Return whether a dropout is not in training."""
     if "dropout" not in getattr(node.target, "__name__", ""):
         return False
     return not node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
@@ -145,7 +145,7 @@ def seed_branches_(graph_module: fx.GraphModule) -> int:
 
 
 def has_control_flow(graph_module: fx.GraphModule) -> bool:
-    """Whether a graph has branches or loops."""
+    """Return whether a graph has branches or loops."""
     return any(_is_control_flow(node) for node in graph_module.graph.nodes)
 
 

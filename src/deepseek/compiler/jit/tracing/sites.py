@@ -75,7 +75,7 @@ class Site:
 
 @dataclass
 class Trace:
-    """What the operators did while functions were traced: the sites that became graph control flow, and the breaks."""
+    """A record of tracing: the sites that became graph control flow, and the breaks."""
 
     rewritten: list[Site] = field(default_factory=list)
     breaks: list[tuple[Site, str]] = field(default_factory=list)
@@ -89,7 +89,7 @@ _AROUND: dict[str, Site] = {}  # depth -> what was entered there last
 
 
 def line_at(place: str) -> str:
-    """The text of the line at `file:line`."""
+    """Return the text of the line at `file:line`."""
     file, _, line = place.rpartition(":")
     return linecache.getline(file, int(line)).strip()
 
@@ -140,18 +140,18 @@ def note_write(name: str) -> bool:
 
 @runs_while_tracing
 def has_written(names: tuple[str, ...], since: str) -> bool:
-    """Whether one of these variables was changed on a copy since there were so many changes."""
+    """Return whether one of these variables was changed on a copy since there were so many changes."""
     return any(name in names for name in _WRITES[int(since) :])
 
 
 @runs_while_tracing
 def count_writes() -> str:
-    """How many changes were made on copies so far, as a text."""
+    """Return how many changes were made on copies so far, as a text."""
     return str(len(_WRITES))
 
 
 def _around(depth: str) -> list[Site]:
-    """The sites that were entered down to a depth, the outermost first."""
+    """Return the sites that were entered down to a depth, the outermost first."""
     return [_AROUND[entered] for entered in sorted(_AROUND) if entered <= depth]
 
 
@@ -165,7 +165,7 @@ def refuse(key: str, depth: str | None, seen: str, hint: str) -> bool:
 
 
 def make_refusal(key: str, depth: str | None, seen: str, hint: str, place: str = "") -> ControlFlowError:
-    """The error for the site `key`, or for another `place` (file and line) inside of it."""
+    """Return the error for the site `key`, or for another `place` (file and line) inside of it."""
     site = SITES[key]
     if depth is None:
         depth = max((entered for entered, around in _AROUND.items() if around is site), default="")
@@ -175,7 +175,7 @@ def make_refusal(key: str, depth: str | None, seen: str, hint: str, place: str =
 
 
 def find_refusal(error: BaseException | None) -> ControlFlowError | None:
-    """The refusal that a tracer wrapped into an error of its own, if there is one."""
+    """Return the refusal that a tracer wrapped into an error of its own, if there is one."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -186,6 +186,6 @@ def find_refusal(error: BaseException | None) -> ControlFlowError | None:
 
 
 def last_own_frame(stack: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
-    """The innermost frame of a stack that is neither torch's nor of these files."""
+    """Return the innermost frame of a stack that is neither torch's nor of these files."""
     own = [frame for frame in stack if not frame.filename.startswith(OWN_FILES) and "/torch/" not in frame.filename]
     return own[-1] if own else None

@@ -142,7 +142,8 @@ class ProbeVariable(TorchHigherOrderOperatorVariable):
         return found
 
     def _close(self, tx: Any, tracer: Any, found: VariableTracker) -> list[Any]:
-        """The tensors and symbols that the branch made, as outputs of its graph, where operators will ask for them."""
+        """Return the tensors and symbols that the branch made, as outputs of its graph, where operators will ask for
+        them."""
         made: list[Any] = []
 
         def look(variable: VariableTracker) -> None:
@@ -272,7 +273,7 @@ def erase_probes_(graph_module: fx.GraphModule) -> None:
 
 
 def _expression_of(node: fx.Node) -> object:
-    """The expression that a node's value is known to have, if it is a symbol of shapes."""
+    """Return the expression that a node's value is known to have, if it is a symbol of shapes."""
     example = node.meta.get("example_value")
     return example.node.expr if isinstance(example, torch.SymInt) else None
 
@@ -298,7 +299,7 @@ def explain_failure(error: Exception, key: str, depth: str) -> ControlFlowError:
 
 
 def find_write(graph: fx.Graph) -> str:
-    """The line of the last operator in a graph that writes into memory."""
+    """Return the line of the last operator in a graph that writes into memory."""
     for node in reversed(list(graph.nodes)):
         is_method = node.op == "call_method" and str(node.target).endswith("_")
         if is_method or (node.op == "call_function" and _writes(node.target)):
@@ -354,11 +355,11 @@ class Target:
         self.storage = _storage_of(_example_of(value))
 
     def is_any(self, examples: Iterable[Any]) -> bool:
-        """Whether one of these tensors has the same memory."""
+        """Return whether one of these tensors has the same memory."""
         return self.storage is not None and any(_storage_of(example) == self.storage for example in examples)
 
     def is_in(self, held: Any, side_effects: Any) -> bool:
-        """Whether it can be reached from a variable."""
+        """Return whether it can be reached from a variable."""
         found: list[VariableTracker] = []
 
         def look(variable: VariableTracker) -> None:

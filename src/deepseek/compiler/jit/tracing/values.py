@@ -33,7 +33,7 @@ OUTSIDE_OF_FUNCTION = "what is outside of the function"
 
 
 class Values(ConditionOperators):
-    """What becomes of values."""
+    """Operators on values: numbers, tensors and containers."""
 
     # ---- values that Python would take out of a tensor
 
@@ -138,7 +138,7 @@ class Values(ConditionOperators):
         return in_place(value, other)
 
     def _own(self, value: Any, name: str, site: Site) -> Any:
-        """What a change of the variable `name` may be made on: the value, or its copy inside of a tensor condition."""
+        """Return the object that a change of `name` may modify: the value, or its copy in a tensor condition."""
         if self.depth == OUTSIDE or not torch.compiler.is_compiling():
             return value  # Python makes the change
         if not isinstance(value, Tensor) and type(value) not in CONTAINERS:
@@ -157,18 +157,18 @@ class Values(ConditionOperators):
         return value.clone() if isinstance(value, Tensor) else copy_container(value)
 
     def check(self, value: Any, name: str) -> Any:
-        """A variable that may have no value yet."""
+        """Check a variable that may have no value yet."""
         if value is UNDEFINED:
             raise UnboundLocalError(f"cannot access local variable '{name}' where it is not associated with a value")
         return value
 
     def method(self, value: Any, name: str) -> Any:
-        """The method to call; a mixin beside this one rewrites it."""
+        """Return the method to call; a mixin beside this one rewrites it."""
         return getattr(value, name)
 
 
 def copy_container(value: Any) -> Any:
-    """A container of the same class with the same items; by constructors, which the tracer follows."""
+    """Return a container of the same class with the same items; by constructors, which the tracer follows."""
     if type(value) is list:
         return list(value)
     if type(value) is dict:
@@ -181,7 +181,7 @@ def copy_container(value: Any) -> Any:
 
 
 def _lower_index(index: Any) -> Any:
-    """An index with tensors in place of numbers of the graph."""
+    """Return an index with tensors in place of numbers of the graph."""
     if isinstance(index, Number):
         return index.tensor if torch.compiler.is_compiling() else index.__index__()
     if isinstance(index, tuple):

@@ -78,7 +78,7 @@ def match_linear_batch_norm(node: Node, graph: Rewriting) -> Match:
 
 
 def fold_convolution(convolution: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of the convolution that normalizes as well."""
+    """Return the weight and bias, in float64, of the convolution that normalizes as well."""
     weight = to_float64(convolution.weight)
     if convolution.is_transposed:
         inputs, outputs, *kernel = weight.shape
@@ -91,7 +91,7 @@ def fold_convolution(convolution: Convolution, norm: BatchNorm) -> tuple[Tensor,
 
 
 def fold_linear(linear: LinearMap, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of the linear layer that normalizes as well."""
+    """Return the weight and bias, in float64, of the linear layer that normalizes as well."""
     return to_float64(linear.weight) * norm.scale[:, None], _fold_bias(linear.bias, norm)
 
 

@@ -29,7 +29,7 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class Equivalence:
-    """What was found, relative to the largest value of the reference."""
+    """Measured errors, relative to the largest value of the reference."""
 
     error: float
     """Of the new nodes as they run."""
@@ -40,7 +40,7 @@ class Equivalence:
 
     @property
     def is_right(self) -> bool:
-        """Whether both errors are numbers within the bound."""
+        """Return whether both errors are numbers within the bound."""
         return self.error <= self.bound and (self.weight_error is None or self.weight_error <= self.bound)
 
 
@@ -87,7 +87,7 @@ def _draw_sample(candidate: ProposedRewrite, graph: Rewriting) -> dict[Node, Ten
 def _run(
     nodes: Iterable[Node], sample: dict[Node, Tensor], graph: Rewriting, results: Sequence[Node], *, is_exact: bool
 ) -> list[Tensor]:
-    """Values of `results` after `nodes`, in float64 where `is_exact`."""
+    """Return the values of `results` after `nodes`, in float64 where `is_exact`."""
     known: dict[Node, Any] = {}
     for node, value in sample.items():
         known[node] = to_float64(value) if is_exact else value.clone()
@@ -111,7 +111,7 @@ def _run(
 
 
 def _error(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest deviation relative to the largest expected value; infinite where something is not a number."""
+    """Return the largest deviation relative to the largest expected value; infinite where something is not a number."""
     worst = 0.0
     for value, wanted in zip(values, expected, strict=True):
         difference = (to_float64(value) - wanted).abs().max() / wanted.abs().max().clamp(min=torch.finfo().tiny)

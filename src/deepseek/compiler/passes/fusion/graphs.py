@@ -45,11 +45,11 @@ class Rewriting:
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph itself."""
+        """Return the graph itself."""
         return self.graph_module.graph
 
     def constant(self, node: Any) -> Tensor | None:
-        """The tensor that `node` always stands for; `None` where it is computed, or written to."""
+        """Return the tensor that `node` always stands for; `None` where it is computed, or written to."""
         if node in self.bound:
             return self.bound[node]
         if not isinstance(node, Node) or node.op != "get_attr":
@@ -60,15 +60,15 @@ class Rewriting:
         return value.detach()
 
     def storages(self, node: Node) -> set[int]:
-        """What tells the memory of a node's value from that of others."""
+        """Return keys of the storages that hold a node's value."""
         return {key for tensor in tensors_in(self.values.get(node)) if (key := _storage_of(tensor)) is not None}
 
     def shape(self, node: Node) -> tuple[int, ...]:
-        """Shape of the value of `node` on the example inputs."""
+        """Return the shape of the value of `node` on the example inputs."""
         return tuple(self.values[node].shape)
 
     def add_constant(self, value: Tensor, name: str) -> Node:
-        """A node for `value`, which becomes a buffer of the graph's module."""
+        """Return a node for `value`, which becomes a buffer of the graph's module."""
         while hasattr(self.graph_module, f"fused_{name}_{self._num_constants}"):
             self._num_constants += 1
         target = f"fused_{name}_{self._num_constants}"
@@ -76,7 +76,7 @@ class Rewriting:
         return self._add(self.graph.get_attr(target), value)
 
     def add_call(self, target: Callable[..., Any], *args: Any, like: Any) -> Node:
-        """A call of `target`, whose value has the shape of `like`."""
+        """Return a call of `target`, whose value has the shape of `like`."""
         return self._add(self.graph.call_function(target, args), like)
 
     def _add(self, node: Node, value: Any) -> Node:
@@ -92,7 +92,7 @@ class ProposedRewrite:
     replaced: tuple[Node, ...]
     """In the order of the graph."""
     results: tuple[Node, ...]
-    """Those of `replaced` whose values others read."""
+    """Nodes of `replaced` whose values others read."""
     inputs: tuple[Node, ...]
     """The computed values that `replaced` reads."""
     emit: Callable[[], tuple[Node, ...]]
@@ -132,7 +132,7 @@ def why_not_movable(candidate: ProposedRewrite, graph: Rewriting) -> str | None:
 
 
 def read_attribute(module: nn.Module, path: str) -> Any:
-    """What `path` names below `module`."""
+    """Return the attribute at the dotted `path` below `module`."""
     value: Any = module
     for name in path.split("."):
         value = getattr(value, name)
@@ -140,13 +140,13 @@ def read_attribute(module: nn.Module, path: str) -> Any:
 
 
 def _storage_of(value: Any) -> int | None:
-    """What tells one piece of memory from another."""
+    """Return a key of the tensor's storage; `None` for a value without one."""
     has_storage = isinstance(value, Tensor) and value.layout == torch.strided
     return value.untyped_storage()._cdata if has_storage else None
 
 
 def to_float64(value: Tensor) -> Tensor:
-    """A floating-point tensor in the precision in which weights are folded."""
+    """Return a floating-point tensor in the precision in which weights are folded."""
     return value.to(torch.float64) if value.is_floating_point() else value
 
 

@@ -69,7 +69,7 @@ def match_convolution_activation(node: Node, graph: Rewriting) -> Match:
 
 
 def match_convolution(node: Node, graph: Rewriting) -> Match:
-    """A convolution that nothing fuses with: only its weights are laid out ahead."""
+    """Return a convolution that nothing fuses with: only its weights are laid out ahead."""
     convolution = read_convolution(node, graph)
     if convolution is None:
         return None
@@ -139,7 +139,7 @@ def _ends_with_kernel(node: Node) -> bool:
 
 
 def _find_convolution_term(addition: Node, graph: Rewriting) -> tuple[Convolution, Node] | None:
-    """The term that is a convolution nobody else reads, the later one of two, and the other term."""
+    """Return the term that is a convolution nobody else reads, the later one of two, and the other term."""
     values = read_arguments(addition)
     terms = [values["self"], values["other"]]
     places = {node: place for place, node in enumerate(graph.graph.nodes)}
@@ -164,7 +164,7 @@ def _why_not_added(addition: Node, term: Node, other: Node, graph: Rewriting) ->
 
 
 def _is_read_once(node: Node) -> bool:
-    """Whether nobody can see what is written into `node`, other than through the node that writes."""
+    """Return whether nobody can see what is written into `node`, other than through the node that writes."""
     return is_aten(node) and find_root(node) is node and len(node.users) == 1
 
 

@@ -33,7 +33,7 @@ def match_identity(node: Node, graph: Rewriting) -> Match:
 
 
 def match_consecutive_linears(node: Node, graph: Rewriting) -> Match:
-    """A linear layer that reads nothing but another."""
+    """Return a linear layer that reads nothing but another."""
     second = read_linear(node, graph)
     if second is None:
         return None
@@ -59,7 +59,7 @@ def match_consecutive_linears(node: Node, graph: Rewriting) -> Match:
 
 
 def multiply(first: LinearMap, second: LinearMap) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, in float64, of `second` after `first`."""
+    """Return the weight and bias, in float64, of `second` after `first`."""
     outer = to_float64(second.weight)
     weight = outer @ to_float64(first.weight)
     bias = None if second.bias is None else to_float64(second.bias)
@@ -70,7 +70,7 @@ def multiply(first: LinearMap, second: LinearMap) -> tuple[Tensor, Tensor | None
 
 
 def match_parallel_linears(node: Node, graph: Rewriting) -> Match:
-    """The first of several linear layers that read the same input."""
+    """Return the first of several linear layers that read the same input."""
     lead = read_linear(node, graph)
     if lead is None:
         return None

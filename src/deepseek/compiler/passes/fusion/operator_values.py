@@ -44,7 +44,7 @@ class Convolution:
 
     @property
     def num_spatial(self) -> int:
-        """Dims that the kernel moves along."""
+        """Return the number of dims that the kernel moves along."""
         return self.weight.dim() - 2
 
 
@@ -59,12 +59,12 @@ class LinearMap:
 
     @property
     def x_size(self) -> int:
-        """Inputs."""
+        """Return the number of inputs."""
         return int(self.weight.shape[1])
 
     @property
     def y_size(self) -> int:
-        """Outputs."""
+        """Return the number of outputs."""
         return int(self.weight.shape[0])
 
 
@@ -162,7 +162,8 @@ def read_activation(node: Node) -> Activation | None:
 
 
 def skip_identities(node: Node) -> tuple[Node, tuple[Node, ...]]:
-    """The node whose value reaches `node` unchanged, and the nodes in between (those that others read stop it)."""
+    """Return the node whose value reaches `node` unchanged, and the nodes in between (those that others read stop
+    it)."""
     skipped: list[Node] = []
     while is_identity(node) and len(node.users) == 1:
         skipped.insert(0, node)
@@ -173,7 +174,7 @@ def skip_identities(node: Node) -> tuple[Node, tuple[Node, ...]]:
 
 
 def is_identity(node: Node) -> bool:
-    """Whether `node` returns its input: dropout in evaluation, an alias."""
+    """Return whether `node` returns its input: dropout in evaluation, an alias."""
     if node.target not in _IDENTITIES:
         return False
     values = read_arguments(node)
@@ -193,7 +194,7 @@ def _transposed(node: Any, graph: Rewriting) -> Tensor | None:
 
 
 def _swaps(node: Node) -> bool:
-    """Whether a reordering of two dims swaps them."""
+    """Return whether a reordering of two dims swaps them."""
     if node.target is aten.t.default:
         return True
     dims: Any = node.args[1] if node.target is aten.permute.default else node.args[1:]
@@ -277,7 +278,7 @@ def _read_hardswish(node: Node) -> Activation | None:
 
 
 def _single(node: Any, target: Any, *rest: Any) -> Node | None:
-    """The first argument of `node` where it calls `target` with `rest` after it."""
+    """Return the first argument of `node` where it calls `target` with `rest` after it."""
     if not isinstance(node, Node) or node.target is not target or tuple(node.args[1:]) != rest:
         return None
     first = node.args[0]

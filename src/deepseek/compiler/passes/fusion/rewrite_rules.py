@@ -97,7 +97,7 @@ class RefusedFusion:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What fusing did to a graph."""
+    """The fusions of a graph, done and refused."""
 
     fusions: tuple[Fusion, ...]
     rejections: tuple[RefusedFusion, ...]
@@ -168,20 +168,20 @@ def fuse_graph(
 
 
 def count_operators(graph_module: fx.GraphModule) -> int:
-    """Operators that compute something, branches included; views, constants and sizes do not."""
+    """Return the number of operators that compute, branches included; views, constants and sizes do not."""
     own = sum(is_computation(node) for node in graph_module.graph.nodes)
     return own + sum(count_operators(branch) for _, branch in find_branches(graph_module))
 
 
 def find_branches(graph_module: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    """Name and graph of each branch and loop body of a graph."""
+    """Return the name and graph of each branch and loop body of a graph."""
     names = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr")
     values = [(name, read_attribute(graph_module, name)) for name in names]
     return [(name, value) for name, value in values if isinstance(value, fx.GraphModule)]
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A graph module that can be rewritten without changing `graph_module`; tensors are shared."""
+    """Return a graph module that can be rewritten without changing `graph_module`; tensors are shared."""
     graph = fx.Graph()
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(graph_module.graph, mapping, return_output_node=True)

@@ -175,7 +175,7 @@ def _kept(graph: BufferGraph, owner: Mapping[str, str]) -> set[str]:
 
 
 def _predecessors(graph: BufferGraph) -> dict[str, set[str]]:
-    """The steps that each step follows: those that create what it reads, and those it names."""
+    """Return the steps that each step follows: those that create what it reads, and those it names."""
     creator = {buffer: step.name for step in graph.steps for buffer in step.creates}
     return {
         step.name: {creator[buffer] for buffer in step.reads if buffer in creator and creator[buffer] != step.name}
@@ -221,7 +221,7 @@ class _Search:
         ]
 
     def find_best(self, max_states: int) -> Order | None:
-        """The best order; `None` where more than `max_states` sets would be looked at."""
+        """Return the best order; `None` where more than `max_states` sets would be looked at."""
         start = self._run_free_steps(_State(0, 0, len(self.graph.steps), 0))
         queue, least = [start], {start.done: start.peak_bytes}
         while queue:
@@ -240,7 +240,7 @@ class _Search:
         raise ConfigError("the steps follow each other in a circle; no order is possible")
 
     def find_good(self, width: int) -> Order:
-        """The best order among `width` kept at each length."""
+        """Return the best order among `width` kept at each length."""
         beam = [self._run_free_steps(_State(0, 0, len(self.graph.steps), 0))]
         while any(state.num_left for state in beam):
             following: dict[int, _State] = {}

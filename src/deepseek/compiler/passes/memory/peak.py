@@ -72,7 +72,7 @@ class MemoryReport:
 
 
 def predict_peak_bytes(graph_module: fx.GraphModule, inputs: Sequence[Any], *, with_kernels: bool = False) -> int:
-    """Bytes that running `graph_module` operator by operator will take at its peak, without gradients.
+    """Return the bytes that running `graph_module` operator by operator will take at its peak, without gradients.
 
     `inputs` has one value per placeholder. Inputs and weights are not counted, results are. Convolutions on a CPU take
     memory for themselves, to lay out weights and images: with `with_kernels` each kind of them runs once to see how
@@ -84,7 +84,7 @@ def predict_peak_bytes(graph_module: fx.GraphModule, inputs: Sequence[Any], *, w
 
 
 def measure_kernels(graph_module: fx.GraphModule, observed: Observed) -> dict[Node, int]:
-    """Bytes that each convolution on a CPU takes for itself; each kind is run on zeros, twice."""
+    """Measure the bytes that each convolution on a CPU takes for itself; each kind is run on zeros, twice."""
     nodes = [node for node in graph_module.graph.nodes if node.target in _KERNELS_WITH_SCRATCH]
     kinds = {_find_kind(node, observed): node for node in nodes if observed.values[node].device.type == "cpu"}
     runs = [_on_zeros(node, graph_module, observed) for node in kinds.values()]
@@ -99,7 +99,7 @@ def measure_kernels(graph_module: fx.GraphModule, observed: Observed) -> dict[No
 
 
 def _find_kind(node: Node, observed: Observed) -> str:
-    """What the scratch memory of an operator depends on."""
+    """Return a key of everything that an operator's scratch memory depends on."""
 
     def describe_argument(operand: Node) -> Any:
         value = observed.values[operand]
@@ -192,7 +192,7 @@ def write_in_place_(graph_module: fx.GraphModule, reused: dict[str, str]) -> Non
 
 
 def _find_scratch(node: Node, observed: Observed, graph_module: fx.GraphModule) -> int:
-    """What a node takes for itself; a linear layer adds its bias in place except when it is observed."""
+    """Return the bytes a node takes for itself; a linear layer adds its bias in place except when it is observed."""
     if node.target is aten.linear.default and isinstance(node.args[0], Node):
         x = observed.values[node.args[0]]
         return 0 if x.is_contiguous() else int(x.nbytes)
@@ -202,7 +202,7 @@ def _find_scratch(node: Node, observed: Observed, graph_module: fx.GraphModule) 
 
 
 def _find_scratch_of_branches(node: Node, observed: Observed, graph_module: fx.GraphModule) -> int:
-    """What the larger branch takes beyond its result."""
+    """Return the bytes that the larger branch takes beyond its result."""
     _, *branches, operands = node.args
     assert isinstance(operands, list | tuple)
     inputs = [stand_in(observed.values, operand) for operand in operands]
@@ -212,7 +212,7 @@ def _find_scratch_of_branches(node: Node, observed: Observed, graph_module: fx.G
 
 
 def _find_buffers(value: Any) -> dict[str, int]:
-    """Name and size of each storage of a value."""
+    """Return the name and size of each storage of a value."""
     storages = [tensor.untyped_storage() for tensor in tensors_in(value) if tensor.layout == torch.strided]
     return {f"{storage._cdata:x}": storage.nbytes() for storage in storages}
 
@@ -243,7 +243,7 @@ def _order_effects(nodes: Sequence[Node], buffers: dict[Node, dict[str, int]]) -
 def _find_overwritable(
     node: Node, observed: Observed, buffers: dict[Node, dict[str, int]], *, is_training: bool
 ) -> tuple[str, ...]:
-    """The buffer that `node` could write its result into, as far as `node` and what made it can tell."""
+    """Return the buffer that `node` could write its result into, as far as `node` and what made it can tell."""
     forms = _in_place_forms(node)
     if not forms or (is_training and not _may_overwrite_in_training(node)):
         return ()
@@ -270,7 +270,7 @@ def _is_alike(old: Tensor, new: Tensor) -> bool:
 
 
 def _in_place_forms(node: Node) -> list[tuple[Callable[..., Any], tuple[int, ...]]]:
-    """The operator that writes into an input instead, and the order of arguments in which it takes them."""
+    """Return the operator that writes into an input instead, and the order of arguments in which it takes them."""
     if not is_aten(node) or find_written(node) or is_view(node) or node.kwargs:
         return []
     assert isinstance(node.target, OpOverload)

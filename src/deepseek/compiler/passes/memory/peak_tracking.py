@@ -79,21 +79,21 @@ class StorageTracker(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Peak:
-    """What one call took."""
+    """Bytes that one call took."""
 
     peak_bytes: int
     """The most that was taken at once."""
     left_bytes: int
-    """What was still taken at its end: its result, and what it keeps."""
+    """Bytes still taken at its end: its result, and what it keeps."""
 
 
 def measure_peak_bytes(run: Callable[[], object]) -> Peak:
-    """Bytes that `run` takes from the allocator at its peak, on the CPU or on the GPU that is present."""
+    """Return the bytes that `run` takes from the allocator at its peak, on the CPU or on the GPU that is present."""
     return _measure_on_gpu(run) if torch.cuda.is_available() else measure_peaks_on_cpu([run])[0]
 
 
 def measure_peaks_on_cpu(runs: Sequence[Callable[[], object]]) -> list[Peak]:
-    """The same for several calls, one after the other, in one session of the profiler."""
+    """Measure the peaks of several calls, one after the other, in one session of the profiler."""
     kept = []
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
@@ -117,7 +117,7 @@ def _find_peak(changes: Sequence[tuple[int, int]], begin_ns: int, end_ns: int) -
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a value, which may be a list, a tuple or a dict of them."""
+    """Return the tensors of a value, which may be a list, a tuple or a dict of them."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):

@@ -45,7 +45,7 @@ class Link:
     bandwidth_bytes_per_s: float
 
     def time_s(self, size_bytes: int) -> float:
-        """Time to send so many bytes."""
+        """Return the time to send so many bytes."""
         return self.latency_s + size_bytes / self.bandwidth_bytes_per_s
 
 
@@ -68,7 +68,7 @@ class Placement:
     devices: Mapping[str, str]
     time_s: float
     single_device_time_s: Mapping[str, float]
-    """What each device needs alone."""
+    """Time of each device that runs the whole graph alone."""
     lower_bound_s: float
     is_exact: bool
     """Whether no placement is faster."""
@@ -85,7 +85,7 @@ class Placement:
 
 
 def place(workload: Workload, *, max_states: int = MAX_STATES) -> Placement:
-    """The fastest placement found.
+    """Return the fastest placement found.
 
     Raises `ConfigError` for an operation that no device runs, and for a link that is needed and not given.
 
@@ -109,7 +109,7 @@ def place(workload: Workload, *, max_states: int = MAX_STATES) -> Placement:
 
 
 def time_s(workload: Workload, devices: Mapping[str, str]) -> float:
-    """What a placement takes."""
+    """Return the time that a placement takes."""
     origin = {name: device for name, (device, _) in workload.inputs.items()} | dict(devices)
     sizes = _sizes(workload)
     wanted = [(name, devices[operation.name]) for operation in workload.operations for name in operation.reads]
@@ -167,7 +167,7 @@ def _allowed(operation: TimedOperation, state: _Places) -> list[str]:
 def _step(
     workload: Workload, state: _Places, operation: TimedOperation, device: str, sizes: Mapping[str, int]
 ) -> tuple[_Places, float]:
-    """The state after an operation on a device, and the time of what had to be sent."""
+    """Return the state after an operation on a device, and the time of what had to be sent."""
     sent_s = 0.0
     new_state = []
     for name, source, holders in state:
@@ -181,7 +181,7 @@ def _step(
 
 
 def _finish(workload: Workload, ways: Mapping[_Places, _Way], sizes: Mapping[str, int]) -> tuple[_Way, float]:
-    """The best way with its results sent to where they are wanted."""
+    """Return the best way with its results sent to where they are wanted."""
     totals = []
     for state, way in ways.items():
         holders = {name: (source, held) for name, source, held in state}
@@ -223,7 +223,7 @@ def _last_reads(workload: Workload) -> dict[str, int]:
 
 
 def _find_common_devices(workload: Workload) -> list[str]:
-    """Devices that can run every operation."""
+    """Return the devices that can run every operation."""
     first, *others = [list(operation.times_s) for operation in workload.operations] or [[]]
     return [device for device in first if all(device in allowed for allowed in others)]
 

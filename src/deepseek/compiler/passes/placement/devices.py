@@ -41,7 +41,7 @@ class PlacedGraph:
 
     graph_module: fx.GraphModule
     placement: Placement | str
-    """What was chosen, or why the graph stays where it is."""
+    """The chosen placement, or why the graph stays where it is."""
 
 
 def place_graph(
@@ -130,7 +130,7 @@ def measure_workload(
 
 
 def measure_link(source: str, target: str) -> Link:
-    """Latency and bandwidth between two devices."""
+    """Return the latency and bandwidth between two devices."""
     small_s, large_s = (
         _time(lambda block: block.to(target), torch.zeros(size, dtype=torch.uint8, device=source), (source, target))
         for size in (_SMALL_BYTES, _LARGE_BYTES)
@@ -208,7 +208,7 @@ def _explain_writes(graph_module: fx.GraphModule) -> str | None:
 
 
 def _is_opaque_call(node: Node) -> bool:
-    """Whether `node` may write into anything."""
+    """Return whether `node` may write into anything."""
     return node.op != "call_module" and is_opaque(node)
 
 

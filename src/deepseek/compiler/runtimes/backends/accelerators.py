@@ -136,7 +136,7 @@ def place(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
 
 
 def _copy(answers: Sequence[Tensor]) -> list[Tensor]:
-    """A captured graph writes into the same memory in every call."""
+    """Copy the answers: a captured graph writes into the same memory in every call."""
     return [answer.clone() for answer in answers]
 
 

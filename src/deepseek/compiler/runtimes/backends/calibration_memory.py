@@ -32,7 +32,7 @@ def refuse_too_large(flattened: Flattened, runtime: str, *, share: float) -> Non
 
 
 def count_activation_bytes(flattened: Flattened) -> int:
-    """Bytes of all results that one call of the model computes; views count nothing.
+    """Return the bytes of all results that one call of the model computes; views count nothing.
 
     >>> import torch
     >>> from deepseek.compiler.runtimes.backends.flat_signature import flatten_model

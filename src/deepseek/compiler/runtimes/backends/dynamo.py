@@ -38,17 +38,17 @@ class Specialized(nn.Module):
 
 
 def onnxruntime(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A `torch.compile` backend that runs on ONNX Runtime in FP32."""
+    """Return a `torch.compile` backend that runs on ONNX Runtime in FP32."""
     return _compile("onnxruntime", graph, inputs)
 
 
 def openvino(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A `torch.compile` backend that runs on OpenVINO in FP32."""
+    """Return a `torch.compile` backend that runs on OpenVINO in FP32."""
     return _compile("openvino", graph, inputs)
 
 
 def tvm(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A `torch.compile` backend that runs on TVM in FP32."""
+    """Return a `torch.compile` backend that runs on TVM in FP32."""
     return _compile("tvm", graph, inputs)
 
 
@@ -102,7 +102,7 @@ def _require_tensors(name: str, inputs: Sequence[Any]) -> None:
 
 
 def _is_weight(graph: torch.fx.GraphModule, index: int, value: Any) -> bool:
-    """Whether an input of a captured graph is a parameter or a buffer of the model."""
+    """Return whether an input of a captured graph is a parameter or a buffer of the model."""
     if isinstance(value, nn.Parameter):
         return True
     placeholder = [node for node in graph.graph.nodes if node.op == "placeholder"][index]

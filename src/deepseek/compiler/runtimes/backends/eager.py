@@ -35,12 +35,12 @@ def find_missing() -> Missing | None:
 
 
 def run_as_given(job: Job) -> Built:
-    """The model itself."""
+    """Return the model itself."""
     return Built(job.flattened.model, takes_any_shape=True)
 
 
 def run_channels_last(job: Job) -> Built:
-    """The model with its convolutions' weights and inputs in channels-last layout."""
+    """Return the model with its convolutions' weights and inputs in channels-last layout."""
     return Built(with_layout(in_channels_last(job.copy_model())), takes_any_shape=True)
 
 
@@ -73,7 +73,7 @@ def autocast(dtype: torch.dtype) -> Callable[[Job], Built]:
 
 
 def run_dynamic_int8(job: Job) -> Built:
-    """The model with its linear layers in int8, activations quantized as they come."""
+    """Return the model with its linear layers in int8, activations quantized as they come."""
     model = job.copy_model()
     num_layers = replace_linears_(model)
     return Built(model, notes=(f"{num_layers} linear layers in int8",), takes_any_shape=True)
@@ -87,7 +87,7 @@ def watched(run: Callable[..., Sequence[Tensor]], job: Job) -> Built:
 
 
 def listen_to_onednn(run: Callable[[], object]) -> str:
-    """What oneDNN says about the kernels of `run`; it writes to the process's own output, which is caught meanwhile."""
+    """Return oneDNN's report on the kernels of `run`, captured from the process's own output."""
     flush = ctypes.CDLL(None).fflush
     sys.stdout.flush()
     flush(None)
@@ -123,7 +123,7 @@ class DynamicInt8Linear(nn.Module):
 
 
 def pack_linear(linear: nn.Linear) -> Any:
-    """The weights of `linear` in int8, in the order in which FBGEMM reads them."""
+    """Return the weights of `linear` in int8, in the order in which FBGEMM reads them."""
     weight = linear.weight.detach().float()
     scales = weight.abs().amax(dim=1).clamp_min(_SMALLEST) / _LEVELS
     values = (weight / scales[:, None]).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
@@ -171,7 +171,7 @@ def with_dtype(run: Callable[..., Any], dtype: torch.dtype, job: Job) -> Callabl
 
 
 def output_dtypes(job: Job) -> tuple[torch.dtype, ...]:
-    """The types of the reference's answers."""
+    """Return the types of the reference's answers."""
     return tuple(output.dtype for output in job.flattened.outputs)
 
 
@@ -181,7 +181,7 @@ def restore_dtypes(outputs: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> t
 
 
 def to_channels_last(tensor: Tensor) -> Tensor:
-    """A batch of pictures in channels-last layout; anything else as it is."""
+    """Return a batch of pictures in channels-last layout; anything else as it is."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 

@@ -53,7 +53,7 @@ class FlatModel(nn.Module):
         return tuple(returned if self.kept is None else (returned[index] for index in self.kept))
 
     def call(self, *tensors: Tensor) -> Any:
-        """What the model itself returns."""
+        """Return the model's own result."""
         remaining = iter(tensors)
         leaves = [
             next(remaining) if is_tensor else constant
@@ -81,21 +81,21 @@ class Flattened:
     names: tuple[str, ...] = ()
     """Names of the model's positional arguments, in order, as far as its signature tells."""
     seconds: float = 0.0
-    """That the answers took."""
+    """Seconds that the answers took."""
 
     @property
     def shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
-        """Shape and type of each input."""
+        """Return the shape and type of each input."""
         return tuple((tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for tensor in self.inputs)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weights."""
+        """Return the bytes of the weights."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
     @property
     def traits(self) -> Traits:
-        """What the policy of choosing knows of the model."""
+        """Return the traits of the model that the selection policy decides by."""
         modules = list(self.model.modules())
         return Traits(
             num_convolutions=sum(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in modules),
@@ -106,7 +106,7 @@ class Flattened:
         )
 
     def read_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The tensors of a call, in order; raises `ConfigError` for a call that is not like the samples."""
+        """Return the tensors of a call, in order; raises `ConfigError` for a call that is not like the samples."""
         tensors = self.bind(args, kwargs)
         if not self.has_shapes(tensors):
             raise ConfigError(
@@ -116,7 +116,8 @@ class Flattened:
         return tensors
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The tensors of a call, in order and of any shape; arguments are bound by name where they were not in order.
+        """Return the tensors of a call, in order and of any shape; arguments are bound by name where they were not in
+        order.
 
         Raises `ConfigError` for other arguments than those of the samples, and for another constant.
         """
@@ -132,7 +133,7 @@ class Flattened:
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     def has_shapes(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether `tensors` have the shapes and types of the samples."""
+        """Return whether `tensors` have the shapes and types of the samples."""
         return all(
             given.shape == sample.shape and given.dtype == sample.dtype
             for given, sample in zip(tensors, self.inputs, strict=True)
@@ -149,11 +150,11 @@ class Flattened:
 
     @property
     def answers_tensors_only(self) -> bool:
-        """Whether nothing among the answers, such as a length, could be another one for other inputs."""
+        """Return whether nothing among the answers, such as a length, could be another one for other inputs."""
         return all(isinstance(leaf, Tensor) for leaf in self.output_leaves)
 
     def _rebind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with arguments in order and by name as in the samples, as far as names tell."""
+        """Return the same call with arguments in order and by name as in the samples, as far as names tell."""
         given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
         sample_args, sample_kwargs = pytree.tree_unflatten(list(self.input_leaves), self.input_spec)
         in_order = self.names[: len(sample_args)]
@@ -169,11 +170,11 @@ class Flattened:
         )
 
     def read_samples(self, samples: Any) -> tuple[Tensor, ...]:
-        """The tensors of further samples, in order."""
+        """Return the tensors of further samples, in order."""
         return self.read_inputs(*split_samples(samples))
 
     def fits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call has the structure, shapes and types of the samples."""
+        """Return whether a call has the structure, shapes and types of the samples."""
         try:
             self.read_inputs(args, kwargs)
         except ConfigError:
@@ -181,7 +182,7 @@ class Flattened:
         return True
 
     def restore_outputs(self, answers: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
-        """What the model would have returned to `inputs`, from the answers of the flat model."""
+        """Return the model's own result for `inputs`, from the answers of the flat model."""
         if self.is_plain:
             return answers[0]
         places = {"answer": answers, "input": inputs}
@@ -190,7 +191,7 @@ class Flattened:
         return pytree.tree_unflatten(leaves, self.output_spec)
 
     def read_answers(self, answers: Any) -> tuple[Tensor, ...]:
-        """The tensors of what a model or a runtime returned, in order; arrays of numpy become tensors."""
+        """Return the tensors of what a model or a runtime returned, in order; arrays of numpy become tensors."""
         leaves = pytree.tree_leaves(answers)
         return tuple(leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf) for leaf in leaves if _is_array(leaf))
 
@@ -259,7 +260,8 @@ def flatten_model(model: nn.Module, samples: Any) -> Flattened:
 
 
 def read_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the positional arguments of `model`, in order: its own `input_names`, or those of its forward pass.
+    """Return the names of the positional arguments of `model`, in order: its own `input_names`, or those of its forward
+    pass.
 
     >>> read_names(nn.Linear(2, 2)), read_names(nn.Bilinear(2, 2, 2))
     (('input',), ('input1', 'input2'))
@@ -276,7 +278,8 @@ def read_names(model: nn.Module) -> tuple[str, ...]:
 def trace_outputs(
     returned: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
-    """Which returned tensors must be computed, and where each comes from: inputs and repetitions need no runtime.
+    """Return which returned tensors must be computed, and where each comes from: inputs and repetitions need no
+    runtime.
 
     Runtimes are at their worst with these: OpenVINO cannot convert a tensor that is returned twice, and reads its
     inputs from the memory given for an answer that is one. A model that computes nothing keeps its first answer.
@@ -307,18 +310,18 @@ def require_model(model: Any) -> None:
 
 
 def _is_array(value: Any) -> bool:
-    """Whether `value` is a tensor or numpy's array."""
+    """Return whether `value` is a tensor or numpy's array."""
     return isinstance(value, Tensor) or type(value).__name__ == "ndarray"
 
 
 def _show_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """The arguments of a call in words."""
+    """Return the arguments of a call in words."""
     shown = [_show(value) for value in args] + [f"{name}={_show(value)}" for name, value in kwargs.items()]
     return f"the arguments {', '.join(shown)}" if shown else "no arguments"
 
 
 def _show(value: Any) -> str:
-    """A value as an error names it."""
+    """Return a value as an error names it."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return repr(value)[:60]

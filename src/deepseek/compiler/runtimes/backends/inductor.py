@@ -90,7 +90,7 @@ def compile_dynamic_int8(options: Mapping[str, Any]) -> Callable[[Job], Built]:
 
 
 def capture(job: Job, dtype: torch.dtype) -> tuple[torch.fx.GraphModule, tuple[Tensor, ...]]:
-    """The model in `dtype` as one graph with channels-last convolutions, and inputs to compile it with."""
+    """Return the model in `dtype` as one graph with channels-last convolutions, and inputs to compile it with."""
     model = in_channels_last(job.copy_model().to(dtype))
     inputs = _cast_inputs(job.inputs, dtype)
     return export(model, inputs).module(check_guards=False), inputs
@@ -135,7 +135,7 @@ def counting() -> Iterator[dict[str, int]]:
 
 
 def quantize_graph(job: Job, mode: str) -> torch.fx.GraphModule:
-    """The model as a graph with int8 patterns, calibrated on the job's samples when `mode` is static."""
+    """Return the model as a graph with int8 patterns, calibrated on the job's samples when `mode` is static."""
     with quantizer_library() as (quantizing, x86):
         config = x86.get_default_x86_inductor_quantization_config(
             is_dynamic=mode == "dynamic", reduce_range=not torch.cpu._is_vnni_supported()
@@ -190,7 +190,7 @@ def inline_activations_(model: nn.Module) -> nn.Module:
 
 
 def count_quantized(graph: torch.fx.GraphModule) -> int:
-    """Convolutions and products of `graph` whose weights are int8."""
+    """Return the number of convolutions and matmuls of `graph` whose weights are int8."""
     heavy = {torch.ops.aten.conv2d.default, torch.ops.aten.conv1d.default, torch.ops.aten.linear.default}
     return sum(node.target in heavy and _is_dequantized(node.args[1]) for node in graph.graph.nodes)
 

@@ -37,7 +37,7 @@ class BackendError(PermanentError):
 
 @dataclass(frozen=True)
 class Missing:
-    """What a backend lacks here, and how it would be had."""
+    """A part that a backend lacks here, and how to install it."""
 
     needs: str
     remedy: str
@@ -86,20 +86,20 @@ class Job:
 
     @property
     def traits(self) -> Traits:
-        """What the policy knows of the model."""
+        """Return the traits of the model that the selection policy decides by."""
         return self.flattened.traits
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """The sample inputs, flat."""
+        """Return the sample inputs, flat."""
         return self.flattened.inputs
 
     def copy_model(self) -> nn.Module:
-        """A copy of the flat model that a variant may change; in evaluation mode."""
+        """Return a copy of the flat model that a variant may change; in evaluation mode."""
         return copy.deepcopy(self.flattened.model).eval()
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returns, made on the first call with `key`; what it raised then is raised again."""
+        """Return the result of `make`, called once per `key`; an exception that it raised is raised again."""
         if key not in self._made:
             try:
                 self._made[key] = (make(), None)
@@ -112,7 +112,7 @@ class Job:
         return value
 
     def export(self) -> torch.export.ExportedProgram:
-        """The model as one graph with the shapes of the sample inputs."""
+        """Return the model as one graph with the shapes of the sample inputs."""
         return self.once("export", lambda: export(self.flattened.model, self.inputs))
 
 
@@ -142,7 +142,7 @@ class Compiled:
             return self.flattened.restore_outputs(self.run(*inputs), inputs)
 
     def describe(self) -> dict[str, Any]:
-        """Backend, variant and precision, with what was found while building."""
+        """Return the backend, variant and precision, with what was found while building."""
         return {
             "backend": self.backend,
             "variant": self.variant.name,
@@ -167,11 +167,11 @@ class Backend:
     """Where the model and the sample inputs may be."""
 
     def is_available(self) -> bool:
-        """Whether it can be used here; `find_missing` says what stands in the way."""
+        """Return whether it can be used here; `find_missing` says what stands in the way."""
         return self.find_missing() is None
 
     def describe(self) -> dict[str, Any]:
-        """Name, summary, what is missing, and the variants."""
+        """Return the name, summary, what is missing, and the variants."""
         missing = self.find_missing()
         return {
             "name": self.name,
@@ -202,7 +202,7 @@ class Backend:
         return Compiled(self.name, chosen, build(chosen, job), flattened)
 
     def find_variant(self, precision: str, name: str | None = None) -> Variant:
-        """The first variant of `precision`, or the one called `name`."""
+        """Return the first variant of `precision`, or the one called `name`."""
         found = [
             variant for variant in self.variants if variant.precision == precision and name in (None, variant.name)
         ]
@@ -223,7 +223,7 @@ class Backend:
 
 
 def build(variant: Variant, job: Job) -> Built:
-    """What `variant` makes of `job`; whatever the runtime runs into comes out as one `BackendError` sentence."""
+    """Build `job` as `variant`; any failure of the runtime is raised as one `BackendError` sentence."""
     try:
         with torch.no_grad(), quiet():
             return variant.build(job)

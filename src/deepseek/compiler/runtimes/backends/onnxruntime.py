@@ -52,28 +52,28 @@ def find_missing() -> Missing | None:
 
 
 def run_float(job: Job) -> Built:
-    """The exported model as it is."""
+    """Return the exported model as it is."""
     return _build(job, export_onnx(job), "fp32")
 
 
 def run_static_int8(job: Job) -> Built:
-    """The model with quantized weights and activations, calibrated on the job's samples."""
+    """Return the model with quantized weights and activations, calibrated on the job's samples."""
     return _build(job, job.once("onnx static", lambda: _quantize_static(job)), "int8")
 
 
 def run_dynamic_int8(job: Job) -> Built:
-    """The model with quantized weights; activations are quantized as they come."""
+    """Return the model with quantized weights; activations are quantized as they come."""
     return _build(job, job.once("onnx dynamic", lambda: _quantize_dynamic(job)), "int8")
 
 
 def run_bf16(job: Job) -> Built:
-    """The model in bf16, where the runtime has kernels for it; where not, its own message is the error."""
+    """Return the model in bf16, where the runtime has kernels for it; where not, its own message is the error."""
     job.once("onnx bf16 kernels", lambda: require_kernels("BFLOAT16"))
     raise BackendError("ONNX Runtime runs bf16 here, for which there is no export yet; use its FP32 or int8")
 
 
 def export_onnx(job: Job) -> Path:
-    """The model as an ONNX file in a folder that lives as long as the job."""
+    """Return the model as an ONNX file in a folder that lives as long as the job."""
     path: Path = job.once("onnx", lambda: _export(job))
     return path
 
@@ -93,7 +93,7 @@ def require_kernels(element: str) -> None:
 
 
 def make_session(model: bytes | str, *, num_threads: int, optimized: Path | None = None) -> Any:
-    """A session on the CPU with `num_threads` threads; the optimized graph is written to `optimized`."""
+    """Return a session on the CPU with `num_threads` threads; the optimized graph is written to `optimized`."""
     runtime = require("onnxruntime", extra="compile")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = num_threads
@@ -149,7 +149,7 @@ class BoundSession:
 
 
 def used_inputs(names: Sequence[str], num_inputs: int) -> list[int]:
-    """Which flat inputs a session still has: an exporter drops those that nothing reads.
+    """Return which flat inputs a session still has: an exporter drops those that nothing reads.
 
     >>> used_inputs(["input_0", "input_2"], 3)
     [0, 2]
@@ -224,7 +224,7 @@ def _quantize_dynamic(job: Job) -> Path:
 
 
 def _prepare(job: Job) -> Path:
-    """The exported model with its shapes inferred, as both quantizers need it."""
+    """Return the exported model with its shapes inferred, as both quantizers need it."""
 
     def prepare() -> Path:
         onnx = require("onnx", extra="compile")
@@ -249,7 +249,7 @@ class Calibration:
         self._samples = iter(samples)
 
     def get_next(self) -> dict[str, Any] | None:
-        """The next sample, or `None` at the end."""
+        """Return the next sample, or `None` at the end."""
         tensors = next(self._samples, None)
         if tensors is None:
             return None

@@ -124,7 +124,7 @@ class Requests:
 
 
 def find_bindable(compiled: Any, job: Job) -> list[int]:
-    """Outputs that may be written into memory of our own: large, and computed.
+    """Return the outputs that may be written into memory of our own: large, and computed.
 
     Given memory for an output that is an input, OpenVINO takes it for the input as well and reads from it.
     """
@@ -153,7 +153,7 @@ def split_batch(job: Job, num_parts: int) -> list[slice]:
 
 
 def convert(job: Job) -> tuple[Any, tuple[str, ...]]:
-    """The model in OpenVINO's own form, with the shapes of the samples, and what is to be said about it.
+    """Return the model in OpenVINO's own form, with the shapes of the samples, and what is to be said about it.
 
     Whole operators first: a scaled dot-product attention that arrives as one is run as one, which is 7 to 11 % of a
     BERT-base. What OpenVINO does not know is taken apart, which is said.
@@ -168,7 +168,7 @@ def convert(job: Job) -> tuple[Any, tuple[str, ...]]:
 
 
 def convert_decomposed(job: Job) -> Any:
-    """The same from the smallest operators, which the quantizer finds its way through."""
+    """Return the converted model in the smallest operators, which the quantizer can follow."""
     library = require_openvino()
     return _with_shapes(_convert_program(library, job.export().run_decompositions()), job)
 
@@ -184,7 +184,7 @@ def _with_shapes(model: Any, job: Job) -> Any:
 
 
 def quantize(job: Job) -> Any:
-    """The model with int8 convolutions and products, calibrated on the job's samples."""
+    """Return the model with int8 convolutions and products, calibrated on the job's samples."""
     refuse_too_large(job.flattened, "NNCF", share=_CALIBRATION_SHARE)
     model = job.once("openvino decomposed", lambda: convert_decomposed(job))
     with without_telemetry(), quiet(), redirect_stdout(io.StringIO()):  # where NNCF draws progress bars
@@ -198,7 +198,7 @@ def quantize(job: Job) -> Any:
 
 
 def require_openvino() -> Any:
-    """The library, imported without the part that reports its use."""
+    """Return the library, imported without the part that reports its use."""
     with without_telemetry():
         library = require("openvino", extra="compile")
         require("openvino.tools.ovc.convert_impl", extra="compile")
@@ -230,7 +230,7 @@ def without_telemetry() -> Iterator[None]:
 
 
 def executed_layers(compiled: Any) -> list[tuple[str, str]]:
-    """Type and runtime precision of each layer that a compiled model executes."""
+    """Return the type and runtime precision of each layer that a compiled model executes."""
     operations = compiled.get_runtime_model().get_ordered_ops()
     infos = [operation.get_rt_info() for operation in operations]
     return [(str(info["layerType"].astype(str)), str(info["runtimePrecision"].astype(str))) for info in infos]

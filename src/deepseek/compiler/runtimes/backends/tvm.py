@@ -37,13 +37,13 @@ def find_missing() -> Missing | None:
 
 
 def run_untuned(job: Job) -> Built:
-    """The model with TVM's default schedules."""
+    """Return the model with TVM's default schedules."""
     library = require("tvm", extra="compile")
     return _build(library, _import(job), job, notes=("default schedules",))
 
 
 def run_tuned(job: Job) -> Built:
-    """The model with schedules that were tried out in the time that the job gives for it."""
+    """Return the model with schedules that were tried out in the time that the job gives for it."""
     library = require("tvm", extra="compile")
     module = _prepare(library, _import(job))
     num_tasks = count_tasks(library, module)
@@ -65,7 +65,7 @@ def find_target(library: Any) -> Any:
 
 
 def count_tasks(library: Any, module: Any) -> int:
-    """Distinct kernels that tuning would work on."""
+    """Return the number of distinct kernels that tuning would work on."""
     integration = require("tvm.s_tir.meta_schedule.relax_integration", extra="compile")
     with quiet():
         return len(integration.extract_tasks(module, find_target(library), {}))
@@ -115,7 +115,7 @@ def _import(job: Job) -> Any:
 
 
 def _prepare(library: Any, module: Any) -> Any:
-    """Operators as loops, neighbours fused: what tuning starts from."""
+    """Return the operators as loops, neighbours fused: what tuning starts from."""
     relax = require("tvm.relax", extra="compile")
     steps = (
         relax.transform.DecomposeOpsForInference(),
