@@ -39,7 +39,7 @@ class CheckpointPlan:
     choice: Choice
     segments: tuple[Segment, ...]
     kept_before_bytes: int
-    """What autograd keeps at once without the plan."""
+    """Bytes that autograd keeps at once without the plan."""
 
     def __str__(self) -> str:
         names = ", ".join(self.choice.recomputed) or "nothing"
@@ -96,7 +96,7 @@ class _Measured:
 
 
 class _SavedTensors:
-    """What autograd saves, by the segment that was running."""
+    """Tensors that autograd saves, by the segment that was running."""
 
     def __init__(self, owned: set[int]) -> None:
         self.owned = owned
@@ -187,6 +187,6 @@ def _watching(model: nn.Module, names: Sequence[str], saved: _SavedTensors) -> I
 
 
 def _key_of(tensor: Tensor) -> int:
-    """Return what tells one piece of memory from another."""
+    """Return what identifies a piece of memory."""
     key: int = tensor.untyped_storage()._cdata
     return key

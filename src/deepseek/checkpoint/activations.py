@@ -216,7 +216,7 @@ def _build_contexts(
     state: RecomputedState,
     selective: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None,
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What surrounds the first run, and each repetition."""
+    """Return the context of the first run and that of each repetition."""
     first, second = selective() if selective is not None else (nullcontext(), nullcontext())
     return first, _Both(state, second)
 

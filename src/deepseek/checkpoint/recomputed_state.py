@@ -51,7 +51,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Before:
-    """What was there before the first run."""
+    """The value of a variable before the first run."""
 
     original: Any
     num_writes: int
@@ -109,7 +109,7 @@ class RecomputedState(AbstractContextManager[None]):
     def __enter__(self) -> None:
         """Put back what the first run found."""
         self._now = [(slot, slot.read()) for slot in self._slots]
-        namespaces = [each for module in self._modules for each in (vars(module), module._buffers)]
+        namespaces = [namespace for module in self._modules for namespace in (vars(module), module._buffers)]
         self._namespaces = [(namespace, dict(namespace)) for namespace in namespaces]
         self._refuse_late_writes()
         befores = [*self._slots.values(), *self._held.values()]

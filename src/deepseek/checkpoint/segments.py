@@ -32,12 +32,12 @@ class Segment:
     input_bytes: int
     """Its input, which is kept either way."""
     inside_bytes: int
-    """What its backward pass needs beyond that."""
+    """Bytes that its backward pass needs beyond that."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to run again, and what that costs and brings."""
+    """The segments to run again, with the cost and the benefit."""
 
     recomputed: tuple[str, ...]
     extra_time_s: float
@@ -67,7 +67,7 @@ def choose(segments: Sequence[Segment], budget_bytes: int, *, outside_bytes: int
     """
     partials, is_exact = [_Partial(outside_bytes, 0.0, outside_bytes, ())], True
     for index, segment in enumerate(segments):
-        following = [each for partial in partials for each in _extend(partial, index, segment, budget_bytes)]
+        following = [extended for partial in partials for extended in _extend(partial, index, segment, budget_bytes)]
         if not following:
             least = smallest_peak(segments, outside_bytes=outside_bytes)
             raise ConfigError(
@@ -77,13 +77,13 @@ def choose(segments: Sequence[Segment], budget_bytes: int, *, outside_bytes: int
         partials = _drop_dominated(following)
         if len(partials) > MAX_CHOICES:
             partials, is_exact = _coarsen(partials, budget_bytes), False
-    best = min(partials, key=lambda each: (each.time_s, each.peak_bytes))
+    best = min(partials, key=lambda partial: (partial.time_s, partial.peak_bytes))
     names = tuple(segments[index].name for index in best.recomputed)
     return Choice(names, best.time_s, best.peak_bytes, is_exact)
 
 
 def find_peak(segments: Sequence[Segment], recomputed: Sequence[str], *, outside_bytes: int = 0) -> int:
-    """The most that is kept at once when the segments named are run again."""
+    """Return the most bytes kept at once when the segments named are run again."""
     kept = peak = outside_bytes
     for segment in segments:
         peak = max(peak, kept + segment.input_bytes + segment.inside_bytes)
@@ -92,7 +92,7 @@ def find_peak(segments: Sequence[Segment], recomputed: Sequence[str], *, outside
 
 
 def smallest_peak(segments: Sequence[Segment], *, outside_bytes: int = 0) -> int:
-    """The least that any choice keeps at once."""
+    """Return the fewest bytes that any choice keeps at once."""
     return find_peak(segments, [segment.name for segment in segments], outside_bytes=outside_bytes)
 
 
@@ -107,23 +107,23 @@ def _extend(partial: _Partial, index: int, segment: Segment, budget_bytes: int) 
 
 
 def _drop_dominated(partials: list[_Partial]) -> list[_Partial]:
-    """Those for which no other keeps no more, takes no longer and has no higher peak so far."""
-    ordered = sorted(partials, key=lambda each: (each.kept_bytes, each.time_s, each.peak_bytes))
+    """Return the partial choices that no other one beats in kept bytes, time and peak so far."""
+    ordered = sorted(partials, key=lambda partial: (partial.kept_bytes, partial.time_s, partial.peak_bytes))
     remaining: list[_Partial] = []
-    for each in ordered:
-        if not remaining or each.time_s < remaining[-1].time_s:
-            remaining.append(each)
+    for partial in ordered:
+        if not remaining or partial.time_s < remaining[-1].time_s:
+            remaining.append(partial)
     return remaining
 
 
 def _coarsen(partials: list[_Partial], budget_bytes: int) -> list[_Partial]:
-    """At most `MAX_CHOICES`: of those whose kept bytes round up to the same number, the fastest."""
+    """Return at most `MAX_CHOICES`: the fastest of those whose kept bytes round up to the same number."""
     step = -(-budget_bytes // MAX_CHOICES)
     by_cell: dict[int, _Partial] = {}
-    for each in partials:
-        cell = -(-each.kept_bytes // step)
-        if cell not in by_cell or each.time_s < by_cell[cell].time_s:
-            by_cell[cell] = each
+    for partial in partials:
+        cell = -(-partial.kept_bytes // step)
+        if cell not in by_cell or partial.time_s < by_cell[cell].time_s:
+            by_cell[cell] = partial
     chosen = list(by_cell.values())
     assert all(one.kept_bytes <= two.kept_bytes for one, two in pairwise(chosen))
     return chosen
