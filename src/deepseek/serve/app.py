@@ -50,7 +50,7 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 @dataclass
 class Service:
-    """What the endpoints share."""
+    """State that the endpoints share."""
 
     thread: EngineThread
     metrics: Metrics

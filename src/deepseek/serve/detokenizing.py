@@ -20,7 +20,7 @@ class TextDecoder(Protocol):
         """The text that is complete with this token; may be empty."""
 
     def finish(self) -> str:
-        """What is left at the end, incomplete characters replaced."""
+        """Return the text that is left at the end, incomplete characters replaced."""
 
 
 class TextWriter:

@@ -28,7 +28,7 @@ _IDLE_S = 0.5  # how often the thread shows that it lives while there is nothing
 
 
 class Stream:
-    """What comes for the requests of one `open`; read and closed in the event loop that opened it."""
+    """The outputs for the requests of one `open`; read and closed in the event loop that opened it."""
 
     def __init__(self, sequences: Sequence[LiveSequence]) -> None:
         self.sequences = sequences

@@ -84,7 +84,7 @@ class RefusalPart(_Body):
 
     @property
     def text(self) -> str:
-        """What was said."""
+        """Return the text of the refusal."""
         return self.refusal
 
 
@@ -96,7 +96,7 @@ class Message(_Body):
     name: str | None = None
     """Which of several participants speaks; templates may ask for it."""
     reasoning_content: str | None = None
-    """What a model thought before an earlier answer; templates may ask for it."""
+    """The model's reasoning before an earlier answer; templates may ask for it."""
     refusal: str | None = None
     annotations: list[Any] = Field(default_factory=list)
     tool_calls: list[Any] = Field(default_factory=list, max_length=0)
@@ -132,7 +132,7 @@ class Message(_Body):
 
 
 class GenerationBody(_Body, ABC):
-    """What both ways of asking for text have in common."""
+    """Settings that completions and chat completions share."""
 
     model: str
     stream: bool = False

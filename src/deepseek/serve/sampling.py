@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek.serve.sequences import Logprobs, Sampling
 
 LEAST_LOGPROB = -9999.0
-"""What OpenAI reports for a probability of zero, since JSON has no infinity."""
+"""The value OpenAI reports for a probability of zero, since JSON has no infinity."""
 
 
 def choose(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int | None]:

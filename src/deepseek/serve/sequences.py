@@ -36,7 +36,7 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits."""
+    """Settings that choose the next token from the logits."""
 
     temperature: float = 1.0
     """Logits are divided by it; 0 always takes the most probable token."""
@@ -111,7 +111,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step added to one sequence; the last one of a sequence has a `finish_reason`."""
+    """The additions of one step to one sequence; the last one of a sequence has a `finish_reason`."""
 
     sequence_id: int
     request: GenerationRequest
@@ -154,7 +154,7 @@ class LiveSequence:
     request: GenerationRequest
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(default_factory=list)
-    """What was generated so far."""
+    """The tokens generated so far."""
     num_read: int = 0
     """How much of the prompt is in the KV cache."""
     prompt_scores: list[Logprobs | None] = field(default_factory=lambda: [None])
