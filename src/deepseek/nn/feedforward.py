@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
         return y
 
     def activate(self, gate: Tensor) -> Tensor:
-        """What the gate is passed through."""
+        """Apply the gate's activation."""
         return F.silu(gate)
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class CacheView:
-    """What one forward pass reads and writes: a `LayerCache` per layer and the number of key positions."""
+    """The part of the cache that one forward pass uses: a `LayerCache` per layer and the number of key positions."""
 
     layers: tuple[LayerCache, ...]
     length: int

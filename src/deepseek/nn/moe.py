@@ -10,8 +10,8 @@
   expert. The bound also makes every shape static, which is what lets a compiler take the whole layer.
 - *Progressive routing*: a coarse softmax picks candidates, and a per-expert refinement decides among them.
 
-Shapes: N tokens, D hidden, E experts, K choices per token, C capacity, F ffn. Cost: K experts a token, plus one sort
-(dropless) or one running count (with capacity).
+Shapes: N tokens, D hidden, E experts, K choices per token, C capacity, S = E * C slots, F ffn. Cost: K
+experts a token, plus one sort (dropless) or one running count (with capacity).
 Sources: Shazeer et al. 2017 (gating); Lepikhin et al. 2021 (capacity); Wang et al. 2024 (bias instead of a loss).
 """
 
@@ -49,7 +49,7 @@ class MoEConfig(Config):
 
 
 class Routing(NamedTuple):
-    """Who answers each token, and how much that answer counts."""
+    """The experts of each token, and the weights of their answers."""
 
     experts_NK: Tensor
     weights_NK: Tensor
@@ -212,20 +212,20 @@ class MoERouter(nn.Module):
         return y_1D
 
     def _run_bounded(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """The same with a fixed number of places per expert, so that every shape is known beforehand."""
+        """Compute the same with a fixed number of slots per expert, so that every shape is known beforehand."""
         assert self.capacity_factor is not None
         num_tokens, num_experts = x_ND.shape[0], self.experts.num_experts
         capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens * self.top_k / num_experts))
-        num_places = num_experts * capacity
-        place_KN, has_place_KN = _assign_slots(routing.experts_NK, num_experts, capacity)
+        num_slots = num_experts * capacity
+        slot_KN, has_slot_KN = _assign_slots(routing.experts_NK, num_experts, capacity)
         choices_A = torch.arange(self.top_k * num_tokens, device=x_ND.device)
-        choice_1P = torch.full((1, num_places + 1), self.top_k * num_tokens, device=x_ND.device)
-        choice_1P = choice_1P.scatter(1, place_KN.reshape(1, -1), choices_A[None])[:, :-1]
-        token_P = torch.where(choice_1P[0] < len(choices_A), choice_1P[0] % num_tokens, num_tokens)
-        groups_ECD = _take_rows(x_ND, token_P, place_KN).view(num_experts, capacity, -1)
-        answers_PD = self.experts(groups_ECD).view(num_places, -1)
-        answers_KND = _take_rows(answers_PD, place_KN.reshape(-1), choice_1P).view(self.top_k, num_tokens, -1)
-        weights_KN = routing.weights_NK.t() * has_place_KN
+        choice_1S = torch.full((1, num_slots + 1), self.top_k * num_tokens, device=x_ND.device)
+        choice_1S = choice_1S.scatter(1, slot_KN.reshape(1, -1), choices_A[None])[:, :-1]
+        token_S = torch.where(choice_1S[0] < len(choices_A), choice_1S[0] % num_tokens, num_tokens)
+        groups_ECD = _take_rows(x_ND, token_S, slot_KN).view(num_experts, capacity, -1)
+        answers_SD = self.experts(groups_ECD).view(num_slots, -1)
+        answers_KND = _take_rows(answers_SD, slot_KN.reshape(-1), choice_1S).view(self.top_k, num_tokens, -1)
+        weights_KN = routing.weights_NK.t() * has_slot_KN
         return (answers_KND * weights_KN[..., None].to(answers_KND.dtype)).sum(dim=0)
 
 
@@ -237,8 +237,8 @@ def _assign_slots(experts_NK: Tensor, num_experts: int, capacity: int) -> tuple[
     experts_KN = experts_NK.t()
     one_hot_AE = F.one_hot(experts_KN.reshape(-1), num_experts)
     rank_KN = ((one_hot_AE.cumsum(dim=0) - 1) * one_hot_AE).sum(dim=-1).view_as(experts_KN)
-    has_place_KN = rank_KN < capacity
-    return torch.where(has_place_KN, experts_KN * capacity + rank_KN, num_experts * capacity), has_place_KN
+    has_slot_KN = rank_KN < capacity
+    return torch.where(has_slot_KN, experts_KN * capacity + rank_KN, num_experts * capacity), has_slot_KN
 
 
 class _TakeRows(torch.autograd.Function):
@@ -249,18 +249,18 @@ class _TakeRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_MD: Tensor, index_P: Tensor, readers_RM: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x_MD: Tensor, index_S: Tensor, readers_RM: Tensor) -> Tensor:
         ctx.save_for_backward(readers_RM)
-        return F.pad(x_MD, (0, 0, 0, 1))[index_P]
+        return F.pad(x_MD, (0, 0, 0, 1))[index_S]
 
     @staticmethod
-    def backward(ctx: Any, gradient_PD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient_SD: Tensor) -> tuple[Tensor, None, None]:
         (readers_RM,) = ctx.saved_tensors
-        return F.pad(gradient_PD, (0, 0, 0, 1))[readers_RM].sum(dim=0), None, None
+        return F.pad(gradient_SD, (0, 0, 0, 1))[readers_RM].sum(dim=0), None, None
 
 
-def _take_rows(x_MD: Tensor, index_P: Tensor, readers_RM: Tensor) -> Tensor:
-    return cast("Tensor", _TakeRows.apply(x_MD, index_P, readers_RM))  # type: ignore[no-untyped-call]
+def _take_rows(x_MD: Tensor, index_S: Tensor, readers_RM: Tensor) -> Tensor:
+    return cast("Tensor", _TakeRows.apply(x_MD, index_S, readers_RM))  # type: ignore[no-untyped-call]
 
 
 def _linear(hidden_size: int | None, num_experts: int) -> nn.Linear:

@@ -50,7 +50,7 @@ class RopeScaling(Config):
     pair_factors: tuple[float, ...] = ()
     """How many times slower each pair of channels becomes (longrope)."""
     amplitude: float = Field(default=1.0, gt=0)
-    """What cosines and sines are multiplied by, which makes attention sharper (yarn and longrope)."""
+    """Factor on cosines and sines, which makes attention sharper (yarn and longrope)."""
 
 
 def rotary_table(length: int, head_size: int, *, theta: float, scaling: RopeScaling | None = None) -> Tensor:
