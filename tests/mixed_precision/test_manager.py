@@ -6,7 +6,7 @@ from torch import nn
 
 from deepseek.core.errors import ConfigError
 from deepseek.mixed_precision import GradScaler, PrecisionManager
-from deepseek.mixed_precision.manager import resolve_precision, tf32_products
+from deepseek.mixed_precision.manager import resolve_precision, tf32_matmuls
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -138,7 +138,7 @@ def test_tf32_is_refused_where_there_is_none():
 def test_tf32_is_set_inside_and_set_back_outside():
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [each.fp32_precision for each in settings]
-    with pytest.raises(KeyError), tf32_products():
+    with pytest.raises(KeyError), tf32_matmuls():
         assert [each.fp32_precision for each in settings] == ["tf32", "tf32"]
         raise KeyError
     assert [each.fp32_precision for each in settings] == before

@@ -91,7 +91,7 @@ class DynamicPrecision:
     number of samples behind one decision; the first windows are sampled on every step. `rules` are the bounds. With
     `start="low"` all layers begin in 16 bits, with `"fp32"` they earn it; `auto` is `low` for bf16, whose range is
     FP32's, and `fp32` for FP16. `narrow_storage` keeps FP32 activations in bf16 between the two passes, except those of
-    FP32 layers. `costs` is `measured` or, for runs that must repeat exactly, `assumed`. A `scaler` tells the scale that
+    FP32 layers. `costs` is `measured` or, for runs that must repeat exactly, `assumed`. A `scaler` has the scale that
     FP16 gradients have. `group` are the ranks that decide together. A model that was compiled, by `model.compile()` or
     by `torch.compile(model)` given here, runs as it is written on sampled steps.
 
@@ -143,7 +143,7 @@ class DynamicPrecision:
         return {name: state.precision for name, state in self.states.items()}
 
     def step(self, *, is_skipped: bool = False) -> tuple[Event, ...]:
-        """Tell that an optimizer step is done, before its gradients are cleared; returns what changed.
+        """Report that an optimizer step is done, before its gradients are cleared; return what changed.
 
         `is_skipped` says that a scaler skipped the step: the next one is sampled, to see where the infinity comes from.
         Raises `ConfigError` where there are no gradients to look at on a step that is sampled.
@@ -177,8 +177,8 @@ class DynamicPrecision:
             "low": self.low,
             "num_steps": self.num_steps,
             "must_sample": self._must_sample,
-            "layers": {name: (each.precision, each.num_good, each.reason) for name, each in self.states.items()},
-            "savings": {name: astuple(each) for name, each in self.savings.items()},
+            "layers": {name: (layer.precision, layer.num_good, layer.reason) for name, layer in self.states.items()},
+            "savings": {name: astuple(saving) for name, saving in self.savings.items()},
             **self._window.state_dict(),
         }
 
@@ -196,7 +196,7 @@ class DynamicPrecision:
                 "load it into the model that it was saved with"
             )
         self.states = {name: LayerState(*state["layers"][name]) for name in self.layers}
-        self.savings = {name: Saving(*each) for name, each in state["savings"].items()}
+        self.savings = {name: Saving(*saving) for name, saving in state["savings"].items()}
         self.num_steps, self._must_sample = state["num_steps"], state["must_sample"]
         self._window.load_state_dict(state)
         self._apply()
@@ -246,7 +246,7 @@ class DynamicPrecision:
         return self._decide() if self._window.num_samples >= self.window else ()
 
     def _estimate_savings(self, samples: Mapping[str, Sample]) -> None:
-        """What each layer saves in 16 bits, as the mean over the ranks; one measurement for equal layers."""
+        """Estimate each layer's saving in 16 bits, as the mean over the ranks; one measurement for equal layers."""
         known: dict[Any, Saving] = {}
         table = torch.zeros(len(samples), 3, dtype=torch.float64)
         for row, (name, sample) in enumerate(samples.items()):

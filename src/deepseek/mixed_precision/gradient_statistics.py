@@ -26,7 +26,7 @@ ROW_SIZE = NUM_BINS + 2
 
 @dataclass(eq=False)
 class Sample:
-    """What one layer showed in one step; order counts calls from the first hook of the step."""
+    """Statistics of one layer in one step; order counts calls from the first hook of the step."""
 
     activations: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)

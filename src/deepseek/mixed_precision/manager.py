@@ -66,7 +66,7 @@ class PrecisionManager:
                 _send_gradient(weight, master)
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
-        """What the model answers under this precision."""
+        """Return the model's answer under this precision."""
         with self.context():
             return self.model(*inputs, **named_inputs)
 
@@ -91,7 +91,7 @@ class PrecisionManager:
 
     @property
     def master_params(self) -> list[nn.Parameter]:
-        """What the optimizer updates, all FP32: masters of the weights that were narrowed, others as they are."""
+        """Return the parameters for the optimizer, all FP32: masters of narrowed weights, others as they are."""
         return [self._masters.get(parameter, parameter) for parameter in self.model.parameters()]
 
     def use_masters_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -112,7 +112,7 @@ class PrecisionManager:
 
     def state_dict(self) -> dict[str, Any]:
         """The masters by parameter name; the weights follow from them."""
-        named = {each: name for name, each in self.model.named_parameters()}
+        named = {parameter: name for name, parameter in self.model.named_parameters()}
         masters = {named[weight]: master.detach() for weight, master in self._masters.items()}
         return {"level": self.level, "precision": self.precision, "masters": masters}
 
@@ -134,7 +134,7 @@ class PrecisionManager:
         if self.precision == "fp32":
             return torch.autocast(self.device.type, enabled=False)
         if self.precision == "tf32":
-            return tf32_products()
+            return tf32_matmuls()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
@@ -164,7 +164,7 @@ def has_tf32(device: torch.device) -> bool:
 
 
 @contextmanager
-def tf32_products() -> Any:
+def tf32_matmuls() -> Any:
     """FP32 matmuls and convolutions on CUDA in TF32, and afterwards as they were."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]

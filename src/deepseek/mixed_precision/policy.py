@@ -73,11 +73,11 @@ class Histogram:
 
     def shifted(self, exponents: float) -> Histogram:
         """The same values times 2^exponents."""
-        places = round(exponents)
+        num_bins = round(exponents)
         counts = [0.0] * NUM_BINS
         for index, count in enumerate(self.counts):
-            counts[min(max(index + places, 0), NUM_BINS - 1)] += count
-        return replace(self, counts=tuple(counts), largest_exponent=self.largest_exponent + places)
+            counts[min(max(index + num_bins, 0), NUM_BINS - 1)] += count
+        return replace(self, counts=tuple(counts), largest_exponent=self.largest_exponent + num_bins)
 
 
 def rounding_noise(histogram: Histogram, format: Format) -> float:
@@ -125,7 +125,7 @@ def overflows(histogram: Histogram, format: Format) -> bool:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one layer showed in a window, the same on every rank."""
+    """Statistics of one layer in a window, the same on every rank."""
 
     activations: Histogram = field(default_factory=Histogram)
     """Inputs and outputs."""
@@ -167,7 +167,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the evidence says of a layer in 16 bits."""
+    """The conclusion from the evidence on a layer in 16 bits."""
 
     is_allowed: bool
     noise: float
@@ -179,7 +179,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class LayerState:
-    """Where a layer stands."""
+    """The current precision of a layer, and why."""
 
     precision: str
     num_good: int = 0
@@ -229,11 +229,11 @@ def choose(
 
     Those that save most for the noise they add come first; the order does not depend on the order of the dict.
     """
-    verdicts = {name: judge(each, low, rules, scale=scale) for name, each in evidence.items()}
+    verdicts = {name: judge(item, low, rules, scale=scale) for name, item in evidence.items()}
     benefit = _benefits(evidence)
     answers: dict[str, tuple[bool, Verdict]] = {}
     spent = 0.0
-    for name in sorted(verdicts, key=lambda each: (-benefit[each] / max(verdicts[each].share, 1e-30), each)):
+    for name in sorted(verdicts, key=lambda layer: (-benefit[layer] / max(verdicts[layer].share, 1e-30), layer)):
         verdict = verdicts[name]
         if verdict.is_allowed and benefit[name] <= 0:
             verdict = replace(verdict, is_allowed=False, reason="16 bits save too little here")
@@ -246,13 +246,13 @@ def choose(
 
 
 def _benefits(evidence: Mapping[str, Evidence]) -> dict[str, float]:
-    """What each layer saves, as its share of all that is at stake; a share of time weighs as two of memory.
+    """Return each layer's saving, as its share of all that is at stake; a share of time weighs as two of memory.
 
     So a machine where 16 bits are slower everywhere stays in FP32, though they would save memory.
     """
     total_s = sum(abs(layer.saved_s) for layer in evidence.values()) or 1.0
     total_bytes = sum(abs(layer.saved_bytes) for layer in evidence.values()) or 1.0
-    return {name: 2 * each.saved_s / total_s + each.saved_bytes / total_bytes for name, each in evidence.items()}
+    return {name: 2 * item.saved_s / total_s + item.saved_bytes / total_bytes for name, item in evidence.items()}
 
 
 def apply_hysteresis(state: LayerState, verdict: Verdict, low: str, rules: Rules) -> LayerState:
