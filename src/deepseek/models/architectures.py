@@ -52,7 +52,7 @@ def list_architectures() -> Registry[Architecture]:
 
 
 def name_architecture(model: nn.Module) -> str:
-    """What a manifest calls the architecture of `model`. Raises `ArtifactError` for one that cannot be rebuilt."""
+    """Return the manifest's name for the architecture of `model`. Raises `ArtifactError` if it cannot be rebuilt."""
     if isinstance(model, TransformersModel):
         return TRANSFORMERS
     for name, architecture in list_architectures().items():

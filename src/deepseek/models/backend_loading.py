@@ -40,7 +40,7 @@ from deepseek.onnx.files import UnsupportedOperatorError, read_onnx
 Listener = Callable[[SelectionEvent], None] | None
 _UNCALIBRATED = "it is calibrated on inputs, and these were drawn at random; give samples, an .npz file of real ones"
 _FILE_PRIOR = 5
-"""Place of the file as it is among candidates: before those that have to be exported first."""
+"""Rank of the file as it is among candidates: before those that have to be exported first."""
 
 
 def run_on_backend(
@@ -94,7 +94,7 @@ def _select(
     on_event: Listener,
     further: Mapping[str, Variant] = MappingProxyType({}),
 ) -> LoadedModel:
-    """What runs `model` fastest, `further` ways of running the file that it was converted from included."""
+    """Return the fastest way to run `model`, `further` ways of running the file it was converted from included."""
     if settings.precision == "int8" and settings.samples is None:
         warn_caller(
             "int8 is calibrated on inputs that were drawn at random, which may be nothing like yours; give samples, an "

@@ -32,10 +32,10 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a loaded model comes from, and how it came to be run."""
+    """The source of a loaded model, and the reason for the way it is run."""
 
     summary: str
-    """What it is and where its weights come from, random ones above all."""
+    """The model and the source of its weights, random ones above all."""
     draw_inputs: Callable[[], Batch]
     """Make the inputs that it was, or would be, measured with."""
     reason: str
@@ -83,7 +83,7 @@ class LoadedModel(nn.Module):
 
     @property
     def summary(self) -> str:
-        """What it is and where its weights come from."""
+        """Return one sentence on the model and the source of its weights."""
         return self.origin.summary
 
     @property

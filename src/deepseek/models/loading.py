@@ -201,7 +201,7 @@ def _settings_of(
 
 
 def _as_precision(model: nn.Module, precision: str, source: str | Path) -> nn.Module:
-    """`model` with weights of `precision`, in place."""
+    """Give the weights of `model` the `precision`, in place, and return it."""
     if isinstance(model, Decoder) and is_int8(model.state_dict()):
         if precision not in ("auto", "int8"):
             raise ConfigError(f"{source} is int8 and was asked for as {precision}; leave precision out")
@@ -244,7 +244,7 @@ def _write_plain(model: nn.Module, dtype: torch.dtype | None, tokenizer: Tokeniz
 
 
 def _write_decoder(model: Decoder, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> _Written:
-    """Under the names of its twin at Hugging Face, where it has one."""
+    """Write `model` under the names of its Hugging Face counterpart, where it has one."""
     tensors = stored_tensors(model, dtype)
     family = None if is_int8(tensors) else find_family(model.config)
     if family is None:
@@ -255,7 +255,7 @@ def _write_decoder(model: Decoder, dtype: torch.dtype | None, tokenizer: Tokeniz
 
 
 def _write_transformers(model: TransformersModel, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> _Written:
-    """As `transformers` writes it."""
+    """Write `model` as `transformers` writes it."""
     tensors = stored_tensors(model.model, dtype)
     settings = model.config | {"dtype": str(main_dtype(tensors)).removeprefix("torch.")}
     return tensors, settings, {CONFIG_NAME: json.dumps(settings, indent=1).encode()}, True

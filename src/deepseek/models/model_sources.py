@@ -62,7 +62,7 @@ Tensors = dict[str, Tensor]
 
 
 class LoadConfig(Config):
-    """How `load_model` prepares a model."""
+    """Settings of `load_model`."""
 
     precision: str = "auto"
     """`fp32`, `fp16`, `bf16`, `int8`; `auto` keeps that of the weights, or with a backend lets measurement choose."""
@@ -113,12 +113,12 @@ class Opened:
     """A source that was opened: the model, and how to try it."""
 
     summary: str
-    """What it is and where its weights come from, in one sentence."""
+    """The model and the source of its weights, in one sentence."""
     model: nn.Module | Program
     draw_inputs: Callable[[LoadConfig], tuple[Tensor, ...]]
     """Sample inputs for a config."""
     name: str
-    """What people call it."""
+    """The name for messages and reports."""
     folder: Path | None = None
     """Where its tokenizer and other files are."""
 
@@ -240,17 +240,17 @@ def draw_for(model: nn.Module, config: LoadConfig) -> tuple[Tensor, ...]:
         names = model.input_names if isinstance(model, TransformersModel) else ("tokens",)
     else:
         settings: Any = model.config
-        size = getattr(settings, "image_size", None) or _picture_size(model)
-        drawn = (_draw_pictures(config.batch_size, settings.in_channels, size),)
+        size = getattr(settings, "image_size", None) or _image_size(model)
+        drawn = (_draw_images(config.batch_size, settings.in_channels, size),)
         names = ("images",)
     return tuple(_redraw(name, tensor, config.shapes) for name, tensor in zip(names, drawn, strict=True))
 
 
-def _picture_size(model: nn.Module) -> int:
+def _image_size(model: nn.Module) -> int:
     return next(entry.image_size for entry in zoo.MODELS.values() if entry.assemble is type(model))
 
 
-def _draw_pictures(batch_size: int, channels: int, size: int) -> Tensor:
+def _draw_images(batch_size: int, channels: int, size: int) -> Tensor:
     return torch.randn(batch_size, channels, size, size, generator=torch.Generator().manual_seed(zoo.SAMPLE_SEED))
 
 

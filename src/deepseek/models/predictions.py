@@ -55,7 +55,7 @@ class Predictor:
     module: nn.Module | None
     """The plain module, which says what kind of model it is."""
     run: Callable[..., Tensor]
-    """What a call runs."""
+    """The function that a call runs."""
     fixed: tuple[int, ...] | None
     """The shape of the input that a backend was compiled for; none where any will do."""
     folder: Path | None
@@ -63,13 +63,13 @@ class Predictor:
 
     @property
     def name(self) -> str:
-        """What it is called in an error."""
+        """Return its name for an error message."""
         return "a file that only a runtime can run" if self.module is None else f"a {type(self.module).__name__}"
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What was found in one image, the most confident first."""
+    """Objects found in one image, the most confident first."""
 
     boxes_N4: Tensor
     """Left, top, right, bottom in pixels of the image."""
@@ -139,7 +139,7 @@ def embed(predictor: Predictor, texts: str | Sequence[str], *, normalize: bool) 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a sentence encoder is read, from the files of `sentence-transformers`."""
+    """Settings of a sentence encoder, from the files of `sentence-transformers`."""
 
     pooling: str = "mean"
     prompt: str = ""
@@ -212,7 +212,7 @@ def classify(predictor: Predictor, inputs: Image | str | Sequence[Image | str]) 
     """The likeliest classes of each image or text with their probabilities, at most `NUM_TOP`, best first."""
     model = predictor.module
     if model is None or isinstance(model, YOLOv7 | Decoder):
-        raise ConfigError(f"this is {predictor.name}, which tells no classes; load a classifier")
+        raise ConfigError(f"this is {predictor.name}, which predicts no classes; load a classifier")
     if isinstance(model, TransformersModel) and model.is_text:
         texts = [inputs] if isinstance(inputs, str) else [str(text) for text in _as_list(inputs)]
         scores = _run_text(predictor, model, *_tokenize(predictor, model, texts, None)) if texts else torch.zeros(0, 1)
@@ -251,19 +251,19 @@ def prepare_images(predictor: Predictor, images: Image | Sequence[Image]) -> Ten
 
 @dataclass(frozen=True)
 class _Fitting:
-    """How an image of any size becomes one of a classifier's size."""
+    """The steps that give an image of any size a classifier's size."""
 
     shorter: int | None
-    """What the shorter side is made, the other in proportion; none takes `exact`."""
+    """Length of the shorter side after resizing, the other in proportion; none takes `exact`."""
     exact: tuple[int, int] | None
-    """Height and width that the image is made, whatever its proportions; none leaves its size."""
+    """Height and width after resizing, whatever the proportions; none leaves the size."""
     crop: tuple[int, int] | None
     """Height and width of the middle that is cut out."""
     interpolation: str
 
 
 def _read_fitting(settings: dict[str, Any], size: int) -> _Fitting:
-    """What a `preprocessor_config.json` says, or without one what torchvision and timm train with."""
+    """Read the steps from a `preprocessor_config.json`, or without one take those of torchvision and timm."""
     if not settings:
         return _Fitting(round(size / CROP_SHARE), None, (size, size), "bilinear")
     interpolation = _INTERPOLATIONS.get(settings.get("resample", 2))
@@ -355,7 +355,7 @@ def run_in_batches(predictor: Predictor, *tensors: Tensor) -> Tensor:
 
 
 def _read_beside(folder: Path, name: str) -> Any:
-    """What a JSON file beside the weights says; `None` where there is no such file."""
+    """Return the content of a JSON file beside the weights; `None` where there is no such file."""
     path = folder / name
     if not path.is_file():
         return None

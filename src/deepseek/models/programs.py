@@ -57,7 +57,7 @@ class Program:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def explain(self) -> str:
-        """What runs, by what, in which precision."""
+        """Describe the file, the runtime and the precision."""
         wanted = ", ".join(f"{spec.name} {_show(spec)}" for spec in self.inputs)
         text = f"{self.path} as it is, by {self.runtime} in {self.precision}; inputs: {wanted}"
         return f"{text}\n{self.note}" if self.note else text
@@ -225,7 +225,7 @@ def _show(spec: InputSpec) -> str:
 
 
 def _explain_refusal(path: Path, error: Exception) -> Exception:
-    """What OpenVINO has against a file: an operator that it does not know, or that it is no model."""
+    """Return the error for a file that OpenVINO refuses: an unknown operator, or no model at all."""
     unknown = _UNKNOWN_OPERATIONS.search(str(error))
     if unknown:
         return ConfigError(f"OpenVINO cannot run {path}, it has no rule for {unknown[1].strip()}; export it without")

@@ -28,7 +28,7 @@ PRECISIONS = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "int
 
 
 def build_without_values(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` gives, with parameters that hold nothing yet and buffers that hold what they should."""
+    """Call `build`; the parameters hold nothing yet, the buffers hold what they should."""
     with _parameters_without_values():
         return build()
 
@@ -57,7 +57,7 @@ def fill_(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | 
 
 
 def _explain_misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """What is wrong with names and shapes, a few of each, and what to do about it."""
+    """Describe the names and shapes that do not fit, a few of each, and the next step."""
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
@@ -132,7 +132,7 @@ def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def name_precision(dtype: torch.dtype) -> str:
-    """What a manifest calls `dtype`."""
+    """Return the manifest's name for `dtype`."""
     if dtype not in PRECISIONS:
         raise ArtifactError(f"the weights are {dtype}; convert them to one of {', '.join(PRECISIONS.values())}")
     return PRECISIONS[dtype]

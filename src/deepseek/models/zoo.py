@@ -41,14 +41,14 @@ class Entry:
     assemble: Callable[[Any], nn.Module]
     """The class of the model, which takes the config."""
     image_size: int
-    """Height and width of a picture, in pixels."""
+    """Height and width of an image, in pixels."""
     published_parameters: int
     """Parameters as its authors, or torchvision, count them."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` says of a model."""
+    """A summary of a model, as `describe` returns it."""
 
     name: str
     architecture: str
@@ -56,7 +56,7 @@ class Description:
     config: Config
     """Its settings."""
     input_shape: tuple[int, ...]
-    """Channels, height and width of one picture."""
+    """Channels, height and width of one image."""
     num_parameters: int
     """Parameters counted in our model."""
     published_parameters: int
@@ -85,7 +85,7 @@ def configure(name: str, **overrides: Any) -> Config:
 def sample_inputs(name: str, batch_size: int, **overrides: Any) -> tuple[Tensor, ...]:
     """A batch of normal noise that the model takes: one tensor (batch_size, C, H, W), the same in every call.
 
-    >>> [tuple(each.shape) for each in sample_inputs("resnet50", 2)]
+    >>> [tuple(x.shape) for x in sample_inputs("resnet50", 2)]
     [(2, 3, 224, 224)]
     """
     if batch_size < 1:
@@ -95,7 +95,7 @@ def sample_inputs(name: str, batch_size: int, **overrides: Any) -> tuple[Tensor,
 
 
 def describe(name: str) -> Description:
-    """What the model `name` is; it is built without weights, so this takes milliseconds.
+    """Describe the model `name`; it is built without weights, so this takes milliseconds.
 
     >>> describe("resnet50").num_parameters
     25557032
@@ -118,13 +118,13 @@ def settle_(model: nn.Module, *inputs: Tensor) -> nn.Module:
 
     Random weights with statistics that nothing was measured for let values grow or vanish from layer to layer: a
     ResNet-152 answers with logits of 1e8, which no 16 bit hold. Settled, it computes with the sizes of a trained one.
-    Two pictures or more; nothing else of the model changes.
+    Two images or more; nothing else of the model changes.
 
     >>> model = settle_(build("resnet152", width=8), *sample_inputs("resnet152", 2, width=8))
     >>> bool(model.eval()(torch.randn(1, 3, 64, 64)).abs().max() < 1e3)
     True
     """
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     were_training = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     model.eval()

@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Window:
-    """How a family says which of its layers have a sliding window."""
+    """The way a family marks its layers with a sliding window."""
 
     size: int | None
     """Their default of `sliding_window`."""

@@ -281,7 +281,7 @@ class Decoder(nn.Module):
         )
 
     def set_step(self, step: int) -> None:
-        """Tell the mask how far training has come; a model that is not being trained needs no call."""
+        """Report the progress of training to the mask; a model that is not being trained needs no call."""
         if self.config.mask:
             self.mask_openness.fill_(self.config.mask.openness_at(step))
 

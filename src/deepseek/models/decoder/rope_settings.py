@@ -26,7 +26,7 @@ _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class RopeDefaults:
-    """What a family takes where its config does not say."""
+    """Values that a family takes where its config gives none."""
 
     theta: float = 10000.0
     """`rope_theta`."""

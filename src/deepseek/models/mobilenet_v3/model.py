@@ -1,12 +1,12 @@
 """MobileNetV3 for image classification on one device, under torchvision's state-dict names.
 
-    images -> 3x3 stride 2 -> inverted residuals -> 1x1 -> mean over the picture -> linear -> hardswish -> linear
+    images -> 3x3 stride 2 -> inverted residuals -> 1x1 -> mean over the image -> linear -> hardswish -> linear
     inverted residual:  x -> [1x1 widen] -> depthwise -> [squeeze and excite] -> 1x1 narrow -> (+ x)
 
 The table of a variant has a row per inverted residual, as the tables of the paper have. torchvision counts the parts of
 a block by position, and so do we: `features.4.block.2.fc1.weight` is the squeeze of the fifth feature.
 
-Shapes: B images, C channels, H x W picture, K classes.
+Shapes: B images, C channels, H x W image, K classes.
 Source: Howard et al. 2019, "Searching for MobileNetV3", tables 1 and 2, figure 4 and section 5.2.
 """
 
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     num_out: int
     """Channels that leave the block."""
     has_squeeze: bool
-    """Whether channels are weighed by what the whole picture holds."""
+    """Whether channels are weighed by what the whole image holds."""
     activation: Literal["relu", "hardswish"]
     stride: int
 
@@ -86,9 +86,9 @@ class MobileNetV3Config(Config):
     width_multiple: float = Field(default=1.0, gt=0)
     """Factor on the channels of every layer, which are then rounded to multiples of 8."""
     in_channels: int = Field(default=3, ge=1)
-    """Channels of a picture: 3 for colour, 1 for grey."""
+    """Channels of an image: 3 for colour, 1 for grey."""
     num_classes: int = Field(default=1000, ge=1)
-    """Logits of a picture."""
+    """Logits of an image."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of the classifier's inputs that is dropped in training."""
     norm_eps: float = Field(default=1e-3, gt=0)
@@ -162,7 +162,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3(nn.Module):
-    """Class logits for pictures.
+    """Class logits for images.
 
     (B, in_channels, H, W) in, (B, num_classes) out; any H and W of 32 or more.
 
@@ -205,7 +205,7 @@ def build_features(config: MobileNetV3Config, num_features: int) -> nn.Sequentia
 def round_channels(num_channels: float) -> int:
     """The nearest multiple of 8 that is not more than a tenth below.
 
-    >>> [round_channels(each) for each in (3, 18, 30, 100.8)]
+    >>> [round_channels(channels) for channels in (3, 18, 30, 100.8)]
     [8, 24, 32, 104]
     """
     rounded = max(CHANNEL_STEP, int(num_channels + CHANNEL_STEP / 2) // CHANNEL_STEP * CHANNEL_STEP)

@@ -1,16 +1,16 @@
 """Residual networks for image classification on one device, under torchvision's state-dict names.
 
-    images -> stem -> stage 1 -> ... -> stage S -> mean over the picture -> logits
+    images -> stem -> stage 1 -> ... -> stage S -> mean over the image -> logits
     block:  x -> [conv -> bn -> relu] ... conv -> bn -> (+ x) -> relu
 
 Stage i has width * 2**i channels in its 3x3 convolutions; a bottleneck block has four times as many outside. The stride
 stands in the 3x3 convolution, as torchvision has it (in the first paper it stood in the 1x1 before it). The `cifar`
-stem keeps a small picture at its size: one 3x3 convolution instead of a 7x7 with stride 2 and a pooling.
+stem keeps a small image at its size: one 3x3 convolution instead of a 7x7 with stride 2 and a pooling.
 
 Every activation is a call of its own and never in place, because graph quantizers refuse a module that is called twice
 and captured graphs are simpler without mutation.
 
-Shapes: B images, C channels, H x W picture, K classes.
+Shapes: B images, C channels, H x W image, K classes.
 Sources: He et al. 2015, "Deep Residual Learning", table 1; Goyal et al. 2017, section 5.1, for the zero-init residual.
 """
 
@@ -36,15 +36,15 @@ class ResNetConfig(Config):
     block: Literal["basic", "bottleneck"] = "bottleneck"
     """Two 3x3 convolutions a block, or 1x1, 3x3, 1x1."""
     depths: tuple[int, ...] = (3, 4, 6, 3)
-    """Blocks of each stage; every stage after the first halves the picture and doubles the channels."""
+    """Blocks of each stage; every stage after the first halves the image and doubles the channels."""
     width: int = Field(default=64, ge=1)
     """Channels of the stem and of the first stage."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
-    """7x7 with stride 2 and a pooling, for pictures of 224; or 3x3 with stride 1, for pictures of 32."""
+    """7x7 with stride 2 and a pooling, for images of 224; or 3x3 with stride 1, for images of 32."""
     in_channels: int = Field(default=3, ge=1)
-    """Channels of a picture: 3 for colour, 1 for grey."""
+    """Channels of an image: 3 for colour, 1 for grey."""
     num_classes: int = Field(default=1000, ge=1)
-    """Logits of a picture."""
+    """Logits of an image."""
     zero_init_residual: bool = False
     """Whether every block starts as the identity, which helps with large batches."""
 
@@ -99,7 +99,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Class logits for pictures.
+    """Class logits for images.
 
     (B, in_channels, H, W) in, (B, num_classes) out; any H and W of 32 or more, or of 2 ** (stages - 1) with the `cifar`
     stem. Weights start as He et al. 2015, "Delving Deep into Rectifiers", section 2.2, has them for outgoing channels.
@@ -132,7 +132,7 @@ class ResNet(nn.Module):
 
 
 def build_stem(config: ResNetConfig) -> nn.Conv2d:
-    """The first convolution, for large or for small pictures."""
+    """The first convolution, for large or for small images."""
     if config.stem == "cifar":
         return nn.Conv2d(config.in_channels, config.width, 3, padding=1, bias=False)
     return nn.Conv2d(config.in_channels, config.width, 7, 2, padding=3, bias=False)

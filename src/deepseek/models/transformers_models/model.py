@@ -183,12 +183,12 @@ def _find_class(values: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _check_report(report: Any, folder: Path) -> None:
-    missing = sorted(str(each) for each in report["missing_keys"])
-    shapes = sorted(str(each) for each in report["mismatched_keys"])
+    missing = sorted(str(key) for key in report["missing_keys"])
+    shapes = sorted(str(key) for key in report["mismatched_keys"])
     if missing or shapes:
         problem = f"without {', '.join(missing[:3])}" if missing else f"with other shapes in {', '.join(shapes[:3])}"
         raise ArtifactError(f"the weights in {folder} come {problem}; download it again or mend its {CONFIG_NAME}")
-    unused = sorted(str(each) for each in report["unexpected_keys"])
+    unused = sorted(str(key) for key in report["unexpected_keys"])
     if unused:
         warn_caller(f"{folder} holds weights that its model has no place for: {', '.join(unused[:3])}")
 

@@ -6,7 +6,7 @@
 The queries, keys and values of a layer are one matrix, as in `nn.MultiheadAttention`, and attention is the fused kernel
 of torch where there is one.
 
-Shapes: B images, C channels, H x W picture, T tokens (1 + patches), D hidden, N heads, K classes.
+Shapes: B images, C channels, H x W image, T tokens (1 + patches), D hidden, N heads, K classes.
 Source: Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words", equations 1 to 4 and table 1.
 """
 
@@ -29,11 +29,11 @@ class ViTConfig(Config):
     """Shape of a vision transformer; the defaults are ViT-B/16."""
 
     image_size: int = Field(default=224, ge=1)
-    """Height and width of a picture, in pixels."""
+    """Height and width of an image, in pixels."""
     patch_size: int = Field(default=16, ge=1)
     """Height and width of a patch, in pixels."""
     in_channels: int = Field(default=3, ge=1)
-    """Channels of a picture: 3 for colour, 1 for grey."""
+    """Channels of an image: 3 for colour, 1 for grey."""
     num_layers: int = Field(default=12, ge=1)
     """Blocks."""
     num_heads: int = Field(default=12, ge=1)
@@ -43,7 +43,7 @@ class ViTConfig(Config):
     mlp_size: int = Field(default=3072, ge=1)
     """Hidden units of an MLP."""
     num_classes: int = Field(default=1000, ge=1)
-    """Logits of a picture."""
+    """Logits of an image."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of embeddings and of MLP outputs that is dropped in training."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -86,8 +86,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         qkv_BTF = F.linear(x_BTD, self.in_proj_weight, self.in_proj_bias)
-        qkv_BTNH = (each.unflatten(-1, (self.num_heads, -1)) for each in qkv_BTF.chunk(3, dim=-1))
-        q_BNTH, k_BNTH, v_BNTH = (each.transpose(1, 2) for each in qkv_BTNH)
+        qkv_BTNH = (x_BTD.unflatten(-1, (self.num_heads, -1)) for x_BTD in qkv_BTF.chunk(3, dim=-1))
+        q_BNTH, k_BNTH, v_BNTH = (x_BTNH.transpose(1, 2) for x_BTNH in qkv_BTNH)
         dropout = self.dropout if self.training else 0.0
         y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, dropout_p=dropout)
         y_BTD: Tensor = self.out_proj(y_BNTH.transpose(1, 2).flatten(2))
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
 
 
 class ViT(nn.Module):
-    """Class logits for pictures.
+    """Class logits for images.
 
     (B, in_channels, image_size, image_size) in, (B, num_classes) out; another size raises `ConfigError`.
 
@@ -156,7 +156,7 @@ class ViT(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         size, expected = tuple(images_BCHW.shape[-2:]), (self.config.image_size,) * 2
         if size != expected:
-            raise ConfigError(f"the pictures are {size} and this model was made for {expected}; resize them")
+            raise ConfigError(f"the images are {size} and this model was made for {expected}; resize them")
         patches_BTD = self.conv_proj(images_BCHW).flatten(2).transpose(1, 2)
         class_token_B1D = self.class_token.expand(patches_BTD.shape[0], -1, -1)
         x_BTD = self.encoder(torch.cat([class_token_B1D, patches_BTD], dim=1))
@@ -167,7 +167,7 @@ class ViT(nn.Module):
 def initialize_(model: ViT) -> None:
     """Weights that keep the size of what passes them; biases at zero, positions and head small.
 
-    torchvision starts the head at zero; a small one lets an untrained model tell pictures apart, in a measurement say.
+    torchvision starts the head at zero; a small one lets an untrained model distinguish images, in a measurement say.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

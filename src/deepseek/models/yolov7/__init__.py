@@ -1,1 +1,1 @@
-"""YOLOv7: objects in pictures, as boxes with a class and a confidence."""
+"""YOLOv7: objects in images, as boxes with a class and a confidence."""

@@ -3,12 +3,12 @@
 Of boxes of one class that overlap by more than a threshold, the most confident stays and the others go, where a box
 that went removes nobody. Defined one after the other, it is computed for all at once: start with everyone staying, and
 let "a box stays if nobody that stays removes it" correct itself until nothing changes. After round i the verdicts of
-the first i boxes, by confidence, are final, so it ends with the sequential answer; pictures need a handful of rounds.
+the first i boxes, by confidence, are final, so it ends with the sequential answer; images need a handful of rounds.
 
-The pictures of a batch go together, as many as `MAX_PAIRS` allows: with M candidates in the busiest picture, a round
+The images of a batch go together, as many as `MAX_PAIRS` allows: with M candidates in the busiest image, a round
 costs B * M * M comparisons. Boxes are compared in float32 or better, since an area overflows float16.
 
-Shapes: B pictures, N boxes, M candidates or detections a picture, K classes.
+Shapes: B images, N boxes, M candidates or detections an image, K classes.
 Source of the rounds: Zheng et al. 2020, "Enhancing Geometric Factors in Model Learning and Inference for Object
 Detection and Instance Segmentation" (Cluster-NMS).
 """
@@ -30,7 +30,7 @@ MAX_PAIRS = 2**24  # of boxes compared at a time, about 0.4 GB of intermediates 
 
 @dataclass(frozen=True)
 class Detections:
-    """Objects in a batch of pictures, the most confident first; rows past a picture's count are zeros."""
+    """Objects in a batch of images, the most confident first; rows past an image's count are zeros."""
 
     boxes_BM4: Tensor
     """Left, top, right, bottom in pixels."""
@@ -39,12 +39,12 @@ class Detections:
     labels_BM: Tensor
     """Number of the class."""
     counts_B: Tensor
-    """Objects of each picture."""
+    """Objects of each image."""
 
-    def of(self, picture: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and labels of one picture, without padding."""
-        count = int(self.counts_B[picture])
-        return self.boxes_BM4[picture, :count], self.scores_BM[picture, :count], self.labels_BM[picture, :count]
+    def of(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and labels of one image, without padding."""
+        count = int(self.counts_B[image])
+        return self.boxes_BM4[image, :count], self.scores_BM[image, :count], self.labels_BM[image, :count]
 
 
 def select(
@@ -60,7 +60,7 @@ def select(
 
     A box counts with a score above `min_score`; its score is its best class's, or with `is_multi_label` it counts once
     for each class. Of overlapping boxes (intersection over union above `max_overlap`) of a class the best is kept.
-    At most `max_candidates` a picture are compared and `max_detections` returned, the best ones. Equal scores keep the
+    At most `max_candidates` an image are compared and `max_detections` returned, the best ones. Equal scores keep the
     order of the boxes. Scores that are not numbers never count. Raises `ConfigError` for thresholds outside [0, 1].
 
     >>> boxes = torch.tensor([[[5.0, 5, 4, 4, 0.9, 1.0], [5.0, 5, 4, 5, 0.8, 1.0], [9.0, 9, 2, 2, 0.7, 1.0]]])
@@ -71,7 +71,7 @@ def select(
     scores_BM, boxes_BM, labels_BM = find_candidates(predictions_BNO, min_score, is_multi_label, max_candidates)
     boxes_BM4 = to_corners(_widen(predictions_BNO[..., :4]).gather(1, boxes_BM[..., None].expand(-1, -1, 4)))
     num_together = max(1, MAX_PAIRS // max(1, boxes_BM.shape[1]) ** 2)
-    parts = [each.split(num_together) for each in (boxes_BM4, labels_BM, scores_BM > min_score)]
+    parts = [rows.split(num_together) for rows in (boxes_BM4, labels_BM, scores_BM > min_score)]
     stays_BM = torch.cat([suppress(*part, max_overlap=max_overlap) for part in zip(*parts, strict=True)])
     order_BM = stays_BM.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :max_detections]
     counts_B = stays_BM.sum(1).clamp(max=max_detections)
@@ -105,7 +105,7 @@ def find_candidates(
 
 
 def suppress(boxes_BM4: Tensor, labels_BM: Tensor, is_candidate_BM: Tensor, *, max_overlap: float) -> Tensor:
-    """Which of the candidates among boxes, given by corners and by falling score, stay."""
+    """Select the candidates that stay; boxes are given by corners and by falling score."""
     num_boxes = boxes_BM4.shape[1]
     is_before_MM = torch.ones(num_boxes, num_boxes, dtype=torch.bool, device=boxes_BM4.device).triu(1)
     is_rival_BMM = (labels_BM[:, :, None] == labels_BM[:, None, :]) & is_before_MM
@@ -152,7 +152,7 @@ def _check(
 ) -> None:
     if predictions_BNO.dim() != 3 or predictions_BNO.shape[-1] <= NUM_BOX:
         raise ConfigError(
-            f"the predictions are {tuple(predictions_BNO.shape)}; expected (pictures, boxes, {NUM_BOX} + classes), "
+            f"the predictions are {tuple(predictions_BNO.shape)}; expected (images, boxes, {NUM_BOX} + classes), "
             "which is what the model returns"
         )
     for name, value in (("min_score", min_score), ("max_overlap", max_overlap)):

@@ -14,7 +14,7 @@ A network is a list of rows, each a layer and the rows it reads. The position of
 Batch norms, the branches of a RepConv and the head's learned offset and factor (Wang et al. 2021, "You Only Learn One
 Representation") are of use in training; `reparameterization.fold_` moves them into the convolutions.
 
-Shapes: B images, C channels, H x W picture, A anchors a level, K classes, N = A * (cells of all levels) boxes; a box is
+Shapes: B images, C channels, H x W image, A anchors a level, K classes, N = A * (cells of all levels) boxes; a box is
 centre x, centre y, width, height in pixels of the input, objectness, and K class probabilities.
 Source: Wang, Bochkovskiy and Liao 2022, "YOLOv7", figures 2 and 4 and section 4.2.
 """
@@ -49,11 +49,11 @@ class YOLOv7Config(Config):
     """Shape of a YOLOv7."""
 
     image_size: int = Field(default=640, ge=32, multiple_of=32)
-    """Height and width of a picture in training, in pixels; others work if 32 divides them."""
+    """Height and width of an image in training, in pixels; others work if 32 divides them."""
     num_classes: int = Field(default=80, ge=1)
     """Kinds of objects."""
     in_channels: int = Field(default=3, ge=1)
-    """Channels of a picture: 3 for colour, 1 for grey."""
+    """Channels of an image: 3 for colour, 1 for grey."""
     width_multiple: float = Field(default=1.0, gt=0)
     """Factor on the channels of every layer, which are then rounded up to multiples of 8."""
     anchors: Anchors = COCO_ANCHORS
@@ -175,12 +175,12 @@ ROWS = [*BACKBONE, *NECK]
 
 
 def find_sources(rows: list[Row]) -> list[tuple[int, ...]]:
-    """The rows that each row reads, by number; -1 is the picture.
+    """The rows that each row reads, by number; -1 is the image.
 
     >>> find_sources(elan(64, 256))[6:]
     [(5, 3, 1, 0), (6,)]
     """
-    return [tuple(index + each if each < 0 else each for each in row.sources) for index, row in enumerate(rows)]
+    return [tuple(index + source if source < 0 else source for source in row.sources) for index, row in enumerate(rows)]
 
 
 def find_last_reads(sources: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -290,7 +290,7 @@ class Head(nn.Module):
     def forward(self, *maps_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Raw boxes (B, A, H, W, 5 + K) of each level."""
         raw = (self.predict(level, map_BCHW) for level, map_BCHW in enumerate(maps_BCHW))
-        return tuple(each.unflatten(1, (self.num_anchors, -1)).permute(0, 1, 3, 4, 2) for each in raw)
+        return tuple(level.unflatten(1, (self.num_anchors, -1)).permute(0, 1, 3, 4, 2) for level in raw)
 
     def predict(self, level: int, x_BCHW: Tensor) -> Tensor:
         """The convolution of one level."""
@@ -309,7 +309,7 @@ class Head(nn.Module):
 
 
 class YOLOv7(nn.Module):
-    """Boxes for pictures.
+    """Boxes for images.
 
     (B, in_channels, H, W) with values in [0, 1] in; (B, N, 5 + num_classes) out, whose numbers are described above. 32
     must divide H and W, or `ConfigError` is raised. `detecting.select` keeps the boxes that count.
@@ -340,11 +340,11 @@ class YOLOv7(nn.Module):
         return torch.cat([decode(raw_BAHWO, anchors, stride) for raw_BAHWO, anchors, stride in levels], dim=1)
 
     def predict_raw(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """What a loss compares: (B, A, H / stride, W / stride, 5 + K) for each stride, before the sigmoid."""
+        """Return what a loss compares: (B, A, H / stride, W / stride, 5 + K) for each stride, before the sigmoid."""
         height, width = images_BCHW.shape[-2:]
         if height % STRIDES[-1] or width % STRIDES[-1]:
             raise ConfigError(
-                f"the pictures are {height}x{width} and {STRIDES[-1]} must divide both; use letterboxing.letterbox"
+                f"the images are {height}x{width} and {STRIDES[-1]} must divide both; use letterboxing.letterbox"
             )
         values: dict[int, Tensor] = {-1: images_BCHW}
         for index, (layer, reads) in enumerate(zip(self.model, self.sources, strict=False)):
@@ -399,7 +399,7 @@ def decode(raw_BAHWO: Tensor, anchors_1A112: Tensor, stride: int) -> Tensor:
 def initialize_(model: YOLOv7) -> None:
     """Weights that keep the size of what passes them; the head expects few objects at first.
 
-    Source for the head: Lin et al. 2017, "Focal Loss for Dense Object Detection", section 4.1. A picture of training
+    Source for the head: Lin et al. 2017, "Focal Loss for Dense Object Detection", section 4.1. An image of training
     size starts with eight objects an anchor and level, and each class with 0.6 of an even share of them.
     """
     for module in model.modules():

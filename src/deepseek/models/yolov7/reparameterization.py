@@ -29,7 +29,7 @@ def fold_(model: YOLOv7) -> YOLOv7:
 
     >>> from deepseek.models.yolov7.model import YOLOv7Config
     >>> model = fold_(YOLOv7(YOLOv7Config(width_multiple=0.125)).eval())
-    >>> any(isinstance(each, nn.BatchNorm2d) for each in model.modules())
+    >>> any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     False
     """
     if model.training:
