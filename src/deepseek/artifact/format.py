@@ -64,7 +64,7 @@ class Description(Config):
     data_position: dict[str, JsonValue] = Field(default_factory=dict)
     """Where in the data training stopped."""
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
-    """What was measured on it, by name: `heldout_loss`, in nats per token, ..."""
+    """Measurements of it, by name: `heldout_loss`, in nats per token, ..."""
 
 
 class Manifest(Description):

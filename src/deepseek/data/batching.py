@@ -165,7 +165,7 @@ class PackedEpoch:
     ends: IntArray
     """Where each document ends when laid out."""
     shifts: IntArray
-    """What to add to a place in the layout to find it in the cache, for each document."""
+    """Offset from a position in the layout to its position in the cache, for each document."""
     row_order: IntArray
     length: int
 
@@ -257,7 +257,7 @@ def _shuffled(count: int, random: np.random.PCG64) -> IntArray:
 
 
 def _gather(tokens: NDArray[Any], places_BT: IntArray, is_text_BT: NDArray[np.bool_]) -> IntArray:
-    """Tokens at the places, -1 where there is no text."""
+    """Return the tokens at the positions, -1 where there is no text."""
     return np.where(is_text_BT, tokens[np.minimum(places_BT, len(tokens) - 1)].astype(np.int64), _NOTHING)
 
 

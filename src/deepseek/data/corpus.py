@@ -51,7 +51,7 @@ class TokenizerReady(Event):
 
 @dataclass(frozen=True, eq=False)
 class PreparedData:
-    """What a training run reads."""
+    """The tokenizer and token caches that a training run reads."""
 
     tokenizer: Tokenizer
     train: TokenCache
@@ -73,7 +73,7 @@ def prepare_data(config: DataConfig, folder: Path) -> Iterator[Event]:
 
 
 def load_data(config: DataConfig, folder: Path, *, is_verified: bool = False) -> PreparedData:
-    """What `prepare_data` made in `folder`; `is_verified` skips the comparison of checksums, for just after it ran."""
+    """Load the data that `prepare_data` made in `folder`; `is_verified` skips checksums, for just after it ran."""
     heldout = load_token_cache(folder / HELDOUT_FOLDER, is_verified=is_verified) if config.has_heldout else None
     return PreparedData(
         tokenizer=load_tokenizer(folder / TOKENIZER_FOLDER),

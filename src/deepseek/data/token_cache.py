@@ -73,7 +73,7 @@ class CacheReady(Event):
 
 
 class StoredFile(Config):
-    """What a file of the cache must look like."""
+    """The expected size and checksum of a file of the cache."""
 
     size_bytes: int
     """Its length in bytes."""
@@ -82,7 +82,7 @@ class StoredFile(Config):
 
 
 class CacheManifest(Config):
-    """What a cache holds and what it was made from."""
+    """The contents of a cache and the sources it was made from."""
 
     schema_version: int
     """Version of this format."""
@@ -175,7 +175,7 @@ def load_token_cache(folder: Path, *, is_verified: bool = False) -> TokenCache:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a cache, or `None`. Cost: one read of its files."""
+    """Return what is wrong with a cache, or `None`. Cost: one read of its files."""
     try:
         manifest = _read_manifest(folder)
     except DataError as error:

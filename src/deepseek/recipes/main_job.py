@@ -42,14 +42,14 @@ _MAX_TOKENS = 48
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """What follows training begins: counting n-grams, int8, or serving."""
+    """A phase after training begins: counting n-grams, int8, or serving."""
 
     phase: str
 
 
 @dataclass(frozen=True)
 class BaselinesMeasured(Event):
-    """What counting gets on the same held-out tokens, in nats per token."""
+    """Losses of counting on the same held-out tokens, in nats per token."""
 
     unigram_loss: float
     bigram_loss: float

@@ -33,12 +33,12 @@ class TrainConfig(Config):
     accum_steps: int = Field(default=1, ge=1)
     """Micro-batches whose gradients are added up before each optimizer step."""
     precision: Literal["auto", "fp32", "bf16", "dynamic"] = "auto"
-    """What matmuls compute in: `bf16`, `fp32`, `auto` for bf16 where it is faster, or `dynamic` for a
+    """Precision of matmuls: `bf16`, `fp32`, `auto` for bf16 where it is faster, or `dynamic` for a
     choice per layer from its gradients, which also keeps activations in bf16."""
     ds_amp_level: Level | None = None
     """`O0` computes in fp32 whatever `precision` says, `O1` as it says; none asks the environment's `DS_AMP_LEVEL`."""
     ds_activation_checkpoint: Policy | float = "none"
-    """What the backward pass computes again: nothing (`none`), the cheap part of each block (`selective`), blocks as a
+    """Part that the backward pass recomputes: nothing (`none`), the cheap part of each block (`selective`), blocks as a
     whole (`block`, `full`), or, for a number, blocks chosen by measurement so that this share of the bytes is kept."""
     compile: Literal["none", "blocks"] = "none"
     """Compile each kind of block once, or run eagerly; compiling pays on runs of more than a few minutes."""
@@ -71,7 +71,7 @@ class TrainConfig(Config):
         lengths = {} if is_packed else {"max_len": self.data.max_len}
         if is_packed or self.data.has_heldout:  # held-out text is always read in packed rows
             lengths["sequence_length"] = self.data.sequence_length
-        name = max(lengths, key=lambda each: lengths[each])
+        name = max(lengths, key=lambda key: lengths[key])
         if lengths[name] > self.model.max_length:
             raise ConfigError(
                 f"data.{name} makes rows of {lengths[name]} tokens and model.max_length is {self.model.max_length}; "

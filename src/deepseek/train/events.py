@@ -39,7 +39,7 @@ class ActivationsCheckpointed(Event):
     blocks: tuple[str, ...]
     """Their paths below the model."""
     kept_before_bytes: int | None
-    """What autograd kept at once for one micro-batch; measured for a budget only."""
+    """Bytes that autograd kept at once for one micro-batch; measured for a budget only."""
     kept_bytes: int | None
     """The same with the checkpoints."""
 

@@ -127,7 +127,7 @@ def _train(config: TrainConfig) -> Generator[Event, None, None]:
 
 
 def train_in_locked_folder(config: TrainConfig) -> Generator[Event, None, None]:
-    """As `train`, for a caller who holds the folder's lock for longer."""
+    """Train as `train` does, for a caller who holds the folder's lock for longer."""
     open_device(config.device)
     folder = Path(config.folder)
     yield from prepare_data(config.data, folder / DATA_FOLDER)
@@ -211,7 +211,7 @@ def checkpoint_activations_(
 def open_precision(
     config: TrainConfig, model: Decoder, device: torch.device
 ) -> tuple[Precision, DynamicPrecision | None]:
-    """What goes around each forward pass, and what chooses layer by layer where that is asked for."""
+    """Build the precision of each forward pass, and the policy that chooses layer by layer where asked for."""
     level = choose_level(config.ds_amp_level)
     if level == "O2":
         raise ConfigError(
@@ -279,7 +279,7 @@ def deciding_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def find_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two flat settings, one phrase for each.
+    """List the differences between two flat settings, one phrase for each.
 
     >>> find_changes({"num_steps": 650, "seed": 0}, {"num_steps": 700, "seed": 0})
     ['num_steps was 650 and is 700']

@@ -24,7 +24,7 @@ from deepseek.optim.clipping import clip_gradients_
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did."""
+    """Measurements of one step."""
 
     loss: float
     """Mean in nats per token, before the update."""
