@@ -194,10 +194,6 @@ KNOWN_CLASS_NAMES: set[str] = {
     "Rules",
 }
 KNOWN_UNTESTED: set[str] = {
-    "cli/screen/plans.py",
-    "cli/verbs/advise.py",
-    "cli/verbs/benchmark.py",
-    "cli/verbs/doctor.py",
     "compiler/jit/explanation.py",
     "compiler/jit/rewriting/expressions.py",
     "compiler/jit/rewriting/parsing.py",
