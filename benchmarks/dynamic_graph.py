@@ -206,20 +206,20 @@ class Stream:
     def _side(
         self, name: str, run: Callable[[Tensor, Tensor], Tensor], num_batches: int | None = None, pad: int = 0
     ) -> Side:
-        model, turns = self.models[name], iter(range(self.num_slices + 1))
+        model, slice_indices = self.models[name], iter(range(self.num_slices + 1))
 
         def rate() -> float:
-            turn = next(turns)
+            slice_index = next(slice_indices)
             if num_batches is not None:
-                model.load_state_dict(self.weights[turn])
-            batches = self.slices[turn][:num_batches]
+                model.load_state_dict(self.weights[slice_index])
+            batches = self.slices[slice_index][:num_batches]
             began_s = time.perf_counter()
             for index, batch in enumerate(batches):
-                self.losses[name][turn, index] = train_step(model, run, pad_batch(batch, pad))
+                self.losses[name][slice_index, index] = train_step(model, run, pad_batch(batch, pad))
             seconds = time.perf_counter() - began_s
             self.first_s.setdefault(name, seconds)
             if name == OURS:
-                self.weights[turn + 1] = copy_of(model)
+                self.weights[slice_index + 1] = copy_of(model)
             return len(batches) * BATCH_SIZE / seconds
 
         return Side(name, rate)
@@ -227,7 +227,7 @@ class Stream:
     def largest_difference(self) -> float:
         """Between the losses of `dynamic_graph` and of eager, over all batches that both have seen."""
         ours, eager = self.losses[OURS], self.losses[EAGER]
-        return max(abs(ours[index] - eager[index]) for index in eager)
+        return max(abs(ours[key] - eager[key]) for key in eager)
 
     def explanation(self) -> DynamicExplanation:
         forward = self.models[OURS].forward

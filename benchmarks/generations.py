@@ -71,21 +71,21 @@ def prepare(folder: Path, *, num_epochs: int, num_shown: int) -> None:
     """A trained ResNet-50 as the artifact `folder/resnet50`, and held-out digits as `folder/digits.npz`."""
     torch.manual_seed(0)
     digits = load_digits()
-    pictures = torch.from_numpy(digits.images).float().unsqueeze(1).expand(-1, 3, -1, -1) / 8 - 1
-    pictures = nn.functional.interpolate(pictures, size=TRAINED_SIZE, mode="bilinear")
+    images = torch.from_numpy(digits.images).float().unsqueeze(1).expand(-1, 3, -1, -1) / 8 - 1
+    images = nn.functional.interpolate(images, size=TRAINED_SIZE, mode="bilinear")
     labels = torch.from_numpy(digits.target)
     held_out = torch.randperm(len(labels))[:NUM_HELD_OUT]
     is_train = torch.ones(len(labels), dtype=torch.bool)
     is_train[held_out] = False
     model = zoo.build("resnet50", num_classes=NUM_CLASSES, zero_init_residual=True)
-    train(model, pictures[is_train], labels[is_train], num_epochs)
-    fit_last_layer(model, enlarge(pictures[is_train]), labels[is_train])
+    train(model, images[is_train], labels[is_train], num_epochs)
+    fit_last_layer(model, enlarge(images[is_train]), labels[is_train])
     save_model(model.eval(), folder / "resnet50")
     shown = held_out[:num_shown]
-    np.savez(folder / "digits.npz", inputs=enlarge(pictures[shown]).numpy(), labels=labels[shown].numpy())
+    np.savez(folder / "digits.npz", inputs=enlarge(images[shown]).numpy(), labels=labels[shown].numpy())
 
 
-def train(model: nn.Module, pictures: Tensor, labels: Tensor, num_epochs: int) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, num_epochs: int) -> None:
     """AdamW with a one-cycle learning rate, in bf16 where the machine has it."""
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
@@ -96,7 +96,7 @@ def train(model: nn.Module, pictures: Tensor, labels: Tensor, num_epochs: int) -
             shuffled = torch.randperm(len(labels)).split(BATCH_SIZE)
         batch = shuffled[step % (len(labels) // BATCH_SIZE)]
         with autocast("auto", torch.device("cpu")):
-            logits = model(pictures[batch].contiguous(memory_format=torch.channels_last))
+            logits = model(images[batch].contiguous(memory_format=torch.channels_last))
         nn.functional.cross_entropy(logits.float(), labels[batch]).backward()
         optimizer.step()
         schedule.step()
@@ -104,11 +104,11 @@ def train(model: nn.Module, pictures: Tensor, labels: Tensor, num_epochs: int) -
 
 
 @torch.no_grad()
-def fit_last_layer(model: nn.Module, pictures: Tensor, labels: Tensor) -> None:
-    """Ridge regression from what the trunk sees in large pictures to the labels, in float64."""
+def fit_last_layer(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Ridge regression from what the trunk sees in large images to the labels, in float64."""
     model.eval()
     last, model.fc = model.fc, nn.Identity()
-    batches = track(pictures.split(BATCH_SIZE), description="reading", console=Console(stderr=True))
+    batches = track(images.split(BATCH_SIZE), description="reading", console=Console(stderr=True))
     features = torch.cat([model(batch.contiguous(memory_format=torch.channels_last)) for batch in batches]).double()
     model.fc = last
     assert isinstance(last, nn.Linear)
@@ -122,9 +122,9 @@ def fit_last_layer(model: nn.Module, pictures: Tensor, labels: Tensor) -> None:
     last.bias.copy_(targets.mean(0) - mean @ weight)
 
 
-def enlarge(pictures: Tensor) -> Tensor:
-    """Return the pictures at the size that latency is measured at."""
-    return nn.functional.interpolate(pictures, size=SHOWN_SIZE, mode="bilinear")
+def enlarge(images: Tensor) -> Tensor:
+    """Return the images at the size that latency is measured at."""
+    return nn.functional.interpolate(images, size=SHOWN_SIZE, mode="bilinear")
 
 
 def _loss_percent(row: Compared_Row, reference: Compared_Row) -> float:

@@ -37,7 +37,7 @@ DATA = Path(__file__).parent / "data"
 FITTED = NAMES[:-2]  # the last two are of memory
 # Where every fit starts, and what it keeps where the runs say nothing: round numbers, the same for all families, but
 # for two that are published for each. FlashAttention 2 runs at 190 TFLOP/s on A100 and 340 on H100 (arXiv:2307.08691,
-# 4.1), which is 0.75 and 0.5 of what large products reach there. Hosts of the A100's years issue a kernel in 30 us
+# 4.1), which is 0.75 and 0.5 of what large matmuls reach there. Hosts of the A100's years issue a kernel in 30 us
 # where those of the H100's take 20 us: one thread of theirs is half as fast again.
 _USUAL = Constants(
     matmul_fraction=0.8,

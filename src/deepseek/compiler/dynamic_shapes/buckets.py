@@ -210,11 +210,11 @@ def _next_layer(best: Sequence[float], run: Callable[[int, int], float]) -> tupl
 
 
 def _cuts(lengths: Sequence[int]) -> list[int]:
-    """Return where a run may end: between different lengths; of too many such places, evenly spread ones."""
-    places = [index for index in range(1, len(lengths)) if lengths[index] != lengths[index - 1]]
-    if len(places) > _MAX_CUTS:
-        places = [places[index * len(places) // _MAX_CUTS] for index in range(_MAX_CUTS)]
-    return [0, *places, len(lengths)]
+    """Return where a run may end: between different lengths; of too many such indices, evenly spread ones."""
+    indices = [index for index in range(1, len(lengths)) if lengths[index] != lengths[index - 1]]
+    if len(indices) > _MAX_CUTS:
+        indices = [indices[index * len(indices) // _MAX_CUTS] for index in range(_MAX_CUTS)]
+    return [0, *indices, len(lengths)]
 
 
 def _walk_back(came_from: Sequence[int]) -> list[tuple[int, int]]:

@@ -129,10 +129,10 @@ def _unpack(content: bytes, key: bytes) -> tuple[bytes, dict[str, bytes]]:
     start = len(_MAGIC) + 8
     (length,) = struct.unpack("<Q", body[len(_MAGIC) : start])
     index = json.loads(body[start : start + length])
-    place = start + length + index["artifacts"]
-    artifacts, libraries = body[start + length : place], {}
+    offset = start + length + index["artifacts"]
+    artifacts, libraries = body[start + length : offset], {}
     for name, size in index["libraries"].items():
-        libraries[name], place = body[place : place + size], place + size
+        libraries[name], offset = body[offset : offset + size], offset + size
     return artifacts, libraries
 
 

@@ -245,10 +245,10 @@ def _fill(parts: Sequence[Tensor], order: Tensor, dims: Sequence[int], length: i
     shape = [length if dim in dims else size for dim, size in enumerate(parts[0].shape)]
     whole, start = parts[0].new_zeros([len(order), *shape[1:]]), 0
     for part in parts:
-        place = whole
+        target = whole
         for dim in dims:
-            place = place.narrow(dim, 0, min(part.shape[dim], length))
-        place[order[start : start + len(part)]] = (
+            target = target.narrow(dim, 0, min(part.shape[dim], length))
+        target[order[start : start + len(part)]] = (
             pad_length(part, dims, min(part.shape[dims[0]], length)) if dims else part
         )
         start += len(part)

@@ -211,7 +211,7 @@ def find_repeated(model: nn.Module) -> list[list[nn.Module]]:
     """Groups of two or more sibling blocks with one structure, outermost first, in the order of the model.
 
     Blocks are of one structure when class, settings, and names, shapes and types of all parameters and buffers agree,
-    at every depth. Single layers are no blocks: there is nothing to win in compiling a matrix product.
+    at every depth. Single layers are no blocks: there is nothing to win in compiling one matmul.
 
     >>> stack = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(3)), nn.Linear(8, 2))
     >>> [len(group) for group in find_repeated(stack)]

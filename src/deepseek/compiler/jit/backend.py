@@ -120,7 +120,7 @@ def choose_budgeted(options: JitOptions) -> Callable[..., Any]:
 
 
 def find_static(graph_module: fx.GraphModule) -> list[int]:
-    """Return the places of the inputs that are a module's parameters and buffers."""
+    """Return the indices of the inputs that are a module's parameters and buffers."""
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     return [
         index
@@ -187,7 +187,7 @@ def _others(inputs: Sequence[Any], static: Sequence[int]) -> list[Any]:
 
 
 def inline_parameters(graph_module: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int]) -> fx.GraphModule:
-    """Return the graph at the level of ATen operators, with the parameters at the places `static` inside it."""
+    """Return the graph at the level of ATen operators, with the parameters at the indices `static` inside it."""
     held = dict.fromkeys(static)
     root = nn.Module()
     for index in held:

@@ -44,10 +44,10 @@ def choose_bucket(size: int, buckets: Sequence[int]) -> int:
     >>> choose_bucket(5, (1, 2, 4, 8))
     8
     """
-    place = bisect_left(buckets, size)
-    if place == len(buckets):
+    index = bisect_left(buckets, size)
+    if index == len(buckets):
         raise ConfigError(f"{size} rows are more than the largest bucket, {buckets[-1]}; add a bucket of that size")
-    return buckets[place]
+    return buckets[index]
 
 
 def list_buckets(largest: int) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def list_buckets(largest: int) -> tuple[int, ...]:
     >>> list_buckets(12)
     (1, 2, 4, 8, 12)
     """
-    powers = (1 << place for place in range(largest.bit_length()))
+    powers = (1 << exponent for exponent in range(largest.bit_length()))
     return tuple(sorted({*(power for power in powers if power <= largest), largest}))
 
 

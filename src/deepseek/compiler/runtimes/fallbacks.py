@@ -52,7 +52,7 @@ def judge_share(num_right: int, num_heavy: int, precision: str, how: str) -> lis
     """
     if num_right >= num_heavy:
         return []
-    what = f"{num_heavy - num_right} of {num_heavy} convolutions and products do not run in {precision}, {how}"
+    what = f"{num_heavy - num_right} of {num_heavy} convolutions and matmuls do not run in {precision}, {how}"
     return [Finding(what, is_serious=num_right < LEAST_SHARE * num_heavy)]
 
 

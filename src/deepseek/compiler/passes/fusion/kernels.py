@@ -3,7 +3,7 @@
 Only for graphs that are run operator by operator on a CPU: a code generator fuses what comes after a layer itself, and
 is left to it. The kernels have no gradient, so this is for inference. Weights are put into the kernels' blocked order
 ahead of time, which an operator would otherwise do in every call: a 3 x 3 convolution of 512 channels on 7 x 7 pixels
-spends more on that than on its products.
+spends more on that than on its arithmetic.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def _find_convolution_term(addition: Node, graph: Rewriting) -> tuple[Convolutio
     """Return the term that is a convolution nobody else reads, the later one of two, and the other term."""
     values = read_arguments(addition)
     terms = [values["self"], values["other"]]
-    places = {node: place for place, node in enumerate(graph.graph.nodes)}
+    indices = {node: index for index, node in enumerate(graph.graph.nodes)}
     pairs = [(terms[0], terms[1]), (terms[1], terms[0])]
     pairs = [(one, two) for one, two in pairs if isinstance(one, Node) and isinstance(two, Node) and one is not two]
-    for one, two in sorted(pairs, key=lambda pair: -places[pair[0]]):
+    for one, two in sorted(pairs, key=lambda pair: -indices[pair[0]]):
         convolution = read_convolution(one, graph) if len(one.users) == 1 else None
         if convolution is not None:
             return convolution, two

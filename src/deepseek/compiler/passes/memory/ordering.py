@@ -92,8 +92,8 @@ def profile(graph: BufferGraph, reused: Mapping[str, str] | None = None) -> list
     """Count the bytes alive while each step runs, its scratch included."""
     alive = [step.scratch_bytes for step in graph.steps]
     for buffer, lifetime in find_lifetimes(graph, reused).items():
-        for place in range(lifetime.first, lifetime.last + 1):
-            alive[place] += graph.sizes_bytes[buffer]
+        for index in range(lifetime.first, lifetime.last + 1):
+            alive[index] += graph.sizes_bytes[buffer]
     return alive
 
 
@@ -200,13 +200,13 @@ class _Search:
 
     def __init__(self, graph: BufferGraph) -> None:
         self.graph = graph
-        place = {step.name: index for index, step in enumerate(graph.steps)}
+        indices = {step.name: index for index, step in enumerate(graph.steps)}
         needs = _predecessors(graph)
-        self.needs = [sum(1 << place[name] for name in needs[step.name]) for step in graph.steps]
+        self.needs = [sum(1 << indices[name] for name in needs[step.name]) for step in graph.steps]
         self.successors: list[list[int]] = [[] for _ in graph.steps]
         for step in graph.steps:
             for name in needs[step.name]:
-                self.successors[place[name]].append(place[step.name])
+                self.successors[indices[name]].append(indices[step.name])
         self.touching: dict[str, int] = {}
         for index, step in enumerate(graph.steps):
             for buffer in {*step.reads, *step.creates}:

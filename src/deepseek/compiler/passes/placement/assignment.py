@@ -215,7 +215,7 @@ def _sizes(workload: Workload) -> dict[str, int]:
 
 
 def _last_reads(workload: Workload) -> dict[str, int]:
-    """Place of the last operation that reads each value; past the end for results."""
+    """Return the index of the last operation that reads each value; past the end for results."""
     last: dict[str, int] = {}
     for index, operation in enumerate(workload.operations):
         last |= dict.fromkeys(operation.reads, index)

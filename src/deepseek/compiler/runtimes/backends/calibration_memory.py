@@ -1,7 +1,7 @@
 """What calibrating an int8 model takes: most activations of one batch at once.
 
 NNCF and ONNX Runtime measure the range of each tensor with nodes that they add to the model, and let go of many
-activations only at its end: YOLOv7 on 16 pictures of 640 x 640 computes 20 GB, of which ONNX Runtime holds all, twice.
+activations only at its end: YOLOv7 on 16 images of 640 x 640 computes 20 GB, of which ONNX Runtime holds all, twice.
 A process that asks for more than there is gets killed by the system, and whoever called AUTO with it; so the size is
 counted first, on tensors without data.
 """

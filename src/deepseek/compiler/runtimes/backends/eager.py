@@ -2,7 +2,7 @@
 right.
 
 Variants: the model as it was given; channels-last, in which convolutions on a CPU take 0.4 to 0.7 of the time; the
-whole model or only its products in bf16 (or fp16, where the processor has it); and linear layers in dynamic int8
+whole model or only its matmuls in bf16 (or fp16, where the processor has it); and linear layers in dynamic int8
 through FBGEMM, which is the fastest int8 there is here for one row at a time (a 1024-4096-1024 MLP: 0.19 ms against
 1.72 in FP32, one thread). The allocator is the other lever, up to 3x for large activations; it belongs to the process,
 so `select(..., tune_allocator=True)` asks for it.
@@ -57,7 +57,7 @@ def cast(dtype: torch.dtype, *, is_channels_last: bool) -> Callable[[Job], Built
 
 
 def autocast(dtype: torch.dtype) -> Callable[[Job], Built]:
-    """Build the model under autocast: products in `dtype`, the rest as torch finds safe."""
+    """Build the model under autocast: matmuls in `dtype`, the rest as torch finds safe."""
 
     def run(job: Job) -> Built:
         model = with_layout(in_channels_last(job.copy_model()))
@@ -108,7 +108,7 @@ def listen_to_onednn(run: Callable[[], object]) -> str:
 class DynamicInt8Linear(nn.Module):
     """A linear layer over int8 weights, one scale per output; each input tensor gets one scale as it comes.
 
-    Shapes: (..., inputs) to (..., outputs), float32. The product is FBGEMM's; where the processor lacks VNNI, inputs
+    Shapes: (..., inputs) to (..., outputs), float32. The matmul is FBGEMM's; where the processor lacks VNNI, inputs
     take 7 bits, with which its 16-bit sums cannot overflow.
     """
 
@@ -150,7 +150,7 @@ def replace_linears_(model: nn.Module) -> int:
 
 
 def with_layout(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` with pictures (4-D inputs) handed over in channels-last layout."""
+    """`run` with images (4-D inputs) handed over in channels-last layout."""
 
     def call(*inputs: Tensor) -> Any:
         return run(*(to_channels_last(tensor) for tensor in inputs))
@@ -181,7 +181,7 @@ def restore_dtypes(outputs: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> t
 
 
 def to_channels_last(tensor: Tensor) -> Tensor:
-    """Return a batch of pictures in channels-last layout; anything else as it is."""
+    """Return a batch of images in channels-last layout; anything else as it is."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
@@ -226,7 +226,7 @@ BACKEND = Backend(
         Variant("plain", "fp32", "the model as it was given", run_as_given, prior=0),
         Variant("channels_last", "fp32", "channels-last layout", run_channels_last, 27, lacks_convolutions),
         Variant("cast", "bf16", "all weights in bf16", cast(torch.bfloat16, is_channels_last=True), 25),
-        Variant("autocast", "bf16", "products in bf16", autocast(torch.bfloat16), 26),
+        Variant("autocast", "bf16", "matmuls in bf16", autocast(torch.bfloat16), 26),
         Variant("cast", "fp16", "all weights in fp16", cast(torch.float16, is_channels_last=True), 63, lacks_fp16),
         Variant("dynamic", "int8", "linear layers in int8 by FBGEMM", run_dynamic_int8, 14, lacks_fbgemm),
     ),

@@ -185,8 +185,8 @@ class Flattened:
         """Return the model's own result for `inputs`, from the answers of the flat model."""
         if self.is_plain:
             return answers[0]
-        places = {"answer": answers, "input": inputs}
-        tensors = iter([places[place][index] for place, index in self.output_sources])
+        sources = {"answer": answers, "input": inputs}
+        tensors = iter([sources[source][index] for source, index in self.output_sources])
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.output_leaves]
         return pytree.tree_unflatten(leaves, self.output_spec)
 

@@ -10,7 +10,7 @@ channel. Two things must be done around it that nobody does for users: activatio
 object that is called twice, as in most residual networks, makes the quantizer fail; and inductor's settings, which
 importing the quantizer changes for the whole process, are put back.
 
-Measured for ResNet-50, one picture, 2 threads: eager 66 ms, freezing 44, bf16 24, int8 18.6.
+Measured for ResNet-50, one image, 2 threads: eager 66 ms, freezing 44, bf16 24, int8 18.6.
 Source: PT2E as in torchao's documentation; freezing as in torch/_inductor/freezing.py.
 """
 
@@ -72,7 +72,7 @@ def compile_float(options: Mapping[str, Any], dtype: torch.dtype = torch.float32
 
 
 def compile_static_int8(options: Mapping[str, Any], *, glue: torch.dtype) -> Callable[[Job], Built]:
-    """Build the model with int8 convolutions and products, and what is between them in `glue`."""
+    """Build the model with int8 convolutions and matmuls, and what is between them in `glue`."""
 
     def run(job: Job) -> Built:
         return _compile_quantized(job, "static", options, glue)
@@ -211,8 +211,8 @@ def lacks_torchao_or_linears(traits: Traits) -> str | None:
     return lacks_torchao(traits)
 
 
-def lacks_products(traits: Traits) -> str | None:
-    """Tuning tries kernels of matrix products; convolutions have one each."""
+def lacks_matmuls(traits: Traits) -> str | None:
+    """Tuning tries kernels of matmuls; convolutions have one each."""
     return (
         None
         if traits.num_linears > traits.num_convolutions
@@ -237,7 +237,7 @@ def _compile_quantized(job: Job, mode: str, options: Mapping[str, Any], glue: to
     return Built(
         lambda *tensors: restore_dtypes(run(*tensors), kinds),
         findings=tuple(judge_inductor_int8(counters, num_heavy)),
-        notes=(f"{num_heavy} convolutions and products in int8", f"calibrated on {len(job.calibration)} samples"),
+        notes=(f"{num_heavy} convolutions and matmuls in int8", f"calibrated on {len(job.calibration)} samples"),
     )
 
 
@@ -260,22 +260,22 @@ BACKEND = Backend(
     variants=(
         Variant("freezing", "fp32", "frozen weights", compile_float(FROZEN), 33),
         Variant("cpp", "fp32", "called from C++", compile_float(CPP), 44, refines="freezing"),
-        Variant("tuned", "fp32", "kernels of products tried out", compile_float(TUNED), 50, lacks_products, "freezing"),
+        Variant("tuned", "fp32", "kernels of matmuls tried out", compile_float(TUNED), 50, lacks_matmuls, "freezing"),
         Variant("freezing", "bf16", "frozen bf16 weights", compile_float(FROZEN, torch.bfloat16), 30),
         Variant("cpp", "bf16", "called from C++", compile_float(CPP, torch.bfloat16), 40, refines="freezing"),
         Variant(
             "tuned",
             "bf16",
-            "kernels of products tried out",
+            "kernels of matmuls tried out",
             compile_float(TUNED, torch.bfloat16),
             49,
-            lacks_products,
+            lacks_matmuls,
             "freezing",
         ),
         Variant(
             "static_bf16",
             "int8",
-            "int8 convolutions and products, bf16 between them",
+            "int8 convolutions and matmuls, bf16 between them",
             compile_static_int8(FROZEN, glue=torch.bfloat16),
             32,
             lacks_torchao,
@@ -283,7 +283,7 @@ BACKEND = Backend(
         Variant(
             "static",
             "int8",
-            "int8 convolutions and products, FP32 between them",
+            "int8 convolutions and matmuls, FP32 between them",
             compile_static_int8(FROZEN, glue=torch.float32),
             34,
             lacks_torchao,

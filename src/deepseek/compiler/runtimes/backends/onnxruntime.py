@@ -5,7 +5,7 @@ the job; sessions are made from it with the thread count set, and called with in
 memory, so that nothing is copied. int8 is static (QDQ, calibrated) or dynamic; both run `quant_pre_process` first,
 without which dynamic quantization fails on what the dynamo exporter writes.
 
-Measured for ResNet-50, one picture, 2 threads: FP32 48 ms (eager 66), int8 QDQ 36. For a 1024-4096-1024 MLP and one
+Measured for ResNet-50, one image, 2 threads: FP32 48 ms (eager 66), int8 QDQ 36. For a 1024-4096-1024 MLP and one
 row, dynamic int8 takes 0.14 ms, the least of all. On many CNNs its int8 is slower than its own FP32, which only
 measuring shows.
 """
@@ -257,12 +257,12 @@ class Calibration:
 
 
 def lacks_layers(traits: Traits) -> str | None:
-    """int8 is about convolutions and products."""
+    """int8 is about convolutions and matmuls."""
     return None if traits.num_convolutions + traits.num_linears else "the model has no layer to run in int8"
 
 
 def lacks_linears(traits: Traits) -> str | None:
-    """Dynamic int8 covers products only."""
+    """Dynamic int8 covers matmuls only."""
     return lacks_fbgemm(traits)
 
 
@@ -310,5 +310,5 @@ BACKEND = Backend(
         Variant("static", "int8", "QDQ, calibrated", run_static_int8, 21, lacks_layers),
         Variant("dynamic", "int8", "activations quantized as they come", run_dynamic_int8, 15, lacks_linears),
     ),
-    unsupported={"fp16": "its CPU provider widens fp16 to FP32 before every product"},
+    unsupported={"fp16": "its CPU provider widens fp16 to FP32 before every matmul"},
 )

@@ -3,14 +3,14 @@
 The model goes from `torch.export` straight into OpenVINO, without a file. FP32 and bf16 are the same model with another
 execution precision; int8 is NNCF's post-training quantization, calibrated on the samples. Two ways to run it: `latency`
 gives one request all threads; `streams` cuts a batch into parts that one-thread streams work on side by side, so that
-no layer waits for its slowest thread. For ResNet-50 the processor time of a picture falls from 11.0 to 9.5 ms in int8
+no layer waits for its slowest thread. For ResNet-50 the processor time of an image falls from 11.0 to 9.5 ms in int8
 as a part grows from 1 to 16 rows and rises from 36 to 39 in FP32: int8 and bf16 get one part a stream, FP32 small ones.
 
 A precision is a hint to OpenVINO: a processor without bf16 runs bf16 models in FP32, silently. What was executed is
 read from the compiled model's own graph. OpenVINO and NNCF report their use over the network unless told otherwise;
 here they are always told otherwise, and nothing else of the process is changed for it.
 
-Measured for ResNet-50, one picture, 2 threads: FP32 61 ms (eager 66), bf16 20.5, int8 15.5, which nothing else reached.
+Measured for ResNet-50, one image, 2 threads: FP32 61 ms (eager 66), bf16 20.5, int8 15.5, which nothing else reached.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _with_shapes(model: Any, job: Job) -> Any:
 
 
 def quantize(job: Job) -> Any:
-    """Return the model with int8 convolutions and products, calibrated on the job's samples."""
+    """Return the model with int8 convolutions and matmuls, calibrated on the job's samples."""
     refuse_too_large(job.flattened, "NNCF", share=_CALIBRATION_SHARE)
     model = job.once("openvino decomposed", lambda: convert_decomposed(job))
     with without_telemetry(), quiet(), redirect_stdout(io.StringIO()):  # where NNCF draws progress bars

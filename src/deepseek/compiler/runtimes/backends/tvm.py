@@ -141,8 +141,8 @@ BACKEND = Backend(
         Variant("tuned", "fp32", "schedules tried out by MetaSchedule", run_tuned, 96),
     ),
     unsupported={
-        "bf16": "its schedules for a CPU know no bf16 products",
-        "fp16": "its schedules for a CPU know no fp16 products",
+        "bf16": "its schedules for a CPU know no bf16 matmuls",
+        "fp16": "its schedules for a CPU know no fp16 matmuls",
         "int8": "its importer takes no quantized graphs of torch",
     },
 )
