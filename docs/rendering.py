@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from deepseek.compat.generations import Generation, Table
-from deepseek.compat.migration.rules import ConfigRule, PythonRule, Rules
+from deepseek.compat.generations import FrameworkGeneration, Table
+from deepseek.compat.migration.rules import ConfigRule, MigrationRules, PythonRule
 from deepseek.core.config import Config
 
 _NOTE = "<!-- Rendered by `make docs`; edit the data file, not this page. -->"
@@ -61,7 +61,7 @@ def render_generations(table: Table) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def render_rules(rules: Rules) -> str:
+def render_rules(rules: MigrationRules) -> str:
     """The page "Migration rules": one section for each, with its example."""
     parts = [
         "# Migration rules",
@@ -78,7 +78,7 @@ def render_rules(rules: Rules) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _section(generation: Generation) -> str:
+def _section(generation: FrameworkGeneration) -> str:
     parts = [f"## {generation.name}"]
     for title in ("when", "brought", "costs", "audience", "advice"):
         claims = getattr(generation, title)

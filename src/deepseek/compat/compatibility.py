@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from deepseek.compat.generations import Generation, find_generation, load_table
+from deepseek.compat.generations import FrameworkGeneration, find_generation, load_table
 from deepseek.compat.machine_probe import COMPILERS, CPU_FEATURES, RUNTIMES, Machine, probe_machine
 from deepseek.core.config import Config
 from deepseek.core.units import format_bytes
@@ -144,7 +144,7 @@ def _known_bad(machine: Machine) -> Iterator[Check]:
             yield _failing(f"generation {bad.generation}", seen, str(bad.fix))
 
 
-def _check_generation(generation: Generation, machine: Machine) -> Check:
+def _check_generation(generation: FrameworkGeneration, machine: Machine) -> Check:
     """Whether the machine meets what the documents ask for; several unmet ones are reported together."""
     name, missing = f"can run {generation.name}", list(_missing(generation, machine))
     if not missing:
@@ -152,7 +152,7 @@ def _check_generation(generation: Generation, machine: Machine) -> Check:
     return _failing(name, "no: " + "; ".join(seen for seen, _ in missing), "; ".join(step for _, step in missing))
 
 
-def _missing(generation: Generation, machine: Machine) -> Iterator[tuple[str, str]]:
+def _missing(generation: FrameworkGeneration, machine: Machine) -> Iterator[tuple[str, str]]:
     needs = generation.requirements
     is_rocm_enough = (
         needs.rocm is not None and machine.torch_rocm is not None and is_at_least(machine.torch_rocm, needs.rocm)

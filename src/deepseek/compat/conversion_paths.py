@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from deepseek.compat.conversion_steps import Change
+from deepseek.compat.conversion_steps import DirectedTransform
 from deepseek.compat.tensors import FLOAT_DTYPES, TensorSpec
 from deepseek.compat.transforms import Kind, Operation, Specs, cast
 from deepseek.core.errors import ArtifactError
@@ -50,7 +50,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A conversion, planned to the last tensor."""
 
     stages: tuple[Stage, ...]
@@ -92,8 +92,8 @@ class _Pull:
 
 
 def make_plan(
-    specs: Specs, changes: Sequence[Sequence[Change]], dtypes: Sequence[str], dtype: str | None = None
-) -> Plan:
+    specs: Specs, changes: Sequence[Sequence[DirectedTransform]], dtypes: Sequence[str], dtype: str | None = None
+) -> ConversionPlan:
     """Plan the changes step after step, then the casts to a dtype that the destination can hold.
 
     `dtypes` are what it can hold, the first being where others go; `dtype` is the user's own choice among them.
@@ -110,7 +110,7 @@ def make_plan(
     casts = [("cast", cast(name, spec, to)) for name, spec in specs.items() if (to := _goal(spec, dtypes, dtype))]
     if casts:
         stages.append(_make_stage(specs, casts))
-    return Plan(tuple(stages), stages[-1].specs if stages else dict(specs))
+    return ConversionPlan(tuple(stages), stages[-1].specs if stages else dict(specs))
 
 
 def _goal(spec: TensorSpec, dtypes: Sequence[str], dtype: str | None) -> str | None:

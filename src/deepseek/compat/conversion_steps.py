@@ -103,16 +103,16 @@ _FUSING = (FUSE_LLAMA, FUSE_BERT, FUSE_GPT2, FUSE_GATE_UP, STACK_GATE_UP, STACK_
 
 
 @dataclass(frozen=True)
-class Change:
+class DirectedTransform:
     """One transform, in one direction."""
 
     transform: Transform
     direction: Direction
 
     @property
-    def inverse(self) -> Change:
+    def inverse(self) -> DirectedTransform:
         """The same transform the other way."""
-        return Change(self.transform, _other(self.direction))
+        return DirectedTransform(self.transform, _other(self.direction))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Step:
 
     source: str
     target: str
-    changes: tuple[Change, ...] = ()
+    changes: tuple[DirectedTransform, ...] = ()
 
     @property
     def inverse(self) -> Step:
@@ -129,8 +129,8 @@ class Step:
         return Step(self.target, self.source, tuple(change.inverse for change in reversed(self.changes)))
 
 
-def _forward(*transforms: Transform) -> tuple[Change, ...]:
-    return tuple(Change(transform, "forward") for transform in transforms)
+def _forward(*transforms: Transform) -> tuple[DirectedTransform, ...]:
+    return tuple(DirectedTransform(transform, "forward") for transform in transforms)
 
 
 STEPS: tuple[Step, ...] = (
@@ -148,7 +148,7 @@ STEPS: tuple[Step, ...] = (
         "4.0",
         "5.0",
         (
-            *(Change(transform, "backward") for transform in (FUSE_LLAMA, FUSE_BERT, FUSE_GATE_UP)),
+            *(DirectedTransform(transform, "backward") for transform in (FUSE_LLAMA, FUSE_BERT, FUSE_GATE_UP)),
             *_forward(RENAME_RESNET),
         ),
     ),
@@ -178,7 +178,7 @@ def find_path(source: str, target: str, steps: Sequence[Step] = STEPS) -> tuple[
     return paths[target]
 
 
-def net_changes(path: Sequence[Step]) -> tuple[tuple[Change, ...], ...]:
+def net_changes(path: Sequence[Step]) -> tuple[tuple[DirectedTransform, ...], ...]:
     """Return the changes of each step, without those that a later step of the same path undoes."""
     changes = [[*step.changes] for step in path]
     for early in range(len(changes)):

@@ -51,7 +51,7 @@ class Claim(Config):
         return f"{self.text} [{', '.join(self.documents)}]"
 
 
-class Measurement(Config):
+class PublishedMeasurement(Config):
     """A row of the documents' benchmark; compare your own machine with `deepseek-benchmark`."""
 
     what: str
@@ -136,7 +136,7 @@ class Profile(Config):
     """Where these options come from."""
 
 
-class Generation(Config):
+class FrameworkGeneration(Config):
     """One row of the table."""
 
     name: str
@@ -149,7 +149,7 @@ class Generation(Config):
     advice: tuple[Claim, ...] = ()
     requirements: Requirements = Requirements()
     capabilities: Capabilities
-    measurements: tuple[Measurement, ...] = ()
+    measurements: tuple[PublishedMeasurement, ...] = ()
     config_keys: tuple[str, ...] = ()
     """Top-level settings its config files hold."""
     layout: Layout | None = None
@@ -216,7 +216,7 @@ class ExclusionRule(Config):
 class Table(Config):
     """The whole data file."""
 
-    generations: tuple[Generation, ...]
+    generations: tuple[FrameworkGeneration, ...]
     upgrades: tuple[Upgrade, ...]
     known_bad: tuple[KnownBad, ...]
     config_notes: tuple[Claim, ...]
@@ -245,7 +245,7 @@ def load_table() -> Table:
     return Table.from_file(Path(__file__).with_name("generations.yaml"))
 
 
-def find_generation(name: str) -> Generation:
+def find_generation(name: str) -> FrameworkGeneration:
     """Find the row of a generation by any name users write: `v2.3`, `2.3`, `2.3.1`, `1.x`, `4.2`.
 
     Raises `ConfigError` for an unknown one, with the known ones.

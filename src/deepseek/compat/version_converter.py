@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deepseek.compat.conversion_paths import Action, Plan, Stage, make_plan
-from deepseek.compat.conversion_steps import STEPS, Change, Step, find_path, net_changes
+from deepseek.compat.conversion_paths import Action, ConversionPlan, Stage, make_plan
+from deepseek.compat.conversion_steps import STEPS, DirectedTransform, Step, find_path, net_changes
 from deepseek.compat.generations import find_generation
 from deepseek.compat.tensors import FLOAT_DTYPES, describe, parse_dtype
 from deepseek.compat.transforms import Kind, Operation, Specs
@@ -112,7 +112,7 @@ class VersionConverter:
         """List the generations on the way, both ends included."""
         return (self.source.name, *(step.target for step in self.steps))
 
-    def plan(self, specs: Specs) -> tuple[Plan, ConversionReport]:
+    def plan(self, specs: Specs) -> tuple[ConversionPlan, ConversionReport]:
         """Plan what `convert` would do to tensors of these names, dtypes and shapes."""
         changes = net_changes(self.steps)
         notes = list(_check_forms(specs, [change for step in changes for change in step], self))
@@ -141,7 +141,7 @@ class VersionConverter:
         return ConvertedWeights(converted, report, moments)
 
 
-def _explain_doubt(specs: Specs, plan: Plan, changes: Sequence[Sequence[Change]]) -> str | None:
+def _explain_doubt(specs: Specs, plan: ConversionPlan, changes: Sequence[Sequence[DirectedTransform]]) -> str | None:
     """Say why a plan must not be carried out although every step of it can be; `None` where nothing speaks against it.
 
     What belongs to a tensor that is moved has to move with it, and the way back has to lead to the same tensors.
@@ -187,7 +187,7 @@ def _is_joined(name: str, moved: Sequence[Operation]) -> bool:
     return any(name in operation.sources and operation.kind in ("merged", "split") for operation in moved)
 
 
-def _check_forms(specs: Specs, changes: Sequence[Change], converter: VersionConverter) -> Iterator[str]:
+def _check_forms(specs: Specs, changes: Sequence[DirectedTransform], converter: VersionConverter) -> Iterator[str]:
     """Compare the names with both ends; yields a note when the weights already have the destination's form."""
     judged = [change for change in changes if change.transform.is_evidence]
     old = [change.transform.name for change in judged if change.transform.plan(specs, change.direction)]
@@ -202,7 +202,7 @@ def _check_forms(specs: Specs, changes: Sequence[Change], converter: VersionConv
         yield f"the weights already have the form of generation {target} ({', '.join(new)}); these stay as they are"
 
 
-def _convert_optimizer(optimizer: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _convert_optimizer(optimizer: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
     state: dict[str, Any] = dict(optimizer.get("state", {}))
     groups = [{**group, "params": list(group["params"])} for group in optimizer.get("param_groups", [])]
     if any(not isinstance(name, str) for name in [*state, *(name for group in groups for name in group["params"])]):

@@ -33,7 +33,7 @@ MAX_MEMORY_BYTES = 1 << 30
 MAX_TEXT_CHARACTERS = 4 << 20
 
 
-class Generation(jinja2.ext.Extension):
+class GenerationTag(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}` around what the assistant said; names set inside end with it."""
 
     tags = {"generation"}  # noqa: RUF012 - the attribute of the base class
@@ -89,7 +89,7 @@ def format_now(layout: str) -> str:
 def compile_template(source: str) -> jinja2.Template:
     """Compile a template in the environment that chat templates expect; raises `TemplateSyntaxError`."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": format_now, "namespace": PublicNamespace}

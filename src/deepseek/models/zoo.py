@@ -33,7 +33,7 @@ SAMPLE_SEED = 0
 
 
 @dataclass(frozen=True)
-class Entry:
+class PublishedModel:
     """One row of the zoo."""
 
     config: Config
@@ -47,7 +47,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelDescription:
     """A summary of a model, as `describe` returns it."""
 
     name: str
@@ -63,7 +63,7 @@ class Description:
     """Parameters as its authors, or torchvision, count them."""
 
 
-MODELS: Registry[Entry] = Registry("model")
+MODELS: Registry[PublishedModel] = Registry("model")
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
@@ -94,7 +94,7 @@ def sample_inputs(name: str, batch_size: int, **overrides: Any) -> tuple[Tensor,
     return (torch.randn(batch_size, *_input_shape(name, configure(name, **overrides)), generator=generator),)
 
 
-def describe(name: str) -> Description:
+def describe(name: str) -> ModelDescription:
     """Describe the model `name`; it is built without weights, so this takes milliseconds.
 
     >>> describe("resnet50").num_parameters
@@ -103,7 +103,7 @@ def describe(name: str) -> Description:
     entry = MODELS[name]
     with torch.device("meta"):
         model = build(name)
-    return Description(
+    return ModelDescription(
         name=name,
         architecture=type(model).__name__,
         config=entry.config,
@@ -150,15 +150,15 @@ def _input_shape(name: str, config: Any) -> tuple[int, ...]:
 # ---- the rows
 
 _PUBLISHED = {
-    "resnet18": Entry(ResNetConfig(block="basic", depths=(2, 2, 2, 2)), ResNet, 224, 11_689_512),
-    "resnet34": Entry(ResNetConfig(block="basic", depths=(3, 4, 6, 3)), ResNet, 224, 21_797_672),
-    "resnet50": Entry(ResNetConfig(depths=(3, 4, 6, 3)), ResNet, 224, 25_557_032),
-    "resnet101": Entry(ResNetConfig(depths=(3, 4, 23, 3)), ResNet, 224, 44_549_160),
-    "resnet152": Entry(ResNetConfig(depths=(3, 8, 36, 3)), ResNet, 224, 60_192_808),
-    "mobilenet_v3_large": Entry(MobileNetV3Config(variant="large"), MobileNetV3, 224, 5_483_032),
-    "mobilenet_v3_small": Entry(MobileNetV3Config(variant="small"), MobileNetV3, 224, 2_542_856),
-    "vit_b_16": Entry(ViTConfig(), ViT, 224, 86_567_656),
-    "yolov7": Entry(YOLOv7Config(), YOLOv7, 640, 37_622_682),
+    "resnet18": PublishedModel(ResNetConfig(block="basic", depths=(2, 2, 2, 2)), ResNet, 224, 11_689_512),
+    "resnet34": PublishedModel(ResNetConfig(block="basic", depths=(3, 4, 6, 3)), ResNet, 224, 21_797_672),
+    "resnet50": PublishedModel(ResNetConfig(depths=(3, 4, 6, 3)), ResNet, 224, 25_557_032),
+    "resnet101": PublishedModel(ResNetConfig(depths=(3, 4, 23, 3)), ResNet, 224, 44_549_160),
+    "resnet152": PublishedModel(ResNetConfig(depths=(3, 8, 36, 3)), ResNet, 224, 60_192_808),
+    "mobilenet_v3_large": PublishedModel(MobileNetV3Config(variant="large"), MobileNetV3, 224, 5_483_032),
+    "mobilenet_v3_small": PublishedModel(MobileNetV3Config(variant="small"), MobileNetV3, 224, 2_542_856),
+    "vit_b_16": PublishedModel(ViTConfig(), ViT, 224, 86_567_656),
+    "yolov7": PublishedModel(YOLOv7Config(), YOLOv7, 640, 37_622_682),
 }
 for _name, _entry in _PUBLISHED.items():
     MODELS.add(_name, _entry)

@@ -25,7 +25,7 @@ from deepseek.compiler.runtimes.backends import BACKENDS, Backend, BackendError,
 from deepseek.compiler.runtimes.backends.flat_signature import flatten_model
 from deepseek.compiler.runtimes.backends.interface import Built, Job
 from deepseek.compiler.runtimes.digests import digest_model
-from deepseek.compiler.runtimes.fallbacks import Finding
+from deepseek.compiler.runtimes.fallbacks import Fallback
 from deepseek.compiler.runtimes.selection import BackendSelector, select
 from deepseek.compiler.runtimes.selection_policy import Tolerance, judge_numbers
 from deepseek.core.errors import ConfigError
@@ -111,7 +111,7 @@ def test_the_fastest_correct_candidate_wins_and_every_other_has_its_reason(offer
         variant("shape", lambda *x: [torch.zeros(3, 2)]),
         variant("fails", fails="out of paper\nand ink"),
         variant("falls", lambda *x: 1 / 0),
-        variant("lies", findings=(Finding("nothing runs in fp32", is_serious=True),)),
+        variant("lies", findings=(Fallback("nothing runs in fp32", is_serious=True),)),
         variant("useless", find_obstacle=lambda traits: f"no use for {traits.num_linears} linear layer"),
     )
     chosen = select(model, X, time_budget_s=5, remember=False)
@@ -171,7 +171,7 @@ def test_a_refinement_of_something_far_behind_is_not_built(offer, model):
 
 
 def test_a_harmless_finding_of_the_winner_is_a_warning(offer, model):
-    offer(variant("fast", findings=(Finding("1 of 9 products does not run in fp32"),)))
+    offer(variant("fast", findings=(Fallback("1 of 9 products does not run in fp32"),)))
     with pytest.warns(UserWarning, match="openvino fast fp32: 1 of 9"):
         chosen = select(model, X, time_budget_s=2, remember=False)
     assert chosen.decision.winner.findings == ("1 of 9 products does not run in fp32",)

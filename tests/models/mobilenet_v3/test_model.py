@@ -8,10 +8,10 @@ import torch
 
 from deepseek.core.errors import ConfigError
 from deepseek.models.mobilenet_v3.model import (
+    BlockSpec,
     InvertedResidual,
     MobileNetV3,
     MobileNetV3Config,
-    Row,
     SqueezeExcitation,
     round_channels,
 )
@@ -28,9 +28,9 @@ from tests.models.pictures import (
 from tests.onnx.onnx_graphs import Graph
 
 ROWS = {
-    "widening": (Row(3, 24, 16, False, "relu", 1), "3 24 16 - RE 1"),
-    "plain with squeeze": (Row(3, 16, 16, True, "relu", 2), "3 16 16 SE RE 2"),
-    "wide view": (Row(5, 40, 24, True, "hardswish", 2), "5 40 24 SE HS 2"),
+    "widening": (BlockSpec(3, 24, 16, False, "relu", 1), "3 24 16 - RE 1"),
+    "plain with squeeze": (BlockSpec(3, 16, 16, True, "relu", 2), "3 16 16 SE RE 2"),
+    "wide view": (BlockSpec(5, 40, 24, True, "hardswish", 2), "5 40 24 SE HS 2"),
 }
 
 

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 
 from deepseek.compat.conversion_steps import FUSE_LLAMA, identify
-from deepseek.compat.generations import Generation
+from deepseek.compat.generations import FrameworkGeneration
 from deepseek.compat.headers import read_checkpoint
 from deepseek.compat.migration.findings import Finding, find, unreadable
 from deepseek.compat.migration.pickles import looks_like_pickle, read_pickle
-from deepseek.compat.migration.rules import Rules
+from deepseek.compat.migration.rules import MigrationRules
 from deepseek.compat.transforms import Specs
 from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.errors import ArtifactError, CorruptArtifactError
@@ -26,7 +26,7 @@ _NATIVELY_FUSED = ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "dia", "za
 _MAX_CONFIG_BYTES = 5_000_000
 
 
-def check_weights(path: Path, shown: str, rules: Rules, target: Generation) -> list[Finding]:
+def check_weights(path: Path, shown: str, rules: MigrationRules, target: FrameworkGeneration) -> list[Finding]:
     """Return the findings for a safetensors file, or a folder of shards with their index."""
     try:
         specs = {name: tensor.spec for name, tensor in read_checkpoint(path).items()}
@@ -39,7 +39,9 @@ def check_weights(path: Path, shown: str, rules: Rules, target: Generation) -> l
     return [] if found is None else [found]
 
 
-def _judge(specs: Specs, model_type: str | None, shown: str, rules: Rules, target: Generation) -> Finding | None:
+def _judge(
+    specs: Specs, model_type: str | None, shown: str, rules: MigrationRules, target: FrameworkGeneration
+) -> Finding | None:
     """Return the finding for tensors of these names; `None` where they are as the target has them."""
     by_id = {rule.id: rule for rule in rules.checkpoint}
     try:
@@ -59,7 +61,7 @@ def _judge(specs: Specs, model_type: str | None, shown: str, rules: Rules, targe
     return found if report.actions else None
 
 
-def check_pickle(path: Path, shown: str, rules: Rules) -> list[Finding]:
+def check_pickle(path: Path, shown: str, rules: MigrationRules) -> list[Finding]:
     """Return the findings for a pickle, a malicious one by the names of what it would call."""
     by_id = {rule.id: rule for rule in rules.checkpoint}
     try:

@@ -16,12 +16,14 @@ import yaml
 
 from deepseek.compat.generations import find_generation
 from deepseek.compat.migration.findings import Edit, Finding, Lines, apply_edits, find, unreadable
-from deepseek.compat.migration.rules import ConfigRule, Markers, Rules
+from deepseek.compat.migration.rules import ConfigRule, Markers, MigrationRules
 from deepseek.compat.migration.settings import Entry, SettingsError, read_entries, read_values
 from deepseek.core.errors import ConfigError
 
 
-def check_config(text: str, path: str, suffix: str, rules: Rules, target: str, *, is_named: bool) -> list[Finding]:
+def check_config(
+    text: str, path: str, suffix: str, rules: MigrationRules, target: str, *, is_named: bool
+) -> list[Finding]:
     """Return the findings in one file; one that says `unreadable` when the text is not what its suffix says.
 
     Edits are kept where the edited text reads as the same values, changed as the rules say and in nothing else.

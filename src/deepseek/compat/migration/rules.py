@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from deepseek.compat.generations import Generation, find_generation
+from deepseek.compat.generations import FrameworkGeneration, find_generation
 from deepseek.core.config import Config
 
 Severity = Literal["error", "warning"]
@@ -85,7 +85,7 @@ class Markers(Config):
     likely: tuple[str, ...]
 
 
-class Rules(Config):
+class MigrationRules(Config):
     """The whole data file."""
 
     markers: Markers
@@ -94,7 +94,7 @@ class Rules(Config):
     checkpoint: tuple[Rule, ...]
 
     @model_validator(mode="after")
-    def _check(self) -> Rules:
+    def _check(self) -> MigrationRules:
         names = [rule.id for rule in (*self.config, *self.python, *self.checkpoint)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -103,14 +103,14 @@ class Rules(Config):
             find_generation(rule.since)
         return self
 
-    def between(self, source: Generation | None, target: Generation) -> Rules:
+    def between(self, source: FrameworkGeneration | None, target: FrameworkGeneration) -> MigrationRules:
         """Return the rules that matter on the way from `source` (`None`: from any) to `target`."""
         floor = (0, 0) if source is None else source.version
 
         def matters(rule: Rule) -> bool:
             return rule.is_always or floor < find_generation(rule.since).version <= target.version
 
-        return Rules(
+        return MigrationRules(
             markers=self.markers,
             config=tuple(filter(matters, self.config)),
             python=tuple(filter(matters, self.python)),
@@ -119,6 +119,6 @@ class Rules(Config):
 
 
 @functools.cache
-def load_rules() -> Rules:
+def load_rules() -> MigrationRules:
     """Read and check all rules, once."""
-    return Rules.from_file(Path(__file__).with_name("rules.yaml"))
+    return MigrationRules.from_file(Path(__file__).with_name("rules.yaml"))

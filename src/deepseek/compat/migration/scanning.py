@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deepseek.compat.generations import Generation, find_generation
+from deepseek.compat.generations import FrameworkGeneration, find_generation
 from deepseek.compat.headers import INDEX_NAME
 from deepseek.compat.migration.checkpoints import check_pickle, check_weights
 from deepseek.compat.migration.config_files import check_config
@@ -34,7 +34,7 @@ from deepseek.compat.migration.notebooks import SUFFIX as NOTEBOOK_SUFFIX
 from deepseek.compat.migration.notebooks import check_notebook
 from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
 from deepseek.compat.migration.python_files import check_python, is_decodable
-from deepseek.compat.migration.rules import Rules, load_rules
+from deepseek.compat.migration.rules import MigrationRules, load_rules
 from deepseek.compat.migration.settings import SUFFIXES as CONFIG_SUFFIXES
 from deepseek.compat.migration.settings import decode_settings
 from deepseek.core.errors import ConfigError
@@ -60,8 +60,8 @@ class Scanned:
 class Scan:
     """What is looked for; made once for all files."""
 
-    rules: Rules
-    target: Generation
+    rules: MigrationRules
+    target: FrameworkGeneration
     config_words: re.Pattern[bytes]
     keys_in_code: Mapping[str, str] = field(default_factory=dict)
     """Settings that some source reads by their old name, and where: a config must not change without its reader."""

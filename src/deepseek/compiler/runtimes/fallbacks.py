@@ -32,7 +32,7 @@ LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fallback:
     """Something that a runtime did instead of what it was asked for."""
 
     what: str
@@ -42,7 +42,7 @@ class Finding:
         return self.what
 
 
-def judge_share(num_right: int, num_heavy: int, precision: str, how: str) -> list[Finding]:
+def judge_share(num_right: int, num_heavy: int, precision: str, how: str) -> list[Fallback]:
     """Return the findings for `num_right` of `num_heavy` heavy operators that run in `precision`.
 
     >>> judge_share(0, 3, "int8", "as the executed graph says")[0].is_serious
@@ -53,10 +53,10 @@ def judge_share(num_right: int, num_heavy: int, precision: str, how: str) -> lis
     if num_right >= num_heavy:
         return []
     what = f"{num_heavy - num_right} of {num_heavy} convolutions and matmuls do not run in {precision}, {how}"
-    return [Finding(what, is_serious=num_right < LEAST_SHARE * num_heavy)]
+    return [Fallback(what, is_serious=num_right < LEAST_SHARE * num_heavy)]
 
 
-def judge_inductor_int8(counters: Mapping[str, int], num_heavy: int) -> list[Finding]:
+def judge_inductor_int8(counters: Mapping[str, int], num_heavy: int) -> list[Fallback]:
     """Whether the int8 patterns of a graph with `num_heavy` quantized layers became int8 kernels.
 
     `counters` are those of inductor, for this compilation alone.
@@ -67,7 +67,7 @@ def judge_inductor_int8(counters: Mapping[str, int], num_heavy: int) -> list[Fin
     )
 
 
-def judge_onnx_operators(operators: Iterable[str], precision: str) -> list[Finding]:
+def judge_onnx_operators(operators: Iterable[str], precision: str) -> list[Fallback]:
     """Return the findings on the operators of the graph that ONNX Runtime executes."""
     if precision != "int8":
         return []
@@ -77,7 +77,7 @@ def judge_onnx_operators(operators: Iterable[str], precision: str) -> list[Findi
     return judge_share(num_int8, num_heavy, precision, "as the optimized graph says")
 
 
-def judge_providers(registered: Sequence[str], asked: str) -> list[Finding]:
+def judge_providers(registered: Sequence[str], asked: str) -> list[Fallback]:
     """Return a finding when the provider that ONNX Runtime prefers is not the one asked for, which it drops with a log
     line.
 
@@ -87,10 +87,10 @@ def judge_providers(registered: Sequence[str], asked: str) -> list[Finding]:
     if registered and registered[0] == asked:
         return []
     elsewhere = registered[0] if registered else "nothing"
-    return [Finding(f"{asked} was dropped; the session runs on {elsewhere}", is_serious=True)]
+    return [Fallback(f"{asked} was dropped; the session runs on {elsewhere}", is_serious=True)]
 
 
-def judge_openvino_layers(layers: Iterable[tuple[str, str]], precision: str) -> list[Finding]:
+def judge_openvino_layers(layers: Iterable[tuple[str, str]], precision: str) -> list[Fallback]:
     """Return the findings on the executed layers of OpenVINO, each a (type, precision it ran in)."""
     heavy = [runtime for kind, runtime in layers if kind in HEAVY_OPENVINO]
     num_right = sum(runtime.lower() in _OPENVINO_PRECISIONS[precision] for runtime in heavy)
@@ -107,10 +107,10 @@ def read_onednn_kernels(log: str) -> Counter[str]:
     return Counter(f"{primitive} {kernel}" for primitive, kernel in lines)
 
 
-def judge_onednn_kernels(kernels: Mapping[str, int]) -> list[Finding]:
+def judge_onednn_kernels(kernels: Mapping[str, int]) -> list[Fallback]:
     """Return the findings on kernels that are oneDNN's reference code, which exists to be right and not to be fast."""
     slow = {name: count for name, count in kernels.items() if " ref" in name or "simple" in name}
     heavy = {name: count for name, count in slow.items() if name.startswith(("convolution", "matmul", "inner_product"))}
     return [
-        Finding(f"oneDNN runs {name} {count} times, which is its slow reference code") for name, count in heavy.items()
+        Fallback(f"oneDNN runs {name} {count} times, which is its slow reference code") for name, count in heavy.items()
     ]

@@ -22,7 +22,7 @@ from torch import Tensor
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.models.key_tables import rename
-from deepseek.models.mobilenet_v3.model import TABLES, MobileNetV3Config, Row
+from deepseek.models.mobilenet_v3.model import TABLES, BlockSpec, MobileNetV3Config
 
 PREFIX = "timm_model."  # in front of every name where transformers wraps a timm model
 ARCHITECTURES = {"mobilenetv3_large_100": "large", "mobilenetv3_small_100": "small"}
@@ -85,7 +85,7 @@ def find_places(config: MobileNetV3Config) -> dict[str, str]:
     }
 
 
-def _place_block(theirs: str, ours: str, parts: tuple[tuple[str, str], ...], row: Row) -> dict[str, str]:
+def _place_block(theirs: str, ours: str, parts: tuple[tuple[str, str], ...], row: BlockSpec) -> dict[str, str]:
     """The convolutions and norms of a block; the squeeze stands before the last of them."""
     places: dict[str, str] = {}
     for index, (convolution, norm) in enumerate(parts):
@@ -95,7 +95,7 @@ def _place_block(theirs: str, ours: str, parts: tuple[tuple[str, str], ...], row
     return places | {f"{theirs}.se.conv_reduce": f"{squeeze}.fc1", f"{theirs}.se.conv_expand": f"{squeeze}.fc2"}
 
 
-def _number_stages(rows: tuple[Row, ...]) -> list[str]:
+def _number_stages(rows: tuple[BlockSpec, ...]) -> list[str]:
     """timm's "stage.block" of each row.
 
     >>> _number_stages(TABLES["small"])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from deepseek.core.config import Config
 
 
-class Row(NamedTuple):
+class BlockSpec(NamedTuple):
     """One inverted residual."""
 
     kernel: int
@@ -40,34 +40,34 @@ class Row(NamedTuple):
 
 TABLES = {
     "large": (
-        Row(3, 16, 16, False, "relu", 1),
-        Row(3, 64, 24, False, "relu", 2),
-        Row(3, 72, 24, False, "relu", 1),
-        Row(5, 72, 40, True, "relu", 2),
-        Row(5, 120, 40, True, "relu", 1),
-        Row(5, 120, 40, True, "relu", 1),
-        Row(3, 240, 80, False, "hardswish", 2),
-        Row(3, 200, 80, False, "hardswish", 1),
-        Row(3, 184, 80, False, "hardswish", 1),
-        Row(3, 184, 80, False, "hardswish", 1),
-        Row(3, 480, 112, True, "hardswish", 1),
-        Row(3, 672, 112, True, "hardswish", 1),
-        Row(5, 672, 160, True, "hardswish", 2),
-        Row(5, 960, 160, True, "hardswish", 1),
-        Row(5, 960, 160, True, "hardswish", 1),
+        BlockSpec(3, 16, 16, False, "relu", 1),
+        BlockSpec(3, 64, 24, False, "relu", 2),
+        BlockSpec(3, 72, 24, False, "relu", 1),
+        BlockSpec(5, 72, 40, True, "relu", 2),
+        BlockSpec(5, 120, 40, True, "relu", 1),
+        BlockSpec(5, 120, 40, True, "relu", 1),
+        BlockSpec(3, 240, 80, False, "hardswish", 2),
+        BlockSpec(3, 200, 80, False, "hardswish", 1),
+        BlockSpec(3, 184, 80, False, "hardswish", 1),
+        BlockSpec(3, 184, 80, False, "hardswish", 1),
+        BlockSpec(3, 480, 112, True, "hardswish", 1),
+        BlockSpec(3, 672, 112, True, "hardswish", 1),
+        BlockSpec(5, 672, 160, True, "hardswish", 2),
+        BlockSpec(5, 960, 160, True, "hardswish", 1),
+        BlockSpec(5, 960, 160, True, "hardswish", 1),
     ),
     "small": (
-        Row(3, 16, 16, True, "relu", 2),
-        Row(3, 72, 24, False, "relu", 2),
-        Row(3, 88, 24, False, "relu", 1),
-        Row(5, 96, 40, True, "hardswish", 2),
-        Row(5, 240, 40, True, "hardswish", 1),
-        Row(5, 240, 40, True, "hardswish", 1),
-        Row(5, 120, 48, True, "hardswish", 1),
-        Row(5, 144, 48, True, "hardswish", 1),
-        Row(5, 288, 96, True, "hardswish", 2),
-        Row(5, 576, 96, True, "hardswish", 1),
-        Row(5, 576, 96, True, "hardswish", 1),
+        BlockSpec(3, 16, 16, True, "relu", 2),
+        BlockSpec(3, 72, 24, False, "relu", 2),
+        BlockSpec(3, 88, 24, False, "relu", 1),
+        BlockSpec(5, 96, 40, True, "hardswish", 2),
+        BlockSpec(5, 240, 40, True, "hardswish", 1),
+        BlockSpec(5, 240, 40, True, "hardswish", 1),
+        BlockSpec(5, 120, 48, True, "hardswish", 1),
+        BlockSpec(5, 144, 48, True, "hardswish", 1),
+        BlockSpec(5, 288, 96, True, "hardswish", 2),
+        BlockSpec(5, 576, 96, True, "hardswish", 1),
+        BlockSpec(5, 576, 96, True, "hardswish", 1),
     ),
 }
 HEAD_WIDTHS = {"large": 1280, "small": 1024}
@@ -141,7 +141,7 @@ class SqueezeExcitation(nn.Module):
 class InvertedResidual(nn.Module):
     """Widen, look around in each channel, weigh the channels, narrow."""
 
-    def __init__(self, config: MobileNetV3Config, num_in: int, row: Row) -> None:
+    def __init__(self, config: MobileNetV3Config, num_in: int, row: BlockSpec) -> None:
         super().__init__()
         num_inner, num_out = config.scale(row.num_inner), config.scale(row.num_out)
         self.has_residual = row.stride == 1 and num_in == num_out

@@ -92,7 +92,7 @@ class YOLOv7Config(Config):
 # ---- rows
 
 
-class Row(NamedTuple):
+class LayerSpec(NamedTuple):
     """One layer and what it reads: rows before it as -1, -2, ..., or rows by number."""
 
     kind: Literal["conv", "pool", "upsample", "concat", "sppcspc", "repconv"]
@@ -103,50 +103,50 @@ class Row(NamedTuple):
     sources: tuple[int, ...] = (-1,)
 
 
-def elan(num_inner: int, num_out: int) -> list[Row]:
+def elan(num_inner: int, num_out: int) -> list[LayerSpec]:
     """Mix what passed through zero, two and four 3x3 convolutions, and a shortcut."""
     return [
-        Row("conv", num_inner),
-        Row("conv", num_inner, sources=(-2,)),
-        *(Row("conv", num_inner, kernel=3) for _ in range(4)),
-        Row("concat", sources=(-1, -3, -5, -6)),
-        Row("conv", num_out),
+        LayerSpec("conv", num_inner),
+        LayerSpec("conv", num_inner, sources=(-2,)),
+        *(LayerSpec("conv", num_inner, kernel=3) for _ in range(4)),
+        LayerSpec("concat", sources=(-1, -3, -5, -6)),
+        LayerSpec("conv", num_out),
     ]
 
 
-def gather(num_out: int) -> list[Row]:
+def gather(num_out: int) -> list[LayerSpec]:
     """Mix what passed through zero to four 3x3 convolutions of half the width, and a shortcut."""
     return [
-        Row("conv", num_out),
-        Row("conv", num_out, sources=(-2,)),
-        *(Row("conv", num_out // 2, kernel=3) for _ in range(4)),
-        Row("concat", sources=(-1, -2, -3, -4, -5, -6)),
-        Row("conv", num_out),
+        LayerSpec("conv", num_out),
+        LayerSpec("conv", num_out, sources=(-2,)),
+        *(LayerSpec("conv", num_out // 2, kernel=3) for _ in range(4)),
+        LayerSpec("concat", sources=(-1, -2, -3, -4, -5, -6)),
+        LayerSpec("conv", num_out),
     ]
 
 
-def shrink(num_half: int, *shortcut: int) -> list[Row]:
+def shrink(num_half: int, *shortcut: int) -> list[LayerSpec]:
     """Half the size, twice over; in the head, the map of row `shortcut` of that size is joined."""
     return [
-        Row("pool"),
-        Row("conv", num_half),
-        Row("conv", num_half, sources=(-3,)),
-        Row("conv", num_half, kernel=3, stride=2),
-        Row("concat", sources=(-1, -3, *shortcut)),
+        LayerSpec("pool"),
+        LayerSpec("conv", num_half),
+        LayerSpec("conv", num_half, sources=(-3,)),
+        LayerSpec("conv", num_half, kernel=3, stride=2),
+        LayerSpec("concat", sources=(-1, -3, *shortcut)),
     ]
 
 
-def grow(num_half: int, shortcut: int) -> list[Row]:
+def grow(num_half: int, shortcut: int) -> list[LayerSpec]:
     """Twice the size, joined with the map of row `shortcut`."""
     return [
-        Row("conv", num_half),
-        Row("upsample"),
-        Row("conv", num_half, sources=(shortcut,)),
-        Row("concat", sources=(-1, -2)),
+        LayerSpec("conv", num_half),
+        LayerSpec("upsample"),
+        LayerSpec("conv", num_half, sources=(shortcut,)),
+        LayerSpec("concat", sources=(-1, -2)),
     ]
 
 
-STEM = [Row("conv", 32, 3), Row("conv", 64, 3, 2), Row("conv", 64, 3), Row("conv", 128, 3, 2)]
+STEM = [LayerSpec("conv", 32, 3), LayerSpec("conv", 64, 3, 2), LayerSpec("conv", 64, 3), LayerSpec("conv", 128, 3, 2)]
 BACKBONE = [
     *STEM,
     *elan(64, 256),  # row 11, stride 4
@@ -158,7 +158,7 @@ BACKBONE = [
     *elan(256, 1024),  # row 50, stride 32
 ]
 NECK = [
-    Row("sppcspc", 512),  # row 51
+    LayerSpec("sppcspc", 512),  # row 51
     *grow(256, 37),
     *gather(256),  # row 63, stride 16
     *grow(128, 24),
@@ -167,14 +167,14 @@ NECK = [
     *gather(256),  # row 88, stride 16
     *shrink(256, 51),
     *gather(512),  # row 101, stride 32
-    Row("repconv", 256, sources=(75,)),
-    Row("repconv", 512, sources=(88,)),
-    Row("repconv", 1024, sources=(101,)),
+    LayerSpec("repconv", 256, sources=(75,)),
+    LayerSpec("repconv", 512, sources=(88,)),
+    LayerSpec("repconv", 1024, sources=(101,)),
 ]
 ROWS = [*BACKBONE, *NECK]
 
 
-def find_sources(rows: list[Row]) -> list[tuple[int, ...]]:
+def find_sources(rows: list[LayerSpec]) -> list[tuple[int, ...]]:
     """The rows that each row reads, by number; -1 is the image.
 
     >>> find_sources(elan(64, 256))[6:]
@@ -360,7 +360,7 @@ class YOLOv7(nn.Module):
         return cast("Head", self.model[-1])
 
 
-def build_layer(config: YOLOv7Config, row: Row, num_read: list[int]) -> nn.Module:
+def build_layer(config: YOLOv7Config, row: LayerSpec, num_read: list[int]) -> nn.Module:
     """The module of one row, which reads maps of `num_read` channels."""
     num_in, num_out = num_read[0], config.scale(row.num_out)
     layers: dict[str, Callable[[], nn.Module]] = {

@@ -20,7 +20,7 @@ from deepseek.compiler.jit.rewriting.parsing import compile_function, describe, 
 from deepseek.compiler.jit.rewriting.statements import transform
 from deepseek.compiler.jit.rewriting.writes import is_special
 from deepseek.compiler.jit.shared_names import SITES_NAME
-from deepseek.compiler.jit.tracing.calls import Rewritten
+from deepseek.compiler.jit.tracing.calls import Counterpart
 from deepseek.compiler.jit.tracing.operators import make_operators
 from deepseek.compiler.jit.tracing.sites import runs_while_tracing
 from deepseek.core.errors import ConfigError
@@ -86,7 +86,7 @@ def _resolve(function: types.FunctionType, name: str) -> Any:
 def keep_counterpart(function: types.FunctionType) -> types.FunctionType:
     """Make the counterpart of `function` and keep it there; raises `ConfigError` where there can be none."""
     counterpart = build(function)
-    function.__ds__ = Rewritten(function, counterpart)  # type: ignore[attr-defined]
+    function.__ds__ = Counterpart(function, counterpart)  # type: ignore[attr-defined]
     return counterpart
 
 

@@ -68,7 +68,7 @@ class Lowering:
 
 
 @dataclass(frozen=True)
-class Loop:
+class EnclosingLoop:
     """The loop whose body is being lowered, and its break flag."""
 
     stop: str
@@ -199,7 +199,7 @@ def _has_hidden_exit(statements: list[ast.stmt]) -> bool:
 
 
 def _lower_block(  # noqa: PLR0911 - a table
-    statements: list[ast.stmt], loop: Loop | None, state: Lowering
+    statements: list[ast.stmt], loop: EnclosingLoop | None, state: Lowering
 ) -> list[ast.stmt]:
     lowered: list[ast.stmt] = []
     for index, statement in enumerate(statements):
@@ -228,7 +228,7 @@ def _lower_block(  # noqa: PLR0911 - a table
     return lowered
 
 
-def _lower_parts(statement: ast.If | ast.With, loop: Loop | None, state: Lowering) -> None:
+def _lower_parts(statement: ast.If | ast.With, loop: EnclosingLoop | None, state: Lowering) -> None:
     statement.body = _lower_block(statement.body, loop, state)
     if isinstance(statement, ast.If):
         statement.orelse = _lower_block(statement.orelse, loop, state)
@@ -255,13 +255,13 @@ def _put_raise_first(statement: ast.If) -> ast.If:
             return statement
 
 
-def _must_take_rest(statement: ast.If, loop: Loop | None) -> bool:
+def _must_take_rest(statement: ast.If, loop: EnclosingLoop | None) -> bool:
     if not has_jump([statement]):
         return False
     return loop is not None or may_jump_on_tensor([statement])
 
 
-def _end(statement: ast.stmt, loop: Loop) -> list[ast.stmt]:
+def _end(statement: ast.stmt, loop: EnclosingLoop) -> list[ast.stmt]:
     """Return the assignments of flags that replace a jump in a loop's body."""
     if isinstance(statement, ast.Continue):
         return []
@@ -272,7 +272,7 @@ def _end(statement: ast.stmt, loop: Loop) -> list[ast.stmt]:
     return ends
 
 
-def _lower_jump(statement: ast.If, rest: list[ast.stmt], loop: Loop | None, state: Lowering) -> list[ast.stmt]:
+def _lower_jump(statement: ast.If, rest: list[ast.stmt], loop: EnclosingLoop | None, state: Lowering) -> list[ast.stmt]:
     """An `if` whose branches may leave: what follows goes into those that do not."""
     body = statement.body if never_ends(statement.body) else statement.body + rest
     copied = rest
@@ -300,7 +300,7 @@ def _finish(block: list[ast.stmt], state: Lowering) -> None:
 
 
 def _lower_loop(
-    statement: ast.While | ast.For, rest: list[ast.stmt], loop: Loop | None, state: Lowering
+    statement: ast.While | ast.For, rest: list[ast.stmt], loop: EnclosingLoop | None, state: Lowering
 ) -> list[ast.stmt]:
     if stays_native(statement):
         state.keep_native(statement)
@@ -311,7 +311,7 @@ def _lower_loop(
     returns = has_return(statement.body)
     leaves = _has_break(statement.body)
     breaks = leaves or returns
-    statement.body = _lower_block(statement.body, Loop(stop), state) or [_pass(statement)]
+    statement.body = _lower_block(statement.body, EnclosingLoop(stop), state) or [_pass(statement)]
     state.facts[statement] = Fact(stop=stop if breaks else None)
     before: list[ast.stmt] = [_assign(stop, ast.Constant(False), statement)] if breaks else []
     if returns and loop is None:
@@ -362,7 +362,7 @@ def _is_endless(statement: ast.While | ast.For) -> bool:
     return isinstance(statement, ast.While) and isinstance(statement.test, ast.Constant) and bool(statement.test.value)
 
 
-def _leave(statement: ast.stmt, loop: Loop | None) -> list[ast.stmt]:
+def _leave(statement: ast.stmt, loop: EnclosingLoop | None) -> list[ast.stmt]:
     """After a loop in which the function returned: return its result, or leave the loop around, too."""
     if loop is None:
         return [ast.copy_location(ast.Return(value=_name(RESULT)), statement)]

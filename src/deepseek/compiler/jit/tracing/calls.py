@@ -27,7 +27,7 @@ class Rewritable:
     owner: Any
 
 
-class Rewritten:
+class Counterpart:
     """A function's rewritten counterpart, kept on the function itself; its first parameter is the operators."""
 
     def __init__(self, original: types.FunctionType, function: types.FunctionType) -> None:

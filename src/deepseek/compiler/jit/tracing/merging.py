@@ -71,7 +71,7 @@ class Constant:
         self.value = value
 
 
-class Node:
+class Container:
     """A tuple, list, dict or dataclass in both branches; `kind` rebuilds it, `keys` name its children."""
 
     def __init__(self, kind: type, keys: list[Any] | None, children: list[Form]) -> None:
@@ -80,7 +80,7 @@ class Node:
         self.children = children
 
 
-Form = Leaf | Constant | Node
+Form = Leaf | Constant | Container
 
 
 def is_traced(value: Any) -> bool:
@@ -97,11 +97,11 @@ class Merger:
         self.device = device
         self.results: Any = None  # of both sides
 
-    def merge_variables(self, first: Sequence[Any], second: Sequence[Any], names: tuple[str, ...]) -> Node:
+    def merge_variables(self, first: Sequence[Any], second: Sequence[Any], names: tuple[str, ...]) -> Container:
         """Return the form of all variables."""
         self.results = (first, second)
         forms = [self.merge(first[index], second[index], names[index]) for index in range(len(names))]
-        return Node(tuple, None, forms)
+        return Container(tuple, None, forms)
 
     def merge(self, first: Any, second: Any, name: str) -> Form:  # noqa: PLR0911 - a table
         """Return the form that both values can take; refuses with the variable's `name` where there is none."""
@@ -140,7 +140,7 @@ class Merger:
         if has_children(known):
             keys = keys_of(known)
             children = [self.fill(child) for child in children_of(known, keys)]
-            return Node(type(known), keys, children)
+            return Container(type(known), keys, children)
         return Constant(known)
 
     def _merge_tensors(self, first: Any, second: Any, name: str) -> Form:
@@ -208,7 +208,7 @@ class Merger:
         ones, others = children_of(first, keys), children_of(second, keys)
         labels = list(range(len(ones))) if keys is None else keys
         children = [self.merge(ones[index], others[index], f"{name}[{labels[index]!r}]") for index in range(len(ones))]
-        return Node(type(first), keys, children)
+        return Container(type(first), keys, children)
 
     def _refuse_sides(self, first: Any, second: Any, name: str, hint: str) -> None:
         refuse(
@@ -319,7 +319,7 @@ def rebuild(form: Form, leaves: list[Tensor]) -> Any:  # noqa: PLR0911 - a table
 
 def has_leaves(form: Form) -> bool:
     """Return whether any tensor is in it."""
-    if isinstance(form, Node):
+    if isinstance(form, Container):
         return any(has_leaves(child) for child in form.children)
     return isinstance(form, Leaf)
 
@@ -328,5 +328,5 @@ def leaves_of(form: Form) -> list[Leaf]:
     """Return the tensors of a form, in order."""
     if isinstance(form, Leaf):
         return [form]
-    children: list[Form] = form.children if isinstance(form, Node) else []
+    children: list[Form] = form.children if isinstance(form, Container) else []
     return [leaf for child in children for leaf in leaves_of(child)]

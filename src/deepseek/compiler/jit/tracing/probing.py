@@ -12,10 +12,10 @@ from typing import Any
 
 from deepseek.compiler.jit.tracing.merging import (
     UNDEFINED,
+    Container,
     Form,
     Leaf,
     Merger,
-    Node,
     flatten,
     has_leaves,
     leaves_of,
@@ -46,7 +46,7 @@ def converge(
     extras: Sequence[Any],
     names: tuple[str, ...],
     merger: Merger,
-) -> Node:
+) -> Container:
     """Return the form of a loop's variables `names` that an iteration does not change any more."""
     site = merger.site
     form = merger.merge_variables(values, values, names)
@@ -56,7 +56,7 @@ def converge(
     for _ in range(2 * len(names) + 2):
         known = form
 
-        def iterate(operators: Any, *values: Any, known: Node = known) -> Any:
+        def iterate(operators: Any, *values: Any, known: Container = known) -> Any:
             before = rebuild(known, flatten(known, values)) if has_leaves(known) else values
             after = body(operators, *before, *extras)
             return before, [_distinct(after[index], known.children[index]) for index in range(len(names))]
@@ -94,20 +94,20 @@ def _distinct(value: Any, form: Form) -> Any:
     return rebuild(form, flatten(form, value)) if has_leaves(form) and value is not UNDEFINED else value
 
 
-def _merge_iterations(before: Any, after: Any, names: tuple[str, ...], merger: Merger) -> Node:
+def _merge_iterations(before: Any, after: Any, names: tuple[str, ...], merger: Merger) -> Container:
     forms = []
     for index in range(len(names)):
         if before[index] is UNDEFINED and after[index] is not UNDEFINED:
             forms.append(merger.fill(after[index]))
         else:
             forms.append(merger.merge(before[index], after[index], names[index]))
-    return Node(tuple, None, forms)
+    return Container(tuple, None, forms)
 
 
 def _is_same(first: Form, second: Form) -> bool:
     if isinstance(first, Leaf) and isinstance(second, Leaf):
         return first.dtype == second.dtype and first.is_number == second.is_number
-    if isinstance(first, Node) and isinstance(second, Node):
+    if isinstance(first, Container) and isinstance(second, Container):
         if len(first.children) != len(second.children):
             return False
         return all(_is_same(first.children[index], second.children[index]) for index in range(len(first.children)))

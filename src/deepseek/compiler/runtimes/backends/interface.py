@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.compiler.runtimes.backends.flat_signature import Flattened, flatten_model
-from deepseek.compiler.runtimes.fallbacks import Finding
+from deepseek.compiler.runtimes.fallbacks import Fallback
 from deepseek.compiler.runtimes.selection_policy import Traits
 from deepseek.core.errors import ConfigError, PermanentError, first_line
 
@@ -51,7 +51,7 @@ class Built:
     """Something that runs on flat tensors, and what was seen while it was built."""
 
     run: Run
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = ()
     takes_any_shape: bool = False
     """Whether it runs inputs of other shapes than the samples' as well."""

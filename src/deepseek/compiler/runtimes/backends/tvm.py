@@ -92,7 +92,7 @@ def tune(library: Any, module: Any, num_trials: int, num_trials_per_task: int) -
             return relax.transform.MetaScheduleApplyDatabase(folder)(module)
 
 
-class Machine:
+class VirtualMachine:
     """TVM's virtual machine over torch's own memory; one call at a time."""
 
     def __init__(self, library: Any, executable: Any) -> None:
@@ -129,7 +129,7 @@ def _prepare(library: Any, module: Any) -> Any:
 def _build(library: Any, module: Any, job: Job, notes: tuple[str, ...]) -> Built:
     with quiet():
         executable = library.compile(module, target=find_target(library))
-    return Built(Machine(library, executable), notes=notes)
+    return Built(VirtualMachine(library, executable), notes=notes)
 
 
 BACKEND = Backend(
