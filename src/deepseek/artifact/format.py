@@ -127,7 +127,7 @@ class Manifest(Description):
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` is a file directly inside a folder, on any system.
+    """Return whether `name` is a file directly inside a folder, on any system.
 
     >>> is_plain_name("model.safetensors"), is_plain_name("../model.safetensors"), is_plain_name("a\\\\b")
     (True, False, False)

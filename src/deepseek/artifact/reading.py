@@ -43,7 +43,7 @@ class Artifact:
         return read_tensors(self.folder / name for name in weights)
 
     def has_file(self, name: str) -> bool:
-        """Whether the manifest lists `name`."""
+        """Return whether the manifest lists `name`."""
         return name in self.manifest.files
 
     def read_bytes(self, name: str) -> bytes:
@@ -80,7 +80,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def is_artifact(folder: str | Path) -> bool:
-    """Whether `folder` holds a manifest; a Hugging Face folder holds none."""
+    """Return whether `folder` holds a manifest; a Hugging Face folder holds none."""
     return (Path(folder) / MANIFEST_NAME).is_file()
 
 

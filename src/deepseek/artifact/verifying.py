@@ -43,7 +43,7 @@ def verify_files(folder: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def has_sizes(folder: Path, records: Mapping[str, FileRecord]) -> bool:
-    """Whether every file of `records` is there with its size; no byte is read."""
+    """Return whether every file of `records` is there with its size; no byte is read."""
     return all(
         (folder / name).is_file() and (folder / name).stat().st_size == record.num_bytes
         for name, record in records.items()
@@ -72,7 +72,7 @@ def refuse_pickles(path: Path) -> None:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether the first bytes of a file are those of a pickle or of `torch.save`'s archive."""
+    """Return whether the first bytes of a file are those of a pickle or of `torch.save`'s archive."""
     with path.open("rb") as file:
         start = file.read(9)
     # A safetensors file starts with the length of its header, which may happen to look like a pickle's first bytes.

@@ -130,7 +130,7 @@ class _SavedTensors:
         self.current = ""
 
     def summarize(self, names: Sequence[str]) -> _Measured:
-        """Bytes by segment; a storage that several keep counts for the first that cannot do without it."""
+        """Sum the bytes by segment; a storage that several keep counts for the first that cannot do without it."""
         measured, counted = _Measured(), set(self.owned)
         all_inputs = {key for name in names for key in self.inputs[name]}
         for name in names:

@@ -62,7 +62,7 @@ class _Before:
         return now is self.original and _count_writes(now) == self.num_writes
 
     def restore(self) -> Any:
-        """A value for one repetition, which may write into it."""
+        """Return a value for one repetition, which may write into it."""
         return self.original if self.copy is None else self.copy.clone()
 
 

@@ -70,7 +70,7 @@ def _prune(folder: Path, newest_step: int, keep: int) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether all files are there with their sizes; hashing each old checkpoint at each save would double the cost."""
+    """Return whether all files have their sizes; hashing each old checkpoint at each save would double the cost."""
     try:
         return has_sizes(path, read_checksums(path / CHECKSUMS_NAME))
     except ArtifactError:

@@ -56,7 +56,7 @@ class _Partial:
 
 
 def choose(segments: Sequence[Segment], budget_bytes: int, *, outside_bytes: int = 0) -> Choice:
-    """The choice that takes least extra time among those that keep at most `budget_bytes` at once.
+    """Return the choice that takes the least extra time among those that keep at most `budget_bytes` at once.
 
     `outside_bytes` are kept by what surrounds the segments. Raises `ConfigError` where even recomputing everything
     needs more, and says how much.

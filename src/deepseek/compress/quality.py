@@ -67,7 +67,7 @@ def compare(
 
 @torch.inference_mode()
 def measure_losses(models: Sequence[Decoder], batches: Iterable[Batch]) -> tuple[list[float], int]:
-    """Mean cross-entropy of each model over the same batches, in nats per token, and the number of tokens.
+    """Measure the mean cross-entropy of each model over the same batches, in nats per token, and the number of tokens.
 
     Raises `DataError` where there is no token to predict.
     """
@@ -86,7 +86,7 @@ def _summed_loss(model: Decoder, batch: Batch) -> Tensor:
 
 
 def measure_decoding(models: Sequence[Decoder], *, num_tokens: int = 48, num_rounds: int = 5) -> list[float]:
-    """Greedy tokens per second of each model for one sequence: medians over rounds in which they take turns."""
+    """Measure greedy tokens per second of each model for one sequence: medians over interleaved rounds."""
     num_tokens = min(num_tokens, *(model.config.max_length - 1 for model in models))
     rates: list[list[float]] = [[] for _ in models]
     for round_index in range(num_rounds + 1):

@@ -91,11 +91,11 @@ class BatchLoader:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """The batch at the position, which moves on."""
+        """Return the batch at the position, and move the position on."""
         return _to_batch(np.concatenate(list(self._take_rows())))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON values."""
+        """Return the position, as JSON values."""
         return {"epoch": self._epoch, "index": self._index, "order": order_digest(self.cache, self.config)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -145,7 +145,7 @@ def evaluation_batches(cache: TokenCache, config: DataConfig, *, rank: int = 0, 
 
 
 def plan_epoch(cache: TokenCache, config: DataConfig, *, epoch: int) -> Epoch:
-    """The order of one epoch, from the seed and the epoch's number alone."""
+    """Plan the order of one epoch, from the seed and the epoch's number alone."""
     random = np.random.PCG64([config.seed, epoch])
     return _PLANNERS[config.batching](cache, config, random)
 
@@ -214,7 +214,7 @@ class TokenBudgetEpoch:
         return len(self.batches)
 
     def rows(self, items: IntArray) -> IntArray:
-        """The rows of one batch; its width is its longest document's, so batches are not joined."""
+        """Return the rows of one batch; its width is its longest document's, so batches are not joined."""
         documents_B = self.batches[int(items[0])]
         steps_T = np.arange(self.lengths[documents_B].max() + 1)
         is_text_BT = steps_T <= self.lengths[documents_B][:, None]

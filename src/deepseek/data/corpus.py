@@ -83,7 +83,7 @@ def load_data(config: DataConfig, folder: Path, *, is_verified: bool = False) ->
 
 
 def open_corpora(config: DataConfig) -> tuple[Corpus, Corpus | None]:
-    """The training text and the held-out text of `config`; a file of both is held out, and a warning says so."""
+    """Open the training text and the held-out text of `config`; a file of both is held out, and a warning says so."""
     corpus = Corpus(config.sources, config.text_field, config.document_separator)
     if config.heldout_sources:
         heldout = Corpus(config.heldout_sources, config.text_field, config.document_separator)
@@ -103,7 +103,7 @@ def _exclude_files(corpus: Corpus, heldout: Corpus) -> Corpus:
 
 
 def _provide_tokenizer(config: DataConfig, train: Corpus, folder: Path) -> tuple[Tokenizer, bool]:
-    """The tokenizer that `config` names or wants trained, kept in `folder`, and whether it was there already."""
+    """Return the tokenizer that `config` names or wants trained, kept in `folder`, and whether it was there already."""
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         _keep(tokenizer, folder, origin={})
@@ -128,7 +128,7 @@ def _keep(tokenizer: Tokenizer, folder: Path, origin: dict[str, Any]) -> None:
 
 
 def _find_kept(folder: Path, origin: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer kept in `folder`, if it was trained from `origin` and is still what it was."""
+    """Return the tokenizer kept in `folder`, if it was trained from `origin` and is still what it was."""
     if not folder.exists():
         return None
     try:

@@ -186,7 +186,7 @@ def _read_json(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator
 
 
 def _parse_lines(text: str) -> list[Any] | None:
-    """The values of JSON Lines; `None` for a text that is none."""
+    """Parse JSON Lines; return `None` for a text that is none."""
     try:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError:
@@ -243,7 +243,7 @@ def _document_of(name: str, values: dict[str, Any], text_field: str, where: str)
 
 
 def _text_of(values: dict[str, Any], text_field: str, where: str) -> str:
-    """The text among `values`; a null is an empty text."""
+    """Return the text among `values`; a null is an empty text."""
     if text_field not in values:
         raise DataError(f"{where}: {explain_unknown('text_field', text_field, values)}")
     text = values[text_field]

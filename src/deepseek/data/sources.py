@@ -73,18 +73,18 @@ class Corpus:
     """Identities of files that are not read."""
 
     def split(self, heldout_fraction: float) -> tuple[Corpus, Corpus]:
-        """The training part and the held-out part; together they are this corpus."""
+        """Split into the training part and the held-out part; together they are this corpus."""
         return (
             replace(self, heldout_fraction=heldout_fraction, part=TRAIN),
             replace(self, heldout_fraction=heldout_fraction, part=HELDOUT),
         )
 
     def has_part(self, name: str) -> bool:
-        """Whether the document called `name` belongs to this part."""
+        """Return whether the document called `name` belongs to this part."""
         return self.part == ALL or is_heldout(name, self.heldout_fraction) == (self.part == HELDOUT)
 
     def list_files(self) -> list[SourceFile]:
-        """The files that have to be read for this part, without reading them."""
+        """Return the files that have to be read for this part, without reading them."""
         files = [file for source in self.sources for file in list_source(source) if file.identity not in self.excluded]
         return [file for file in files if not self._is_one_document(file) or self.has_part(file.name)]
 
@@ -124,7 +124,7 @@ class Corpus:
 
 
 def is_heldout(name: str, fraction: float) -> bool:
-    """Whether the document called `name` is held out, by a hash that is uniform on [0, 1).
+    """Return whether the document called `name` is held out, by a hash that is uniform on [0, 1).
 
     >>> is_heldout("json/decoder.py", 0.0), is_heldout("json/decoder.py", 1.0)
     (False, True)
@@ -135,7 +135,7 @@ def is_heldout(name: str, fraction: float) -> bool:
 
 
 def list_source(source: str) -> list[SourceFile]:
-    """The files of one source, sorted by name; raises `DataError` when there is none."""
+    """Return the files of one source, sorted by name; raises `DataError` when there is none."""
     files = _list_stdlib() if source == STDLIB else _list_url(source)
     if not files:
         raise DataError(
@@ -179,7 +179,7 @@ def _list_url(source: str) -> list[SourceFile]:
 
 
 def _find(filesystem: Any, path: str) -> tuple[str, dict[str, Any]]:
-    """The folder that names count from, and what lies there: a file, the matches of a glob, or a whole folder."""
+    """Return the folder that names count from, and what is in it: a file, a glob's matches, or all of it."""
     if filesystem.isfile(path):
         return posixpath.dirname(path), {path: filesystem.info(path)}
     if not glob.has_magic(path):
@@ -188,7 +188,7 @@ def _find(filesystem: Any, path: str) -> tuple[str, dict[str, Any]]:
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder in which all that `pattern` matches lies.
+    """Return the folder in which all that `pattern` matches lies.
 
     >>> _fixed_part("/notes/2*/**/*.md")
     '/notes'
@@ -241,7 +241,7 @@ def _walk(folder: str, depth: int | None, *, above: frozenset[str]) -> Iterator[
 
 
 def name_some(paths: list[str]) -> str:
-    """The first of `paths`, and how many more there are.
+    """Return the first of `paths`, and how many more there are.
 
     >>> name_some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'

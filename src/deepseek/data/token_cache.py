@@ -127,7 +127,7 @@ class TokenCache:
         return hashlib.sha256((self.manifest.documents_digest + self.manifest.tokenizer_digest).encode()).hexdigest()
 
     def document(self, index: int) -> NDArray[Any]:
-        """Tokens of one document, its end token included."""
+        """Return the tokens of one document, its end token included."""
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
 
@@ -200,7 +200,7 @@ def digest_documents(documents: Iterable[Document]) -> str:
 
 
 def _find_reusable(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> CacheManifest | None:
-    """The manifest of a whole cache of these documents in `folder`; refuses a folder that is none of ours."""
+    """Return the manifest of a whole cache of these documents in `folder`; refuses a folder that is none of ours."""
     if not folder.exists():
         return None
     if not folder.is_dir():

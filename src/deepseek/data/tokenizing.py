@@ -91,7 +91,7 @@ class Tokenizer:
         return hashlib.sha256((self.backend.to_str() + self.eos_token).encode()).hexdigest()
 
     def encode(self, text: str, *, max_len: int | None = None, add_special_tokens: bool = False) -> list[int]:
-        """Token numbers of `text`, the first `max_len` of them; `add_special_tokens` as the tokenizer's own rules say.
+        """Encode `text`, at most `max_len` tokens; `add_special_tokens` as the tokenizer's own rules say.
 
         >>> tokenizer = train_tokenizer(["ab ab ab"], vocab_size=259)
         >>> tokenizer.decode(tokenizer.encode("ab é"))
@@ -100,11 +100,11 @@ class Tokenizer:
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids[:max_len])
 
     def encode_batch(self, texts: Sequence[str], *, max_len: int | None = None) -> list[list[int]]:
-        """Token numbers of many texts at once, on all cores, without special tokens."""
+        """Encode many texts at once, on all cores, without special tokens."""
         return [encoded.ids[:max_len] for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token numbers; bytes that are no UTF-8 become U+FFFD."""
+        """Decode token numbers to text; bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def find_special(self, texts: Iterable[str]) -> list[int]:
@@ -204,7 +204,7 @@ class StreamDecoder:
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,)
 ) -> Tokenizer:
-    """A byte-level BPE with `vocab_size` tokens; the first special token is number 0 and ends documents.
+    """Train a byte-level BPE with `vocab_size` tokens; the first special token is number 0 and ends documents.
 
     Raises `ConfigError` where the 256 bytes and the special tokens do not fit in, and warns when `texts` are too few
     to find so many tokens.

@@ -30,7 +30,7 @@ def choose_level(
     settings: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Level:
-    """The level to use: `level`, else `settings["ds_amp_level"]`, else `DS_AMP_LEVEL`, else `O1`.
+    """Choose the level: `level`, else `settings["ds_amp_level"]`, else `DS_AMP_LEVEL`, else `O1`.
 
     Raises `ConfigError` for an unknown level, saying where it stood.
 

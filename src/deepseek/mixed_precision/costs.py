@@ -43,7 +43,7 @@ def assume_saving(layer: nn.Module, input_shape: tuple[int, ...] | None) -> Savi
 
 
 def measure_saving(layer: nn.Module, input_shape: tuple[int, ...], low: torch.dtype) -> Saving | None:
-    """The layer by itself on one tensor of that shape, or None for one that takes other inputs."""
+    """Measure the layer by itself on one tensor of that shape; return None for one that takes other inputs."""
     weight = next(layer.parameters(recurse=False))
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(input_shape, generator=generator, device=weight.device)
@@ -63,7 +63,7 @@ def measure_saving(layer: nn.Module, input_shape: tuple[int, ...], low: torch.dt
 
 
 def compare(wide_s: Sequence[float], low_s: Sequence[float]) -> float:
-    """Seconds saved, or 0 where the shortest runs and the median over pairs of neighbours do not say the same.
+    """Return the seconds saved, or 0 where the shortest runs and the median over pairs of neighbours disagree.
 
     >>> compare([5.0, 4.0, 9.0], [2.0, 2.0, 2.0]), compare([4.0, 4.0, 4.0], [9.0, 3.9, 3.9])
     (2.0, 0.0)
@@ -75,7 +75,7 @@ def compare(wide_s: Sequence[float], low_s: Sequence[float]) -> float:
 
 
 def _run(forward: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Module, dtype: torch.dtype) -> tuple[float, int]:
-    """Seconds of one forward and backward, and the bytes between them."""
+    """Measure the seconds of one forward and backward, and the bytes between them."""
     parameters = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
     weights = {parameter.data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}

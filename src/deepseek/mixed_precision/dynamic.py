@@ -156,7 +156,7 @@ class DynamicPrecision:
         return events
 
     def explain(self) -> str:
-        """A table of the layers: precision, rounding noise over gradient noise, underflow, time saved, and why."""
+        """Show a table of the layers: precision, rounding noise over gradient noise, underflow, time saved, and why."""
         head = ("layer", "runs in", "noise share", "underflow", "saved ms", "saved MB", "because")
         rows = [head, *(self._row(name) for name in self.layers)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
@@ -290,7 +290,7 @@ class DynamicPrecision:
         return (*changes, PrecisionPlanned(self.num_steps, len(lows), len(self.layers), share))
 
     def _gather(self) -> dict[str, Evidence]:
-        """The window's evidence, equal on all ranks."""
+        """Gather the window's evidence, equal on all ranks."""
         return self._window.gather(self.savings, self.scaler.get_scale() if self.scaler is not None else 1.0)
 
     def _blame(self, flags: Tensor) -> tuple[Event, ...]:
@@ -366,7 +366,7 @@ class DynamicPrecision:
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules with a matrix of their own that is multiplied, by name; norms and embeddings have none.
+    """Return the modules with a matrix of their own that is multiplied, by name; norms and embeddings have none.
 
     Raises `ConfigError` for a model without one. A module that stands in two places is named by the first.
     """
@@ -399,7 +399,7 @@ def run_eagerly_(model: nn.Module, compiled: nn.Module | None) -> ExitStack:
 
 
 def choose_low(low: str, device: torch.device) -> str:
-    """The 16-bit format for `device`: bf16, and FP16 on a GPU without bf16. Raises `ConfigError` for an unknown one.
+    """Choose the 16-bit format for `device`: bf16, or FP16 on a GPU without it. Raises `ConfigError` if unknown.
 
     >>> choose_low("auto", torch.device("cpu"))
     'bf16'

@@ -30,7 +30,7 @@ _LEAST_BF16_SPEEDUP = 1.1
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Precision:
-    """The concrete policy for `precision` on `device`: `auto` is bf16 where that is faster, else FP32.
+    """Choose the concrete policy for `precision` on `device`: `auto` is bf16 where that is faster, else FP32.
 
     Raises `ConfigError` for an unknown policy, and for bf16 on a GPU that does not have it.
     """
@@ -46,7 +46,7 @@ def choose_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether bf16 matmuls have instructions of their own on `device`."""
+    """Return whether bf16 matmuls have instructions of their own on `device`."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -55,7 +55,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def is_bf16_faster(device: torch.device) -> bool:
-    """Whether bf16 matmuls beat FP32 ones on `device`: a GPU with the instructions is believed, a CPU is measured."""
+    """Return whether bf16 matmuls beat FP32 ones on `device`: a GPU goes by its instructions, a CPU is measured."""
     if not has_native_bf16(device):
         return False
     return device.type != "cpu" or measure_bf16_speedup() >= _LEAST_BF16_SPEEDUP
@@ -93,7 +93,7 @@ def one_thread() -> Iterator[None]:
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context for a forward pass under a policy.
+    """Return the context for a forward pass under a policy.
 
     >>> with autocast("bf16", torch.device("cpu")):
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype

@@ -92,12 +92,12 @@ def clear_compute_(module: nn.Module) -> None:
 
 
 def compute_of(module: nn.Module) -> Compute | None:
-    """The module's setting, or None where it has none of its own."""
+    """Return the module's setting, or None where it has none of its own."""
     return module.__dict__.get(_SETTING)
 
 
 def tally_of(module: nn.Module) -> Tally:
-    """The tally of a root; of a module that is none, an unused one."""
+    """Return the tally of a root; of a module that is none, an unused one."""
     tally: Tally = module.__dict__.get(_TALLY) or Tally()
     return tally
 
@@ -115,7 +115,7 @@ def _run_under_setting(self: nn.Module, *inputs: Any, **named_inputs: Any) -> An
 
 
 def _run_plain(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:
-    """The forward that the module had: one that was put on it, or its class's."""
+    """Run the forward that the module had: one that was put on it, or its class's."""
     if "plain_forward" in module.__dict__:
         return module.__dict__["plain_forward"](*inputs, **named_inputs)
     if isinstance(module, nn.RMSNorm):
@@ -252,7 +252,7 @@ class _Narrow:
 
 
 def _is_worth_it(value: Tensor) -> bool:
-    """Whether a narrow copy can be kept and is enough smaller."""
+    """Return whether a narrow copy can be kept and is enough smaller."""
     if value.dtype is not torch.float32 or value.numel() < _SMALLEST:
         return False
     return type(value) is Tensor and value.layout is torch.strided

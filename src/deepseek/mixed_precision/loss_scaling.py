@@ -72,7 +72,7 @@ class GradScaler(torch.amp.GradScaler):
         return self._agree(found, found_inf)
 
     def _agree(self, found: dict[torch.device, Tensor], none_found: Tensor) -> dict[torch.device, Tensor]:
-        """The same answer on every rank; a rank without gradients answers, too, or the others would wait for it."""
+        """Agree on one answer over the ranks; a rank without gradients takes part, or the others would wait."""
         if (group := open_group(self.group)) is None:
             return found
         found = found or {none_found.device: none_found}
@@ -82,7 +82,7 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _local_values(parameter: Tensor, allow_fp16: bool) -> Tensor:
-    """The memory that holds this process's part of a gradient."""
+    """Return the memory that holds this process's part of a gradient."""
     gradient = parameter.grad
     assert gradient is not None
     if gradient.dtype == torch.float16 and not allow_fp16:
@@ -96,7 +96,7 @@ def _local_values(parameter: Tensor, allow_fp16: bool) -> Tensor:
 
 
 def open_group(group: Group) -> dist.ProcessGroup | None:
-    """The process group that `group` stands for, or None where this process is alone."""
+    """Return the process group that `group` stands for, or None where this process is alone."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     return dist.group.WORLD if group == "world" else group

@@ -111,7 +111,7 @@ class PrecisionManager:
             torch._foreach_copy_(list(self._masters), list(self._masters.values()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The masters by parameter name; the weights follow from them."""
+        """Return the masters by parameter name; the weights follow from them."""
         named = {parameter: name for name, parameter in self.model.named_parameters()}
         masters = {named[weight]: master.detach() for weight, master in self._masters.items()}
         return {"level": self.level, "precision": self.precision, "masters": masters}
@@ -130,7 +130,7 @@ class PrecisionManager:
         self.round_masters_()
 
     def context(self) -> AbstractContextManager[object]:
-        """A fresh context for one forward pass."""
+        """Return a fresh context for one forward pass."""
         if self.precision == "fp32":
             return torch.autocast(self.device.type, enabled=False)
         if self.precision == "tf32":
@@ -139,7 +139,7 @@ class PrecisionManager:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """The concrete precision for `device`. Raises `ConfigError` for one that is unknown, or that `device` lacks."""
+    """Return the concrete precision for `device`. Raises `ConfigError` for one that is unknown or missing there."""
     if precision not in get_args(ManagedPrecision):
         raise ConfigError(explain_unknown("precision", precision, get_args(ManagedPrecision)))
     if precision == "auto":
@@ -155,7 +155,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Whether `device` multiplies FP32 numbers in TF32."""
+    """Return whether `device` multiplies FP32 numbers in TF32."""
     return (
         device.type == "cuda"
         and torch.version.hip is None

@@ -31,7 +31,7 @@ def run_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def _is_usual(norm: nn.RMSNorm, x: object) -> bool:
-    """Whether it is torch's own norm, with one weight for each feature, and plain tensors in FP32."""
+    """Return whether it is torch's own norm, with one weight for each feature, and plain tensors in FP32."""
     if type(norm).forward is not nn.RMSNorm.forward or norm.weight is None or norm.weight.dim() != 1:
         return False
     return all(type(tensor) is Tensor and tensor.dtype == torch.float32 for tensor in (x, norm.weight.data))

@@ -72,7 +72,7 @@ class Histogram:
         return sum(self.counts)
 
     def shifted(self, exponents: float) -> Histogram:
-        """The same values times 2^exponents."""
+        """Return the same values times 2^exponents."""
         num_bins = round(exponents)
         counts = [0.0] * NUM_BINS
         for index, count in enumerate(self.counts):
@@ -104,7 +104,7 @@ _MEAN_SQUARE = 7 / 3  # of a number spread evenly over [1, 2)
 
 
 def _squared_error(exponent: int, format: Format) -> float:
-    """Mean squared error of rounding numbers in [2^exponent, 2^(exponent + 1)), over 4^exponent."""
+    """Return the mean squared error of rounding numbers in [2^exponent, 2^(exponent + 1)), over 4^exponent."""
     if exponent < format.tiny_exponent - 1:
         return _MEAN_SQUARE
     ulp_exponent = max(exponent, format.min_exponent) - format.mantissa_bits - exponent
@@ -119,7 +119,7 @@ def underflow_share(histogram: Histogram, format: Format) -> float:
 
 
 def overflows(histogram: Histogram, format: Format) -> bool:
-    """Whether an element is infinite or above the format's largest number."""
+    """Return whether an element is infinite or above the format's largest number."""
     return histogram.num_non_finite > 0 or histogram.largest_exponent > format.max_exponent
 
 
@@ -188,7 +188,7 @@ class LayerState:
 
 
 def judge(evidence: Evidence, low: Format, rules: Rules, *, scale: float = 1.0) -> Verdict:
-    """Whether the layer may run in `low` with its gradients multiplied by `scale`; the reason names the number."""
+    """Judge whether the layer may run in `low` with gradients times `scale`; the reason names the number."""
     gradients = evidence.gradients.shifted(math.log2(scale))
     noise = max(rounding_noise(evidence.activations, low), rounding_noise(gradients, low))
     share = noise * evidence.signal if noise else 0.0
@@ -225,7 +225,7 @@ def _too_large(what: str, histogram: Histogram, low: Format) -> str:
 def choose(
     evidence: Mapping[str, Evidence], low: Format, rules: Rules, *, scale: float = 1.0
 ) -> dict[str, tuple[bool, Verdict]]:
-    """For each layer whether 16 bits are allowed and worth it, within the joint budget, and the verdict.
+    """Choose the layers for 16 bits, where allowed and worth it within the joint budget, each with its verdict.
 
     Those that save most for the noise they add come first; the order does not depend on the order of the dict.
     """
@@ -256,7 +256,7 @@ def _benefits(evidence: Mapping[str, Evidence]) -> dict[str, float]:
 
 
 def apply_hysteresis(state: LayerState, verdict: Verdict, low: str, rules: Rules) -> LayerState:
-    """The next state of a layer: up at once, down after `patience` good windows.
+    """Return the next state of a layer: up at once, down after `patience` good windows.
 
     >>> good = Verdict(True, 0.0, 0.0, 0.0, "quiet")
     >>> first = apply_hysteresis(LayerState("fp32"), good, "bf16", Rules(patience=2))
@@ -272,7 +272,7 @@ def apply_hysteresis(state: LayerState, verdict: Verdict, low: str, rules: Rules
 
 
 def find_culprits(samples: Sequence[tuple[str, bool, bool]]) -> tuple[str, ...]:
-    """The layers where infinities began, from (name, are its inputs finite, are its results finite) in one pass.
+    """Return the layers where infinities began, from (name, are its inputs finite, are its results finite) in one pass.
 
     >>> find_culprits([("a", True, True), ("b", True, False), ("c", False, False)])
     ('b',)
@@ -281,7 +281,7 @@ def find_culprits(samples: Sequence[tuple[str, bool, bool]]) -> tuple[str, ...]:
 
 
 def find_format(name: str) -> Format:
-    """The format `name`; `ConfigError` lists the known ones."""
+    """Return the format `name`; `ConfigError` lists the known ones."""
     if name not in FORMATS:
         raise ConfigError(explain_unknown("precision", name, FORMATS))
     return FORMATS[name]

@@ -49,7 +49,7 @@ class SampleWindow:
         return round(float(self._counts[0, -1])) // self.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The window in progress: tensors by name."""
+        """Return the window in progress: tensors by name."""
         return {
             "counts": self._counts.clone(),
             "extremes": self._extremes.clone(),

@@ -34,14 +34,14 @@ class Architecture:
     """The class, which takes the config."""
 
     def build(self, settings: Mapping[str, Any]) -> nn.Module:
-        """The model of `settings`."""
+        """Return the model of `settings`."""
         built: nn.Module = self.model(self.config.from_dict(settings))
         return built
 
 
 @cache
 def list_architectures() -> Registry[Architecture]:
-    """All architectures with a config of ours, by name."""
+    """Return all architectures with a config of ours, by name."""
     known: Registry[Architecture] = Registry("architecture")
     known.add(DECODER, Architecture(DECODER, DecoderConfig, Decoder))
     for entry in zoo.MODELS.values():

@@ -134,7 +134,7 @@ def _present(
 
 
 def _load_onnx(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedModel:
-    """An ONNX file: by a named runtime as it is, or whatever is fastest of that and of its conversion."""
+    """Open an ONNX file: by a named runtime as it is, or by the fastest of that and its conversion."""
     runs_as_it_is = settings.precision == "auto" or (settings.precision, settings.backend) == ("fp32", "openvino")
     if settings.backend in RUNTIMES and runs_as_it_is:
         read_onnx(path)  # refuses what is damaged, and weights outside the folder
@@ -154,7 +154,7 @@ def _load_onnx(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedMo
 
 
 def _select_program(path: Path, settings: LoadConfig, on_event: Listener) -> LoadedModel:
-    """The fastest of the runtimes that take a file which cannot be converted; the first of them is the reference."""
+    """Return the fastest runtime for a file that cannot be converted; the first runtime is the reference."""
     programs, refused = open_programs(path)
     if not programs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
@@ -172,7 +172,7 @@ def _select_program(path: Path, settings: LoadConfig, on_event: Listener) -> Loa
 
 
 def open_programs(path: Path) -> tuple[dict[str, Program], dict[str, str]]:
-    """The file on every runtime that takes it, and why the others do not."""
+    """Open the file on every runtime that takes it; return these, and why the others do not."""
     programs, refused = {}, {}
     for name in RUNTIMES:
         try:
@@ -183,7 +183,7 @@ def open_programs(path: Path) -> tuple[dict[str, Program], dict[str, str]]:
 
 
 def list_candidates(programs: Mapping[str, Program], refused: Mapping[str, str]) -> dict[str, Variant]:
-    """The file as it is, as a further candidate of a selection for each runtime; one that refuses it says why there."""
+    """Return the file as it is, as one more candidate for each runtime; one that refuses it says why there."""
     builders: dict[str, Callable[[Job], Built]] = {
         **{name: partial(_build_program, program) for name, program in programs.items()},
         **{name: partial(_refuse, reason) for name, reason in refused.items()},
@@ -200,7 +200,7 @@ def _take_for_program(program: Program, settings: LoadConfig) -> Batch:
 
 
 def _take_inputs(drawn: Batch, settings: LoadConfig) -> list[Batch]:
-    """Batches of the user's samples, or the one that was drawn."""
+    """Return batches of the user's samples, or the one that was drawn."""
     return read_samples(Path(settings.samples), drawn) if settings.samples else [drawn]
 
 
@@ -236,5 +236,5 @@ class ProgramModule(nn.Module):
 
 
 def has_half_arithmetic() -> bool:
-    """Whether this machine computes in fp16 as fast as in fp32: it has a GPU, or a CPU with instructions for it."""
+    """Return whether fp16 is as fast as fp32 here: there is a GPU, or a CPU with instructions for it."""
     return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

@@ -17,7 +17,7 @@ DEFAULT_LABELS = 2  # what transformers takes where a config.json names no label
 
 
 def rename(tensors: Mapping[str, Tensor], places: Mapping[str, str], *, noun: str) -> dict[str, Tensor]:
-    """The tensors under our names; `places` takes a module of theirs, or a tensor, to ours.
+    """Rename the tensors to our names; `places` takes a module of theirs, or a tensor, to ours.
 
     Raises `ArtifactError` for a tensor that has no place in `noun`.
     """
@@ -37,7 +37,7 @@ def check_settings(values: Mapping[str, Any], followed: Mapping[str, Any], *, no
 
 
 def count_labels(values: Mapping[str, Any]) -> int:
-    """Classes of a Hugging Face `config.json`, which names them or counts them.
+    """Count the classes of a Hugging Face `config.json`, which names them or counts them.
 
     >>> count_labels({"id2label": {"0": "cat", "1": "dog", "2": "bird"}}), count_labels({})
     (3, 2)

@@ -179,7 +179,7 @@ def make_int8_(model: Decoder) -> Decoder:
 
 
 def count_stored_bytes(model: nn.Module) -> int:
-    """Bytes of the weights of `model` in an artifact, as they are now."""
+    """Count the bytes of the weights of `model` in an artifact, as they are now."""
     return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(plain_module(model), None).values())
 
 

@@ -124,7 +124,7 @@ class Opened:
 
 
 def open_source(source: str | Path, config: LoadConfig, *, verify: bool = True) -> Opened:
-    """The model that `source` names, in evaluation mode on the CPU, with its weights as they are stored.
+    """Return the model that `source` names, in evaluation mode on the CPU, with its weights as they are stored.
 
     Raises `ConfigError` for an unknown name, `ArtifactError` for a path where no model is, and what reading raises.
     """
@@ -191,7 +191,7 @@ def load_weights_(model: nn.Module, path: Path) -> None:
 
 
 def _import_names(model: nn.Module, tensors: Tensors) -> Tensors:
-    """Tensors of another library under our names."""
+    """Rename tensors of another library to our names."""
     config: Any = getattr(model, "config", None)
     if isinstance(model, Decoder):
         family = find_family(model.config)
@@ -221,7 +221,7 @@ def _read_weights(path: Path) -> Tensors:
 
 
 def _fit_names(model: TransformersModel, tensors: Tensors) -> Tensors:
-    """Tensors under the names of the wrapped model, whether the file is of a bare model or of one with a head."""
+    """Rename tensors to the wrapped model's names, whether the file is of a bare model or has a head."""
     prefix = f"{getattr(model.model, 'base_model_prefix', '')}."
     known = set(model.model.state_dict())
     fitted = {}
@@ -291,7 +291,7 @@ def _open_artifact(folder: Path, config: LoadConfig, verify: bool) -> Opened:
 
 
 def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source: Path) -> nn.Module:
-    """The model of architecture `name` whose parameters are `tensors` themselves."""
+    """Return the model of architecture `name` whose parameters are `tensors` themselves."""
     architecture = list_architectures()[name]
     if name == DECODER:
         settings = tie_as_stored(DecoderConfig.from_dict(settings), tensors).to_dict()
@@ -328,7 +328,7 @@ def _open_decoder(folder: Path, settings: DecoderConfig, tensors: Tensors) -> Op
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or the one file there is."""
+    """Return the files that the index names, or the one file there is."""
     if (folder / INDEX_NAME).is_file():
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
@@ -354,7 +354,7 @@ def read_max_length(folder: Path) -> int | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of somebody else's."""
+    """Read the object in a JSON file of another library."""
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
@@ -389,12 +389,12 @@ def _open_tensorflow(path: Path, config: LoadConfig, verify: bool) -> Opened:
 
 
 def is_onnx(path: Path) -> bool:
-    """Whether `path` is an ONNX file, by its name."""
+    """Return whether `path` is an ONNX file, by its name."""
     return path.suffix == ONNX_SUFFIX and path.is_file()
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether `path` is a folder with a `config.json`."""
+    """Return whether `path` is a folder with a `config.json`."""
     return (path / CONFIG_NAME).is_file()
 
 

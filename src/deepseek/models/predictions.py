@@ -176,7 +176,7 @@ def _read_recipe(folder: Path | None) -> _Recipe:
 def _tokenize(
     predictor: Predictor, model: TransformersModel, texts: Sequence[str], max_length: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and mask (N, T), padded to the longest text or to what a backend was compiled for."""
+    """Tokenize to tokens and mask (N, T), padded to the longest text or to what a backend was compiled for."""
     if predictor.folder is None or not (predictor.folder / TOKENIZER_FILE).is_file():
         where = predictor.folder or "a model by name"
         raise ConfigError(f"{where} has no {TOKENIZER_FILE}, and texts need one; load a folder that holds it")
@@ -209,7 +209,7 @@ def _run_text(predictor: Predictor, model: TransformersModel, tokens_NT: Tensor,
 
 
 def classify(predictor: Predictor, inputs: Image | str | Sequence[Image | str]) -> list[list[tuple[str, float]]]:
-    """The likeliest classes of each image or text with their probabilities, at most `NUM_TOP`, best first."""
+    """Return the likeliest classes of each image or text with their probabilities, at most `NUM_TOP`, best first."""
     model = predictor.module
     if model is None or isinstance(model, YOLOv7 | Decoder):
         raise ConfigError(f"this is {predictor.name}, which predicts no classes; load a classifier")
@@ -292,7 +292,7 @@ def _names_shorter(size: Any) -> bool:
 
 
 def _read_edges(size: Any) -> tuple[int, int]:
-    """Height and width of a setting that is a number, a shorter edge, or both."""
+    """Read height and width from a setting that is a number, a shorter edge, or both."""
     if isinstance(size, dict):
         return (size["shortest_edge"],) * 2 if "shortest_edge" in size else (size["height"], size["width"])
     return tuple(size) if isinstance(size, list | tuple) else (int(size), int(size))
@@ -322,7 +322,7 @@ def _fit(image_CHW: Tensor, fitting: _Fitting) -> Tensor:
 
 
 def read_images(images: Image | Sequence[Image]) -> list[Tensor]:
-    """Images (3, H, W) with values in [0, 1], from paths or tensors; raises `ConfigError` for another shape."""
+    """Read images (3, H, W) with values in [0, 1], from paths or tensors; raises `ConfigError` for another shape."""
     return [_read_one(image) for image in _as_list(images)]
 
 
@@ -341,7 +341,7 @@ def _read_one(image: Image) -> Tensor:
 
 
 def run_in_batches(predictor: Predictor, *tensors: Tensor) -> Tensor:
-    """The answers to all rows of `tensors`, a batch at a time; the last one is filled up where the number is fixed."""
+    """Run all rows of `tensors`, a batch at a time; the last batch is filled up where the number is fixed."""
     size = predictor.fixed[0] if predictor.fixed else BATCH_SIZE
     answers = []
     with torch.inference_mode():

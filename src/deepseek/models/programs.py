@@ -52,7 +52,7 @@ class Program:
     note: str = ""
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
-        """The output of the file, or a tuple of them; inputs in order or by name."""
+        """Run the file and return its output, or a tuple of them; inputs in order or by name."""
         outputs = self.run(self._bind(inputs, named))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -76,12 +76,12 @@ class Program:
 
 
 def run_onnx(path: Path, runtime: str, precision: str = "auto") -> Program:
-    """The ONNX file `path` on `runtime`; the file's own precision holds, and OpenVINO may be asked for another."""
+    """Open the ONNX file `path` on `runtime`; the file's precision holds, OpenVINO may be asked for another."""
     return RUNTIMES[runtime](path, precision)
 
 
 def run_tensorflow(path: Path, precision: str = "auto") -> Program:
-    """A SavedModel folder, a frozen graph or a TFLite file on OpenVINO."""
+    """Open a SavedModel folder, a frozen graph or a TFLite file on OpenVINO."""
     if path.is_file() and is_pickle(path):
         raise UnsafeFileError(f"{path} is a pickle with the name of a TensorFlow file; do not load it")
     return _open_openvino(path, precision)
@@ -161,7 +161,7 @@ RUNTIMES: dict[str, Callable[[Path, str], Program]] = {"onnxruntime": _open_onnx
 
 
 def find_tensorflow(path: Path) -> bool:
-    """Whether `path` is a SavedModel folder or a file of TensorFlow, by its name."""
+    """Return whether `path` is a SavedModel folder or a file of TensorFlow, by its name."""
     return (path / SAVED_MODEL_NAME).is_file() or (path.is_file() and path.suffix in TENSORFLOW_SUFFIXES)
 
 

@@ -20,7 +20,7 @@ Batch = tuple[Tensor, ...]
 
 
 def read_samples(path: Path, drawn: Sequence[Tensor]) -> list[Batch]:
-    """Batches from an `.npz` file, as large and of the types of `drawn`, which the model is known to take.
+    """Read batches from an `.npz` file, as large and of the types of `drawn`, which the model is known to take.
 
     Raises `ConfigError` for a file that is none, for another number of arrays than inputs or other numbers of dims, and
     for fewer rows than one batch.

@@ -88,7 +88,7 @@ NAMES = tuple(sorted(MODELS))
 
 
 def build(name: str, **overrides: JsonValue) -> nn.Module:
-    """The model `name` with random weights, in evaluation mode on the CPU; `overrides` are settings of its config.
+    """Build the model `name` with random weights, in evaluation mode on the CPU; `overrides` set its config.
 
     Raises `ConfigError` for an unknown name or setting, and for a model that is larger than this machine's memory.
 
@@ -104,7 +104,7 @@ def build(name: str, **overrides: JsonValue) -> nn.Module:
 
 
 def configure(name: str, **overrides: JsonValue) -> DecoderConfig | dict[str, Any]:
-    """The settings of the model `name`, changed by `overrides`."""
+    """Return the settings of the model `name`, changed by `overrides`."""
     config = MODELS[name]
     if isinstance(config, DecoderConfig):
         return config.override(overrides)
@@ -112,7 +112,7 @@ def configure(name: str, **overrides: JsonValue) -> DecoderConfig | dict[str, An
 
 
 def draw_tokens(model: nn.Module, batch_size: int, sequence_length: int) -> tuple[Tensor, ...]:
-    """Inputs to try a text model with, the same in every call."""
+    """Sample inputs to try a text model with, the same in every call."""
     if isinstance(model, TransformersModel):
         return model.draw_inputs(batch_size, sequence_length)
     assert isinstance(model, Decoder)

@@ -72,13 +72,13 @@ def _explain_misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few of `names`, and how many more there are."""
+    """Return the first few of `names`, and how many more there are."""
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return f"{', '.join(names[:NUM_NAMED])}{more}"
 
 
 def strip_wrappers(tensors: Mapping[str, Tensor], known: Collection[str], *, source: Path) -> dict[str, Tensor]:
-    """Tensors without what wrappers of torch put into their names, where that makes them names that are `known`.
+    """Strip from the names of tensors what wrappers of torch added, where that leaves a `known` name.
 
     `DistributedDataParallel` and `AveragedModel` write `module.`, `torch.compile` `_orig_mod.`, FSDP and checkpointing
     names of their own, anywhere in a name and inside each other. Raises `ArtifactError` where two become one.
@@ -109,7 +109,7 @@ def _strip(name: str, known: Collection[str]) -> str:
 
 
 def stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Parameters by name, as `dtype` and tied ones once, and buffers as they are."""
+    """Return the parameters by name, as `dtype` and tied ones once, and buffers as they are."""
     aliases, parameters = tied_names(model), dict(model.named_parameters())
     return {
         name: tensor.to(dtype or tensor.dtype) if name in parameters else tensor
@@ -119,7 +119,7 @@ def stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Ten
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of stored tensors that are another one, and that one's name."""
+    """Return the names of stored tensors that alias another one, with that one's name."""
     owners: dict[int, str] = {}
     named = model.state_dict(keep_vars=True).items()
     names = {name: owners.setdefault(id(tensor), name) for name, tensor in named}
@@ -127,7 +127,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of the largest tensor."""
+    """Return the dtype of the largest tensor."""
     return max(tensors.values(), key=torch.numel).dtype
 
 
@@ -139,14 +139,14 @@ def name_precision(dtype: torch.dtype) -> str:
 
 
 def dtype_of(precision: str | None) -> torch.dtype | None:
-    """The dtype that `precision` names."""
+    """Return the dtype that `precision` names."""
     if precision is not None and precision not in DTYPES:
         raise ConfigError(explain_unknown("precision", precision, DTYPES))
     return None if precision is None else DTYPES[precision]
 
 
 def is_int8(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether layers of int8 are among `tensors`."""
+    """Return whether layers of int8 are among `tensors`."""
     return any(tensor.dtype is torch.int8 for tensor in tensors.values())
 
 

@@ -67,7 +67,7 @@ MODELS: Registry[PublishedModel] = Registry("model")
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
-    """The model `name` with random weights, in training mode on the CPU; `overrides` are settings of its config.
+    """Build the model `name` with random weights, in training mode on the CPU; `overrides` are settings of its config.
 
     Raises `ConfigError` for an unknown name or setting, with the nearest known one.
 
@@ -78,12 +78,12 @@ def build(name: str, **overrides: Any) -> nn.Module:
 
 
 def configure(name: str, **overrides: Any) -> Config:
-    """The settings of the model `name`, changed by `overrides`."""
+    """Return the settings of the model `name`, changed by `overrides`."""
     return MODELS[name].config.override(overrides)
 
 
 def sample_inputs(name: str, batch_size: int, **overrides: Any) -> tuple[Tensor, ...]:
-    """A batch of normal noise that the model takes: one tensor (batch_size, C, H, W), the same in every call.
+    """Sample a batch of normal noise that the model takes: one tensor (batch_size, C, H, W), the same in every call.
 
     >>> [tuple(x.shape) for x in sample_inputs("resnet50", 2)]
     [(2, 3, 224, 224)]

@@ -39,7 +39,7 @@ _TABLE_LIMIT, _NUM_PIECES = 10.0, 254
 
 
 def fast_sigmoid(x: Tensor, *, form: Form = "auto", max_error: float = 0.07) -> Tensor:
-    """A sigmoid of `x`, elementwise, within `max_error` of the true one; any shape, any floating dtype.
+    """Compute a sigmoid of `x`, elementwise, within `max_error` of the true one; any shape, any floating dtype.
 
     `auto` takes the hard form where `max_error` allows it and torch's own sigmoid otherwise. `hard` is
     `clamp(x / 6 + 1/2, 0, 1)`; `table` interpolates linearly between 255 points. Errors are those of float32; a 16-bit
@@ -135,7 +135,7 @@ _FARTHEST = 1e4  # far outside the table, and finite in every dtype
 
 
 def _pieces(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The table on `device`, made once; a compiler puts it into its graph instead."""
+    """Return the table on `device`, made once; a compiler puts it into its graph instead."""
     return _make_pieces(device) if torch.compiler.is_compiling() else _kept_pieces(device)
 
 

@@ -46,7 +46,7 @@ class MaskConfig(Config):
         return 0 if is_global else round(self.local_heads * num_heads)
 
     def openness_at(self, step: int) -> float:
-        """Weight of the gates at a training step, from 0 to 1."""
+        """Return the weight of the gates at a training step, from 0 to 1."""
         return min(1.0, step / self.opening_steps) if self.opening_steps else 1.0
 
 

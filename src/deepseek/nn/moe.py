@@ -76,7 +76,7 @@ class SwiGLUExperts(nn.Module):
             nn.init.uniform_(weight_EIO, -bound, bound)
 
     def forward(self, x_ECD: Tensor) -> Tensor:
-        """All experts on groups of equal length."""
+        """Run all experts on groups of equal length."""
         hidden_ECF = F.silu(torch.bmm(x_ECD, self.gate_proj)) * torch.bmm(x_ECD, self.up_proj)
         return torch.bmm(hidden_ECF, self.down_proj)
 
@@ -95,7 +95,7 @@ class ModuleExperts(nn.ModuleDict):
         return len(self)
 
     def forward(self, x_ECD: Tensor) -> Tensor:
-        """All experts on groups of equal length."""
+        """Run all experts on groups of equal length."""
         return torch.stack(self.run(x_ECD.unbind(0)))
 
     def run(self, groups: Sequence[Tensor]) -> list[Tensor]:

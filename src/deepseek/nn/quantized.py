@@ -138,7 +138,7 @@ class Int8Experts(nn.Module):
         return self._multiply(("down_proj",), expert, F.silu(gate_nF) * up_nF)
 
     def _multiply(self, names: tuple[str, ...], expert: int, x: Tensor) -> Tensor:
-        """The projections called `names`, side by side: one call reads x once for all of them."""
+        """Compute the projections called `names`, side by side: one call reads x once for all of them."""
         if not _has_fbgemm(x.device):
             weight_OI, scale_O = (torch.cat(parts) for parts in zip(*self._stored(names, expert), strict=True))
             return F.linear(x, weight_OI.to(x.dtype)) * scale_O.to(x.dtype)
@@ -177,7 +177,7 @@ def replace_with_int8_(model: nn.Module, kept: Sequence[str]) -> None:
 
 
 def _to_int8(module: nn.Module, tables: dict[int, Int8Embedding]) -> nn.Module | None:
-    """The int8 layer of `module`, or `None` where there is none; `tables` has the embeddings by their weights' ids."""
+    """Return the int8 layer of `module`, or `None`; `tables` has the embeddings by their weights' ids."""
     if isinstance(module, nn.Embedding):
         table = tables[id(module.weight)] = Int8Embedding.from_float(module)
         return table

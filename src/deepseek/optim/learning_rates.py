@@ -18,7 +18,7 @@ Schedule = Literal["constant", "linear", "cosine", "trapezoid"]
 def scale_learning_rate(
     batch_size: int, *, base: float = BASE_LEARNING_RATE, reference_batch_size: int = REFERENCE_BATCH_SIZE
 ) -> float:
-    """Learning rate for `batch_size` sequences per optimizer step.
+    """Return the learning rate for `batch_size` sequences per optimizer step.
 
     >>> scale_learning_rate(512)
     0.001
@@ -29,7 +29,7 @@ def scale_learning_rate(
 def schedule_factor(
     schedule: Schedule, step: int, *, num_steps: int, warmup_steps: int, final_factor: float, decay_share: float
 ) -> float:
-    """Multiple of the peak learning rate at `step` (from 0): a linear warm-up, then the schedule for the steps left.
+    """Return the factor on the peak learning rate at `step` (from 0): a linear warm-up, then the schedule.
 
     `linear` and `cosine` fall from one towards `final_factor` over all of these; `trapezoid` stays at one and falls
     linearly during the last `decay_share` of them (Hägele et al. 2024); `constant` stays. From `num_steps` on it is

@@ -52,7 +52,7 @@ class OptimizerConfig(Config):
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """A torch optimizer over all trainable parameters of `model`."""
+    """Build a torch optimizer over all trainable parameters of `model`."""
     return _BUILDERS[config.name](model, config, learning_rate)
 
 
@@ -85,7 +85,7 @@ class JointOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' states, in order."""
+        """Return the parts' states, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class JointOptimizer(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters that are decayed (two dims or more, embeddings aside), and the others."""
+    """Split trainable parameters into those that are decayed (two dims or more, embeddings aside) and the others."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in parameters if parameter.ndim >= 2 and id(parameter) not in embeddings]

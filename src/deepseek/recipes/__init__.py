@@ -18,7 +18,7 @@ RECIPES.add("decoder_120m", "The 120 M decoder of the first generation, with the
 
 
 def load_recipe(name: str) -> TrainConfig:
-    """The config of a recipe; an unknown name raises `ConfigError` with the known ones."""
+    """Load the config of a recipe; an unknown name raises `ConfigError` with the known ones."""
     RECIPES[name]
     config: TrainConfig = getattr(importlib.import_module(f"deepseek.recipes.{name}"), name)()
     return config

@@ -14,7 +14,7 @@ from deepseek.train.config import TrainConfig
 
 
 def decoder_120m() -> TrainConfig:
-    """A 120 M parameter dense decoder; give it your own text with `data.sources`."""
+    """Return the config of a 120 M parameter dense decoder; give it your own text with `data.sources`."""
     return TrainConfig(
         folder="runs/decoder_120m",
         model=DecoderConfig(

@@ -9,7 +9,7 @@ from deepseek.train.config import TrainConfig
 
 
 def decoder_tiny() -> TrainConfig:
-    """A 2.4 M parameter dense decoder on Python's own source code."""
+    """Return the config of a 2.4 M parameter dense decoder on Python's own source code."""
     return TrainConfig(
         folder="runs/decoder_tiny",
         model=DecoderConfig(

@@ -118,7 +118,7 @@ def _run_phases(config: TrainConfig) -> Generator[Event, None, None]:
 
 
 def build_report(events: list[dict[str, Any]], *, wall_s: float) -> dict[str, Any]:
-    """The report's values from the events of all processes that worked on the run; `wall_s` is that of the last one."""
+    """Build the report from the events of all processes that worked on the run; `wall_s` is the last one's."""
     latest = {event["kind"]: event for event in events}
     steps = list(steps_by_number(events).values())
     completions = [event for event in events if event["kind"] == "completion_received"][-len(PROMPTS) :]

@@ -16,7 +16,7 @@ from deepseek.train.config import TrainConfig
 
 
 def quickstart() -> TrainConfig:
-    """A 6.6 M parameter mixture of experts with the dynamic local/global mask, trained on 1.0 M tokens."""
+    """Return the config of a 6.6 M parameter MoE with the dynamic local/global mask, trained on 1.0 M tokens."""
     return TrainConfig(
         folder="runs/quickstart",
         model=DecoderConfig(

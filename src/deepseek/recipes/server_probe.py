@@ -93,7 +93,7 @@ def complete(url: str, prompt: str, *, max_tokens: int, sampling: Mapping[str, f
 
 
 def _read_stream(answer: http.client.HTTPResponse) -> tuple[list[str], list[float]]:
-    """The texts of a streamed answer, and when each came."""
+    """Read the texts of a streamed answer, and when each came."""
     if answer.status != http.HTTPStatus.OK:
         raise PermanentError(f"the server answered {answer.status} to a completion: {answer.read().decode()}")
     pieces: list[str] = []
@@ -113,14 +113,14 @@ def _read_stream(answer: http.client.HTTPResponse) -> tuple[list[str], list[floa
 
 
 def _read_text(event: dict[str, Any]) -> str:
-    """The text of one event of a stream; an error in the middle of it is an event too."""
+    """Read the text of one event of a stream; an error in the middle of it is an event too."""
     if "error" in event:
         raise PermanentError(f"the server ended its answer with an error: {event['error']['message']}")
     return str(event["choices"][0]["text"])
 
 
 def _wait_for_url(process: subprocess.Popen[str], timeout_s: float) -> str:
-    """The URL in the server's first event; a server that is not there in time is killed, which ends its output."""
+    """Wait for the URL in the first event; a server that is not there in time is killed, ending its output."""
     assert process.stdout is not None
     timer = threading.Timer(timeout_s, process.kill)
     timer.start()

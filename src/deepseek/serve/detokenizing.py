@@ -17,7 +17,7 @@ class TextDecoder(Protocol):
     """An incremental decoder of one sequence."""
 
     def push(self, token_id: int) -> str:
-        """The text that is complete with this token; may be empty."""
+        """Return the text that is complete with this token; may be empty."""
 
     def finish(self) -> str:
         """Return the text that is left at the end, incomplete characters replaced."""

@@ -64,7 +64,7 @@ class Metrics:
                 self._request_s.observe(output.elapsed_s)
 
     def render(self) -> bytes:
-        """All metrics in the Prometheus text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
     def _observe_token(self, output: Output, token_s: float) -> None:

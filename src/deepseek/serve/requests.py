@@ -307,7 +307,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _is_prompt(value: Any) -> bool:
-    """Whether `value` has one of the four shapes, nothing in it empty; ids are checked by type only."""
+    """Return whether `value` has one of the four shapes, nothing in it empty; ids are checked by type only."""
     return (
         isinstance(value, str)
         or _are_ids(value)

@@ -16,7 +16,7 @@ from deepseek.train.steps import summed_loss
 def measure_loss(
     model: nn.Module, batches: Iterable[Batch], *, precision: Precision, max_tokens: int = 0
 ) -> tuple[float, int]:
-    """Mean loss over `batches` and how many tokens it is the mean of; stops after `max_tokens` unless that is 0."""
+    """Return the mean loss over `batches` and its number of tokens; stop after `max_tokens` unless that is 0."""
     was_training = model.training
     model.eval()
     loss_sum, num_tokens = 0.0, 0

@@ -92,7 +92,7 @@ TrainEvent = RunStarted | ActivationsCheckpointed | StepDone | Evaluated | Check
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of the run that `record` wrote to `path`, oldest first: those since it last began with step 0.
+    """Read the events of the run that `record` wrote to `path`, oldest first: those since it last began with step 0.
 
     A line that a kill or a full disk cut short is left out.
     """
@@ -105,6 +105,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def steps_by_number(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The optimizer steps among `events`, in order; of one that a killed process had done already, the later."""
+    """Return the optimizer steps among `events`, in order; of one that a killed process had done already, the later."""
     steps = {event["step"]: event for event in events if event["kind"] == "step_done"}
     return dict(sorted(steps.items()))

@@ -227,7 +227,7 @@ def open_precision(
 
 
 def open_device(name: str) -> torch.device:
-    """The torch device `name`, tried out; `ConfigError` where this machine or this build of torch has none.
+    """Return the torch device `name`, tried out; `ConfigError` where this machine or this build of torch has none.
 
     >>> open_device("cpu")
     device(type='cpu')
@@ -274,7 +274,7 @@ def resume(run: Run) -> None:
 
 
 def deciding_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what the weights become, by dotted name; runs that share them may share checkpoints."""
+    """Return the settings that decide the weights, by dotted name; runs that share them may share checkpoints."""
     return dict(_flatten({name: value for name, value in config.to_dict().items() if name not in _FREE_SETTINGS}))
 
 
@@ -348,7 +348,7 @@ def _take_one(run: Run) -> StepResult:
 
 
 def learning_rate_at(run: Run, step: int) -> float:
-    """Learning rate of `step`, counted from 0."""
+    """Return the learning rate of `step`, counted from 0."""
     settings = run.config.optimizer
     return run.peak_learning_rate * schedule_factor(
         settings.schedule,

@@ -233,7 +233,7 @@ def _look_up(config: DecoderConfig, key: str) -> Any:
 
 
 def _is_member(config: DecoderConfig, family: Family) -> bool:
-    """Whether the family's settings say all there is to say about `config`."""
+    """Return whether the family's settings say all there is to say about `config`."""
     is_split_evenly = config.hidden_size % config.num_heads == 0  # transformers insists, whatever the head size
     if not is_split_evenly or any(_look_up(config, key) != value for key, value in family.shared.items()):
         return False

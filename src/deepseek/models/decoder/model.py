@@ -228,7 +228,7 @@ class Decoder(nn.Module):
         cache: CacheView | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V), or (B, 1, V) of the last token with `last_only`.
+        """Return logits (B, T, V), or (B, 1, V) of the last token with `last_only`.
 
         With a `cache`, the tokens at `positions_BT` are added to it and see what it holds, for one slot per row.
         """

@@ -97,7 +97,7 @@ class MobileNetV3Config(Config):
     """Share of a batch in the running statistics."""
 
     def scale(self, num_channels: int) -> int:
-        """Channels of this width."""
+        """Scale a number of channels by the width."""
         return round_channels(num_channels * self.width_multiple)
 
 
@@ -192,7 +192,7 @@ class MobileNetV3(nn.Module):
 
 
 def build_features(config: MobileNetV3Config, num_features: int) -> nn.Sequential:
-    """The stem, the rows of the table, and a last 1x1 convolution."""
+    """Build the stem, the rows of the table, and a last 1x1 convolution."""
     rows, num_stem = TABLES[config.variant], config.scale(NUM_STEM)
     sizes = [num_stem, *(config.scale(row.num_out) for row in rows)]
     return nn.Sequential(
@@ -203,7 +203,7 @@ def build_features(config: MobileNetV3Config, num_features: int) -> nn.Sequentia
 
 
 def round_channels(num_channels: float) -> int:
-    """The nearest multiple of 8 that is not more than a tenth below.
+    """Return the nearest multiple of 8 that is not more than a tenth below.
 
     >>> [round_channels(channels) for channels in (3, 18, 30, 100.8)]
     [8, 24, 32, 104]

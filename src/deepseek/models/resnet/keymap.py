@@ -27,7 +27,7 @@ NUM_CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
 
 
 def import_config(values: Mapping[str, Any]) -> ResNetConfig:
-    """Our config for a Hugging Face `config.json`. Raises `ConfigError` for a setting that ours does not follow.
+    """Return our config for a Hugging Face `config.json`. Raises `ConfigError` for a setting that ours does not follow.
 
     >>> import_config({"depths": [2, 2], "hidden_sizes": [64, 128], "layer_type": "basic"}).depths
     (2, 2)
@@ -55,7 +55,7 @@ def import_tensors(tensors: Mapping[str, Tensor], config: ResNetConfig) -> dict[
 
 
 def find_places(config: ResNetConfig) -> dict[str, str]:
-    """Modules at Hugging Face to modules of ours."""
+    """Map modules at Hugging Face to modules of ours."""
     places = _place_pair("resnet.embedder.embedder", "conv1", "bn1") | {"classifier.1": "fc"}
     for stage, depth in enumerate(config.depths):
         for block in range(depth):

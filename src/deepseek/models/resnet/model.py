@@ -132,14 +132,14 @@ class ResNet(nn.Module):
 
 
 def build_stem(config: ResNetConfig) -> nn.Conv2d:
-    """The first convolution, for large or for small images."""
+    """Build the first convolution, for large or for small images."""
     if config.stem == "cifar":
         return nn.Conv2d(config.in_channels, config.width, 3, padding=1, bias=False)
     return nn.Conv2d(config.in_channels, config.width, 7, 2, padding=3, bias=False)
 
 
 def build_stage(config: ResNetConfig, index: int, num_in: int, num_out: int) -> nn.Sequential:
-    """The blocks of stage `index`, of which the first changes the size."""
+    """Build the blocks of stage `index`, of which the first changes the size."""
     block = {"basic": BasicBlock, "bottleneck": Bottleneck}[config.block]
     stride = 1 if index == 0 else 2
     rest = (block(num_out, config.widths[index], 1) for _ in range(config.depths[index] - 1))
@@ -147,7 +147,7 @@ def build_stage(config: ResNetConfig, index: int, num_in: int, num_out: int) -> 
 
 
 def build_shortcut(num_in: int, num_out: int, stride: int) -> nn.Sequential | None:
-    """A projection where a block changes the size, and none where it does not."""
+    """Build a projection where a block changes the size, and none where it does not."""
     if stride == 1 and num_in == num_out:
         return None
     return nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))

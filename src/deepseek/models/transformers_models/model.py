@@ -58,7 +58,7 @@ class TransformersModel(nn.Module):
         return (*_TEXT_INPUTS, "token_type_ids") if has_segments else _TEXT_INPUTS
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        """Logits, or hidden states (B, T, D) of a model without a head."""
+        """Return logits, or hidden states (B, T, D) of a model without a head."""
         if len(inputs) > len(self.input_names):
             raise ConfigError(f"{len(inputs)} inputs were given and the model takes {', '.join(self.input_names)}")
         given = dict(zip(self.input_names, inputs, strict=False)) | named
@@ -101,7 +101,7 @@ class TransformersModel(nn.Module):
         return int(getattr(self._settings, "pad_token_id", None) or 0)
 
     def encode(self, *inputs: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of the tokens, without the head and without a decoder behind the encoder."""
+        """Return the hidden states (B, T, D) of the tokens, without the head and any decoder behind the encoder."""
         given = dict(zip(self.input_names, inputs, strict=False))
         is_pair = getattr(self._settings, "is_encoder_decoder", False)
         model: Any = self.model
@@ -128,14 +128,14 @@ class TransformersModel(nn.Module):
 
 
 def build_transformers(values: Mapping[str, Any]) -> TransformersModel:
-    """The model of a `config.json`, with random weights, in evaluation mode."""
+    """Build the model of a `config.json`, with random weights, in evaluation mode."""
     kind, config = _find_class(values)
     with quiet():
         return TransformersModel(kind(config)).eval()
 
 
 def read_transformers(folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None) -> TransformersModel:
-    """The model in the Hugging Face folder `folder`, whose `config.json` holds `values`, in evaluation mode.
+    """Read the model in the Hugging Face folder `folder`, whose `config.json` holds `values`, in evaluation mode.
 
     Raises `ArtifactError` where weights are missing or of another shape; those that are left over are warned about.
     """
@@ -154,13 +154,13 @@ def read_transformers(folder: Path, values: Mapping[str, Any], dtype: torch.dtyp
 
 
 def list_settings(model_type: str) -> list[str]:
-    """The names of the settings that a config of this model type has."""
+    """Return the names of the settings that a config of this model type has."""
     transformers = _require_transformers()
     return sorted(transformers.AutoConfig.for_model(model_type).to_dict())
 
 
 def _find_class(values: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The class of `transformers` that a `config.json` names, and its config."""
+    """Return the class of `transformers` that a `config.json` names, and its config."""
     transformers = _require_transformers()
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
     model_type = str(values.get("model_type"))
@@ -194,7 +194,7 @@ def _check_report(report: Any, folder: Path) -> None:
 
 
 def _require_transformers() -> Any:
-    """The library, imported without what others that it looks for have to say of themselves."""
+    """Import the library quietly, without the warnings of others that it looks for."""
     with hold_back():
         return require("transformers", extra="models")
 

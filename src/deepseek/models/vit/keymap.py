@@ -67,7 +67,7 @@ _MLP_POSITIONS = {"1": 0, "2": 3}
 
 
 def import_config(values: Mapping[str, Any]) -> ViTConfig:
-    """Our config for a Hugging Face `config.json`. Raises `ConfigError` for a setting that ours does not follow.
+    """Return our config for a Hugging Face `config.json`. Raises `ConfigError` for a setting that ours does not follow.
 
     >>> import_config({"hidden_size": 192, "num_attention_heads": 3}).norm_eps
     1e-12
@@ -93,14 +93,14 @@ def import_tensors(tensors: Mapping[str, Tensor], config: ViTConfig) -> dict[str
 
 
 def import_weights(tensors: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """Tensors of Hugging Face, or of an old file of torchvision, under torchvision's names of today."""
+    """Rename tensors of Hugging Face, or of an old file of torchvision, to torchvision's names of today."""
     if any(_OLD_MLP.search(name) for name in tensors):
         return modernize(tensors)
     return import_tensors(tensors, config)
 
 
 def modernize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an old file of torchvision under the names of today.
+    """Rename tensors of an old file of torchvision to the names of today.
 
     >>> list(modernize({"encoder.layers.encoder_layer_0.mlp.linear_2.bias": torch.zeros(1)}))
     ['encoder.layers.encoder_layer_0.mlp.3.bias']
@@ -113,7 +113,7 @@ def modernize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_places(config: ViTConfig) -> dict[str, str]:
-    """Modules and tensors at Hugging Face to ours."""
+    """Map modules and tensors at Hugging Face to ours."""
     places = dict(PLACES)
     for layer in range(config.num_layers):
         for in_file, in_memory, ours in LAYER_PLACES:

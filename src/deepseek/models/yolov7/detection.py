@@ -42,7 +42,7 @@ class Detections:
     """Objects of each image."""
 
     def of(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and labels of one image, without padding."""
+        """Return the boxes, scores and labels of one image, without padding."""
         count = int(self.counts_B[image])
         return self.boxes_BM4[image, :count], self.scores_BM[image, :count], self.labels_BM[image, :count]
 
@@ -56,7 +56,7 @@ def select(
     max_candidates: int = MAX_CANDIDATES,
     max_detections: int = MAX_DETECTIONS,
 ) -> Detections:
-    """The objects in what `YOLOv7` answers, (B, N, 5 + K).
+    """Select the objects in what `YOLOv7` answers, (B, N, 5 + K).
 
     A box counts with a score above `min_score`; its score is its best class's, or with `is_multi_label` it counts once
     for each class. Of overlapping boxes (intersection over union above `max_overlap`) of a class the best is kept.
@@ -88,7 +88,7 @@ def select(
 def find_candidates(
     predictions_BNO: Tensor, min_score: float, is_multi_label: bool, max_candidates: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, numbers of boxes and labels, each (B, M), by falling score; what does not count has score -1."""
+    """Return scores, numbers of boxes and labels, each (B, M), by falling score; what does not count has score -1."""
     scores_BNK = predictions_BNO[..., NUM_BOX:] * predictions_BNO[..., NUM_BOX - 1 : NUM_BOX]
     scores_BNK = torch.where(scores_BNK > min_score, scores_BNK, -1.0)
     num_classes = scores_BNK.shape[-1]
@@ -119,7 +119,7 @@ def suppress(boxes_BM4: Tensor, labels_BM: Tensor, is_candidate_BM: Tensor, *, m
 
 
 def overlap(boxes_BM4: Tensor) -> Tensor:
-    """Intersection over union of each pair of boxes given by corners, (B, M, M); 0 where both have no area."""
+    """Compute intersection over union of each pair of boxes given by corners, (B, M, M); 0 where both have no area."""
     width_BMM, height_BMM = (_find_common(boxes_BM4[..., axis], boxes_BM4[..., axis + 2]) for axis in (0, 1))
     common_BMM = width_BMM * height_BMM
     area_BM = (boxes_BM4[..., 2:] - boxes_BM4[..., :2]).prod(-1)
@@ -128,7 +128,7 @@ def overlap(boxes_BM4: Tensor) -> Tensor:
 
 
 def _find_common(low_BM: Tensor, high_BM: Tensor) -> Tensor:
-    """Length that each pair of intervals has in common."""
+    """Return the length that each pair of intervals has in common."""
     first_end_BMM = torch.minimum(high_BM[:, :, None], high_BM[:, None, :])
     return (first_end_BMM - torch.maximum(low_BM[:, :, None], low_BM[:, None, :])).clamp(min=0)
 

@@ -67,7 +67,7 @@ def letterbox(
 
 
 def restore(boxes_4: Tensor, how: Letterbox) -> Tensor:
-    """Boxes on a fitted image as boxes on the original, cut off at its edges.
+    """Map boxes on a fitted image to boxes on the original, cut off at its edges.
 
     >>> _, how = letterbox(torch.ones(3, 100, 200), (64, 64))
     >>> restore(torch.tensor([0.0, 16.0, 32.0, 80.0]), how).tolist()

@@ -81,14 +81,14 @@ def fold_head_(head: Head) -> None:
 
 
 def _fold_norm(weight_OIHW: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of a convolution that does what one with `weight_OIHW` and `norm` do."""
+    """Return the weight and bias, in float64, of a convolution that does what one with `weight_OIHW` and `norm` do."""
     mean_O, variance_O = cast("Tensor", norm.running_mean).double(), cast("Tensor", norm.running_var).double()
     factor_O = norm.weight.double() / (variance_O + norm.eps).sqrt()
     return weight_OIHW.double() * factor_O.view(-1, 1, 1, 1), norm.bias.double() - mean_O * factor_O
 
 
 def _replace(conv: nn.Conv2d, weight_OIHW: Tensor, bias_O: Tensor) -> nn.Conv2d:
-    """A convolution like `conv`, in evaluation mode, with these weights."""
+    """Return a convolution like `conv`, in evaluation mode, with these weights."""
     folded = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
