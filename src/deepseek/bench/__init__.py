@@ -1,1 +1,1 @@
-"""What `deepseek benchmark` runs: one model as several generations, precisions or backends, side by side."""
+"""The benchmark behind `deepseek benchmark`: one model as several generations, precisions or backends, side by side."""

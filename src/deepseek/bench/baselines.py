@@ -67,7 +67,7 @@ def save_baseline(path: Path, rows: Sequence[Row], *, model: str, machine: Mappi
 def find_regressions(
     path: Path, rows: Sequence[Row], *, model: str, machine: Mapping[str, Any], tolerance: float
 ) -> list[Regression]:
-    """What `rows` has worse than the baseline in `path` by more than the share `tolerance` (0.1 is ten percent).
+    """Return where `rows` is worse than the baseline in `path` by more than the share `tolerance` (0.1 is ten percent).
 
     A row that the baseline lacks has nothing to be compared with; one that ran then and does not run now is a
     regression of its latency to infinity. Raises `ConfigError` for a file that is no baseline, or is another model's.
@@ -125,7 +125,7 @@ def _speeds(then: Row, now: Row, before: Sequence[Row], rows: Sequence[Row]) -> 
     """Speed of one row over the first row of its batch size, before and now."""
     speeds = []
     for row, table in ((then, before), (now, rows)):
-        first = next((each for each in table if each.batch_size == row.batch_size), None)
+        first = next((other for other in table if other.batch_size == row.batch_size), None)
         if first is None or first.latency_ms is None or row.latency_ms is None:
             return None
         speeds.append(first.latency_ms / row.latency_ms)

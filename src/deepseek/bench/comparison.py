@@ -160,7 +160,9 @@ def _compare_batch(
     config: BenchConfig, subjects: Sequence[Subject], batch_size: int, data: tuple[Array, Array] | None
 ) -> Generator[Event, None, list[Row]]:
     """The rows of one batch size."""
-    is_measured = any((each.backend, each.precision) == (REFERENCE.backend, REFERENCE.precision) for each in subjects)
+    is_measured = any(
+        (subject.backend, subject.precision) == (REFERENCE.backend, REFERENCE.precision) for subject in subjects
+    )
     asked = list(subjects) if is_measured else [REFERENCE, *subjects]
     settings: dict[str, Any] = {"batch_size": batch_size, "time_budget_s": config.time_budget_s}
     if data is not None:
@@ -177,17 +179,19 @@ def _compare_batch(
             note = process.refusal or process.note
             yield SubjectReady(subject.name, batch_size, note, is_refused=process.refusal is not None)
         reference = next(
-            each for each in processes if (each.subject.backend, each.subject.precision) == ("eager", "fp32")
+            process
+            for process in processes
+            if (process.subject.backend, process.subject.precision) == ("eager", "fp32")
         )
         if reference.refusal is not None:
             raise ConfigError(f"FP32 eager, which all answers are compared with, does not run: {reference.refusal}")
-        timed = [each for each in processes if is_measured or each is not reference]
+        timed = [process for process in processes if is_measured or process is not reference]
         for index in range(config.num_rounds):
-            for each in timed:
-                _take_turn(each)
+            for process in timed:
+                _take_turn(process)
             yield RoundDone(batch_size, index + 1, config.num_rounds)
         expected = reference.ask("answers", None)
-        return [_row(each, batch_size, expected, data) for each in timed]
+        return [_row(process, batch_size, expected, data) for process in timed]
 
 
 def _start(config: BenchConfig, subject: Subject, settings: dict[str, Any]) -> _Process:

@@ -1,4 +1,4 @@
-"""What is compared: one way of running a model, by generation or by backend and precision; pure policy.
+"""The ways of running a model that are compared, by generation or by backend and precision; pure policy.
 
 A generation of the engine is reproduced by today's: its profile (`compat/generations.py`) says which arithmetic it had,
 how many bits its weights, whether its graphs were compiled and how. A profile asks for hardware of its time, so where
@@ -34,7 +34,7 @@ def subjects_of_generations(names: Iterable[str], native: Collection[str]) -> li
 
     Raises `ConfigError` for an unknown generation and for one that has no profile.
 
-    >>> [each.precision for each in subjects_of_generations(["v1.2", "v4.2"], {"fp32", "bf16", "int8"})]
+    >>> [subject.precision for subject in subjects_of_generations(["v1.2", "v4.2"], {"fp32", "bf16", "int8"})]
     ['fp32', 'bf16']
     """
     return [_as_on_this_device(name, profile(name), native) for name in names]

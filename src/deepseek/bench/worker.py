@@ -44,7 +44,7 @@ def work(connection: Connection, subject: Subject, model: str, settings: dict[st
     inputs = loaded.sample_inputs
     _time(loaded, inputs, 1)
     _forget_peak()
-    connection.send(("ready", "; ".join(each for each in (subject.note, loaded.choice) if each)))
+    connection.send(("ready", "; ".join(note for note in (subject.note, loaded.choice) if note)))
     while (order := connection.recv()) is not None:
         connection.send(_obey(order, loaded, inputs))
 
