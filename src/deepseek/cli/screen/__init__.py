@@ -1,1 +1,1 @@
-"""What the verbs show: events, tables, reports, plots and plans."""
+"""The output of the verbs: events, tables, reports, plots and plans."""

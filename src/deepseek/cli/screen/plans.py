@@ -63,10 +63,10 @@ def show_result(request: Request[ModelShape], result: PlanningResult, top: int, 
         show_table(f"What each {kind} gets", (kind, "device", "devices", "layers", "micro-batches"), rows)
     show_table("Time of one step", ("item", "ms", "share"), _list_items(best.time_items_s, 1e3))
     show_table("Memory of the fullest device", ("item", "GB", "share"), _list_items(best.memory_items_bytes, 1e-9))
-    runners = [(*_summarize(each.candidate), each.reason) for each in result.runners_up[:top]]
+    runners = [(*_summarize(runner_up.candidate), runner_up.reason) for runner_up in result.runners_up[:top]]
     if runners:
         show_table("Runners-up", ("plan", "step", "memory", "energy", "why it is worse"), runners)
-    front = [_summarize(each) for each in result.front[:_FRONT_SHOWN]]
+    front = [_summarize(candidate) for candidate in result.front[:_FRONT_SHOWN]]
     title = f"No other plan beats these in time, memory and energy at once ({len(result.front)} in all)"
     show_table(title, ("plan", "step", "memory", "energy"), front)
     _show_rejected(result)

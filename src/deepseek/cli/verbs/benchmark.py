@@ -72,7 +72,7 @@ def benchmark(
         subjects = subjects_of_generations(_words(generations), native_precisions())
     else:
         subjects = subjects_of_pairs(_words(backends), _words(precisions))
-    sizes = tuple(_whole_number(each) for each in _words(batch_sizes))
+    sizes = tuple(_whole_number(word) for word in _words(batch_sizes))
     config = BenchConfig(
         model=model,
         batch_sizes=sizes,
@@ -89,8 +89,8 @@ def benchmark(
     if against is None:
         return 0
     worse = find_regressions(against, rows, model=model, machine=describe_machine(), tolerance=tolerance)
-    for each in worse:
-        sys.stderr.write(f"deepseek: {each}\n")
+    for regression in worse:
+        sys.stderr.write(f"deepseek: {regression}\n")
     return 1 if worse else 0
 
 

@@ -34,7 +34,7 @@ def explain(model: str, *, json: bool = False) -> None:
     if json:
         from json import dumps
 
-        sys.stdout.write(dumps({"decisions": [to_dict(each) for each in found]}, indent=2) + "\n")
+        sys.stdout.write(dumps({"decisions": [to_dict(decision) for decision in found]}, indent=2) + "\n")
         return
     for decision in found:
         sys.stdout.write(f"{describe_key(decision.key)}\n{summarize(decision)}\n")
