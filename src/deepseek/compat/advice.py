@@ -23,7 +23,7 @@ from deepseek.core.units import format_bytes, format_count
 
 
 class Question(Config):
-    """What is known about a model and about the hardware and team that are to run it."""
+    """The known facts about a model and about the hardware and team that are to run it."""
 
     params: float | None = Field(default=None, gt=0)
     """Parameters of the model."""

@@ -1,4 +1,4 @@
-"""What a machine can run: every property judged, every generation judged, each failing line with its next step.
+"""Compatibility of a machine: every property judged, every generation judged, each failing line with its next step.
 
 `deepseek-cli check-compatibility` prints it; `get_version_info` is its small sibling. The rules are functions of the
 frozen `Machine` and of the table's requirements, so a machine of any kind can be judged in a test.

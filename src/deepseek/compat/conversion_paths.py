@@ -55,7 +55,7 @@ class ConversionPlan:
 
     stages: tuple[Stage, ...]
     specs: Specs
-    """What comes out, in order."""
+    """The converted tensors, in order."""
 
     @property
     def actions(self) -> tuple[Action, ...]:

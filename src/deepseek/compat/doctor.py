@@ -168,7 +168,7 @@ def apply_hints(names: Sequence[str]) -> None:
 
 def measure_in_process(job: WorkKind, hint: Hint | None) -> float:
     """Seconds for one pass or step of `job` in a fresh process with `hint`, and without the others' variables."""
-    ours = {name for each in HINTS for name in each.environment}
+    ours = {name for hint in HINTS for name in hint.environment}
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = [sys.executable, "-m", "deepseek.compat.doctor", job, *([hint.name] if hint else [])]
     result = subprocess.run(  # noqa: S603 - our own interpreter

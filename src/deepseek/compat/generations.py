@@ -91,7 +91,7 @@ class Layout(Config):
     """How a generation names, groups and stores the weights of a model."""
 
     norms: Literal["gamma/beta", "weight/bias"]
-    """What the scale and the shift of a normalization are called."""
+    """Names of the scale and the shift of a normalization."""
     positions: Literal["embed", "embeddings"]
     """GPT-2: `positions_embed` or `wpe`; Llama: `tok_embeddings` and `attention_norm`, or `embed_tokens` and so on."""
     attention: Literal["separate", "fused", "native"]

@@ -41,7 +41,7 @@ class ConversionReport:
     """The generations walked through, first to last."""
     actions: tuple[Action, ...]
     notes: tuple[str, ...] = ()
-    """What was warned about."""
+    """The warnings given."""
 
     def of_kind(self, *kinds: Kind) -> tuple[Action, ...]:
         """Return the actions of some kinds."""

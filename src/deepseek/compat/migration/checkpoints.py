@@ -76,7 +76,7 @@ def check_pickle(path: Path, shown: str, rules: MigrationRules) -> list[Finding]
 
 
 def _model_type(path: Path) -> str | None:
-    """What the Hugging Face config beside the weights calls the architecture."""
+    """Return the architecture's name in the Hugging Face config beside the weights, if there is one."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
         if not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:

@@ -60,7 +60,7 @@ class _ConfigText:
 
 @dataclass(frozen=True)
 class _Change:
-    """What an edit does to the values of a file: a key gets another name, a value, or a first child."""
+    """The effect of an edit on the values of a file: a key gets another name, a value, or a first child."""
 
     document: int
     path: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a pickle would do, read from its opcodes and never run.
+"""The effects that a pickle would have, read from its opcodes and never run.
 
 A pickle is a program that can import any function and call it. `read_pickle` lists every global it names: of a plain
 pickle, of the older files of `torch.save` (a tar, then several pickles in a row) and of the newer ones (a zip with
@@ -73,7 +73,7 @@ class PickleContent:
     @property
     def foreign(self) -> tuple[str, ...]:
         """Globals that would run code which is not part of a checkpoint."""
-        return tuple(each for each in self.globals if not _HARMLESS.fullmatch(each))
+        return tuple(name for name in self.globals if not _HARMLESS.fullmatch(name))
 
 
 def read_pickle(path: Path) -> PickleContent:
@@ -109,7 +109,7 @@ def looks_like_pickle(path: Path) -> bool:
 
 @dataclass
 class _Trace:
-    """What the pickles of a file have named and called so far."""
+    """The names and calls found in the pickles of a file so far."""
 
     names: list[str] = field(default_factory=list)
     num_calls: int = 0

@@ -1,4 +1,4 @@
-"""What the names of a Python module refer to, through its imports: `ac` is `torch.cuda.amp.autocast`.
+"""The full names behind the names of a Python module, through its imports: `ac` is `torch.cuda.amp.autocast`.
 
 `find_names(tree, wanted)` gives every use of a wanted full name. Scopes follow the language: a local variable hides an
 import, a class body is invisible to its methods, `global` leads to the module. A name that may also be something else
@@ -36,7 +36,7 @@ class Use:
 
 @dataclass
 class Names:
-    """What one module imports and uses."""
+    """The imports of one module and the names that it uses."""
 
     uses: list[Use] = field(default_factory=list)
     imports: list[ast.ImportFrom] = field(default_factory=list)

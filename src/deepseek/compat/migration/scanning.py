@@ -58,7 +58,7 @@ class Scanned:
 
 @dataclass(frozen=True)
 class Scan:
-    """What is looked for; made once for all files."""
+    """The rules and words to look for; made once for all files."""
 
     rules: MigrationRules
     target: FrameworkGeneration
@@ -69,7 +69,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Survey:
-    """What there is to check below a path, and what is passed over."""
+    """The files to check below a path, and those passed over."""
 
     files: tuple[Path, ...]
     """Files by their suffix, and folders with an index of shards."""

@@ -94,7 +94,7 @@ def read_entries(text: str, suffix: str) -> list[Entry]:
     except json.JSONDecodeError as error:
         raise SettingsError(f"not valid JSON: {error.msg}", error.lineno, error.colno) from error
     except tomllib.TOMLDecodeError as error:
-        line, column = (int(each) for each in re.findall(r"\d+", str(error).rpartition("(at ")[2]) or ("1", "1"))
+        line, column = (int(number) for number in re.findall(r"\d+", str(error).rpartition("(at ")[2]) or ("1", "1"))
         raise SettingsError(f"not valid TOML: {error}", line, column) from error
     except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"not valid {suffix[1:].upper()}: {error}") from error
@@ -149,7 +149,7 @@ def _walk_yaml(text: str, loader: type[yaml.CSafeLoader | yaml.SafeLoader]) -> l
             for key, value in node.value:
                 if key.tag == "tag:yaml.org,2002:merge":
                     merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                    pending += [(path, each, True) for each in merged] if len(path) <= 1 else []
+                    pending += [(path, base, True) for base in merged] if len(path) <= 1 else []
                 here = (*path, str(key.value))
                 entries.append(_make_entry(here, key, value, document, is_shared=is_shared or id(value) in shared))
                 pending.append((here, value, is_shared))
@@ -206,7 +206,7 @@ def _walk_toml(text: str) -> Iterator[Entry]:
             opening = 2 if text.startswith("[[", at) else 1
             parts, at = _toml_keys(text, at + opening)
             section = tuple(name for name, _, _ in parts)
-            yield from (Entry(section[: each + 1], start, end, None) for each, (_, start, end) in enumerate(parts))
+            yield from (Entry(section[: depth + 1], start, end, None) for depth, (_, start, end) in enumerate(parts))
             at = _skip(text, text.index("]", at) + opening)
         else:
             at = yield from _walk_assignment(text, at, section)
