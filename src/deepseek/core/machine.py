@@ -74,7 +74,7 @@ def list_processor_flags() -> tuple[str, ...]:
 
 
 def _read_cpuinfo() -> dict[str, str]:
-    """What Linux says about the first processor; nothing elsewhere."""
+    """Return the facts that Linux reports about the first processor; none elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return {}

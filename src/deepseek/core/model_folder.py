@@ -1,4 +1,4 @@
-"""What a Hugging Face model folder says beside its weights, read in one place.
+"""The settings that a Hugging Face model folder holds beside its weights, read in one place.
 
     config.json              the shape, and (in old folders) which tokens begin and end a text
     generation_config.json   which tokens end a text; chat models name several
