@@ -1,4 +1,4 @@
-"""What a schedule is made of: messages, and how a buffer is cut into one part per rank.
+"""The parts of a schedule: messages, and how a buffer is cut into one part per rank.
 
 Buffers are cut as evenly as whole elements allow: the first parts are one element longer, and parts may be empty, so
 that any number of ranks works on any buffer.
