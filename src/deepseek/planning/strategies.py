@@ -35,7 +35,7 @@ class AutoParallel:
 
     @property
     def space(self) -> Space:
-        """What the search may choose from."""
+        """The choices open to the search."""
         return Space()
 
 
@@ -55,7 +55,7 @@ class HybridParallel:
 
     @property
     def space(self) -> Space:
-        """What the search may choose from."""
+        """The choices open to the search."""
         return Space(
             tp=_fix(self.tensor_parallel),
             pp=_fix(self.pipeline_parallel),

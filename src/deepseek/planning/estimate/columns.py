@@ -118,7 +118,7 @@ class _SoftwareColumns:
 
 
 class _ConstantColumns:
-    """What share of a datasheet is reached, as `Constants` says."""
+    """The shares of a datasheet that are reached, as `Constants` says."""
 
     matmul_fraction: Array
     narrow_fraction: Array

@@ -1,1 +1,1 @@
-"""What a plan runs on: accelerators, links and software as values, from datasheets or measured here."""
+"""Hardware and software that a plan runs on: accelerators, links, programs, as values from datasheets or measured."""

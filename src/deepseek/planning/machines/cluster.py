@@ -51,7 +51,7 @@ class Accelerator:
 
     @property
     def constants(self) -> Constants:
-        """What share of its numbers the device reaches: as measured on it, or on others of its family."""
+        """The shares of its numbers that the device reaches: as measured on it, or on others of its family."""
         return self.shares or get_constants(self.family)
 
     def get_peak_flops(self, precision: str) -> float:

@@ -44,7 +44,7 @@ _PROCESS_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed, so large that the device and not the host's pace is measured.
+    """The sizes that are timed, so large that the device and not the host's pace is measured.
 
     Products as (rows, columns, depth), attention as (sequences, heads, tokens, channels of a head), elementwise kernels
     as (rows, channels), and the bytes of an array that is copied.
@@ -74,7 +74,7 @@ SIZES: dict[str, Sizes] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one device, and of the link between two processes.
+    """The measured speeds of one device, and of the link between two processes.
 
     FLOP/s of matmuls by precision and contracted dimension, FLOP/s of causal attention, bytes/s of copies and of
     elementwise kernels, seconds to issue a kernel; `is_host` where it was the processor itself.

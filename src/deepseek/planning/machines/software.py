@@ -1,4 +1,4 @@
-"""What the software that runs a plan can do: the traits that change what is stored, moved or waited for.
+"""The abilities of the software that runs a plan: the traits that change what is stored, moved or waited for.
 
 A plan of the same numbers costs differently where scores are written to memory, where gradients wait for the whole
 backward pass, or where Python issues every kernel. These are facts about programs and their age, so they are a value of
@@ -138,7 +138,7 @@ SOFTWARE: dict[str, Software] = {
     "modern": Software(sends_tokens_once=True, narrows_shards=True),
 }
 MODERN = SOFTWARE["modern"]
-"""What is assumed of a program that nobody named."""
+"""The traits assumed of a program that nobody named."""
 # What a description says -> the program; the first row that matches wins.
 _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"maxtext|paxml|\bxla\b|\bjax\b", "XLA"),

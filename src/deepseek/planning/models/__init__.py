@@ -1,1 +1,1 @@
-"""What a plan lays out: the sizes of a model that decide bytes, operations and messages."""
+"""The models that a plan lays out: the sizes of a model that decide bytes, operations and messages."""

@@ -1,4 +1,4 @@
-"""What the planner needs to know of a module, read off the module itself.
+"""The planner's description of a module, read off the module itself.
 
 `trace_operators` runs one sample through a copy on the meta device, where tensors have shapes and no bytes, and writes
 down every kernel that torch would launch: its operations (torch's own formulas), the bytes it reads and writes, its
@@ -42,7 +42,7 @@ class _Traced:
 
 @dataclass
 class _Ledger:
-    """What has been seen: kernels in order, weights already counted, storages already kept."""
+    """The work seen so far: kernels in order, weights already counted, storages already kept."""
 
     weights: dict[int, int]
     ignored: set[int]

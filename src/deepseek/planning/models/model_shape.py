@@ -1,4 +1,4 @@
-"""What the planner has to know of a model: the sizes that decide bytes, operations and messages, and nothing else.
+"""The planner's description of a model: the sizes that decide bytes, operations and messages, and nothing else.
 
 `ModelShape` describes decoders (grouped or latent attention, gated or plain MLP, dense or with experts).
 `OperatorList` describes any other network by the cost of each traced operator, convolutional nets for instance. Both

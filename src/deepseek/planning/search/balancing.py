@@ -21,7 +21,7 @@ from deepseek.planning.machines.cluster import Accelerator, Cluster
 
 @dataclass(frozen=True)
 class Share:
-    """What one stage, or one replica, gets: devices by rank, its slowest accelerator, layers and micro-batches."""
+    """The share of one stage, or of one replica: devices by rank, its slowest accelerator, layers and micro-batches."""
 
     first_device: int
     num_devices: int

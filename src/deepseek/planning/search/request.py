@@ -1,4 +1,4 @@
-"""What is asked of the search: a model, a cluster, a batch, what a plan may take, and what may be chosen.
+"""The request to the search: a model, a cluster, a batch, what a plan may take, and what may be chosen.
 
 `Request` is the one value that every part of the search reads; it refuses what cannot be estimated when it is made.
 """
@@ -37,7 +37,7 @@ USUAL_HEADROOM = 0.1
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plan may take: `memory_headroom` is the share of a device's memory that has to stay free.
+    """The limits of a plan: `memory_headroom` is the share of a device's memory that has to stay free.
 
     >>> Limits(memory_headroom=0.1).memory_headroom
     0.1
@@ -61,7 +61,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Space:
-    """What the search may choose from; an empty tuple means everything that divides.
+    """The choices open to the search; an empty tuple means everything that divides.
 
     `precision` and `software` are not searched: every plan is estimated in that precision and for that program.
 

@@ -1,4 +1,4 @@
-"""What a search hands back: the best plan, what comes near it and why it is worse, and what was rejected."""
+"""The results of a search: the best plan, what comes near it and why it is worse, and what was rejected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RunnerUp:
 
 @dataclass(frozen=True)
 class PlanningResult:
-    """What the search found.
+    """The best plan that the search found, and the plans that come near it.
 
     `rejected_layouts` counts ways of assigning devices, `rejected_candidates` whole plans. `software` holds the traits
     of the program that the plans were estimated for. A traced network has no tokens, and so no `throughput`.

@@ -1,4 +1,4 @@
-"""What a step time means to who pays for it: tokens a second, model FLOP/s utilization, days and cost of a budget."""
+"""Throughput and cost of a step time: tokens a second, model FLOP/s utilization, days and cost of a budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Budget:
-    """What training on a number of tokens takes; `cost` is in the unit of the price, `None` without one."""
+    """Time and cost of training on a number of tokens; `cost` is in the unit of the price, `None` without one."""
 
     num_tokens: int
     num_steps: int
