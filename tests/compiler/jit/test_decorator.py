@@ -2,7 +2,6 @@
 """`jit` as a user meets it: what it takes and refuses, errors with their places, breaks, explanations, modules."""
 
 import copy
-import importlib.util
 import inspect
 import json
 import math
@@ -80,24 +79,6 @@ def test_classes_without_forward_are_refused():
         ds.jit(Empty())
     with pytest.raises(ConfigError, match=r"class .*Plain"):
         ds.jit(Plain)
-
-
-def test_a_function_without_source_is_refused():
-    scope = {}
-    exec("def f(x):\n    return x", scope)
-    with pytest.raises(ConfigError, match=r"source of f .* cannot be found"):
-        ds.jit(scope["f"])
-
-
-def test_a_file_that_was_edited_after_its_import_is_refused(tmp_path):
-    path = tmp_path / "edited_after_import.py"
-    path.write_text("def f(x):\n    return x + 1\n", encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    path.write_text("def f(x):\n    return x - 1\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="changed after it was imported"):
-        ds.jit(module.f)
 
 
 def test_what_is_compiled_already_comes_back():

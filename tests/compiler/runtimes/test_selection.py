@@ -24,7 +24,6 @@ from deepseek.compiler.runtimes.accuracy import check_numbers, compare
 from deepseek.compiler.runtimes.backends import BACKENDS, Backend, BackendError, Missing, Variant
 from deepseek.compiler.runtimes.backends.flat_signature import flatten_model
 from deepseek.compiler.runtimes.backends.interface import Built, Job
-from deepseek.compiler.runtimes.digests import digest_model
 from deepseek.compiler.runtimes.fallbacks import Fallback
 from deepseek.compiler.runtimes.selection import BackendSelector, select
 from deepseek.compiler.runtimes.selection_policy import Tolerance, judge_numbers
@@ -364,13 +363,6 @@ print(chosen.decision.chosen)
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [each.communicate(timeout=120)[0].strip() for each in both] == ["eager plain fp32"] * 2
     assert len(list((tmp_path / "decisions").iterdir())) == 1
-
-
-def test_the_digest_of_a_model_sees_settings_and_code():
-    torch.manual_seed(0)
-    one, same, other = (nn.Sequential(nn.LeakyReLU(slope)) for slope in (0.1, 0.1, 0.2))
-    assert digest_model(one) == digest_model(same) != digest_model(other)
-    assert digest_model(nn.Linear(2, 2)) != digest_model(nn.Linear(2, 2))
 
 
 # ---- numbers

@@ -55,6 +55,8 @@ class Scope:
     missing: set[str] = field(default_factory=set)
     """Variables that may be read before they are written."""
     num_parts: int = 0
+    deleted: Names = frozenset()
+    """Local variables that a `del` may leave without a value."""
 
     @property
     def locals(self) -> Names:

@@ -154,7 +154,7 @@ class Expressions(ast.NodeTransformer):
     def _module_of(self, node: ast.Attribute) -> types.ModuleType | None:
         """Return the library's module that an attribute such as `torch.relu`, `F.relu`, `math.sqrt` is of."""
         root = root_of(node)
-        if root in self.position.scope.locals:
+        if root in self.position.scope.locals | self.hidden:
             return None
         module = self.position.context.resolve(root)
         is_library = isinstance(module, types.ModuleType) and module.__name__.partition(".")[0] in LIBRARIES
@@ -187,7 +187,9 @@ class Expressions(ast.NodeTransformer):
             return at(attribute(self.operators, "undefined"), node)
         if not isinstance(node.ctx, ast.Load) or node.id in self.hidden or node.id.startswith(INTERNAL):
             return node
-        if node.id not in self.position.scope.missing or node.id in self.position.known:
+        scope = self.position.scope
+        may_be_missing = node.id in scope.missing and node.id not in self.position.known
+        if not may_be_missing and node.id not in scope.deleted:
             return node
         return at(call(self.operators, "check", node, ast.Constant(node.id)), node)
 

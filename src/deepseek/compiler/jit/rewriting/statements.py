@@ -74,7 +74,10 @@ def find_scope(tree: ast.FunctionDef, body: list[ast.stmt]) -> Scope:
     moved = frozenset(name for function in inner for name in declared(function.body, ast.Nonlocal))
     names = writes(body) - frozenset(outside) - moved
     outside |= dict.fromkeys(moved & writes(body), ast.Nonlocal)
-    return Scope(tree.name, parameters_of(tree), names, outside, captured(body))
+    shared = captured(body)
+    deletes = [node.id for node in walk_scope(body) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del)]
+    deleted = frozenset(deletes) - frozenset(outside) - shared
+    return Scope(tree.name, parameters_of(tree), names, outside, shared, deleted=deleted)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ class Statements:
             case ast.Assert():
                 return [_assert(node, position)]
             case ast.Delete(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
-                return [_undefined(target.id, position, node) for target in targets if isinstance(target, ast.Name)]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+                return [part for name in names for part in _delete(name, position, node)]
             case ast.AugAssign():
                 return [_augment(node, position)]
             case ast.Assign(value=ast.Call(func=ast.Name(id=name))) if name in (SET, CHANGE):
@@ -349,6 +353,14 @@ def _augment(node: ast.AugAssign, position: Position) -> ast.stmt:
         position.site(node, "assignment"),
     )
     return assign(name, made, node)
+
+
+def _delete(name: str, position: Position, where: ast.Delete) -> list[ast.stmt]:
+    """Give `del name`: Python's own for what lives elsewhere; a local variable must have a value, and has none then."""
+    if name not in position.scope.deleted:
+        return [at(ast.Delete(targets=[ast.Name(name, ast.Del())]), where)]
+    look = ast.Expr(Expressions(position).visit(load(name)))
+    return [at(look, where), _undefined(name, position, where)]
 
 
 def _undefined(name: str, position: Position, where: ast.AST) -> ast.stmt:
