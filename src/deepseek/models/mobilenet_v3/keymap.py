@@ -39,7 +39,7 @@ _PLAIN = (("conv_dw", "bn1"), ("conv_pw", "bn2"))
 
 
 def import_config(values: Mapping[str, Any]) -> MobileNetV3Config:
-    """Our config for the `config.json` of a timm model. Raises `ConfigError` for another architecture.
+    """Return our config for the `config.json` of a timm model. Raises `ConfigError` for another architecture.
 
     >>> import_config({"architecture": "mobilenetv3_small_100", "num_classes": 10}).variant
     'small'
@@ -58,7 +58,7 @@ def import_config(values: Mapping[str, Any]) -> MobileNetV3Config:
 
 
 def import_tensors(tensors: Mapping[str, Tensor], config: MobileNetV3Config) -> dict[str, Tensor]:
-    """timm's tensors under torchvision's names. Raises `ArtifactError` for one that has no place."""
+    """Rename timm's tensors to torchvision's names. Raises `ArtifactError` for one that has no place."""
     plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     renamed = rename(plain, find_places(config), noun="a MobileNetV3")
     head = "classifier.0.weight"
@@ -66,7 +66,7 @@ def import_tensors(tensors: Mapping[str, Tensor], config: MobileNetV3Config) -> 
 
 
 def find_places(config: MobileNetV3Config) -> dict[str, str]:
-    """timm's modules to ours."""
+    """Map timm's modules to ours."""
     rows = TABLES[config.variant]
     places = {
         "conv_stem": "features.0.0",
@@ -86,7 +86,7 @@ def find_places(config: MobileNetV3Config) -> dict[str, str]:
 
 
 def _place_block(theirs: str, ours: str, parts: tuple[tuple[str, str], ...], row: BlockSpec) -> dict[str, str]:
-    """The convolutions and norms of a block; the squeeze stands before the last of them."""
+    """Map the convolutions and norms of a block; the squeeze stands before the last of them."""
     places: dict[str, str] = {}
     for index, (convolution, norm) in enumerate(parts):
         position = index + (1 if row.has_squeeze and index == len(parts) - 1 else 0)
@@ -96,7 +96,7 @@ def _place_block(theirs: str, ours: str, parts: tuple[tuple[str, str], ...], row
 
 
 def _number_stages(rows: tuple[BlockSpec, ...]) -> list[str]:
-    """timm's "stage.block" of each row.
+    """Return timm's "stage.block" of each row.
 
     >>> _number_stages(TABLES["small"])
     ['0.0', '1.0', '1.1', '2.0', '2.1', '2.2', '3.0', '3.1', '4.0', '4.1', '4.2']

@@ -85,7 +85,7 @@ class YOLOv7Config(Config):
         return NUM_BOX + self.num_classes
 
     def scale(self, num_channels: int) -> int:
-        """Channels of this width."""
+        """Scale a number of channels by the width."""
         return math.ceil(num_channels * self.width_multiple / CHANNEL_STEP) * CHANNEL_STEP
 
 
@@ -175,7 +175,7 @@ ROWS = [*BACKBONE, *NECK]
 
 
 def find_sources(rows: list[LayerSpec]) -> list[tuple[int, ...]]:
-    """The rows that each row reads, by number; -1 is the image.
+    """Return the rows that each row reads, by number; -1 is the image.
 
     >>> find_sources(elan(64, 256))[6:]
     [(5, 3, 1, 0), (6,)]
@@ -184,7 +184,7 @@ def find_sources(rows: list[LayerSpec]) -> list[tuple[int, ...]]:
 
 
 def find_last_reads(sources: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The rows that nobody reads after each row: their values may go."""
+    """Return the rows that nobody reads after each row: their values may go."""
     last = {read: reader for reader, reads in enumerate(sources) for read in reads}
     return [tuple(read for read, reader in last.items() if reader == index) for index in range(len(sources))]
 
@@ -288,12 +288,12 @@ class Head(nn.Module):
             self.drop_implicit_()
 
     def forward(self, *maps_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """Raw boxes (B, A, H, W, 5 + K) of each level."""
+        """Return the raw boxes (B, A, H, W, 5 + K) of each level."""
         raw = (self.predict(level, map_BCHW) for level, map_BCHW in enumerate(maps_BCHW))
         return tuple(level.unflatten(1, (self.num_anchors, -1)).permute(0, 1, 3, 4, 2) for level in raw)
 
     def predict(self, level: int, x_BCHW: Tensor) -> Tensor:
-        """The convolution of one level."""
+        """Apply the convolution of one level."""
         if self.is_folded:
             return cast("Tensor", self.m[level](x_BCHW))
         y_BCHW = self.m[level](x_BCHW + cast("Tensor", self.ia[level].implicit))
@@ -361,7 +361,7 @@ class YOLOv7(nn.Module):
 
 
 def build_layer(config: YOLOv7Config, row: LayerSpec, num_read: list[int]) -> nn.Module:
-    """The module of one row, which reads maps of `num_read` channels."""
+    """Build the module of one row, which reads maps of `num_read` channels."""
     num_in, num_out = num_read[0], config.scale(row.num_out)
     layers: dict[str, Callable[[], nn.Module]] = {
         "conv": lambda: ConvNorm(config, num_in, num_out, row.kernel, row.stride),
@@ -375,12 +375,12 @@ def build_layer(config: YOLOv7Config, row: LayerSpec, num_read: list[int]) -> nn
 
 
 def build_norm(config: YOLOv7Config, num_channels: int) -> nn.BatchNorm2d:
-    """A batch norm with the constants of the config."""
+    """Build a batch norm with the constants of the config."""
     return nn.BatchNorm2d(num_channels, eps=config.norm_eps, momentum=config.norm_momentum)
 
 
 def decode(raw_BAHWO: Tensor, anchors_1A112: Tensor, stride: int) -> Tensor:
-    """Boxes (B, A*H*W, 5 + K) of one level: a centre up to one cell beside its own, a size up to four anchors.
+    """Decode boxes (B, A*H*W, 5 + K) of one level: a centre up to one cell beside its own, a size up to four anchors.
 
     >>> decode(torch.zeros(1, 1, 1, 1, 6), torch.full((1, 1, 1, 1, 2), 30.0), 8).tolist()
     [[[4.0, 4.0, 30.0, 30.0, 0.5, 0.5]]]
