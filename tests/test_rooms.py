@@ -181,11 +181,8 @@ KNOWN_FILE_NAMES: set[str] = set()
 KNOWN_CLASS_NAMES: set[str] = set()
 KNOWN_UNTESTED: set[str] = {
     "compiler/jit/explanation.py",
-    "compiler/jit/tracing/calls.py",
-    "compiler/jit/tracing/indexing.py",
     "compiler/jit/tracing/merging.py",
     "compiler/jit/tracing/probing.py",
-    "compiler/jit/tracing/sites.py",
 }
 
 
