@@ -155,6 +155,9 @@ def test_inputs_that_do_not_fit_are_refused_in_one_sentence(tmp_path, runtime):
     for wrong in (torch.ones(2, 4), torch.ones(3), torch.ones(2, 3, 1)):
         with pytest.raises(ConfigError, match=r"'b' has shape \(any, 3\) and .* was given; give one that fits"):
             program(torch.ones(2, 3), wrong)
+    with pytest.raises(ConfigError, match=r"on inputs of shapes \(2, 3\), \(4, 3\) .*; give others") as caught:
+        program(torch.ones(2, 3), torch.ones(4, 3))  # each fits, and they do not fit each other
+    assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="'a' is a list; give a tensor"):
         program([[1.0, 2.0, 3.0]], torch.ones(2, 3))
 

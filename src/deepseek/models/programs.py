@@ -53,7 +53,14 @@ class Program:
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Run the file and return its output, or a tuple of them; inputs in order or by name."""
-        outputs = self.run(self._bind(inputs, named))
+        bound = self._bind(inputs, named)
+        try:
+            outputs = self.run(bound)
+        except Exception as error:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in bound)
+            raise ConfigError(
+                f"{self.runtime} cannot run {self.path} on inputs of shapes {shapes} ({_last_line(error)}); give others"
+            ) from error
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def explain(self) -> str:
