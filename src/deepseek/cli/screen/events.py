@@ -26,6 +26,7 @@ from deepseek.core.events import Event, record
 from deepseek.core.units import format_bytes, format_count
 
 _STEP_LINE_EVERY_S = 10.0
+_WIDE = 80  # columns of a terminal on which a bar has room for the count of its steps
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -159,8 +160,8 @@ class _Bars:
             self._num_steps = values["num_steps"]
             self._advance("training", values["first_step"], self._num_steps, "")
         elif values["kind"] == "step_done":
-            count = f"{values['step']}/{self._num_steps}"
-            note = f"{count}  loss {values['loss']:.3f}  {values['tokens_per_s']:.0f} tokens/s"
+            count = f"{values['step']}/{self._num_steps}  " if self._progress.console.width >= _WIDE else ""
+            note = f"{count}loss {values['loss']:.3f}  {values['tokens_per_s']:.0f} tokens/s"
             self._advance("training", values["step"], self._num_steps, note)
         elif values["kind"] == "phase_started":
             self._advance(values["phase"], 0, None, "")
