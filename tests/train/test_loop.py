@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.checkpoint.restoring import newest_valid
+from deepseek.checkpoint.restoring import Checkpoint, newest_valid
 from deepseek.core.errors import CheckpointError, ConfigError, DataError, StorageError
 from deepseek.core.folder_lock import LOCK_FILE
 from deepseek.data.corpus import load_data
@@ -212,6 +212,22 @@ def test_events_tell_the_whole_run_and_the_model_reloads(corpus: Path, tmp_path:
 def test_checkpoints_of_other_settings_are_not_taken_up(corpus: Path, finished: Path) -> None:
     with pytest.raises(CheckpointError, match="other settings"):
         list(train(make_config(corpus, finished, **{"optimizer.weight_decay": 0.5})))
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_counts_by_its_default(
+    corpus: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_older(folder: Path) -> Checkpoint | None:
+        checkpoint = newest_valid(folder)
+        assert checkpoint is not None
+        assert checkpoint.state["settings"].pop("model.rope_fraction") == 1.0
+        return checkpoint
+
+    monkeypatch.setattr("deepseek.train.loop.newest_valid", read_older)
+    events = list(train(make_config(corpus, finished)))
+    assert not [event for event in events if isinstance(event, StepDone)]  # it went on where it was
+    with pytest.raises(CheckpointError, match=r"model\.rope_fraction was None and is 0\.5"):
+        list(train(make_config(corpus, finished, **{"model.rope_fraction": 0.5})))
 
 
 def test_finished_run_is_evaluated_and_written_again_without_a_step(corpus: Path, finished: Path) -> None:

@@ -30,6 +30,7 @@ from deepseek.checkpoint.restoring import newest_valid
 from deepseek.checkpoint.rng_state import capture_rng, restore_rng
 from deepseek.checkpoint.saving import save
 from deepseek.core.caller_warnings import warn_caller
+from deepseek.core.config import Config
 from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.core.events import Event
 from deepseek.core.folder_lock import locked_folder
@@ -256,7 +257,9 @@ def resume(run: Run) -> None:
     if checkpoint is None:
         return
     state = checkpoint.state
-    if changed := find_changes(state.get("settings", {}), deciding_settings(run.config)):
+    before, now = state.get("settings", {}), deciding_settings(run.config)
+    now = {name: value for name, value in now.items() if name in before or not is_default(run.config, name)}
+    if changed := find_changes(before, now):
         raise CheckpointError(
             f"{checkpoint.path} belongs to a run with other settings ({', '.join(changed[:3])}); "
             "go on with the settings it was started with, or choose another folder"
@@ -276,6 +279,18 @@ def resume(run: Run) -> None:
 def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide the weights, by dotted name; runs that share them may share checkpoints."""
     return dict(_flatten({name: value for name, value in config.to_dict().items() if name not in _FREE_SETTINGS}))
+
+
+def is_default(config: Config, name: str) -> bool:
+    """Return whether the setting of this dotted name has its default value.
+
+    A setting that a checkpoint does not know is newer than the checkpoint, which was written under its default.
+    """
+    *parents, last = name.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    field = type(config).model_fields.get(last)
+    return field is not None and field.get_default(call_default_factory=True) == getattr(config, last)
 
 
 def find_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
