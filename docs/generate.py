@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -36,6 +38,7 @@ from deepseek.models.vit.model import ViTConfig
 from deepseek.models.yolov7.model import YOLOv7Config
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
+from deepseek.nn.rotary import RopeScaling
 from deepseek.optim.optimizers import OptimizerConfig
 from deepseek.serve.config import EngineConfig, ServeConfig
 from deepseek.train.config import TrainConfig
@@ -52,6 +55,7 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("The model", DecoderConfig, "model."),
     ("Its experts", MoEConfig, "model.moe."),
     ("Its attention mask", MaskConfig, "model.mask."),
+    ("Its rotary angles", RopeScaling, "model.rope_scaling."),
     ("A ResNet of the zoo", ResNetConfig, ""),
     ("A MobileNetV3 of the zoo", MobileNetV3Config, ""),
     ("A vision transformer of the zoo", ViTConfig, ""),
@@ -134,10 +138,21 @@ def write_cli_page() -> str:
         "",
     ]
     for verb in VERBS:
-        sections = build_app(asked=verb).generate_docs().split("\n## ")
+        with _started_as("deepseek"):
+            sections = build_app(asked=verb).generate_docs().split("\n## ")
         (section,) = (each for each in sections if each.startswith(f"deepseek {verb}\n"))
         lines += [f"## {section.strip()}", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+@contextmanager
+def _started_as(name: str) -> Iterator[None]:
+    """Let cyclopts, which writes how a process was started into usages, find `name` there."""
+    arguments, sys.argv = sys.argv, [name]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def _section(heading: str, config: type[Config], prefix: str) -> list[str]:

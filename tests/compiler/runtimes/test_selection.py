@@ -26,7 +26,7 @@ from deepseek.compiler.runtimes.backends.flat_signature import flatten_model
 from deepseek.compiler.runtimes.backends.interface import Built, Job
 from deepseek.compiler.runtimes.fallbacks import Fallback
 from deepseek.compiler.runtimes.selection import BackendSelector, select
-from deepseek.compiler.runtimes.selection_policy import Tolerance, judge_numbers
+from deepseek.compiler.runtimes.selection_policy import Candidate, Tolerance, judge_numbers
 from deepseek.core.errors import ConfigError
 from deepseek.core.registry import Registry
 from tests.compiler.models import Tagger, small_mlp, small_resnet
@@ -473,3 +473,14 @@ def test_a_slow_call_is_timed_once_before_the_final(offer, model, monkeypatch):
     chosen = select(model, X, backend="openvino", time_budget_s=1.0, remember=False)
     (measured,) = chosen.decision.measurements
     assert len(measured.times_ms) == 1 and measured.median_ms >= 100
+
+
+def test_what_was_let_go_never_comes_back_when_the_fastest_turns_slow():
+    fast, slow = Candidate("openvino", "fast", "fp32"), Candidate("openvino", "slow", "fp32")
+    search = object.__new__(selection.Search)
+    search.times_ms, search.let_go = {fast: [1.0], slow: [5.0]}, set()
+    search.built = {candidate: Built(lambda *inputs: inputs) for candidate in (fast, slow)}
+    search._let_go_of_the_slow()
+    search.times_ms[fast] += [9.0, 9.0]
+    assert search.medians_ms == {fast: 9.0, slow: 5.0}
+    assert search._find_best() == fast and search.kept_ms == {fast: 9.0}

@@ -229,6 +229,7 @@ class Search:
         self.times_ms: dict[Candidate, list[float]] = {}
         self.rejections = [Rejection(f"all of {name}", reason) for name, reason in options.exclusions.items()]
         self.baseline_ms: list[float] = []
+        self.let_go: set[Candidate] = set()
 
     @property
     def spent_s(self) -> float:
@@ -239,6 +240,11 @@ class Search:
     def medians_ms(self) -> dict[Candidate, float]:
         """Return the median time of each candidate that runs."""
         return {candidate: statistics.median(times) for candidate, times in self.times_ms.items()}
+
+    @property
+    def kept_ms(self) -> dict[Candidate, float]:
+        """Return the median time of each candidate that can still run; what was let go cannot come back."""
+        return {candidate: time_ms for candidate, time_ms in self.medians_ms.items() if candidate not in self.let_go}
 
     def run(self) -> Generator[SelectionEvent, None, tuple[Decision, Built]]:
         """Try all candidates, time the finalists longer, decide."""
@@ -253,7 +259,7 @@ class Search:
         yield from self._run_final()
         self._time_baseline()
         chosen = choose(
-            self.medians_ms, {candidate: numbers.relative_error for candidate, numbers in self.numbers.items()}
+            self.kept_ms, {candidate: numbers.relative_error for candidate, numbers in self.numbers.items()}
         )
         return self._decide(chosen), self.built[chosen]
 
@@ -346,18 +352,19 @@ class Search:
 
     def _let_go_of_the_slow(self) -> None:
         """Free what can no longer win, which holds a copy of the weights each."""
-        best_ms = min(self.medians_ms.values())
-        for candidate, median_ms in self.medians_ms.items():
+        best_ms = min(self.kept_ms.values())
+        for candidate, median_ms in self.kept_ms.items():
             if median_ms > best_ms * 2 and candidate != BASELINE:  # which is the reference itself, and no copy
+                self.let_go.add(candidate)
                 self.built[candidate] = replace(self.built[candidate], run=_let_go)
 
     def _find_best(self) -> Candidate | None:
-        medians_ms = self.medians_ms
-        return min(medians_ms, key=lambda candidate: medians_ms[candidate], default=None)
+        kept_ms = self.kept_ms
+        return min(kept_ms, key=lambda candidate: kept_ms[candidate], default=None)
 
     def _run_final(self) -> Generator[SelectionEvent, None, None]:
         """Rounds of turns among those that could still win, the slower half leaving after each."""
-        finalists = keep_fastest(self.medians_ms, margin=FINALIST_MARGIN)
+        finalists = keep_fastest(self.kept_ms, margin=FINALIST_MARGIN)
         while len(finalists) > 1 and self.spent_s < self.time_budget_s:
             yield FinalStarted(str(finalists[0]), self.spent_s, len(finalists))
             left_s = self.time_budget_s - self.spent_s
