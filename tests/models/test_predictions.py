@@ -265,7 +265,7 @@ def test_a_model_that_is_asked_for_what_it_cannot_do_says_what_can(encoder):
         encoder.detect(torch.zeros(3, 8, 8))
     with pytest.raises(ConfigError, match="instead of one score for each class"):
         encoder.classify(TEXTS)
-    with pytest.raises(ConfigError, match="tells no classes"):
+    with pytest.raises(ConfigError, match="predicts no classes"):
         classify(predictor_of(TwoObjects()), torch.zeros(3, 8, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

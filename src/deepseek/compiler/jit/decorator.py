@@ -53,7 +53,7 @@ from deepseek.compiler.jit.tracing.sites import (
     recording,
 )
 from deepseek.compiler.jit.tracing.speculation import register
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ConfigError, DeepSeekError
 
 Target = TypeVar("Target")
 MAX_FRAMES = 10_000
@@ -355,8 +355,10 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
         raise error
     place = _user_place(error)
     reason = str(error).strip().partition("\n")[0]
-    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed) and isinstance(error.__cause__, ConfigError):
-        raise error.__cause__
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        told = getattr(error, "inner_exception", error.__cause__)
+        if isinstance(told, DeepSeekError):  # a backend said what it cannot do
+            raise told
     raised = ControlFlowError(
         f"{place or describe(function)}: this cannot become a part of one graph: {reason};"
         " change it, move it out of the function, or allow a graph break with fullgraph=False"

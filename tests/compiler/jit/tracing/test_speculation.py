@@ -279,7 +279,7 @@ def test_an_alias_that_nobody_writes_into_is_no_matter():
             assert torch.equal(compiled(x), function(x))
 
 
-def test_a_flag_that_a_branch_sets_and_sets_back_is_no_change():
+def test_a_flag_that_a_branch_sets_and_sets_back_is_refused_with_its_line_and_stays():
     state = Meter()
 
     class Flagged:
@@ -297,7 +297,8 @@ def test_a_flag_that_a_branch_sets_and_sets_back_is_no_change():
             y = x
         return y
 
-    assert torch.equal(jit(function, backend="eager")(torch.ones(2)), torch.full((2,), 2.0))
+    with pytest.raises(ControlFlowError, match=r"test_speculation\.py:\d+.*with Flagged"):
+        jit(function, backend="eager")(torch.ones(2))
     assert state.value == 0
 
 
