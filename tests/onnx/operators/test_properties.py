@@ -541,9 +541,7 @@ def pools(draw, name):
     attributes = window(draw, num_spatial)
     if attributes.get("auto_pad", "").startswith("SAME"):
         attributes.pop("dilations", None)  # ONNX Runtime pads for windows without gaps, against the text
-        if (
-            "strides" in attributes
-        ):  # beyond the window the text gives no padding, and the two differ in where they begin
+        if "strides" in attributes:  # strides beyond the window are read differently
             kernel = attributes["kernel_shape"]
             attributes["strides"] = list(map(min, attributes["strides"], kernel))
     if "auto_pad" not in attributes:
