@@ -708,7 +708,7 @@ def test_every_operator_has_a_strategy():
 def test_an_operator_agrees_with_onnx_runtime_and_the_reference(name):
     seen = {"right": 0, "refused": 0}
 
-    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(CASES[name])
     def agree(made):
         model, feed = build(name, made)
