@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 WORKERS ?= 2
-# What the commands set for themselves (src/deepseek/core/openmp.py): threads that wait for a partner sleep soon.
+# Workers share the cores all the time: threads that wait for a partner sleep soon (src/deepseek/core/openmp.py).
 SPINS = GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} KMP_BLOCKTIME=$${KMP_BLOCKTIME:-1}
 
 .PHONY: install quickstart test test-slow lint format docs peers clean

@@ -7,10 +7,11 @@ import tempfile
 
 from hypothesis import HealthCheck, settings
 
-from deepseek.core.openmp import bound_spins
+from deepseek.core.openmp import SPIN_BOUNDS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-bound_spins()
+for name, bound in SPIN_BOUNDS.items():
+    os.environ.setdefault(name, bound)
 # Nothing that a test compiles or measures is left in the home of whoever runs it.
 os.environ.setdefault("DEEPSEEK_CACHE_DIR", tempfile.mkdtemp(prefix="deepseek-tests-"))
 

@@ -34,7 +34,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 import deepseek
 from deepseek.core.errors import ConfigError, DeepSeekError, InfeasibleError
-from deepseek.core.openmp import SPIN_BOUNDS, bound_spins
+from deepseek.core.openmp import yield_cores
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -57,9 +57,8 @@ VERBS = {
 }
 
 _EPILOGUE = (
-    "Every command bounds how long idle OpenMP threads spin, so that it keeps its pace beside other programs: "
-    f"{' '.join(f'{name}={bound}' for name, bound in SPIN_BOUNDS.items())}, "
-    "unless these or OMP_WAIT_POLICY are set. `deepseek doctor` measures what that brings here."
+    "Beside other programs the threads of every command sleep instead of spinning while they wait, unless "
+    "GOMP_SPINCOUNT or OMP_WAIT_POLICY are set. `deepseek doctor` measures what that brings here."
 )
 # Verbs with subcommands: `build_app` in the verb's file adds them.
 GROUPS = frozenset({"plan"})
@@ -96,7 +95,7 @@ def build_app(asked: str | None = None) -> App:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
-    bound_spins()
+    yield_cores()
     words = _as_options(list(sys.argv[1:] if arguments is None else arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character shows "?"

@@ -123,8 +123,9 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(
         "spins",
-        "threads that wait sleep soon, measured beside a busy process",
-        "nothing measurable alone; the commands of deepseek do it; set before torch is imported",
+        "threads that wait sleep soon, for a machine that is always shared; measured beside a busy process",
+        "up to half of the speed alone; the commands of deepseek, and programs that call "
+        "deepseek.core.openmp.yield_cores(), do it only while others want the cores; set before torch is imported",
         environment=SPIN_BOUNDS,
         job="steps-beside-another",
     ),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek.artifact.verifying import is_pickle
-from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError, UnsafeFileError
+from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError, UnsafeFileError, first_line
 from deepseek.core.extras import require
 
 ONNX_SUFFIX = ".onnx"
@@ -45,7 +45,7 @@ def read_onnx(path: Path) -> Any:
         onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise CorruptArtifactError(
-            f"the weights of {path} cannot be read ({_first_line(error)}); copy it again"
+            f"the weights of {path} cannot be read ({first_line(error)}); copy it again"
         ) from error
     return model
 
@@ -82,7 +82,7 @@ def _parse(onnx: Any, path: Path) -> Any:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (damaged, ValueError) as error:
-        raise CorruptArtifactError(f"{path} is not a whole ONNX file ({_first_line(error)}); copy it again") from error
+        raise CorruptArtifactError(f"{path} is not a whole ONNX file ({first_line(error)}); copy it again") from error
     if not model.graph.node or not model.graph.output:
         raise CorruptArtifactError(f"{path} holds no graph; copy or export it again")
     return model
@@ -116,10 +116,6 @@ def to_torch(tensor: Any) -> Tensor:
     if dtype is torch.bfloat16:
         return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(tensor), dtype=numpy.float32)).bfloat16()
     return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(tensor)))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 # TensorProto.DataType, in numbers that never change.

@@ -69,13 +69,21 @@ def server_process(model: Path, *, start_timeout_s: float = _START_TIMEOUT_S) ->
             raise PermanentError(f"the server ended with status {status} and 0 was expected; see its messages above")
 
 
-def complete(url: str, prompt: str, *, max_tokens: int, sampling: Mapping[str, float] = GREEDY) -> Completion:
+def complete(
+    url: str,
+    prompt: str,
+    *,
+    max_tokens: int,
+    sampling: Mapping[str, float] = GREEDY,
+    timeout_s: float = _ANSWER_TIMEOUT_S,
+) -> Completion:
     """Stream one completion of `prompt` from the server at `url`; `PermanentError` when it does not arrive.
 
-    `sampling` goes into the body as it is: `temperature`, `top_p`, `seed`.
+    `sampling` goes into the body as it is: `temperature`, `top_p`, `seed`; no part of the answer may take longer than
+    `timeout_s`.
     """
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_ANSWER_TIMEOUT_S)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
     body = {"model": "deepseek", "prompt": prompt, "max_tokens": max_tokens, "stream": True, **sampling}
     began_s = time.perf_counter()
     try:

@@ -377,10 +377,6 @@ def _now_s(leaves: Sequence[Any]) -> float:
     return time.thread_time()
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def _keep_at_exit(reference: weakref.ref[DynamicGraph]) -> None:
     graph = reference()
     if (

@@ -157,7 +157,7 @@ class Region:
             if not self._is_strict or not _is_about_marks(error):
                 raise
             warnings.warn(
-                f"{self.target} fixes a dim that varies, and is compiled for each of its sizes: {_first_line(error)}",
+                f"{self.target} fixes a dim that varies, and is compiled for each of its sizes: {_find_reason(error)}",
                 DynamicGraphWarning,
                 stacklevel=2,
             )
@@ -290,7 +290,7 @@ def _is_about_marks(error: Exception) -> bool:
     return "mark_dynamic" in str(error) or "Constraints violated" in str(error)
 
 
-def _first_line(error: Exception) -> str:
+def _find_reason(error: Exception) -> str:
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "mark_dynamic" in line or "L[" in line), lines[0] if lines else "")
 

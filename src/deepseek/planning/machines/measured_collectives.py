@@ -9,19 +9,17 @@ cores share the processor, which the model does not know.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepseek.core.errors import ConfigError, PermanentError
+from deepseek.core.errors import ConfigError
 from deepseek.distributed.collectives import COLLECTIVES
 from deepseek.distributed.collectives.messages import count_sent
 from deepseek.distributed.topology import LinkClass
 from deepseek.planning.estimate.communication import time_steps
+from deepseek.planning.machines.local_ranks import run_ranks
 
 BUFFER_BYTES = (1 << 12, 1 << 22)
 _ELEMENT_BYTES = 4
@@ -54,7 +52,7 @@ def measure_collectives(world_size: int, link: LinkClass) -> tuple[MeasuredColle
     """
     if not 2 <= world_size <= _MOST_PROCESSES:
         raise ConfigError(f"{world_size} processes exchange nothing useful here; give 2 to {_MOST_PROCESSES}")
-    measured = _run_ranks(world_size)
+    measured = run_ranks(__name__, [str(world_size)], world_size, _TIMEOUT_S)
     return tuple(
         _describe(name, world_size, int(size), float(seconds), link)
         for name, times in measured.items()
@@ -87,37 +85,6 @@ def choose_domain(world_size: int) -> int:
 def count_elements(world_size: int, buffer_bytes: int) -> int:
     """Count the elements of a buffer of about `buffer_bytes` that all ranks share evenly."""
     return -(-buffer_bytes // (_ELEMENT_BYTES * world_size)) * world_size
-
-
-def _run_ranks(world_size: int) -> dict[str, list[tuple[int, float]]]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "deepseek.planning.machines.measured_collectives", f"{folder}/store"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ranks = [
-            subprocess.Popen(  # noqa: S603 - our own command
-                [*command, str(world_size), str(rank)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            answers = [process.communicate(timeout=_TIMEOUT_S) for process in ranks]
-        except subprocess.TimeoutExpired as error:
-            raise PermanentError(
-                f"{world_size} processes were not done within {_TIMEOUT_S:g} s; ask for fewer of them"
-            ) from error
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-    if any(process.returncode for process in ranks):
-        last = [answer[1].strip().splitlines()[-1:] for answer in answers]
-        raise PermanentError(f"{world_size} processes could not exchange messages ({last}); allow local sockets")
-    times: dict[str, list[tuple[int, float]]] = json.loads(answers[0][0])
-    return times
 
 
 def run_rank(store: str, world_size: int, rank: int) -> dict[str, list[tuple[int, float]]]:

@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +31,7 @@ from deepseek.distributed.topology import LinkClass
 from deepseek.planning.estimate.compute import BACKWARD_ATTENTION, BYTES_OF_PLAIN_KERNELS
 from deepseek.planning.machines.cluster import Accelerator, Cluster, Node
 from deepseek.planning.machines.constants import get_constants
+from deepseek.planning.machines.local_ranks import run_ranks
 
 FAMILY = "other"
 _NUM_LAUNCHES = 1000
@@ -304,30 +302,9 @@ def measure_link() -> LinkClass:
 
 
 def _exchange_messages(repeats: int) -> list[tuple[int, float]]:
-    """Start two processes that exchange messages; return (bytes, seconds one way)."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "deepseek.planning.machines.measurement", f"{folder}/store", str(repeats)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ranks = [
-            subprocess.Popen(  # noqa: S603 - our own command
-                [*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-            )
-            for rank in range(2)
-        ]
-        try:
-            answers = [process.communicate(timeout=_PROCESS_TIMEOUT_S) for process in ranks]
-        except subprocess.TimeoutExpired as error:
-            raise PermanentError(
-                f"two processes exchanged no message within {_PROCESS_TIMEOUT_S:g} s; allow local sockets and try again"
-            ) from error
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-    if any(process.returncode for process in ranks):
-        last = [answer[1].strip().splitlines()[-1:] for answer in answers]
-        raise PermanentError(f"two processes could not exchange messages ({last}); allow local sockets and try again")
-    return [(int(size), float(seconds)) for size, seconds in json.loads(answers[0][0])]
+    """Let two processes exchange messages; return (bytes, seconds one way)."""
+    measured = run_ranks(__name__, [str(repeats)], world_size=2, timeout_s=_PROCESS_TIMEOUT_S)
+    return [(int(size), float(seconds)) for size, seconds in measured]
 
 
 def fit_link(times: list[tuple[int, float]]) -> LinkClass:
