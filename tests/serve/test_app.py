@@ -318,7 +318,7 @@ def test_a_client_that_hangs_up_frees_its_slots(
     if "chat" in path:
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
     with serving(make_model(Slow), tokenizer, max_num_seqs=2) as (server, http):
-        engine = server.service.thread.engine
+        engine = server.service.engine_loop.engine
         content = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -352,7 +352,7 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_does_no_harm(server: S
 
 def test_a_full_queue_refuses_with_a_time_to_retry(make_model: Make, tokenizer: Tokenizer) -> None:
     with serving(make_model(Slow), tokenizer, max_num_seqs=1, max_queue=1, retry_after_s=7) as (server, http):
-        engine = server.service.thread.engine
+        engine = server.service.engine_loop.engine
         with ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(http.post, "/v1/completions", json=LONG | {"max_tokens": 30}) for _ in range(2)]
             wait_until(lambda: (engine.num_running, engine.num_waiting) == (1, 1), "one runs and one waits")
@@ -380,7 +380,7 @@ def test_a_failed_engine_fails_loudly_and_for_good(make_model: Make, tokenizer: 
     with serving(model, tokenizer) as (server, http), ThreadPoolExecutor(2) as pool:
         whole = pool.submit(http.post, "/v1/completions", json=LONG)
         streamed = pool.submit(http.post, "/v1/completions", json=LONG | {"stream": True})
-        wait_until(lambda: server.service.thread.engine.num_running == 2, "both run")
+        wait_until(lambda: server.service.engine_loop.engine.num_running == 2, "both run")
         model.is_broken = True
         error = check_error(whole.result(), 500)
         assert error["code"] == "engine_failed"
@@ -475,7 +475,7 @@ def test_a_prompt_that_breaks_the_model_is_one_error_and_the_others_are_served(
         greedy = LONG | {"temperature": 0}
         expected = http.post("/v1/completions", json=greedy).json()["choices"][0]["text"]
         others = [pool.submit(http.post, "/v1/completions", json=greedy) for _ in range(2)]
-        wait_until(lambda: server.service.thread.engine.num_running == 2, "both run")
+        wait_until(lambda: server.service.engine_loop.engine.num_running == 2, "both run")
         for prompt in (Picky.raises, Picky.infects):
             for stream in (False, True):
                 answer = http.post("/v1/completions", json=SHORT | {"prompt": [5, prompt], "stream": stream})
@@ -581,6 +581,6 @@ def test_a_crowd_in_which_half_hang_up_leaves_right_answers_and_an_empty_engine(
 
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(visit, range(64)))
-        wait_until(lambda: not server.service.thread.engine.has_work, "the engine is empty")
-        assert server.service.thread.engine.cache_usage == 0
+        wait_until(lambda: not server.service.engine_loop.engine.has_work, "the engine is empty")
+        assert server.service.engine_loop.engine.cache_usage == 0
         assert http.get("/healthz").status_code == 200

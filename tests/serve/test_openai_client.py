@@ -251,7 +251,7 @@ def test_newer_forms_of_messages_are_understood(client: openai.OpenAI, generate:
 def test_a_chat_without_a_limit_fills_the_context(client: openai.OpenAI, server: Server, tokenizer: Tokenizer) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_body={"ignore_eos": True})
     assert answer.usage is not None
-    assert answer.usage.total_tokens == server.service.thread.engine.max_length
+    assert answer.usage.total_tokens == server.service.engine_loop.engine.max_length
     assert answer.choices[0].finish_reason == "length"
 
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 
-from deepseek.core.errors import AddressInUseError, ConfigError, PermanentError
+from deepseek.core.errors import AddressInUseError, ArtifactError, ConfigError, PermanentError
 from deepseek.core.events import Event
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.decoder.model import Decoder
@@ -48,7 +48,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 def test_a_port_in_use_is_one_sentence_and_stays_with_its_owner(model: Decoder, tokenizer: Tokenizer) -> None:
     with running_server(model, tokenizer) as server:
         with pytest.raises(AddressInUseError, match=f"^port {server.port} on 127.0.0.1 is used by another process"):
-            Server(model, tokenizer, ServeConfig(port=server.port))
+            Server(lambda: (model, tokenizer), ServeConfig(port=server.port))
         assert httpx.get(f"{server.url}/readyz").status_code == 200
 
 
@@ -98,7 +98,7 @@ def test_a_model_that_fails_in_the_warm_up_stops_the_server(make_model: Make, to
 
 def test_an_empty_key_is_refused(model: Decoder, tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="empty"):
-        Server(model, tokenizer, ServeConfig(port=0), api_key=" ")
+        Server(lambda: (model, tokenizer), ServeConfig(port=0), api_key=" ")
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -107,10 +107,10 @@ def test_requests_finish_while_the_server_drains(make_model: Make, tokenizer: To
         with running_server(make_model(Slow), tokenizer) as server:
             body = ASK | {"stream": is_streamed}
             answer = pool.submit(http.post, f"{server.url}/v1/completions", json=body)
-            wait_until(lambda: server.service.thread.engine.num_running == 1, "the request runs")
+            wait_until(lambda: server.service.engine_loop.engine.num_running == 1, "the request runs")
             server.stop("test")
             wait_until(lambda: server.service.is_draining, "it drains")
-            assert not server.service.is_ready
+            assert server.service.obstacle is not None
         assert answer.result().status_code == 200
         if is_streamed:
             assert answer.result().text.endswith("data: [DONE]\n\n")
@@ -127,7 +127,7 @@ def test_requests_that_take_longer_than_the_drain_end_with_an_error(
         with running_server(make_model(Slow), tokenizer, config) as server:
             body = ASK | {"stream": is_streamed, "max_tokens": 90}
             answer = pool.submit(http.post, f"{server.url}/v1/completions", json=body)
-            wait_until(lambda: server.service.thread.engine.num_running == 1, "the request runs")
+            wait_until(lambda: server.service.engine_loop.engine.num_running == 1, "the request runs")
         if is_streamed:
             error = json.loads(answer.result().text.split("\n\n")[-2].removeprefix("data: "))["error"]
         else:
@@ -184,6 +184,88 @@ def test_a_signal_drains_and_ends_the_process_cleanly(number: signal.Signals, st
         wait_until(lambda: running in httpx.get(f"{url}/metrics").text, "the request runs")
         process.send_signal(number)
         assert answer.result().json()["usage"]["completion_tokens"] == 40
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert errors == ""
+
+
+def test_while_the_model_loads_health_is_good_and_requests_are_asked_to_wait(
+    model: Decoder, tokenizer: Tokenizer
+) -> None:
+    may_load = threading.Event()
+    events: list[Event] = []
+
+    def load() -> tuple[Decoder, Tokenizer]:
+        assert may_load.wait(30)
+        return model, tokenizer
+
+    server = Server(load, ServeConfig(port=0, retry_after_s=3), listen=events.append)
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=30) as http:
+        running = pool.submit(server.run)
+        try:
+            assert http.get("/healthz").status_code == 200
+            ready = http.get("/readyz")
+            assert (ready.status_code, ready.headers["retry-after"]) == (503, "3")
+            assert ready.json() == {"status": "not ready", "reason": "the model is being loaded"}
+            assert http.get("/metrics").status_code == 200
+            chat = {"model": "deepseek", "messages": [{"role": "user", "content": "x"}]}
+            for answer in (
+                http.post("/v1/completions", json=ASK),
+                http.post("/v1/completions", json=ASK | {"stream": True}),
+                http.post("/v1/chat/completions", json=chat),
+                http.get("/v1/models"),
+            ):
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
+                assert "its model is being loaded" in answer.json()["error"]["message"]
+            assert {event.kind for event in events} == {"request_served"}
+            may_load.set()
+            server.wait_until_ready(running)
+            assert http.get("/readyz").status_code == 200
+            assert http.post("/v1/completions", json=ASK).status_code == 200
+            assert "server_started" in {event.kind for event in events}
+        finally:
+            may_load.set()
+            server.stop("test")
+            running.result()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_what_loading_raised() -> None:
+    def load() -> tuple[Decoder, Tokenizer]:
+        raise ArtifactError("half of the file is missing")
+
+    events: list[Event] = []
+    server = Server(load, ServeConfig(port=0), listen=events.append)
+    with pytest.raises(ArtifactError, match=r"^half of the file is missing$"):
+        server.run()
+    assert events == []
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_does_not_wait_for_a_model_to_load(number: signal.Signals, status: int) -> None:
+    program = textwrap.dedent(
+        """
+        import sys, time
+        from deepseek.serve.config import ServeConfig
+        from deepseek.serve.server import serve_loading
+
+        def load():
+            print("loading", flush=True)
+            time.sleep(60)
+
+        try:
+            serve_loading(load, ServeConfig(port=0))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == status
     assert errors == ""

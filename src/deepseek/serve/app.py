@@ -1,6 +1,6 @@
 """The HTTP endpoints as a starlette application: OpenAI's completions, chat and models, health checks and metrics.
 
-    request -> key, size -> body -> prompts -> EngineThread.open -> whole answer, or server-sent events
+    request -> key, size -> body -> prompts -> EngineLoop.open -> whole answer, or server-sent events
                                                   `-> the client hangs up: the stream is closed, its slots are freed
 
 Errors of every kind leave in one shape, `{"error": {message, type, param, code}}`. Status 503 carries `Retry-After`;
@@ -34,7 +34,7 @@ from deepseek.core.errors import DeepSeekError, OverloadedError, RequestError
 from deepseek.data.chat_templates import render_chat
 from deepseek.serve import responses
 from deepseek.serve.config import ServeConfig
-from deepseek.serve.engine_thread import EngineThread, Stream
+from deepseek.serve.engine_loop import EngineLoop, Stream
 from deepseek.serve.events import Listener, RequestServed, ignore
 from deepseek.serve.metrics import CONTENT_TYPE, Metrics
 from deepseek.serve.requests import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, parse
@@ -52,7 +52,7 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 class Service:
     """State that the endpoints share."""
 
-    thread: EngineThread
+    engine_loop: EngineLoop
     metrics: Metrics
     config: ServeConfig
     api_key: str | None = field(default=None, repr=False)
@@ -62,14 +62,18 @@ class Service:
     """Whether the server is on its way out and takes no new requests."""
 
     @property
-    def is_ready(self) -> bool:
-        """Whether requests would be served."""
-        return self.thread.is_ready and self.thread.is_alive and not self.is_draining
+    def obstacle(self) -> str | None:
+        """Why requests would not be served, if they would not."""
+        if self.is_draining:
+            return "the server is shutting down"
+        if not self.engine_loop.is_alive:
+            return "the engine failed or stalled"
+        return None if self.engine_loop.is_ready else "the model is being loaded"
 
     @property
     def card(self) -> Json:
         """The one model, as `/v1/models` shows it."""
-        return responses.model_card(self.config.model_name, self.created_s, self.thread.engine.max_length)
+        return responses.model_card(self.config.model_name, self.created_s, self.engine_loop.engine.max_length)
 
     def require_model(self, name: str) -> None:
         """Raise `RequestError` (404) unless `name` is the model that is served."""
@@ -85,18 +89,18 @@ class Service:
         """Raise `OverloadedError` when so many sequences find no room now, `RequestError` when they never would."""
         if self.is_draining:
             raise OverloadedError("the server is shutting down; try again later")
-        capacity = self.thread.engine.capacity
+        capacity = self.engine_loop.engine.capacity
         if num_choices > capacity:
             raise RequestError(
                 f"the request asks for {num_choices} answers and this server holds {capacity} at once; "
                 "send fewer prompts or a lower n",
                 param="n",
             )
-        self.thread.engine.require_room(num_choices)
+        self.engine_loop.engine.require_room(num_choices)
 
 
 def build_app(service: Service) -> ASGIApp:
-    """Build the application over `service`, whose engine thread the caller starts and stops."""
+    """Build the application over `service`, whose engine loop the caller runs and stops."""
     app = Starlette(
         routes=[
             Route("/v1/completions", complete, methods=["POST"]),
@@ -137,7 +141,7 @@ async def complete(request: Request) -> Response:
     service.require_room(len(prompts))
     requests = await asyncio.to_thread(_completion_requests, service, body)
     echoes = await asyncio.to_thread(_echoes, service, prompts) if body.echo else ()
-    token_bytes = service.thread.engine.tokenizer.token_bytes
+    token_bytes = service.engine_loop.engine.tokenizer.token_bytes
     is_scored = body.echo and body.logprobs is not None
     answer = CompletionAnswer(body.model, token_bytes, echoes=echoes, is_scored=is_scored)
     return await respond(request, body, requests, answer)
@@ -148,7 +152,9 @@ async def chat(request: Request) -> Response:
     service, body = await admit(request, ChatBody)
     service.require_room(body.n)
     requests = await asyncio.to_thread(_chat_requests, service, body)
-    return await respond(request, body, requests, ChatAnswer(body.model, service.thread.engine.tokenizer.token_bytes))
+    return await respond(
+        request, body, requests, ChatAnswer(body.model, service.engine_loop.engine.tokenizer.token_bytes)
+    )
 
 
 async def list_models(request: Request) -> Response:
@@ -166,15 +172,18 @@ async def show_model(request: Request) -> Response:
 
 async def show_health(request: Request) -> Response:
     """`GET /healthz`: 200 while the engine makes progress."""
-    thread = request.app.state.service.thread
-    status = {"status": "ok" if thread.is_alive else "failed", "last_step_age_s": round(thread.beat_age_s, 3)}
-    return JSONResponse(status, status_code=200 if thread.is_alive else 503)
+    engine_loop = request.app.state.service.engine_loop
+    status = {"status": "ok" if engine_loop.is_alive else "failed", "last_step_age_s": round(engine_loop.beat_age_s, 3)}
+    return JSONResponse(status, status_code=200 if engine_loop.is_alive else 503)
 
 
 async def show_readiness(request: Request) -> Response:
     """`GET /readyz`: 200 when loaded, warmed up and not shutting down."""
-    is_ready = request.app.state.service.is_ready
-    return JSONResponse({"status": "ready" if is_ready else "not ready"}, status_code=200 if is_ready else 503)
+    service = request.app.state.service
+    if service.obstacle is None:
+        return JSONResponse({"status": "ready"})
+    headers = {"Retry-After": str(service.config.retry_after_s)}
+    return JSONResponse({"status": "not ready", "reason": service.obstacle}, status_code=503, headers=headers)
 
 
 async def show_metrics(request: Request) -> Response:
@@ -225,14 +234,14 @@ async def respond(
     request: Request, body: GenerationBody, requests: Sequence[GenerationRequest], answer: Answer
 ) -> Response:
     """Generate and answer, streamed or whole; cancels the work when the client hangs up."""
-    thread = request.app.state.service.thread
-    stream = thread.open(requests)
+    engine_loop = request.app.state.service.engine_loop
+    stream = engine_loop.open(requests)
     if body.stream:
-        return EventStream(thread, stream, _events(stream, body, answer))
+        return EventStream(engine_loop, stream, _events(stream, body, answer))
     try:
         generations = await until_disconnect(request.receive, gather(stream))
     finally:
-        thread.close(stream)
+        engine_loop.close(stream)
     return JSONResponse(answer.whole(generations, responses.usage(stream.sequences)))
 
 
@@ -264,11 +273,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, thread: EngineThread, stream: Stream, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, engine_loop: EngineLoop, stream: Stream, events: AsyncIterator[bytes]) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._thread = thread
+        self._engine_loop = engine_loop
         self._stream = stream
         self._events = events
 
@@ -277,7 +286,7 @@ class EventStream(Response):
             with contextlib.suppress(ClientDisconnect):  # nobody is left to answer
                 await until_disconnect(receive, self._send_all(send))
         finally:
-            self._thread.close(self._stream)
+            self._engine_loop.close(self._stream)
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -317,7 +326,7 @@ async def _disconnect(receive: Receive) -> None:
 
 def _completion_requests(service: Service, body: CompletionBody) -> list[GenerationRequest]:
     """Build one request per prompt and choice; without `max_tokens`, OpenAI's default or what still fits."""
-    engine = service.thread.engine
+    engine = service.engine_loop.engine
     requests = []
     for prompt in body.prompts:
         first = engine.request(
@@ -336,7 +345,7 @@ def _completion_requests(service: Service, body: CompletionBody) -> list[Generat
 
 def _chat_requests(service: Service, body: ChatBody) -> list[GenerationRequest]:
     """Build one request per choice; the template writes the special tokens, so none are added."""
-    engine = service.thread.engine
+    engine = service.engine_loop.engine
     prompt = render_chat(
         engine.tokenizer,
         [message.as_template_sees_it for message in body.messages],
@@ -358,7 +367,7 @@ def _chat_requests(service: Service, body: ChatBody) -> list[GenerationRequest]:
 
 
 def _echoes(service: Service, prompts: Sequence[str | list[int]]) -> tuple[str, ...]:
-    tokenizer = service.thread.engine.tokenizer
+    tokenizer = service.engine_loop.engine.tokenizer
     return tuple(prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts)
 
 

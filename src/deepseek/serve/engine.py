@@ -5,7 +5,7 @@
 `step` is the whole story: drop what was cancelled, let the scheduler decide, run the model, choose tokens, report.
 Policy is in `scheduling.py`, text in `detokenizing.py`, chance in `sampling.py`; here they meet the tensors. `submit`
 and `cancel` may be called from any thread, `step` from one. For a script, `generate` and `run` drive the steps; for a
-server, `engine_thread.py` does so in a thread.
+server, `engine_loop.py` does so.
 
 What goes wrong with one sequence (logits that are no numbers, text that cannot be decoded, a prompt that the model
 fails on) ends that sequence with an error, and the others go on. Where the model cannot read a single token any more,

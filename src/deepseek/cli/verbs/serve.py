@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from deepseek.data.tokenizing import Tokenizer
+    from deepseek.models.decoder.model import Decoder
 
 API_KEY_VARIABLE = "DEEPSEEK_API_KEY"
 
@@ -64,7 +68,7 @@ def serve(
     from deepseek.models.loading import load_decoder, make_int8_
     from deepseek.nn.packed import pack_
     from deepseek.serve.config import ServeConfig
-    from deepseek.serve.server import serve as run
+    from deepseek.serve.server import serve_loading
 
     config = ServeConfig(
         host=host,
@@ -78,8 +82,11 @@ def serve(
     if allowed_origins is not None:
         config = config.override({"allowed_origins": tuple(allowed_origins)})
     model = find_model_folder(model)
-    loaded = load_decoder(model)
-    loaded = pack_(make_int8_(loaded) if quantize == "int8" else loaded)
+
+    def load() -> tuple[Decoder, Tokenizer]:
+        decoder = load_decoder(model)
+        return pack_(make_int8_(decoder) if quantize == "int8" else decoder), load_tokenizer(model)
+
     api_key = os.environ.get(API_KEY_VARIABLE)
-    run(loaded, load_tokenizer(model), config, api_key=api_key, listen=lambda event: print_event(event, as_json=json))
+    serve_loading(load, config, api_key=api_key, listen=lambda event: print_event(event, as_json=json))
     sys.stdout.flush()

@@ -1,11 +1,15 @@
-"""The thread that drives an engine, and the asynchronous streams in which a server reads what comes out.
+"""The loop that drives an engine, and the asynchronous streams in which a server reads what comes out.
 
-    event loop: open(requests) -> Stream  ...  async for index, output in stream  ...  stream.close()
-    thread:     step(), step(), step() ... each output is handed to its stream's event loop
+    event loop:     open(requests) -> Stream  ...  async for index, output in stream  ...  stream.close()
+    engine's loop:  load, warm up, step(), step() ... each output is handed to its stream's event loop
 
-The model runs in one thread of its own, so that the event loop always answers, health checks above all. A stream that
-is closed early, because its client hung up, cancels what it had open. If a step raises, the engine is not to be trusted
-any more: every stream gets the error, new ones are refused, and `is_alive` stays false from then on.
+The HTTP server's event loop runs in another thread, so that it always answers, health checks above all. The model is
+loaded, warmed up and stepped by the one thread that calls `run`: GNU's OpenMP runtime counts the threads of the teams
+of all of a process's threads, and once they are more than the processors each wait ends in sleep. A second team makes
+decoding 1.5 to 3 times slower, so no other thread of a server may compute with tensors.
+
+A stream that is closed early, because its client hung up, cancels what it had open. If a step raises, the engine is not
+to be trusted any more: every stream gets the error, new ones are refused, and `is_alive` stays false from then on.
 """
 
 from __future__ import annotations
@@ -51,13 +55,14 @@ class Stream:
             yield self._index_of[item.sequence_id], item
 
 
-class EngineThread:
-    """One engine at work; `observe` is called with the outputs of every step, in the thread."""
+class EngineLoop:
+    """One engine at work; `observe` is called with the outputs of every step, in the thread that steps."""
 
-    def __init__(self, engine: Engine, *, stall_timeout_s: float, observe: Observer) -> None:
-        self.engine = engine
+    def __init__(self, load: Callable[[], Engine], *, stall_timeout_s: float, observe: Observer) -> None:
         self.is_ready = False
-        """Whether the engine is warmed up."""
+        """Whether the engine is loaded and warmed up."""
+        self._load = load
+        self._engine: Engine | None = None
         self._stall_timeout_s = stall_timeout_s
         self._observe = observe
         self._streams: dict[int, Stream] = {}  # by sequence id
@@ -66,18 +71,38 @@ class EngineThread:
         self._is_stopping = False
         self._wake = threading.Event()
         self._beat_s = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="deepseek-engine", daemon=True)
+        self._stopped = threading.Event()
 
-    def start(self) -> None:
-        """Warm the engine up and begin to step."""
-        self._thread.start()
+    @property
+    def engine(self) -> Engine:
+        """The engine; raises `OverloadedError` while it loads."""
+        if self._engine is None:
+            raise OverloadedError("the server is starting and its model is being loaded; try again later")
+        return self._engine
+
+    def run(self) -> None:
+        """Load the engine and step it until `stop`. Blocks; call it once.
+
+        Raises what loading raises, and `PermanentError` when the engine fails while it warms up. An engine that fails
+        later is kept, so that everybody who asks hears why, until `stop`.
+        """
+        try:
+            self._engine = self._load()
+            self._warm_up(self._engine)
+            self._step(self._engine)
+        finally:
+            self._stopped.set()
 
     def stop(self) -> None:
-        """End the thread after its current step; streams that are open end with an error."""
+        """End `run` after its current step; streams that are open end with an error. From any thread."""
         self._is_stopping = True
         self.fail_all("the server stopped")
         self._wake.set()
-        self._thread.join()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `run` has ended."""
+        return self._stopped.is_set()
 
     @property
     def beat_age_s(self) -> float:
@@ -86,13 +111,16 @@ class EngineThread:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine makes progress."""
-        return self._failure is None and self._thread.is_alive() and self.beat_age_s < self._stall_timeout_s
+        """Whether the engine makes progress; loading may take as long as it takes."""
+        is_stalled = self.is_ready and self.beat_age_s >= self._stall_timeout_s
+        return self._failure is None and not self.is_stopped and not is_stalled
 
-    def raise_if_never_ready(self) -> None:
-        """Raise `PermanentError` when the engine failed before it was warmed up, for a server that should not start."""
-        if self._failure is not None and not self.is_ready:
-            raise PermanentError(f"the engine failed while it warmed up ({self._failure}); check the model")
+    @property
+    def num_open(self) -> int:
+        """Sequences that will be finished: those that run or wait, unless the engine failed."""
+        if self._engine is None or self._failure is not None:
+            return 0
+        return self._engine.num_running + self._engine.num_waiting
 
     def open(self, requests: Sequence[GenerationRequest]) -> Stream:
         """Submit `requests`; the caller closes the stream.
@@ -128,29 +156,37 @@ class EngineThread:
         if self._failure is not None:
             raise _engine_error(self._failure)
         if not self.is_ready or self._is_stopping:
-            raise OverloadedError(f"the server is {'stopping' if self._is_stopping else 'starting'}; try again later")
+            doing = "stopping" if self._is_stopping else "starting and its model is being loaded"
+            raise OverloadedError(f"the server is {doing}; try again later")
 
-    def _run(self) -> None:
+    def _warm_up(self, engine: Engine) -> None:
         try:
-            self.engine.warm_up()
-            self.is_ready = True
-            while not self._is_stopping:
-                self._beat_s = time.monotonic()
-                self._advance()
+            engine.warm_up()
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise PermanentError(f"the engine failed while it warmed up ({self._failure}); check the model") from error
+        self._beat_s = time.monotonic()
+        self.is_ready = True
+
+    def _step(self, engine: Engine) -> None:
+        """Step, or sleep for a while when there is nothing to do, until `stop`."""
+        while not self._is_stopping:
+            self._beat_s = time.monotonic()
+            if self._failure is None and engine.has_work:
+                self._advance(engine)
+            else:
+                self._wake.wait(_IDLE_S)
+                self._wake.clear()
+
+    def _advance(self, engine: Engine) -> None:
+        try:
+            outputs = engine.step()
+            self._observe(outputs)
+            for output in outputs:
+                self._deliver(output)
         except Exception as error:  # whatever it was, those who wait must hear of it
             logger.exception("the engine failed and serves no more requests")
             self._fail(f"{type(error).__name__}: {error}")
-
-    def _advance(self) -> None:
-        """One step, or a short sleep when there is nothing to do."""
-        if not self.engine.has_work:
-            self._wake.wait(_IDLE_S)
-            self._wake.clear()
-            return
-        outputs = self.engine.step()
-        self._observe(outputs)
-        for output in outputs:
-            self._deliver(output)
 
     def _deliver(self, output: Output) -> None:
         """Hand an output to its stream, unless that was closed in the meantime."""
