@@ -5,6 +5,10 @@ the last window may reach beyond the padding; a window that would lie in the pad
 (onnx/onnx#4958). Here the input is padded to exactly the windows that ONNX defines, and then pooled without padding.
 An average divides by the values that are counted: those of the input, and with `count_include_pad` the padding as well,
 but never what `ceil_mode` adds. Definition: https://onnx.ai/onnx/operators/onnx__AveragePool.html.
+
+The padding of SAME_UPPER and SAME_LOWER is negative where strides reach beyond the window: values at the ends are then
+left out, as the definition's formula says and ONNX Runtime does for averages (it refuses such a MaxPool when it runs,
+and ONNX's own reference such an AveragePool; TensorFlow, which the definition links to, starts at the first value).
 """
 
 from __future__ import annotations
@@ -42,9 +46,9 @@ class PoolWindow(NamedTuple):
         stride, reach = self.strides[axis], (self.kernel[axis] - 1) * self.dilations[axis] + 1
         if self.same:
             num_windows = -(-length // stride)
-            total = max(0, (num_windows - 1) * stride + reach - length)
-            small, large = total // 2, total - total // 2
-            return (num_windows, small, large) if self.same == "SAME_UPPER" else (num_windows, large, small)
+            total = (num_windows - 1) * stride + reach - length
+            before = int((total + (self.same == "SAME_LOWER")) / 2)  # toward zero, as ONNX Runtime divides
+            return num_windows, before, total - before
         before, after = self.before[axis], self.after[axis]
         free = length + before + after - reach
         num_windows = (-(-free // stride) if self.is_ceil else free // stride) + 1

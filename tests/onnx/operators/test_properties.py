@@ -541,9 +541,6 @@ def pools(draw, name):
     attributes = window(draw, num_spatial)
     if attributes.get("auto_pad", "").startswith("SAME"):
         attributes.pop("dilations", None)  # ONNX Runtime pads for windows without gaps, against the text
-        if "strides" in attributes:  # strides beyond the window are read differently
-            kernel = attributes["kernel_shape"]
-            attributes["strides"] = list(map(min, attributes["strides"], kernel))
     if "auto_pad" not in attributes:
         attributes["ceil_mode"] = draw(st.integers(0, 1))
     if name == "AveragePool":

@@ -100,7 +100,7 @@ def make_session(model: bytes | str, *, num_threads: int, optimized: Path | None
     options.inter_op_num_threads = 1
     options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, and translated: its own lines on stderr would say them twice
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return runtime.InferenceSession(model, options, providers=[CPU_PROVIDER])
