@@ -104,7 +104,7 @@ def predict_left_out(runs: Sequence[MeasuredRun], is_quick: bool) -> tuple[Array
         rows = np.array([i for i, run in enumerate(runs) if (run.family, run.source) == (family, source)])
         others = {run.source for run in select_timed(everything) if run.family == family} - {source}
         constants = fit_without(everything, family, source) if others and not is_quick else get_constants(family)
-        seconds[rows] = predict_with(stack_runs(runs[i].run for i in rows), constants)
+        seconds[rows] = predict_with(stack_runs(runs[i].published for i in rows), constants)
         is_left_out[rows] = bool(others) and not is_quick
     return seconds, is_left_out
 
@@ -117,21 +117,23 @@ def predict_with(columns: Columns, constants: Constants) -> Array:
 
 def count_flops(measured: MeasuredRun) -> float:
     """Matrix and attention operations of one step, recomputation included: what one constant rate would explain."""
-    model, plan = measured.run.model, measured.run.plan
+    model, plan = measured.published.model, measured.published.plan
     attention = 4 * model.sequence * model.heads * model.head_dim * model.layers
     per_token = 2 * (model.num_active_parameters - model.embedding_parameters + model.vocabulary * model.hidden)
     passes = 4 if plan.recomputation == "full" else 3
-    return float(passes * (per_token + attention) * model.sequence * measured.run.global_batch)
+    return float(passes * (per_token + attention) * model.sequence * measured.published.global_batch)
 
 
 def fit_one_constant(runs: Sequence[MeasuredRun]) -> float:
     """Return the mean error of the best single FLOP/s for each accelerator and precision of a source."""
     groups: dict[tuple[str, str], list[MeasuredRun]] = defaultdict(list)
     for run in runs:
-        groups[run.row["accel"], "16" if run.run.plan.precision in ("fp16", "bf16") else "8"].append(run)
+        groups[run.row["accel"], "16" if run.published.plan.precision in ("fp16", "bf16") else "8"].append(run)
     errors: list[float] = []
     for group in groups.values():
-        slowness = np.array([count_flops(e) / e.run.cluster.num_devices / float(e.row["iter_time_s"]) for e in group])
+        slowness = np.array(
+            [count_flops(e) / e.published.cluster.num_devices / float(e.row["iter_time_s"]) for e in group]
+        )
         errors += min((np.abs(slowness / rate - 1).tolist() for rate in slowness), key=np.mean)
     return float(np.mean(errors))
 
@@ -208,7 +210,7 @@ def judge_choices(runs: Sequence[MeasuredRun], seconds: Array) -> list[Choice]:
 
 def _name_plan(measured: MeasuredRun) -> tuple[object, ...]:
     """Return what identifies a plan in repeated runs: all published inputs, and the program with its age."""
-    run = measured.run
+    run = measured.published
     return (*(measured.row[name] or "0" for name in INPUT_KEYS), run.plan, run.software, run.model.frozen_weights)
 
 
@@ -231,7 +233,7 @@ def _summarise(source: str, values: list[tuple[float, float, float]]) -> Choice:
 def judge_memory(runs: Sequence[MeasuredRun]) -> dict[str, float]:
     """Return the errors where memory was reported, out-of-memory rows foreseen, and runs that would have been
     refused."""
-    columns = stack_runs(run.run for run in runs)
+    columns = stack_runs(run.published for run in runs)
     needed = np.sum(np.broadcast_arrays(*measure_memory(columns).values()), axis=0)
     is_over = needed > columns.device_memory_bytes
     answers: dict[str, float] = {}

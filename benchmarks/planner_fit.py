@@ -82,7 +82,7 @@ class MeasuredRun:
     """A row as it was published, and as it was understood."""
 
     row: dict[str, str]
-    run: PublishedRun
+    published: PublishedRun
 
     @property
     def source(self) -> str:
@@ -91,8 +91,8 @@ class MeasuredRun:
 
     @property
     def family(self) -> str:
-        """PlanFamily of its accelerators."""
-        return self.run.cluster.nodes[0].accelerator.family
+        """The family of its accelerators."""
+        return self.published.cluster.nodes[0].accelerator.family
 
 
 @cache
@@ -213,7 +213,7 @@ def pose(runs: Sequence[MeasuredRun], family: str) -> Problem:
     """Return the fit of one family on some runs."""
     seconds = np.array([float(run.row["iter_time_s"]) for run in runs])
     weights = weigh(np.array([run.source for run in runs]))
-    return Problem(stack_runs(run.run for run in runs), seconds, weights, load_collectives(family))
+    return Problem(stack_runs(run.published for run in runs), seconds, weights, load_collectives(family))
 
 
 def fit(problem: Problem, start: Constants, steps: int = 20) -> Array:
@@ -258,7 +258,7 @@ def fit_memory(runs: Sequence[MeasuredRun], start: Constants) -> tuple[float, fl
     if not told:
         return start.communicator_bytes, start.fragmentation_fraction
     measured = np.array([float(run.row["mem_gb"]) * 1e9 for run in told])
-    tables = stack_runs(run.run for run in told), stack_runs(run.run for run in happened)
+    tables = stack_runs(run.published for run in told), stack_runs(run.published for run in happened)
 
     def judge(pair: tuple[float, float]) -> tuple[int, float]:
         needed, possible = (_measure(table, pair) for table in tables)

@@ -107,7 +107,7 @@ def test_nothing_needs_to_be_held_out(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_single_file_says_how_it_can_be_split(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text("a b c d\n" * 50, encoding="utf-8")
+    (tmp_path / "book.txt").write_text("".join(f"a b c {number}\n" for number in range(50)), encoding="utf-8")
     config = _config(tmp_path / "book.txt", vocab_size=260)
     with pytest.raises(DataError, match="cut long files with document_separator"):
         list(prepare_data(config, tmp_path / "data"))
@@ -148,3 +148,14 @@ def test_held_out_files_that_lie_elsewhere_change_nothing(tmp_path: Path) -> Non
         (tmp_path / folder / "a.txt").write_text(folder)
     train, _ = open_corpora(DataConfig(sources=(f"{tmp_path}/train",), heldout_sources=(f"{tmp_path}/heldout",)))
     assert [document.text for document in train] == ["train"]
+
+
+def test_copies_of_held_out_texts_among_the_training_text_are_named(tmp_path: Path) -> None:
+    for folder, texts in (("train", ("one", "two", "three")), ("heldout", ("two", "four"))):
+        (tmp_path / folder).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / folder / f"{number}.txt").write_text(text)
+    config = _config(tmp_path / "train", vocab_size=260, heldout_sources=(f"{tmp_path}/heldout",))
+    for _ in range(2):  # also where the caches are found made
+        with pytest.warns(UserWarning, match=r"1 are held out under another name.*: 1\.txt; take the copies away"):
+            list(prepare_data(config, tmp_path / "data"))

@@ -7,6 +7,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +210,74 @@ def test_json_nested_too_deep_is_an_error_and_no_traceback(tmp_path: Path) -> No
     (tmp_path / "a.jsonl").write_text("[" * 200_000)
     with pytest.raises(DataError, match=r"a\.jsonl"):
         read(tmp_path)
+
+
+def test_json_objects_one_after_the_other_are_rows_whatever_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(row, indent=1) for row in ROWS))
+    assert [document.text for document in read(tmp_path)] == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"data": [{"text": "x"}]}', "lie inside others"),
+        ('[{"row": {"text": "x"}}, 1]', "lie inside others"),
+        ('["one", "two"]', "a list of texts"),
+    ],
+)
+def test_json_that_hides_its_texts_is_reported_in_a_folder_and_refused_by_name(
+    tmp_path: Path, content: str, problem: str
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.warns(UserWarning, match=rf"a\.json is read as plain text.*{problem}"):
+        assert read(tmp_path) == [Document("a.json", content)]
+    with pytest.raises(DataError, match=problem):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("id,text\n1,a cut, text\n", "row 0 has 3 cells and the first line 2"),
+        ("id,text\n1,whole\n2\n", "row 1 has 1 cells and the first line 2"),
+        ("text,text\na,b\n", "2 columns 'text'"),
+    ],
+)
+def test_no_cell_of_a_csv_is_lost(tmp_path: Path, content: str, problem: str) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=rf"a\.csv .*{problem}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text\n你好世界你好世界你好世界".encode("utf-16-le"),
+        b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n1 0 obj\nstream\n\x01\x02\x03\x04\nendstream",
+        bytes(range(1, 256)) * 20,
+        b"text\na\x00b\n",
+    ],
+)
+def test_bytes_that_are_no_text_are_left_out_whatever_their_name(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "b.txt").write_text("a bell \x07 and \x1b[31mred\x1b[0m")
+    with pytest.warns(UserWarning, match=rf"no text is in .*{re.escape(name)}, which is left out"):
+        assert [document.name for document in read(tmp_path)] == ["b.txt"]
+
+
+def test_zstandard_is_read_and_a_zip_of_several_files_is_not(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    with arrow.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as stream:
+        stream.write(b'{"text": "x"}\n{"text": "y"}\n')
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("one.txt", "one")
+    assert [document.text for document in read(tmp_path)] == ["x", "y", "one"]
+    with zipfile.ZipFile(tmp_path / "b.zip", "a") as archive:
+        archive.writestr("two.txt", "two")
+    with pytest.raises(DataError, match=r"b\.zip is an archive of 2 files; unpack it"):
+        read(tmp_path / "b.zip")
+    for name in ("a.jsonl.zst", "b.zip"):
+        (tmp_path / name).write_bytes(b"neither")
+        with pytest.raises(DataError, match=rf"{re.escape(name)} cannot be read"):
+            read(tmp_path / name)

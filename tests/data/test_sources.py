@@ -214,3 +214,30 @@ def test_an_image_among_text_is_left_out_and_named_and_alone_it_is_refused(tmp_p
     for name, seen in (("b.png", "NUL bytes"), ("c", "places that are not UTF-8")):
         with pytest.raises(DataError, match=rf"{name} is no text: it has \d+ {seen}"):
             list(Corpus((str(tmp_path / name),)))
+
+
+def test_hard_links_and_sources_that_overlap_are_read_once(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "a.txt").write_text("one")
+    os.link(tmp_path / "part" / "a.txt", tmp_path / "b.txt")
+    corpus = Corpus((str(tmp_path / "part"), str(tmp_path), str(tmp_path / "b.txt")))
+    assert [(document.name, document.text) for document in corpus] == [("a.txt", "one")]
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    link(tmp_path / "x", "y")
+    link(tmp_path / "y", "x")
+    with pytest.warns(UserWarning, match=r"neither a file nor a folder is .*/x, .*/y, which is left out"):
+        assert [document.text for document in Corpus((str(tmp_path),))] == ["one"]
+
+
+def test_a_folder_with_brackets_in_its_name_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes[1]").mkdir()
+    (tmp_path / "notes[1]" / "a.txt").write_text("one")
+    assert [document.text for document in Corpus((f"{tmp_path}/notes[1]",))] == ["one"]
+
+
+def test_an_empty_source_is_not_the_current_folder() -> None:
+    with pytest.raises(DataError, match="a source is an empty text"):
+        list(Corpus(("",)))

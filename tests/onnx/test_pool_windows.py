@@ -50,9 +50,13 @@ def test_same_padding_puts_the_odd_one_where_the_name_says():
 
 @pytest.mark.parametrize(("same", "even"), [("SAME_UPPER", [2, 5]), ("SAME_LOWER", [1, 4])])
 def test_strides_beyond_the_window_leave_values_out_at_the_ends(same, even):
-    """Padding is (ceil(length / stride) - 1) * stride + kernel - length, here -2 and -1, halved as ONNX Runtime does."""
+    """Padding is (ceil(length / stride) - 1) * stride + kernel - length, here -2 and -1."""
     windows = window((1,), strides=(3,), same=same)
-    for pool in (max_pool, lambda x, windows: average_pool(x, windows, False), lambda x, windows: lp_pool(x, windows, 2)):
+    for pool in (
+        max_pool,
+        lambda x, windows: average_pool(x, windows, False),
+        lambda x, windows: lp_pool(x, windows, 2),
+    ):
         assert pool(torch.arange(1.0, 7.0).reshape(1, 1, 6), windows).tolist() == [[even]]
         assert pool(torch.arange(1.0, 6.0).reshape(1, 1, 5), windows).tolist() == [[[1, 4]]]
 

@@ -16,7 +16,7 @@ def timed():
 def test_a_fit_finds_the_constants_that_made_the_times(timed):
     runs = [each for each in timed if each.family == "ampere"][::6]
     true = replace(get_constants("ampere"), matmul_fraction=0.7, launch_s=2.4e-5, memory_fraction=0.85)
-    seconds = planner.predict_with(stack_runs(each.run for each in runs), true)
+    seconds = planner.predict_with(stack_runs(measured.published for measured in runs), true)
     made = [replace(each, row={**each.row, "iter_time_s": str(time)}) for each, time in zip(runs, seconds, strict=True)]
     problem = replace(planner_fit.pose(made, "ampere"), collectives=None)
     found = dict(zip(planner_fit.FITTED, np.exp(planner_fit.fit(problem, get_constants("ampere"))), strict=True))

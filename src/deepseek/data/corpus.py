@@ -13,9 +13,10 @@ the text to see that it is the same. A trained tokenizer is kept together with w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from deepseek.core.events import Event
 from deepseek.core.model_folder import GENERATION_FILE
 from deepseek.core.storage import new_folder
 from deepseek.data.config import DataConfig
+from deepseek.data.documents import Document
 from deepseek.data.sources import Corpus, name_some
 from deepseek.data.token_cache import TokenCache, build_token_cache, digest_documents, load_token_cache
 from deepseek.data.tokenizing import (
@@ -67,9 +69,23 @@ def prepare_data(config: DataConfig, folder: Path) -> Iterator[Event]:
     train, heldout = open_corpora(config)
     tokenizer, is_reused = _provide_tokenizer(config, train, folder / TOKENIZER_FOLDER)
     yield TokenizerReady(tokenizer.vocab_size, is_reused)
+    held_out: set[bytes] = set()
+    trained_on: dict[str, None] = {}
+
+    def compare(document: Document) -> None:
+        if _digest(document) in held_out:
+            trained_on[document.name] = None
+
     if heldout is not None:
-        yield from build_token_cache(heldout, tokenizer, folder / HELDOUT_FOLDER, total_bytes=heldout.num_bytes())
-    yield from build_token_cache(train, tokenizer, folder / TRAIN_FOLDER, total_bytes=train.num_bytes())
+        watched = _Watched(heldout, lambda document: held_out.add(_digest(document)))
+        yield from build_token_cache(watched, tokenizer, folder / HELDOUT_FOLDER, total_bytes=heldout.num_bytes())
+    watched = _Watched(train, compare)
+    yield from build_token_cache(watched, tokenizer, folder / TRAIN_FOLDER, total_bytes=train.num_bytes())
+    if trained_on:
+        warn_caller(
+            f"of the documents trained on, {len(trained_on)} are held out under another name, so that the held-out "
+            f"loss is too good: {name_some(list(trained_on))}; take the copies away"
+        )
 
 
 def load_data(config: DataConfig, folder: Path, *, is_verified: bool = False) -> PreparedData:
@@ -95,11 +111,29 @@ def open_corpora(config: DataConfig) -> tuple[Corpus, Corpus | None]:
 
 def _exclude_files(corpus: Corpus, heldout: Corpus) -> Corpus:
     """`corpus` without the files of `heldout`."""
-    shared = {file.identity for file in corpus.list_files()} & {file.identity for file in heldout.list_files()}
+    held_out = {file.identity for file in heldout.list_files()}
+    shared = {file.identity: file.path for file in corpus.list_files() if file.identity in held_out}
     if not shared:
         return corpus
-    warn_caller(f"held out by data.heldout_sources and so not trained on: {name_some(sorted(shared))}")
+    warn_caller(f"held out by data.heldout_sources and so not trained on: {name_some(sorted(shared.values()))}")
     return replace(corpus, excluded=frozenset(shared))
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """A corpus whose documents are shown to `watch` as they are read."""
+
+    corpus: Corpus
+    watch: Callable[[Document], object]
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.corpus:
+            self.watch(document)
+            yield document
+
+
+def _digest(document: Document) -> bytes:
+    return hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _provide_tokenizer(config: DataConfig, train: Corpus, folder: Path) -> tuple[Tokenizer, bool]:

@@ -6,11 +6,12 @@ r"""What a file holds, as documents: plain text, JSON Lines, JSON arrays, CSV an
 `Corpus` (sources.py) finds the files and calls this for each. What is read, and what is not:
 - Text is UTF-8, or what its byte order mark says: UTF-8, UTF-16 or UTF-32. The mark is no text, and in a text file
   `\r\n` is one line end.
-- Bytes that are not UTF-8 become U+FFFD; each document carries how often that happened. A file with NUL bytes, or with
-  three tenths of its characters replaced, is no text (an image, another encoding), and `NotTextError` says so.
-- JSON and CSV files are tables where they have the text field: a JSON array of objects or JSON Lines in a `.json`, CSV
-  and TSV with a line of names. Others are the text they are, as in a folder of code; where a table was probably meant,
-  a warning says which fields there are, or, where the file was named as a source, an error.
+- Bytes that are not UTF-8 become U+FFFD; each document carries how often that happened. A file with NUL bytes, with
+  more than two control characters in a hundred, or with three tenths of its characters replaced, is no text (an image,
+  another encoding), and `NotTextError` says so; so is an archive of several files.
+- JSON and CSV files are tables where they have the text field: an array of JSON objects, or one after the other, in
+  a `.json`; CSV and TSV with a line of names. Others are the text they are, as in a folder of code; where a
+  table was probably meant, a warning says which fields there are, or, where the file was named as a source, an error.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import posixpath
+import re
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, cast
 
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import DataError
@@ -42,6 +45,8 @@ _BYTE_ORDER_MARKS = (
     (b"\xfe\xff", "utf-16-be"),
 )
 _MOST_REPLACED = 0.3  # share of the characters of a text
+_MOST_CONTROL = 0.02
+_CONTROL = re.compile(r"[\x01-\x07\x0e-\x1a\x1c-\x1f]")  # all but those that move on a page, and escape sequences
 
 
 class NotTextError(DataError):
@@ -75,7 +80,10 @@ class SourceFile:
         """The same for two names of one file on one filesystem."""
         protocol = self.filesystem.protocol
         is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
-        return os.path.realpath(self.path) if is_local else f"{protocol}:{self.path}"
+        if not is_local:
+            return f"{protocol}:{self.path}"
+        found = Path(self.path).stat()
+        return f"{found.st_dev}:{found.st_ino}"
 
     @property
     def kind(self) -> str:
@@ -91,11 +99,27 @@ class SourceFile:
 
 def read_documents(file: SourceFile, *, text_field: str, separator: str | None) -> Iterator[Document]:
     """Yield the documents of `file`; raises `DataError` where it is damaged, and `NotTextError` where it is no text."""
-    with _explained_reading(file), file.filesystem.open(file.path, "rb", compression="infer") as stream:
+    with _explained_reading(file), _open(file) as stream:
         if file.kind in _TABLE_READERS:
             yield from _TABLE_READERS[file.kind](file, stream, text_field)
         else:
             yield from _read_text(file, stream.read(), separator)
+
+
+@contextmanager
+def _open(file: SourceFile) -> Iterator[IO[bytes]]:
+    """Open `file` without its compression; `NotTextError` for a zip of several files, which would lose all but one."""
+    if file.path.lower().endswith(".zst"):
+        arrow = require("pyarrow", extra="data")
+        with file.filesystem.open(file.path, "rb") as packed, arrow.CompressedInputStream(packed, "zstd") as stream:
+            yield io.BufferedReader(stream)
+        return
+    if file.path.lower().endswith(".zip"):
+        with file.filesystem.open(file.path, "rb") as packed, zipfile.ZipFile(packed) as archive:
+            if len(archive.namelist()) > 1:
+                raise NotTextError(f"{file.path} is an archive of {len(archive.namelist())} files; unpack it")
+    with file.filesystem.open(file.path, "rb", compression="infer") as stream:
+        yield stream
 
 
 def decode(name: str, content: bytes) -> Document:
@@ -133,14 +157,24 @@ def _read_text(file: SourceFile, content: bytes, separator: str | None) -> Itera
 
 def _decode_text(file: SourceFile, content: bytes) -> Document:
     document = decode(file.name, content)
-    num_nul = document.text.count("\0")
-    if num_nul or document.num_undecodable > max(1, _MOST_REPLACED * len(document.text)):
-        seen = f"{num_nul} NUL bytes" if num_nul else f"{document.num_undecodable} places that are not UTF-8"
-        raise NotTextError(
-            f"{file.path} is no text: it has {seen} among {len(document.text)} characters; "
-            "leave it out, or write it in UTF-8"
-        )
+    _refuse_binary(file, document)
     return replace(document, text=document.text.replace("\r\n", "\n"))
+
+
+def _refuse_binary(file: SourceFile, document: Document) -> None:
+    """Raise `NotTextError` for what is no text."""
+    length = len(document.text)
+    bounds = (
+        ("NUL bytes", document.text.count("\0"), 0),
+        ("places that are not UTF-8", document.num_undecodable, max(1, _MOST_REPLACED * length)),
+        ("control characters", len(_CONTROL.findall(document.text)), max(1, _MOST_CONTROL * length)),
+    )
+    for kind, count, most in bounds:
+        if count > most:
+            raise NotTextError(
+                f"{file.path} is no text: it has {count} {kind} among {length} characters; "
+                "leave it out, or write it in UTF-8"
+            )
 
 
 def _read_jsonl(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
@@ -168,40 +202,63 @@ def _read_json_line(name: str, line: bytes, where: str, text_field: str) -> Docu
 
 
 def _read_json(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
-    """An array of objects, or an object on each line, that have the field; anything else is a text."""
+    """An array of objects, or one after the other, that have the field; anything else is a text."""
     content = stream.read()
     whole = _decode_text(file, content)
-    try:
-        value = json.loads(whole.text)
-    except json.JSONDecodeError:
-        value = _parse_lines(whole.text)
-    rows = value if isinstance(value, list) and all(isinstance(row, dict) for row in value) else []
+    values = _parse_values(whole.text)
+    is_array = len(values) == 1 and isinstance(values[0], list)
+    found = values[0] if is_array else values
+    rows = found if (is_array or len(values) > 1) and all(isinstance(row, dict) for row in found) else []
     if any(text_field in row for row in rows):
         for number, row in enumerate(rows):
             yield _document_of(f"{file.name}:{number}", row, text_field, f"{file.path} row {number}")
         return
     if rows:
         _report_missing_field(file, list(dict.fromkeys(field for row in rows for field in row)), text_field)
+    elif any(_has_field(inner, text_field) for value in found for inner in _inside(value)):
+        _report_table(file, f"its objects with a {text_field!r} lie inside others; write them as an array")
+    elif found and all(isinstance(row, str) for row in found):
+        _report_table(file, f"it is a list of texts; write each as an object with the text in {text_field!r}")
     yield from _read_text(file, content, None)
 
 
-def _parse_lines(text: str) -> list[Any] | None:
-    """Parse JSON Lines; return `None` for a text that is none."""
+def _parse_values(text: str) -> list[Any]:
+    """Parse one JSON value after the other; nothing comes of a text that is no JSON."""
+    decoder, values, position = json.JSONDecoder(), [], 0
     try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        while position < len(text):
+            if text[position].isspace():
+                position += 1
+                continue
+            value, position = decoder.raw_decode(text, position)
+            values.append(value)
     except json.JSONDecodeError:
-        return None
+        return []
+    return values
+
+
+def _has_field(value: Any, text_field: str) -> bool:
+    """Return whether `value` or something inside it is an object with a text in the field."""
+    is_row = isinstance(value, dict) and isinstance(value.get(text_field), str)
+    return is_row or any(_has_field(inner, text_field) for inner in _inside(value))
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _read_csv(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
     content = stream.read()
     decoded = decode(file.name, content)
+    _refuse_binary(file, decoded)
     limit = csv.field_size_limit(len(decoded.text) + 1)
     try:
         delimiter = "\t" if file.kind == ".tsv" else ","
         table = csv.DictReader(io.StringIO(decoded.text, newline=""), delimiter=delimiter, strict=True)
         names = list(table.fieldnames or ())
-        rows = list(table) if text_field in names else []
+        if names.count(text_field) > 1:
+            raise csv.Error(f"it has {names.count(text_field)} columns {text_field!r}")
+        rows = [_require_whole(row, number) for number, row in enumerate(table)] if text_field in names else []
     except csv.Error as error:
         raise DataError(f"{file.path} cannot be read as a table ({error}); mend it or leave it out") from error
     finally:
@@ -215,11 +272,24 @@ def _read_csv(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[
         yield replace(document, num_undecodable=decoded.num_undecodable if number == 0 else 0)
 
 
+def _require_whole(row: dict[str | None, Any], number: int) -> dict[str, Any]:
+    """Return `row`; raises where a comma in a text that is not quoted, or a cut line, leaves it with other cells."""
+    if None in row or None in row.values():
+        num_cells = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or ())
+        num_names = len(row) - (None in row)
+        raise csv.Error(f"row {number} has {num_cells} cells and the first line {num_names}; quote texts with commas")
+    return cast("dict[str, Any]", row)
+
+
 def _report_missing_field(file: SourceFile, names: Sequence[str], text_field: str) -> None:
-    unknown = explain_unknown("text_field", text_field, names)
+    _report_table(file, explain_unknown("text_field", text_field, names))
+
+
+def _report_table(file: SourceFile, problem: str) -> None:
+    """Warn of a table that is read as the text it is; one that was named is refused."""
     if file.is_named:
-        raise DataError(f"{file.path}: {unknown}")
-    warn_caller(f"{file.path} is read as plain text, and it may be a table: {unknown}")
+        raise DataError(f"{file.path}: {problem}")
+    warn_caller(f"{file.path} is read as plain text, and it may be a table: {problem}")
 
 
 def _read_parquet(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
@@ -258,7 +328,7 @@ def _text_of(values: dict[str, Any], text_field: str, where: str) -> str:
 def _explained_reading(file: SourceFile) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, RecursionError) as error:
         raise DataError(f"{file.path} cannot be read ({error}); check that it is whole and yours to read") from error
 
 

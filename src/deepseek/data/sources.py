@@ -9,8 +9,8 @@ files give the same documents in the same order everywhere. Opening and decompre
 
 Which files are read (documents.py says how):
 - Files and folders whose name starts with a dot are left out, and so are documents without any text.
-- Links are followed, to files and to folders. A file that has several names in one source is read once, under the first
-  of them, so that it cannot lie on both sides of the split.
+- Links are followed, to files and to folders. A file that has several names (links, hard links, sources that overlap)
+  is read once, under the first of them, so that it cannot lie on both sides of the split.
 - What a link does not lead to, what is no file (a pipe, a device), and files that hold no text (images) are left out of
   folders and globs with a warning that names them. Named as a source, they are refused.
 - `stdlib` is every `.py` file of the standard library without installed packages, without tests (Linux distributions
@@ -25,6 +25,7 @@ other documents moves none across. Cost: one read of the files; 10 MB take 0.2 s
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -85,7 +86,11 @@ class Corpus:
 
     def list_files(self) -> list[SourceFile]:
         """Return the files that have to be read for this part, without reading them."""
-        files = [file for source in self.sources for file in list_source(source) if file.identity not in self.excluded]
+        firsts: dict[str, SourceFile] = {}
+        for source in self.sources:
+            for file in list_source(source):
+                firsts.setdefault(file.identity, file)
+        files = [file for identity, file in firsts.items() if identity not in self.excluded]
         return [file for file in files if not self._is_one_document(file) or self.has_part(file.name)]
 
     def num_bytes(self) -> int:
@@ -136,6 +141,8 @@ def is_heldout(name: str, fraction: float) -> bool:
 
 def list_source(source: str) -> list[SourceFile]:
     """Return the files of one source, sorted by name; raises `DataError` when there is none."""
+    if not source.strip():
+        raise DataError("a source is an empty text; name a folder, a glob or a file, '.' for the folder you are in")
     files = _list_stdlib() if source == STDLIB else _list_url(source)
     if not files:
         raise DataError(
@@ -207,7 +214,7 @@ def _list_local(filesystem: Any, path: str) -> list[SourceFile]:
         kind = "a link that leads to no file" if Path(path).is_symlink() else "a pipe, a device or a socket"
         raise OSError(f"it is {kind}")
     root, matches, depth = path, re.compile(""), None
-    if glob.has_magic(path):
+    if glob.has_magic(path) and not Path(path).is_dir():
         root, matches = _fixed_part(path), re.compile(glob_translate(path))
         depth = None if "**" in path else path.count("/") - root.rstrip("/").count("/")
     found = list(_walk(root, depth, above=frozenset())) if Path(root).is_dir() else []
@@ -232,12 +239,22 @@ def _walk(folder: str, depth: int | None, *, above: frozenset[str]) -> Iterator[
             path = f"{folder.rstrip('/')}/{entry.name}"
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
-                yield path, entry.is_file()
+            if not _is_folder(entry):
+                yield path, Path(path).is_file()
             elif os.path.realpath(path) in above:
                 yield path, False
             elif depth is None or depth > 1:
                 yield from _walk(path, None if depth is None else depth - 1, above=above)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or leads to one; links in a circle lead nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def name_some(paths: list[str]) -> str:
