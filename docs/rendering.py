@@ -21,9 +21,11 @@ def render_generations(table: Table) -> str:
     parts = [
         "# Generations",
         _NOTE,
-        "A generation is a named set of capabilities with a config schema and a checkpoint layout. The documents tell "
-        "several histories; this is their union. [D0] to [D4] name the document, [house] a decision of ours, and [D?] "
-        "a fact whose document is not named. Choose one with `deepseek advise`.",
+        "A generation is a version of the engine that this product was built from: a named set of capabilities with a "
+        "config schema and a checkpoint layout. It is no version of this product, which reads and reproduces all of "
+        "them. The documents tell several histories; this is their union. Choose one with `deepseek advise`.",
+        "Each statement ends in the mark of its document:",
+        _table(["mark", "document"], [[f"[{mark}]", what] for mark, what in table.documents.items()]),
         _table(
             ["generation", "also called", "status", "precisions", "distribution"],
             [
@@ -66,8 +68,9 @@ def render_rules(rules: MigrationRules) -> str:
     parts = [
         "# Migration rules",
         _NOTE,
-        "What `deepseek-migrate --check` finds. A rule applies on the way to its generation or a later one; an error "
-        "stops the code or changes results, a warning is deprecated or changes a default.",
+        "What `deepseek-migrate --check` finds on the way to a [generation](generations.md), whose page names the "
+        "documents D0 to D4; `house` is a decision of this project. A rule applies on the way to its generation or a "
+        "later one; an error stops the code or changes results, a warning is deprecated or changes a default.",
     ]
     for rule in (*rules.config, *rules.python, *rules.checkpoint):
         parts.append(f"## {rule.id}")

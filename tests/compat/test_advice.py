@@ -21,7 +21,25 @@ SENTENCES: list[tuple[dict[str, Any], str]] = [
     ({"latency": "realtime", "kubernetes": "none"}, "3.1"),
     ({"latency": "realtime", "hardware": "a100"}, "5.0"),
     ({"params": 7e9, "scale": "single"}, "2.3"),
-    ({"params": 13e9, "scale": "single", "gpu_memory_bytes": 24e9}, "2.0"),
+    ({"params": 13e9, "scale": "single", "gpu_memory_bytes": 24e9}, "3.0"),
+    ({"params": 13e9, "scale": "single"}, "3.0"),
+    ({"kubernetes": "none"}, "3.1"),
+    ({"kubernetes": "none", "params": 7e9, "scale": "single"}, "2.3"),
+    ({"kubernetes": "none", "gpu_memory_bytes": 6e9}, "1.0-quant"),
+    ({"hardware": "v100"}, "2.0"),
+    ({"hardware": "v100", "latency": "batch", "kubernetes": "none"}, "2.0"),
+    ({"hardware": "v100", "latency": "realtime"}, "4.0"),
+    ({"hardware": "v100", "latency": "realtime", "kubernetes": "none"}, "3.1"),
+    ({"hardware": "v100", "params": 20e9}, "3.0"),
+    ({"params": 100e9, "hardware": "edge"}, "3.5"),
+    ({"params": 99e9, "hardware": "edge"}, "2.3"),
+    ({"params": 100e9, "hardware": "raspberry-pi", "gpu_memory_bytes": 4e9, "latency": "realtime"}, "3.5"),
+    ({"hardware": "a100"}, "5.0"),
+    ({"hardware": "h100", "latency": "batch"}, "5.0"),
+    ({"hardware": "a100", "gpu_memory_bytes": 80e9}, "5.0"),
+    ({"hardware": "a100", "params": 7e9, "scale": "single"}, "2.3"),
+    ({"hardware": "a100", "params": 13e9}, "3.0"),
+    ({"hardware": "a100", "scale": "cluster"}, "3.1"),
     ({"params": 175e9, "scale": "cluster"}, "3.5"),
     ({"scale": "cluster"}, "3.1"),
     ({"params": 20e9, "latency": "batch"}, "3.0"),
@@ -33,6 +51,15 @@ SENTENCES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("question", "generation"), SENTENCES)
 def test_advice_is_what_the_documents_say(question: dict[str, Any], generation: str) -> None:
     assert advise(**question).generation == generation
+
+
+def test_a_rule_that_is_overruled_is_named_where_it_loses() -> None:
+    edge = advise(params=100e9, hardware="edge")
+    assert (edge.rule, "gives way" in edge.because.text) == ("hundred-billion-at-the-edge", True)
+    assert "2.3" in [reason.generation for reason in edge.runners_up]
+    v100 = advise(hardware="v100", latency="realtime")
+    (fastest,) = (reason for reason in v100.runners_up if reason.generation == "5.0")
+    assert "A100 only" in fastest.because.text
 
 
 def test_no_kubernetes_experience_rules_out_the_cloud_native_generation() -> None:
@@ -91,4 +118,6 @@ def test_the_command_prints_the_rule_and_the_changes(capsys: pytest.CaptureFixtu
     assert "2.3" in shown
     assert "one-machine" in shown
     assert "[D0, D1]" in shown
+    assert "[D1] guide to choosing and upgrading" in shown
+    assert "[D2]" not in shown
     assert "Would change the answer" in shown

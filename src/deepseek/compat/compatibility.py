@@ -2,6 +2,9 @@
 
 `deepseek-cli check-compatibility` prints it; `get_version_info` is its small sibling. The rules are functions of the
 frozen `Machine` and of the table's requirements, so a machine of any kind can be judged in a test.
+
+What a generation asks for is what the documents name for it, and no condition of this product, which trains, converts
+and serves wherever the lines about the machine are fine; so a generation is `unmet`, never `failing`.
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import deepseek
 from deepseek.compat.generations import FrameworkGeneration, find_generation, load_table
 from deepseek.compat.machine_probe import COMPILERS, CPU_FEATURES, RUNTIMES, Machine, probe_machine
 from deepseek.core.config import Config
 from deepseek.core.units import format_bytes
 
-Status = Literal["ok", "absent", "failing"]
+Status = Literal["ok", "absent", "unmet", "failing"]
 
 CURRENT_GENERATION = "5.0"
 _MIN_PYTHON, _MIN_TORCH = "3.11", "2.11"
@@ -29,7 +33,8 @@ class Check(Config):
     name: str
     seen: str
     status: Status
-    """`absent` is optional and not there; `failing` keeps something from running."""
+    """`absent` is optional and not there, `unmet` is asked for by the documents of a generation only, and `failing`
+    keeps something from running."""
     next_step: str | None = None
 
 
@@ -39,7 +44,6 @@ def check_compatibility(machine: Machine | None = None) -> tuple[Check, ...]:
     released = [generation for generation in load_table().generations if generation.status == "released"]
     return (
         *_check_machine(machine),
-        *_known_bad(machine),
         *(_check_generation(generation, machine) for generation in released),
     )
 
@@ -50,13 +54,11 @@ def get_version_info() -> dict[str, Any]:
     `cuda_version` is the runtime of torch where a CUDA device can be used, else `None`; `recommended_gpu` is the device
     of this machine with the most memory, else `None`; `new_features` are those of the current generation.
     """
-    from deepseek import __version__
-
     machine = probe_machine()
     gpus = sorted(machine.gpus, key=lambda gpu: gpu.memory_bytes)
     features = [feature.text for feature in find_generation(CURRENT_GENERATION).capabilities.features]
     return {
-        "version": __version__,
+        "version": deepseek.__version__,
         "cuda_version": machine.torch_cuda if gpus else None,
         "recommended_gpu": gpus[-1].name if gpus else None,
         "new_features": [feature for feature in features if "TVM" not in feature or "TVM" in machine.runtimes],
@@ -80,6 +82,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def _check_machine(machine: Machine) -> Iterator[Check]:
+    yield Check(name="deepseek", seen=deepseek.__version__, status="ok")
     yield _at_least("Python", machine.python, _MIN_PYTHON, f"install Python {_MIN_PYTHON} or later")
     yield _at_least("torch", machine.torch, _MIN_TORCH, f"pip install 'torch>={_MIN_TORCH}'")
     build = f"CUDA {machine.torch_cuda}" if machine.torch_cuda else f"ROCm {machine.torch_rocm}"
@@ -135,21 +138,23 @@ def _check_limits(machine: Machine) -> Iterator[Check]:
         )
 
 
-def _known_bad(machine: Machine) -> Iterator[Check]:
-    """Yield the pairs of CUDA and driver that the documents know to fail."""
-    for bad in load_table().known_bad:
-        is_cuda = machine.torch_cuda is not None and _numbers(machine.torch_cuda)[:2] == _numbers(bad.cuda)
-        if is_cuda and machine.cuda_driver and not is_at_least(machine.cuda_driver, bad.driver_below):
-            seen = f"CUDA {machine.torch_cuda} with driver {machine.cuda_driver} raises {bad.symptom}"
-            yield _failing(f"generation {bad.generation}", seen, str(bad.fix))
-
-
 def _check_generation(generation: FrameworkGeneration, machine: Machine) -> Check:
     """Whether the machine meets what the documents ask for; several unmet ones are reported together."""
-    name, missing = f"can run {generation.name}", list(_missing(generation, machine))
+    name, missing = f"meets {generation.name}", list(_missing(generation, machine))
     if not missing:
         return Check(name=name, seen="yes", status="ok")
-    return _failing(name, "no: " + "; ".join(seen for seen, _ in missing), "; ".join(step for _, step in missing))
+    seen, steps = "; ".join(seen for seen, _ in missing), "; ".join(step for _, step in missing)
+    return Check(name=name, seen=f"no: {seen}", status="unmet", next_step=steps)
+
+
+def _known_bad(generation: FrameworkGeneration, machine: Machine) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of CUDA and driver that the documents know to fail with a generation."""
+    for bad in load_table().known_bad:
+        is_cuda = machine.torch_cuda is not None and _numbers(machine.torch_cuda)[:2] == _numbers(bad.cuda)
+        is_old = machine.cuda_driver is not None and not is_at_least(machine.cuda_driver, bad.driver_below)
+        if bad.generation == generation.name and is_cuda and is_old:
+            seen = f"CUDA {machine.torch_cuda} with driver {machine.cuda_driver} raises {bad.symptom}"
+            yield seen, str(bad.fix)
 
 
 def _missing(generation: FrameworkGeneration, machine: Machine) -> Iterator[tuple[str, str]]:
@@ -163,8 +168,7 @@ def _missing(generation: FrameworkGeneration, machine: Machine) -> Iterator[tupl
             yield "no CUDA device", f"use a GPU with {choice} or later"
         elif not is_at_least(machine.torch_cuda, needs.cuda):
             yield f"CUDA {machine.torch_cuda}", f"install torch for {choice} or later"
-    if needs.driver and machine.cuda_driver and not is_at_least(machine.cuda_driver, needs.driver):
-        yield f"driver {machine.cuda_driver}", f"install driver {needs.driver} or later"
+    yield from _known_bad(generation, machine)
     if needs.nccl and machine.nccl and not is_at_least(machine.nccl, needs.nccl):
         yield f"NCCL {machine.nccl}", f"install NCCL {needs.nccl} or later"
     if needs.kubernetes and machine.kubernetes is None:

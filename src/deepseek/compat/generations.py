@@ -1,8 +1,9 @@
 """The table of generations: what each one brought, needs, reads and writes, with the document that says so.
 
-A *generation* is a named set of capabilities together with a config schema and a checkpoint layout. The documents give
-several histories of the versions 1 to 5; the table is their union, and where two disagree both numbers stand with their
-source. The facts are data, in `generations.yaml` beside this file; this file is their type and the way to look one up.
+A *generation* is a named set of capabilities together with a config schema and a checkpoint layout, and not a version
+of this product, which has all of them. The documents give several histories of the versions 1 to 5; the table is their
+union, and where two disagree both numbers stand with their source. The facts are data, in `generations.yaml` beside
+this file; this file is their type and the way to look one up.
 `advice` picks from the table, `version_converter` follows its layouts, and `docs/rendering.py` makes a page of it.
 
 Cost: the file is read once, on the first look-up (tens of milliseconds); importing this module reads nothing.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +69,6 @@ class Requirements(Config):
 
     cuda: str | None = None
     rocm: str | None = None
-    driver: str | None = None
     nccl: str | None = None
     gpu_memory_gb: float | None = None
     kubernetes: str | None = None
@@ -216,6 +217,8 @@ class ExclusionRule(Config):
 class Table(Config):
     """The whole data file."""
 
+    documents: dict[Document, str]
+    """The documents behind their marks, and the marks of our own."""
     generations: tuple[FrameworkGeneration, ...]
     upgrades: tuple[Upgrade, ...]
     known_bad: tuple[KnownBad, ...]
@@ -237,6 +240,16 @@ class Table(Config):
             if name not in known:
                 raise ValueError(explain_unknown("generation", name, known))
         return self
+
+
+def name_documents(claims: Iterable[Claim]) -> str:
+    """Say which documents stand behind the marks of claims, in the order of the table.
+
+    >>> name_documents([Claim(text="faster", documents=("D2",))])
+    '[D2] release notes of 3.1'
+    """
+    cited = {document for claim in claims for document in claim.documents}
+    return "; ".join(f"[{mark}] {what}" for mark, what in load_table().documents.items() if mark in cited)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from deepseek.core.names import explain_unknown
 
 # YAML 1.1 takes `1e-3` for a string, where every user means a number.
 _SCIENTIFIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
+_MAX_SETTINGS_BYTES = 5_000_000
 
 
 class Config(BaseModel):
@@ -80,12 +81,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     }
     if path.suffix not in readers:
         raise ConfigError(f"{path} ends in {path.suffix!r}; a config file ends in one of {', '.join(readers)}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"config file {path} is no regular file; write the settings to one")
     try:
-        values = readers[path.suffix](path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MAX_SETTINGS_BYTES:
+            raise ConfigError(f"config file {path} holds {path.stat().st_size} bytes, more than settings take")
+        values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}); check the path and its permissions") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"config file {path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"config file {path} is nested too deeply for settings") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} holds a {type(values).__name__}; expected a mapping of settings")
     return values

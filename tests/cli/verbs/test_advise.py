@@ -39,6 +39,22 @@ def test_text_says_the_answer_its_rule_and_everything_that_lost(call: Call, monk
         assert squeeze(f"{change.setting}: {change.value} -> {change.generation}") in shown
 
 
+@pytest.mark.parametrize(
+    ("written", "num_bytes"),
+    [("24", 24e9), ("7.5", 7.5e9), (" 80 ", 80e9), ("24gb", 24e9), ("16GiB", 2**34), ("8e9", 8e9)],
+)
+def test_a_bare_number_of_memory_counts_gigabytes(call: Call, written: str, num_bytes: float) -> None:
+    result = call("advise", "--gpu-memory", written, "--json")
+    assert Advice.from_dict(json.loads(result.out)).question.gpu_memory_bytes == num_bytes
+
+
+def test_help_says_what_a_generation_is_and_names_the_documents(call: Call) -> None:
+    for verb in ("advise", "migrate", "benchmark", "check-compatibility"):
+        shown = " ".join(call(verb, "--help").out.split())
+        assert "engine that this product was built from" in shown, verb
+    assert "[D2] the release notes of 3.1" in " ".join(call("advise", "--help").out.split())
+
+
 def test_a_table_without_rows_is_not_shown(call: Call) -> None:
     advice, out = advise(params=7e9, scale="single"), call("advise", "--params", "7e9", "--scale", "single").out
     assert not advice.ruled_out
@@ -51,6 +67,12 @@ def test_a_table_without_rows_is_not_shown(call: Call) -> None:
     [
         (("--params", "seven"), ("'seven'", "1.2M")),
         (("--gpu-memory", "24GX"), ("'24GX'",)),
+        (("--gpu-memory", "24B"), ("24 B", "24GB")),
+        (("--gpu-memory", "0"), ("0 B", "24GB")),
+        (("--gpu-memory", "24PB"), ("24.0 PB", "24GB")),
+        (("--gpu-memory", ""), ("''", "24GB")),
+        (("--gpu-memory", "nan"), ("'nan'", "24GB")),
+        (("--params", "7"), ("7 parameters", "7B")),
         (("--hardware", "a10O"), ("unknown hardware", "a100")),
         (("--latency", "soon"), ("latency", "soon")),
     ],

@@ -28,6 +28,9 @@ def benchmark(
 ) -> int:
     """Latency, throughput, memory and accuracy of one model, all sides in turns.
 
+    A generation is one of the versions 1.0 to 6.0 of the engine that this product was built from: here, the arithmetic,
+    quantization and compilation it had, with today's kernels on this machine. It is no version of this product.
+
     Exit status 1 when something is worse than the baseline by more than the tolerance.
 
     Example: deepseek benchmark resnet50 --batch-sizes 1,16 --save-baseline resnet50.json

@@ -30,6 +30,10 @@ def migrate(
 ) -> int:
     """Check configs, Python sources and checkpoints under PATH for what a generation breaks.
 
+    A generation is one of the versions 1.0 to 6.0 of the engine that this product was built from, and no version of
+    this product: a form of config files and of checkpoints, and the libraries of its time
+    (docs/reference/generations.md).
+
     Exit status: 0 nothing found, 1 something found, 2 a file or an argument could not be read.
 
     Example: deepseek migrate old-project --apply --out new-project

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from deepseek.core.allocator import keep_freed_memory
-from deepseek.core.config import parse_overrides
+from deepseek.core.config import parse_overrides, read_settings
 from deepseek.core.errors import ConfigError
 from deepseek.core.extras import has_library
 from deepseek.recipes import RECIPES, load_recipe
@@ -38,7 +39,8 @@ def train(
     recipe
         Name of a recipe: quickstart, decoder_tiny or decoder_120m.
     config
-        YAML, TOML or JSON file with the settings of a run, instead of a recipe.
+        YAML, TOML or JSON file with the settings of a run, instead of a recipe. Files of every generation are read, as
+        `deepseek migrate` writes them, and a note says what their keys became.
     set
         One setting to change, as KEY=VALUE with dots between levels; may be given several times.
     show
@@ -84,7 +86,13 @@ def choose_config(recipe: str | None, config: Path | None) -> TrainConfig:
         raise ConfigError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE")
     if recipe is not None:
         return load_recipe(recipe)
+    from deepseek.compat.generation_configs import read_generation_config
     from deepseek.train.config import TrainConfig
 
     assert config is not None
-    return TrainConfig.from_file(config)
+    values = read_settings(config)
+    reading = read_generation_config(values)
+    if reading is None:
+        return TrainConfig.from_dict(values)
+    sys.stderr.write(f"deepseek: note: {config} is {reading}\n")
+    return TrainConfig.from_dict(reading.settings)
