@@ -99,6 +99,13 @@ def test_nothing_to_compare_and_settings_that_make_no_round_are_refused(model):
             next(compare(BenchConfig(model="resnet18", **change), [EAGER]))
 
 
+def test_a_warning_of_many_processes_is_said_once():
+    config = BenchConfig(model="resnet18", num_rounds=1)
+    with pytest.warns(UserWarning, match="random weights") as caught:
+        list(compare(config, [EAGER, NARROW]))
+    assert len(caught) == 1
+
+
 def test_a_model_that_is_not_there_is_refused_by_name():
     with pytest.raises(ConfigError, match="resnet18"):
         list(compare(BenchConfig(model="resnet1"), [EAGER]))

@@ -64,6 +64,8 @@ def test_orders_are_answered_until_the_end(model, tmp_path, monkeypatch):
     assert own.shape == (2, 4)
     numpy.testing.assert_array_equal(own, asked.ask("answers", None))
     assert asked.ask("memory") > 50e6  # a process with torch in it
+    assert "eager" in asked.ask("reason")
+    assert asked.ask("warnings") == []
     assert asked.end()
 
 
@@ -74,6 +76,15 @@ def test_a_subject_that_cannot_run_sends_the_reason_and_ends(model):
     assert "tensorrt" in reason.lower()
     asked.thread.join(60)
     assert not asked.thread.is_alive()
+
+
+def test_what_a_process_is_warned_of_is_told_above(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_CACHE_DIR", str(tmp_path))
+    asked = Asked(Subject("row", "eager", "fp32"), "resnet18", {"batch_size": 1, "shapes": {"images": (1, 3, 32, 32)}})
+    assert asked.receive()[0] == "ready"
+    (message,) = asked.ask("warnings")
+    assert "random weights" in message
+    assert asked.end()
 
 
 def test_native_precisions_are_those_of_the_device():

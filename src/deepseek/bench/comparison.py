@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import time
+import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from deepseek.bench.baselines import Row
-from deepseek.bench.variants import Subject
+from deepseek.bench.variants import Subject, explain_slower
 from deepseek.bench.worker import work
 from deepseek.compiler.runtimes.timing import PAUSE_S
 from deepseek.core.config import Config
@@ -190,8 +191,18 @@ def _compare_batch(
             for process in timed:
                 _take_turn(process)
             yield RoundDone(batch_size, index + 1, config.num_rounds)
+        for message in dict.fromkeys(text for process in processes for text in process.ask("warnings") or ()):
+            warnings.warn(message, stacklevel=2)
         expected = reference.ask("answers", None)
-        return [_row(process, batch_size, expected, data) for process in timed]
+        rows = [_row(process, batch_size, expected, data) for process in timed]
+        return [_with_excuse(process, row, rows) for process, row in zip(timed, rows, strict=True)]
+
+
+def _with_excuse(process: _Process, row: Row, rows: Sequence[Row]) -> Row:
+    """Add to a row that chose its backend by measurement why another one is faster all the same."""
+    others = [other for other in rows if other is not row]
+    excuse = explain_slower(row, others, process.ask("reason") or "") if row.backend == "auto" else ""
+    return replace(row, note="; ".join(note for note in (row.note, excuse) if note))
 
 
 def _start(config: BenchConfig, subject: Subject, settings: dict[str, Any]) -> _Process:

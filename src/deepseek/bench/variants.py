@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from deepseek.bench.baselines import Row
 from deepseek.compat.generations import Profile, profile
 
 # The documents' own table, oldest first.
@@ -44,6 +45,35 @@ def subjects_of_pairs(backends: Iterable[str], precisions: Iterable[str]) -> lis
     """Every backend with every precision."""
     precisions = list(precisions)
     return [Subject(f"{backend} {precision}", backend, precision) for backend in backends for precision in precisions]
+
+
+def explain_slower(row: Row, rows: Iterable[Row], reason: str) -> str:
+    """Say why a row that chose by measurement is slower than another one; nothing where it is the fastest.
+
+    `reason` is the report of its choice: a line for each way of running that was measured, and for each refused one.
+    """
+    measured = [(other.latency_ms, other) for other in rows if other.latency_ms is not None]
+    if row.backend != "auto" or row.latency_ms is None or not measured:
+        return ""
+    fastest_ms, faster = min(measured, key=lambda pair: pair[0])
+    if fastest_ms >= row.latency_ms:
+        return ""
+    pair = f"{faster.backend} {faster.precision}"
+    ahead = f"{row.latency_ms / fastest_ms:.2f} times as slow as {faster.name}, which is {pair}"
+    refused = []
+    for line in reason.splitlines():
+        candidate, _, why = line.removeprefix("refused: ").partition(": ")
+        words = candidate.split()
+        if words[:1] != [faster.backend] or faster.precision not in words:
+            continue
+        if not line.startswith("refused: ") and len(words) > 3:
+            return f"{ahead}: that was measured as well, and lost ({words[3]} ms) when the choice was made"
+        refused += [f"{candidate} was refused: {why}"] if line.startswith("refused: ") else []
+    if refused:
+        return f"{ahead}: {refused[0]}"
+    if faster.precision == "int8":
+        return f"{ahead}: int8 is not tried without real inputs to calibrate it on and to check it with; give --data"
+    return f"{ahead}: that was not among what was tried"
 
 
 def _as_on_this_device(name: str, wanted: Profile, native: Collection[str]) -> Subject:

@@ -7,6 +7,7 @@ options) leak into another. The process above gives its orders in turns, so that
 from __future__ import annotations
 
 import time
+import warnings
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,9 +31,22 @@ def work(connection: Connection, subject: Subject, model: str, settings: dict[st
     `settings` are those of `load_model` that all subjects share: batch size, shapes, time budget.
 
     Orders: `("time", count)` gives that many latencies in seconds, `("answers", inputs or None)` gives the outputs as
-    an array, `("memory",)` the peak bytes while it ran.
+    an array, `("memory",)` the peak bytes while it ran, `("reason",)` why it is run as it is, `("warnings",)` what this
+    process was warned of, which nobody would see here.
     """
     torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        _prepare_and_obey(connection, subject, model, settings, caught)
+
+
+def _prepare_and_obey(
+    connection: Connection,
+    subject: Subject,
+    model: str,
+    settings: dict[str, Any],
+    caught: list[warnings.WarningMessage],
+) -> None:
     try:
         own: dict[str, Any] = {"backend": subject.backend, "precision": subject.precision}
         if "samples" in settings and subject.precision != "auto":
@@ -46,7 +60,9 @@ def work(connection: Connection, subject: Subject, model: str, settings: dict[st
     _forget_peak()
     connection.send(("ready", "; ".join(note for note in (subject.note, loaded.choice) if note)))
     while (order := connection.recv()) is not None:
-        connection.send(_obey(order, loaded, inputs))
+        connection.send(
+            [str(warning.message) for warning in caught] if order == ("warnings",) else _obey(order, loaded, inputs)
+        )
 
 
 def native_precisions() -> frozenset[str]:
@@ -63,7 +79,7 @@ def _obey(order: tuple[Any, ...], loaded: LoadedModel, inputs: tuple[Tensor, ...
     if name == "answers":
         (given,) = arguments
         return _answers(loaded, inputs if given is None else (torch.from_numpy(given),))
-    return _peak_bytes()
+    return loaded.reason if name == "reason" else _peak_bytes()
 
 
 def _time(loaded: LoadedModel, inputs: tuple[Tensor, ...], count: int) -> list[float]:
