@@ -63,7 +63,7 @@ def row(name: str, backend: str, precision: str, latency_ms: float | None) -> Ro
     [
         (
             row("v2.3", "inductor", "int8", 8.0),
-            "inductor static int8 was refused: its answers differ in 4 % of the rows",
+            "inductor static int8 was refused: its answers differ in 4 %",
         ),
         (row("v1.2", "inductor", "fp32", 8.0), "measured as well, and lost (13.5 ms) when the choice was made"),
         (row("v1.2", "openvino", "bf16", 8.0), "measured as well, and lost (12 ms) when the choice was made"),

@@ -73,7 +73,8 @@ def advise(
     ):
         if rows:
             show_table(title, ("", ""), [(name, str(because)) for name, because in rows])
-    told = [advice.because, *(row.because for row in (*advice.runners_up, *advice.ruled_out, *advice.changes))]
+    told = [advice.because, *(reason.because for reason in (*advice.runners_up, *advice.ruled_out))]
+    told += [change.because for change in advice.changes]
     sys.stdout.write(f"{name_documents(told)}\n")
 
 
