@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from deepseek.core.config import Config
@@ -19,6 +21,8 @@ class EngineConfig(Config):
     """Sequences that may wait for a free slot; more are refused with status 503."""
     prefill_tokens: int = Field(default=256, ge=1)
     """Prompt tokens read between two decoding steps; fewer keep the streams even, more read long prompts faster."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether decoding steps are recorded as CUDA graphs: `auto` where the model is on a CUDA device."""
 
 
 class ServeConfig(EngineConfig):

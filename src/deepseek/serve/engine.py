@@ -27,6 +27,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from deepseek.compiler.runtimes.cuda_graphs import Record
 from deepseek.core.errors import ConfigError, RequestError
 from deepseek.core.machine import measure_free_bytes
 from deepseek.data.tokenizing import StreamDecoder, Tokenizer
@@ -34,6 +35,7 @@ from deepseek.models.decoder.model import Decoder
 from deepseek.nn.kv_cache import KVCache
 from deepseek.serve.config import EngineConfig
 from deepseek.serve.detokenizing import TextWriter
+from deepseek.serve.recorded_decoding import RecordedDecoding, Row
 from deepseek.serve.sampling import choose, score
 from deepseek.serve.scheduling import Chunk, Schedule, Scheduler
 from deepseek.serve.sequences import (
@@ -61,11 +63,15 @@ KEY_BLOCK = 64
 class Engine:
     """A model, its KV cache and the sequences in it. The model is put into evaluation mode.
 
-    Raises `ConfigError` when `config.max_length` is longer, or the tokenizer's vocabulary larger, than the model's, and
-    when the cache does not fit into memory.
+    `record` is how a decoding step is recorded (`compiler/runtimes/cuda_graphs.py`); none is on a CUDA device.
+
+    Raises `ConfigError` when `config.max_length` is longer, or the tokenizer's vocabulary larger, than the model's,
+    when the cache does not fit into memory, and for `cuda_graphs="on"` without CUDA.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, config: EngineConfig | None = None, *, record: Record | None = None
+    ) -> None:
         config = config or EngineConfig()
         check_fit(model, tokenizer, config)
         self.model = model.eval()
@@ -74,6 +80,11 @@ class Engine:
         self._device = next(chain(model.parameters(), model.buffers())).device
         self.max_length = config.max_length or _fitting_length(model, config.max_num_seqs, self._device)
         self._cache = _new_cache(model, config.max_num_seqs, self.max_length)
+        self._recorded: RecordedDecoding | None = None
+        if config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and self._device.type == "cuda"):
+            self._recorded = RecordedDecoding(
+                partial(self._decode_rows, 0), self._device, max_num_seqs=config.max_num_seqs, record=record
+            )
         self._scheduler = Scheduler(config.max_num_seqs, config.max_queue, config.prefill_tokens)
         self._writers: dict[int, TextWriter] = {}
         self._lock = threading.Lock()  # held while the scheduler changes, never while the model runs
@@ -289,7 +300,18 @@ class Engine:
 
     def _decode(self, sequences: Sequence[LiveSequence]) -> dict[int, Tensor]:
         """Put each sequence's newest token into the cache; logits (V,) after it by sequence id."""
-        return self._decode_slots(sequences, 0)
+        if self._recorded is None:
+            return self._decode_slots(sequences, 0)
+        rows = [(sequence.tokens[-1], sequence.num_cached) for sequence in sequences]
+        rows += map(self._fill_row, range(len(rows), self._recorded.num_rows(len(rows))))
+        length = max(position for _, position in rows) + 1
+        logits_B1V = self._recorded(rows, self._round_up(length))
+        return {sequence.id: logits_V for sequence, logits_V in zip(sequences, logits_B1V[:, -1], strict=False)}
+
+    def _fill_row(self, slot: int) -> Row:
+        """Return a token for a slot that is not decoded now, at a position that will be written before it is read."""
+        running = self._scheduler.running
+        return 0, min(running[slot].num_cached, self.max_length - 1) if slot < len(running) else 0
 
     def _decode_one(self, sequence: LiveSequence) -> dict[int, Tensor]:
         return self._decode_slots((sequence,), self._scheduler.running.index(sequence))
@@ -298,9 +320,14 @@ class Engine:
         tokens_B1 = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=self._device)
         positions_B1 = torch.tensor([[sequence.num_cached] for sequence in sequences], device=self._device)
         length = max(sequence.num_cached for sequence in sequences) + 1
-        view = self._cache.view(first_slot, len(sequences), self._round_up(length))
-        logits_B1V: Tensor = self.model(tokens_B1, positions_BT=positions_B1, cache=view, last_only=True)
+        logits_B1V = self._decode_rows(first_slot, tokens_B1, positions_B1, self._round_up(length))
         return {sequence.id: logits_V for sequence, logits_V in zip(sequences, logits_B1V[:, -1], strict=True)}
+
+    def _decode_rows(self, first_slot: int, tokens_B1: Tensor, positions_B1: Tensor, length: int) -> Tensor:
+        """Return logits (B, 1, V) after one token of each of the slots from `first_slot` on."""
+        view = self._cache.view(first_slot, len(tokens_B1), length)
+        logits_B1V: Tensor = self.model(tokens_B1, positions_BT=positions_B1, cache=view, last_only=True)
+        return logits_B1V
 
     def _round_up(self, length: int) -> int:
         """Return a number of key positions that sums are made over in the same order whoever else is in the batch."""

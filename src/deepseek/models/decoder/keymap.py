@@ -178,7 +178,15 @@ def _read_window(values: Mapping[str, Any], family: Family, num_layers: int) -> 
     if window is None or size is None or (window.has_switch and not values.get("use_sliding_window", False)):
         return {"sliding_window": None, "full_layers": ()}
     kinds = values.get("layer_types")
-    if kinds is not None:
+    if not (window.has_switch or window.full_every):
+        if kinds is not None and set(kinds) != {"sliding_attention"}:  # transformers does not read it here
+            raise ConfigError(
+                f"this {family.model_type} model has a sliding window in some of its layers only (layer_types), where "
+                f"its class in transformers gives it to all; set layer_types to null if that is meant, or choose "
+                "another model"
+            )
+        full: tuple[int, ...] = ()
+    elif kinds is not None:
         full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
     elif window.has_switch:
         full = tuple(range(min(int(values.get("max_window_layers", 28)), num_layers)))
@@ -575,10 +583,12 @@ GEMMA2 = Family(
 GEMMA3 = Family(
     model_type="gemma3_text",
     class_name="Gemma3ForCausalLM",
-    settings=_replace_defaults(_GEMMA2_SETTINGS, vocab_size=262208, attention_softcap=None, logits_softcap=None),
+    settings=_replace_defaults(
+        tuple(row for row in _GEMMA2_SETTINGS if row[0] != "attention_softcap"), vocab_size=262208, logits_softcap=None
+    ),
     shared={key: value for key, value in _GEMMA2_SHARED.items() if key != "rope_theta_window"}
-    | {"post_norms": True, "qk_norm": True},
-    required=_GEMMA_REQUIRED | {"hidden_activation": _GELU},
+    | {"post_norms": True, "qk_norm": True, "attention_softcap": None},
+    required=_GEMMA_REQUIRED | {"hidden_activation": _GELU, "attn_logit_softcapping": (None,)},
     names=_GEMMA2_NAMES,
     unpack=dict,
     pack=dict,

@@ -53,6 +53,12 @@ def read_rope(values: Mapping[str, Any], defaults: RopeDefaults) -> dict[str, An
         raise ConfigError(
             f"rope_type={kind!r} and the decoder follows {', '.join(FOLLOWED)} only; choose another model"
         )
+    window_kind = window.get("rope_type", window.get("type", "default"))
+    if window_kind != "default":
+        raise ConfigError(
+            f"rope_type={window_kind!r} in the layers with a sliding window, where the decoder follows 'default' only; "
+            "choose another model"
+        )
     length = int(values.get("max_position_embeddings", defaults.length))
     original = _first(parameters, values, "original_max_position_embeddings")
     settings: dict[str, Any] = {
