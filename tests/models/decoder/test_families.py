@@ -237,3 +237,55 @@ def test_a_longrope_model_is_read_up_to_the_length_at_which_its_rule_changes(fol
     model = load_decoder(folders("phi3, longrope")[0])
     assert isinstance(model, Decoder)
     assert model.config.max_length == 48 < SMALL["max_position_embeddings"]
+
+
+YARN = THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+EVERY_SECOND = ["sliding_attention", "full_attention", "sliding_attention"]
+SIBLINGS = {
+    "yarn with an amplitude": ("qwen2", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
+    "yarn beside norms of queries": ("qwen3", {"head_dim": 8, "rope_parameters": YARN}),
+    "dynamic within its length": (
+        "gemma2",
+        {"head_dim": 8, "rope_parameters": THETA | {"rope_type": "dynamic", "factor": 2.0}},
+    ),
+    "one key head": ("llama", {"num_key_value_heads": 1, "hidden_act": "swish"}),
+    "a head size that hidden_size does not hold": ("mistral", {"sliding_window": 5, "head_dim": 12}),
+    "a window of one token": ("mistral", {"sliding_window": 1}),
+    "a window in every layer, said twice": ("mistral", {"sliding_window": 8, "layer_types": [EVERY_SECOND[0]] * 3}),
+    "a window above a layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "a window that is switched off": ("qwen2", {"use_sliding_window": False, "sliding_window": 8}),
+    "a window where layer_types says": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": EVERY_SECOND},
+    ),
+    "biases and norms of queries": ("qwen3", {"attention_bias": True, "head_dim": 12}),
+    "half of the channels rotated": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 8}),
+    "tight caps": ("gemma2", {"head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0}),
+    "no caps": ("gemma2", {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "a scale of its own": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 100, "sliding_window": 8}),
+    "an activation under its older name": ("gemma2", {"head_dim": 8, "hidden_act": "gelu"}),
+    "a cap of logits alone": ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 3.0}),
+    "an untied head": ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "tie_word_embeddings": False}),
+    "three of four experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 12}),
+    "a ratio of its own": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 96, "n_inner": 40}),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+@torch.no_grad()
+def test_settings_beside_the_usual_ones_give_the_logits_of_transformers(name, tmp_path, monkeypatch):
+    """More tokens than the window and the first training's length hold; whole, in pieces, and in int8."""
+    monkeypatch.setitem(FAMILIES, name, SIBLINGS[name])
+    theirs = build(name)
+    theirs.save_pretrained(tmp_path)
+    ours = load_decoder(tmp_path)
+    tokens_BT = make_tokens(2, 60)
+    expected = theirs(tokens_BT).logits
+    tolerance = 1e-4 * float(expected.abs().max())
+    torch.testing.assert_close(ours(tokens_BT), expected, rtol=0, atol=tolerance)
+    cache, pieces = ours.new_cache(2), []
+    for start, stop in [(0, 3), (3, 30), *((at, at + 1) for at in range(30, 60))]:
+        positions_BT = torch.arange(start, stop).expand(2, -1)
+        pieces.append(ours(tokens_BT[:, start:stop], positions_BT=positions_BT, cache=cache.view(0, 2, stop)))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=tolerance)
+    assert (make_int8_(ours)(tokens_BT) - expected).norm() < 0.2 * expected.norm()

@@ -173,6 +173,27 @@ def test_rotary_settings_are_found_where_each_version_keeps_them(rope):
         ({"model_type": "gpt2", "activation_function": "gelu"}, "activation_function='gelu'"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"model_type": "llama", "num_attention_heads": 7}, "num_heads=7 does not divide"),
+        (
+            {"model_type": "mistral", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            "in some of its layers only",
+        ),
+        (
+            {"model_type": "phi3", "sliding_window": 8, "layer_types": ["full_attention"] * 2},
+            "in some of its layers only",
+        ),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+                },
+            },
+            "rope_type='linear' in the layers with a sliding window",
+        ),
     ],
 )
 def test_what_the_decoder_cannot_follow_is_refused_by_name(values, reason):

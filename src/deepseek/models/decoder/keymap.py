@@ -167,7 +167,7 @@ def _complete(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if completed.get("n_inner") is None:
         completed["n_inner"] = 4 * completed.get("n_embd", 768)
     if completed.get("hidden_activation") is None and "hidden_activation" in family.required:
-        completed["hidden_activation"] = completed.get("hidden_act", family.required["hidden_activation"][0])
+        completed["hidden_activation"] = family.required["hidden_activation"][0]
     return completed
 
 
@@ -572,7 +572,7 @@ GEMMA2 = Family(
     class_name="Gemma2ForCausalLM",
     settings=_GEMMA2_SETTINGS,
     shared=_GEMMA2_SHARED | {"post_norms": True},
-    required=_GEMMA_REQUIRED | {"hidden_activation": _GELU},
+    required=_GEMMA_REQUIRED | {"hidden_activation": _GELU[:1]},
     names=_GEMMA2_NAMES,
     unpack=dict,
     pack=dict,
@@ -588,7 +588,7 @@ GEMMA3 = Family(
     ),
     shared={key: value for key, value in _GEMMA2_SHARED.items() if key != "rope_theta_window"}
     | {"post_norms": True, "qk_norm": True, "attention_softcap": None},
-    required=_GEMMA_REQUIRED | {"hidden_activation": _GELU, "attn_logit_softcapping": (None,)},
+    required=_GEMMA_REQUIRED | {"hidden_activation": _GELU[:1], "attn_logit_softcapping": (None,)},
     names=_GEMMA2_NAMES,
     unpack=dict,
     pack=dict,
