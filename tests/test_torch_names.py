@@ -36,6 +36,9 @@ FEATURES = {
         "torch._dynamo.config.recompile_limit",
         "torch._dynamo.config.specialize_float",
     ),
+    "ONNX files: a copy of a converted model takes arrays, and names of the file, too": (
+        "torch.fx.graph_module.GraphModule._register_deepcopy_hook",
+    ),
     "ds.jit: assertions and loops in the graph, with gradients": (
         "torch._assert_async",
         "torch._dynamo.graph_break",
@@ -144,8 +147,12 @@ FEATURES = {
     ),
     "clipping many gradients in one call": ("torch._foreach_mul_",),
 }
-# Settings that are named in a string or a keyword, where the walk below does not see them.
-SETTINGS = {"torch._inductor.config.cpp.vec_isa_ok", "torch._functorch.config.activation_memory_budget"}
+# Named in a string or a keyword, or a method of a value, where the walk below does not see them.
+SETTINGS = {
+    "torch._inductor.config.cpp.vec_isa_ok",
+    "torch._functorch.config.activation_memory_budget",
+    "torch.fx.graph_module.GraphModule._register_deepcopy_hook",
+}
 ROWS = [(name, feature) for feature, names in FEATURES.items() for name in names]
 
 

@@ -288,6 +288,38 @@ def test_real_int8_weights_run_as_they_are(backend):
         )
 
 
+@pytest.mark.parametrize("backend", [None, "auto", "eager", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("operator", ["Sub", "com.microsoft.Fused"])
+def test_a_file_is_called_with_arrays_and_by_its_own_names_on_every_backend(tmp_path, backend, operator):
+    domain, _, kind = operator.rpartition(".")
+    if domain and backend in (None, "eager", "openvino"):
+        pytest.skip("only ONNX Runtime has this operator")
+    if domain:
+        node = helper.make_node("FusedMatMul", ["a:0", "class"], ["y"], domain=domain)
+    else:
+        node = helper.make_node(kind, ["a:0", "class"], ["y"])
+    values = [
+        helper.make_tensor_value_info("a:0", TensorProto.FLOAT, ["n", 2]),
+        helper.make_tensor_value_info("class", TensorProto.FLOAT, [2, 2]),
+    ]
+    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    opsets = [helper.make_opsetid("", 17), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be converted
+        loaded = load_model(tmp_path / "m.onnx", {"backend": backend, "batch_size": 2} if backend else None)
+    first, second = numpy.array([[3.0, 5.0], [1.0, 2.0]]), numpy.array([[1.0, 0.5], [0.0, 2.0]], "f4")
+    expected = torch.from_numpy(first @ second if domain else first - second).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for answer in (
+            loaded(first, second),
+            loaded(torch.from_numpy(first), second),
+            loaded(**{"class": second, "a:0": first}),
+        ):
+            torch.testing.assert_close(answer, expected, rtol=1e-2, atol=1e-2)
+
+
 # ---- TensorFlow
 
 

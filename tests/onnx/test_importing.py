@@ -1,5 +1,6 @@
 """The converter on graphs of several operators, whole models that were exported, and what it refuses."""
 
+import copy
 from collections import Counter
 
 import numpy
@@ -295,6 +296,29 @@ def test_arrays_and_numbers_of_other_widths_are_taken_and_other_kinds_refused():
         converted(torch.tensor([2.0]), torch.zeros(4))
 
 
+def test_a_call_may_use_the_names_of_the_file_and_copies_take_the_same_calls():
+    node = helper.make_node("Sub", ["a:0", "class"], ["y"])
+    model = build_model([node], {"a:0": (FLOAT, ["n", 2]), "class": (FLOAT, [2])}, {"y": FLOAT})
+    first, second = numpy.array([[3.0, 5.0]]), numpy.array([1.0, 1.0], "f4")
+    converted = import_onnx(model)
+    for module in (converted, copy.deepcopy(converted), copy.deepcopy(copy.deepcopy(converted))):
+        for answer in (
+            module(first, second),
+            module(**{"class": second, "a:0": first}),
+            module(first, **{"class": torch.from_numpy(second)}),
+            module(class_=second, a_0=first),  # as the arguments are called in Python
+        ):
+            assert (answer.dtype, answer.tolist()) == (torch.float32, [[2.0, 4.0]])
+        with pytest.raises(ConfigError, match=r"unknown input 'b'.*a:0, class"):
+            module(first, b=second)
+        with pytest.raises(ConfigError, match=r"takes a:0, class and 1 were given; give each once"):
+            module(first)
+        with pytest.raises(ConfigError, match=r"takes a:0, class and 2 were given; give each once"):
+            module(first, **{"a:0": first})
+        with pytest.raises(ConfigError, match=r"'a:0' is a list; give a tensor or an array"):
+            module(first.tolist(), second)
+
+
 def test_negative_indices_that_are_known_at_run_time_count_from_the_end():
     table = numpy.arange(12, dtype="f").reshape(3, 4)
     model = build_model(
@@ -316,4 +340,12 @@ def test_a_type_that_torch_barely_has_is_refused_while_the_file_is_read():
     node = helper.make_node("Add", ["x", "x"], ["y"])
     model = build_model([node], {"x": (TensorProto.UINT16, [2])}, {"y": TensorProto.UINT16})
     with pytest.raises(UnsupportedOperatorError, match=r"Add of opset 17 .*UInt16"):
+        import_onnx(model)
+
+
+def test_a_weight_that_is_text_is_no_damage():
+    labels = numpy.array(["cat", "dog"], dtype=object)
+    node = helper.make_node("Gather", ["labels", "i"], ["y"])
+    model = build_model([node], {"i": (INT64, ["n"])}, {"y": TensorProto.STRING}, weights={"labels": labels})
+    with pytest.raises(UnsupportedOperatorError, match=r"'labels' cannot be converted to PyTorch: .*type STRING"):
         import_onnx(model)

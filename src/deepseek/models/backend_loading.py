@@ -209,7 +209,7 @@ def _build_program(program: Program, job: Job) -> Built:
     assert kept is not None
 
     def run(*inputs: Tensor) -> list[Tensor]:
-        answers = program.run([tensor.detach() for tensor in inputs])
+        answers = program.run(program.bind(inputs, {}))
         return [answers[index] for index in kept]
 
     return Built(run, takes_any_shape=True)
@@ -225,11 +225,12 @@ class ProgramModule(nn.Module):
     def __init__(self, program: Program, path: Path) -> None:
         super().__init__()
         self.program = program
+        self.input_names = tuple(spec.name for spec in program.inputs)
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
 
-    def forward(self, *inputs: Tensor) -> Any:
-        """Return the outputs of the file."""
-        return self.program(*inputs)
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """Return the outputs of the file; inputs in order or by name."""
+        return self.program(*inputs, **named)
 
     def extra_repr(self) -> str:
         return f"{self.program.runtime}, {self.digest}"  # by which a decision about it is remembered

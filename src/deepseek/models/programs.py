@@ -32,7 +32,7 @@ from deepseek.compiler.runtimes.backends.onnxruntime import make_session
 from deepseek.compiler.runtimes.backends.openvino import require_openvino
 from deepseek.core.errors import ConfigError, CorruptArtifactError, MissingExtraError, UnsafeFileError
 from deepseek.core.names import explain_unknown
-from deepseek.onnx.files import UnsupportedOperatorError
+from deepseek.onnx.files import ONNX_SUFFIX, UnsupportedOperatorError
 from deepseek.onnx.sample_inputs import InputSpec
 
 _AS_WRITTEN = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # OpenVINO rounds nothing that the file does not round
@@ -53,7 +53,7 @@ class Program:
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Run the file and return its output, or a tuple of them; inputs in order or by name."""
-        bound = self._bind(inputs, named)
+        bound = self.bind(inputs, named)
         try:
             outputs = self.run(bound)
         except Exception as error:
@@ -69,7 +69,8 @@ class Program:
         text = f"{self.path} as it is, by {self.runtime} in {self.precision}; inputs: {wanted}"
         return f"{text}\n{self.note}" if self.note else text
 
-    def _bind(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
+    def bind(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the inputs of a call in the order and the types of the file."""
         names = [spec.name for spec in self.inputs]
         for name in named:
             if name not in names:
@@ -143,8 +144,8 @@ def _open_openvino(path: Path, precision: str) -> Program:
             f"OpenVINO would run {path} in {runs_in} here although {precision} was asked for; ask for that"
         )
     for port in (*compiled.inputs, *compiled.outputs):
-        _refuse_foreign_type(path, _name_port(port), port.get_element_type().get_type_name(), _OPENVINO_DTYPES)
-    inputs = tuple(_describe_port(port, index) for index, port in enumerate(compiled.inputs))
+        _refuse_foreign_type(path, _name_port(port, path), port.get_element_type().get_type_name(), _OPENVINO_DTYPES)
+    inputs = tuple(_describe_port(port, index, path) for index, port in enumerate(compiled.inputs))
 
     def give(tensor: Tensor) -> Any:
         if tensor.dtype is not torch.bfloat16:
@@ -211,16 +212,18 @@ def _from_numpy(array: Any) -> Tensor:
     return torch.from_numpy(array.view(numpy.uint64) if array.dtype == numpy.ulonglong else array)
 
 
-def _describe_port(port: Any, index: int) -> InputSpec:
+def _describe_port(port: Any, index: int, path: Path) -> InputSpec:
     lengths = tuple(dim.get_length() if dim.is_static else None for dim in port.get_partial_shape())
-    name = _name_port(port) or f"input_{index}"
+    name = _name_port(port, path) or f"input_{index}"
     return InputSpec(name, lengths, _OPENVINO_DTYPES[port.get_element_type().get_type_name()])
 
 
-def _name_port(port: Any) -> str:
+def _name_port(port: Any, path: Path) -> str:
     """Return the name of an input or output, without the number that TensorFlow adds; empty where it has none."""
     names = sorted(port.get_names(), key=lambda name: (":" in name, name))
-    return names[0].partition(":")[0] if names else ""
+    if not names:
+        return ""
+    return str(names[0] if path.suffix == ONNX_SUFFIX else names[0].partition(":")[0])
 
 
 def _length(dim: Any) -> int | None:

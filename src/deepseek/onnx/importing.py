@@ -15,6 +15,7 @@ Specification: https://onnx.ai/onnx/operators/. Tested against ONNX's own node t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from deepseek.core.errors import ConfigError, CorruptArtifactError, DeepSeekError
 from deepseek.core.extras import require
+from deepseek.core.names import explain_unknown
 from deepseek.onnx import functions
 from deepseek.onnx.files import UnsupportedOperatorError, opset_of, to_torch, torch_dtype
 from deepseek.onnx.graph_builder import GraphBuilder, Value
@@ -85,7 +87,8 @@ def import_onnx(
         raise CorruptArtifactError(f"{source} promises the output {missing[0]!r}, which nothing gives; export it again")
     outputs = [_restore_dtype(builder, values[output.name], output) for output in model.graph.output]
     finished = _finish(builder, outputs)
-    finished.register_forward_pre_hook(TakeArrays(tuple((spec.name, spec.dtype) for spec in specs)))
+    take = TakeArrays(tuple((spec.name, spec.dtype) for spec in specs))
+    take.attach(finished)
     return finished
 
 
@@ -100,18 +103,47 @@ def _restore_dtype(builder: GraphBuilder, value: Value, output: Any) -> Value:
 
 @dataclass(frozen=True)
 class TakeArrays:
-    """Before a forward pass: arrays become tensors, and numbers of another width those of the file."""
+    """Before a forward pass: arrays become tensors, numbers of another width those of the file, names those of Python.
+
+    Inputs are given in order or by the names that the file has for them, of which many are no names of Python.
+    """
 
     inputs: tuple[tuple[str, torch.dtype], ...]
     """Name and type of each."""
 
-    def __call__(self, module: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        expected = (*self.inputs, *((None, None),) * (len(values) - len(self.inputs)))
-        return tuple(self._take(value, *row) for value, row in zip(values, expected, strict=False))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that the file has for its inputs."""
+        return tuple(name for name, _ in self.inputs)
 
-    def _take(self, value: Any, name: str | None, dtype: torch.dtype | None) -> Any:
+    def attach(self, module: fx.GraphModule) -> None:
+        """Do this before every forward pass of `module`, and of its copies, which lose their hooks otherwise."""
+        module.register_forward_pre_hook(self, with_kwargs=True)
+        module.input_names = self.names  # type: ignore[assignment]  # by which a selected model binds keywords
+        module._register_deepcopy_hook(self.attach)
+
+    def __call__(
+        self, module: nn.Module, values: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = self.names
+        arguments = [name for name in inspect.signature(module.forward).parameters if name != "args"]
+        spelled = dict(zip(arguments, names, strict=False)) | {name: name for name in names}
+        for name in named:
+            if name not in spelled:
+                raise ConfigError(explain_unknown("input", name, names))
+        given = dict(zip(names, values, strict=False)) | {spelled[name]: value for name, value in named.items()}
+        if len(given) != len(names) or len(values) + len(named) != len(names):
+            raise ConfigError(
+                f"the model takes {', '.join(names) or 'no inputs'} and {len(values) + len(named)} were given; "
+                "give each once"
+            )
+        return tuple(self._take(given[name], name, dtype) for name, dtype in self.inputs), {}
+
+    def _take(self, value: Any, name: str, dtype: torch.dtype) -> Tensor:
         value = torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
-        if name is None or dtype is None or not isinstance(value, Tensor) or value.dtype is dtype:
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"input {name!r} is a {type(value).__name__}; give a tensor or an array")
+        if value.dtype is dtype:
             return value
         is_narrower = dtype.is_floating_point and value.dtype in (torch.float16, torch.bfloat16)
         if is_narrower or value.dtype in _CALLED_WITH.get(dtype, ()):  # 16 bits are what a backend hands over
@@ -125,6 +157,10 @@ class TakeArrays:
 def _read_weight(tensor: Any, source: str) -> Tensor:
     try:
         return to_torch(tensor)
+    except UnsupportedOperatorError as error:
+        raise UnsupportedOperatorError(
+            f"{source}: weight {tensor.name!r} cannot be converted to PyTorch: {error}"
+        ) from error
     except ValueError as error:
         raise CorruptArtifactError(f"{source}: weight {tensor.name!r} is damaged ({error}); copy it again") from error
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -129,8 +130,19 @@ class Flattened:
                 leaves, spec = pytree.tree_flatten(self._rebind(args, kwargs))
             if spec != self.input_spec:
                 raise self._explain_call(args, kwargs)
+        leaves = [self._take_array(given, sample) for given, sample in zip(leaves, self.input_leaves, strict=True)]
         self._require_constants(leaves)
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def _take_array(self, given: Any, sample: Any) -> Any:
+        """Return an array as a tensor in the width of the sample's numbers, since NumPy's own are of 64 bits."""
+        if not isinstance(sample, Tensor) or not isinstance(given, numpy.ndarray):
+            return given
+        tensor = torch.from_numpy(given)
+        is_alike = tensor.is_floating_point() == sample.is_floating_point() and torch.can_cast(
+            tensor.dtype, sample.dtype
+        )
+        return tensor.to(sample.dtype) if is_alike else tensor
 
     def has_shapes(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether `tensors` have the shapes and types of the samples."""
