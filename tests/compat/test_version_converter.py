@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from deepseek.compat.conversion_steps import is_half_converted
+from deepseek.compat.tensors import TensorSpec
 from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.errors import ArtifactError, ConfigError
+from tests.compat.architectures import describe_forms, list_classes
 from tests.compat.conversions import AT, FAMILIES, LOSSLESS, equal, llama_attention
 from tests.compat.models import build, logits
 from tests.compat.torchvision_resnet import ResNet
@@ -248,3 +252,66 @@ def test_a_family_that_is_not_known_goes_round_unchanged(weights: dict[str, torc
 def test_weights_that_are_left_alone_are_named() -> None:
     with pytest.warns(UserWarning, match=r"left as they are: layers\.0\.self_attn\.k_proj\.weight would come back as"):
         VersionConverter("2.0", "3.5").convert(rows(q=8, k=4, v=2, o=8))
+
+
+WAYS = [
+    *(("5.0", version) for version in ("1.0", "2.0", "3.5", "4.0")),
+    *((version, "5.0") for version in ("1.0", "2.0", "4.0")),
+    *(("1.3", "2.0"), ("2.0", "3.5"), ("3.5", "2.0")),
+]
+CONVERTERS = {way: VersionConverter(*way) for ends in WAYS for way in (ends, ends[::-1])}
+
+
+def explain_unlike(specs: dict[str, TensorSpec], way: tuple[str, str]) -> tuple[str | None, str | None]:
+    """What is wrong with converting a whole model, and the reason for which it was left alone, if it was."""
+    try:
+        plan, report = CONVERTERS[way].plan(specs)
+    except ArtifactError as error:
+        reason = str(error)
+        return (reason if "half converted" in reason else None), reason
+    kept = {name: spec.shape for name, spec in specs.items() if name not in report.dropped}
+    if not report.of_kind("merged", "split", "renamed"):
+        here = {name: spec.shape for name, spec in plan.specs.items()}
+        notes = [note for note in report.notes if "left as they are" in note]
+        return (None if here == kept else "changed without a move"), (notes[0] if notes else None)
+    back, _ = CONVERTERS[way[::-1]].plan(plan.specs)
+    came = {name: spec.shape for name, spec in back.specs.items()}
+    return (None if came == kept else f"comes back with other tensors: {sorted(kept.items() ^ came.items())[:3]}"), None
+
+
+# Each stands for a kind: plain, gated, compressed keys, K without a bias, experts, joined in the library itself, mixed
+# joined and apart in one layer, unequal columns, a tower with joined projections, no gate.
+SAMPLE = (
+    *("llama", "gpt2", "bert", "gptj", "phi3", "modernbert", "whisper", "bart", "opt", "clip", "mixtral", "minimax"),
+    *("qwen3_moe", "qwen3_next", "deepseek_v3", "glm4", "apertus", "mobilebert", "perceiver", "falcon", "gemma3n_text"),
+)
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_an_architecture_of_transformers_goes_round_or_is_left_alone(model_type: str) -> None:
+    forms = list(describe_forms(list_classes()[model_type]))
+    assert forms
+    for specs in forms:
+        for way in WAYS:
+            problem, _ = explain_unlike(specs, way)
+            assert problem is None, (model_type, way)
+        assert not is_half_converted(specs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_architecture_of_transformers_goes_round_or_is_left_alone() -> None:
+    problems, reasons, num_forms = [], collections.Counter(), 0
+    for model_type, name in sorted(list_classes().items()):
+        for specs in describe_forms(name):
+            num_forms += 1
+            for way in WAYS:
+                problem, reason = explain_unlike(specs, way)
+                problems += [] if problem is None else [(model_type, way, problem)]
+                reasons[model_type, *way, None if reason is None else reason[:160]] += 1
+            problems += [(model_type, "half converted")] if is_half_converted(specs) else []
+    for (model_type, source, target, reason), _ in sorted(reasons.items(), key=str):
+        if reason is not None:
+            print(f"{model_type:24} {source} -> {target}  {reason}")
+    assert not problems
+    assert num_forms > 500

@@ -6,6 +6,7 @@ ways. A generation without an edge cannot be converted to: nobody has written a 
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,7 +195,8 @@ def net_changes(path: Sequence[Step]) -> tuple[tuple[DirectedTransform, ...], ..
 def identify(specs: Specs, steps: Sequence[Step] = STEPS) -> tuple[str, ...]:
     """Return the generations whose layout the weights can have, oldest first; all of them when no name decides.
 
-    None at all means half converted weights. Raises `ArtifactError` for groups with a part missing.
+    None at all means weights of a family that no generation has, or half converted ones (`is_half_converted` tells
+    them apart). Raises `ArtifactError` for groups with a part missing.
     """
     forms: dict[str, dict[str, Direction]] = {steps[0].source: {}}
     for step in steps:
@@ -213,6 +215,31 @@ def identify(specs: Specs, steps: Sequence[Step] = STEPS) -> tuple[str, ...]:
         for generation, form in forms.items()
         if not any(found[transform.name, _other(form.get(transform.name, "forward"))] for transform in judged)
     )
+
+
+def is_half_converted(specs: Specs, steps: Sequence[Step] = STEPS) -> bool:
+    """Return whether layers that are alike have different forms, or one layer has its Q, K, V joined and gate, up not.
+
+    Families that have the forms of two generations in different places, such as a tower for images with joined
+    projections, are whole. Names are compared without their numbers.
+    """
+    transforms = {change.transform.name: change.transform for step in steps for change in step.changes}
+    for transform in transforms.values():
+        if transform.is_evidence:
+            apart = {_NUMBER.sub("#", name) for op in transform.plan(specs, "forward") for name in op.sources}
+            joined = {_NUMBER.sub("#", name) for op in transform.plan(specs, "backward") for name in op.targets}
+            if apart & joined:
+                return True
+    fused = {_layer_of(op.sources[0]) for op in FUSE_LLAMA.plan(specs, "backward")}
+    return not fused.isdisjoint(_layer_of(op.sources[0]) for op in FUSE_GATE_UP.plan(specs, "forward"))
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+def _layer_of(name: str) -> str:
+    """Return the layer that holds the module of a projection."""
+    return name.rsplit(".", 3)[0]
 
 
 def _other(direction: Direction) -> Direction:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from deepseek.compat.tensors import TensorSpec, torch_dtype
@@ -97,7 +97,8 @@ class Fuse:
     whole: str
     dim: int = 0
     first_size_from: str | None = None
-    """A matrix whose columns count the rows of the first part; the others share the rest. Without it all are equal."""
+    """A matrix whose columns count the rows of the first part; the others share the rest. Without it all are equal.
+    Where other layers have that matrix, a whole without it is something else and stays whole."""
     requires: str | None = None
     """A template of a tensor without which a group is of another family."""
     is_evidence: bool = True
@@ -121,7 +122,7 @@ class Fuse:
             yield Operation("merged", names, {whole: _joined(names, parts, self.dim)}, self._join)
 
     def _split(self, specs: Specs) -> Iterator[Operation]:
-        for group in self._of_family(_groups((self.whole,), specs), specs):
+        for group in self._with_size(self._of_family(_groups((self.whole,), specs), specs), specs):
             whole = _fill(self.whole, group)
             names = [_fill(part, group) for part in self.parts]
             left = [name for name in names if name in specs]
@@ -134,20 +135,32 @@ class Fuse:
     def _of_family(self, groups: list[dict[str, str]], specs: Specs) -> list[dict[str, str]]:
         return [group for group in groups if self.requires is None or _fill(self.requires, group) in specs]
 
-    def _are_apart_by_nature(self, groups: Sequence[Mapping[str, str]], specs: Specs) -> bool:
-        """Whether a family has groups with fewer parts: K without a bias, or layers that share another one's K and V.
+    def _with_size(self, groups: list[dict[str, str]], specs: Specs) -> list[dict[str, str]]:
+        """Leave out the groups without the matrix of `first_size_from`, where other layers have it."""
+        if self.first_size_from is None or not any(map(_compile(self.first_size_from).fullmatch, specs)):
+            return groups
+        return [group for group in groups if _fill(self.first_size_from, group) in specs]
 
-        Then no group is joined. A part that every weight lacks, or that stands beside the whole, is a fault instead.
+    def _are_apart_by_nature(self, groups: Sequence[Mapping[str, str]], specs: Specs) -> bool:
+        """Whether a family has groups that cannot be joined; then none is.
+
+        Some have fewer parts (K without a bias, layers that share another one's K and V, queries beside compressed
+        keys, an up projection without a gate), some parts of unequal columns (keys of something else than queries). A
+        part that every weight lacks, or that stands beside the whole, is a fault instead.
         """
         lacking, num_whole = [], 0
         for group in groups:
             names = [_fill(part, group) for part in self.parts]
             if _fill(self.whole, group) in specs:
                 return False
-            has_all = all(name in specs for name in names)
-            num_whole += has_all and group.get("kind") != "bias"
-            lacking += [] if has_all else [group]
-        return bool(lacking) and num_whole > 0
+            parts = [specs[name] for name in names if name in specs]
+            if len(parts) < len(names):
+                lacking.append(len(parts))
+                continue
+            num_whole += group.get("kind") != "bias"
+            if len({_resized(part, self.dim, 0).shape for part in parts}) > 1:
+                return True
+        return bool(lacking) and (num_whole > 0 or 2 * max(lacking) <= len(self.parts))
 
     def _sizes(self, whole: str, specs: Specs, group: Mapping[str, str]) -> list[int]:
         total = _size(whole, specs[whole], self.dim)
@@ -310,6 +323,7 @@ def _dequantize(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [tensors[0].float() * tensors[1]]
 
 
+@cache
 def _compile(template: str) -> re.Pattern[str]:
     """Compile a template into a regular expression."""
     pieces = re.split(r"\{(\w+)\}", template)
@@ -346,7 +360,8 @@ def _joined(names: Sequence[str], parts: Sequence[TensorSpec], dim: int) -> Tens
     if any(part.dtype != first.dtype or _resized(part, dim, 0) != _resized(first, dim, 0) for part in parts):
         seen = ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)
         raise ArtifactError(
-            f"{', '.join(names[: len(parts)])} are {seen}; parts that are joined must agree in all but one size"
+            f"{', '.join(names[: len(parts)])} are {seen} and parts that are joined must agree in all but one size; "
+            "leave the weights as they are, no generation has them otherwise"
         )
     return _resized(first, dim, sum(_size(name, part, dim) for name, part in zip(names, parts, strict=False)))
 

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deepseek.compat.conversion_paths import Action, ConversionPlan, Stage, make_plan
-from deepseek.compat.conversion_steps import STEPS, DirectedTransform, Step, find_path, net_changes
+from deepseek.compat.conversion_steps import (
+    STEPS,
+    DirectedTransform,
+    Step,
+    find_path,
+    identify,
+    is_half_converted,
+    net_changes,
+)
 from deepseek.compat.generations import find_generation
 from deepseek.compat.tensors import FLOAT_DTYPES, describe, parse_dtype
 from deepseek.compat.transforms import Kind, Operation, Specs
@@ -115,9 +123,11 @@ class VersionConverter:
     def plan(self, specs: Specs) -> tuple[ConversionPlan, ConversionReport]:
         """Plan what `convert` would do to tensors of these names, dtypes and shapes."""
         changes = net_changes(self.steps)
-        notes = list(_check_forms(specs, [change for step in changes for change in step], self))
-        plan = make_plan(specs, changes, self.dtypes, self.dtype)
-        doubt = _explain_doubt(specs, plan, changes)
+        notes: list[str] = []
+        doubt = _judge_forms(specs, [change for step in changes for change in step], self, notes)
+        if doubt is None:
+            plan = make_plan(specs, changes, self.dtypes, self.dtype)
+            doubt = _explain_doubt(specs, plan, changes)
         if doubt is not None:
             plan = make_plan(specs, (), self.dtypes, self.dtype)
             notes.append(f"the names and groups of the weights are left as they are: {doubt}")
@@ -187,19 +197,35 @@ def _is_joined(name: str, moved: Sequence[Operation]) -> bool:
     return any(name in operation.sources and operation.kind in ("merged", "split") for operation in moved)
 
 
-def _check_forms(specs: Specs, changes: Sequence[DirectedTransform], converter: VersionConverter) -> Iterator[str]:
-    """Compare the names with both ends; yields a note when the weights already have the destination's form."""
+def _judge_forms(
+    specs: Specs, changes: Sequence[DirectedTransform], converter: VersionConverter, notes: list[str]
+) -> str | None:
+    """Compare the names with both ends; say why a plan must not be made, and note what is converted already.
+
+    Raises `ArtifactError` where they are half converted, and where they are of other generations than the source.
+    """
     judged = [change for change in changes if change.transform.is_evidence]
     old = [change.transform.name for change in judged if change.transform.plan(specs, change.direction)]
     new = [change.transform.name for change in judged if change.transform.plan(specs, change.inverse.direction)]
     source, target = converter.source.name, converter.target.name
-    if old and new:
+    if new and not old:
+        notes.append(
+            f"the weights already have the form of generation {target} ({', '.join(new)}); these stay as they are"
+        )
+    if not (old and new):
+        return None
+    forms = f"{', '.join(old)} as in {source}, {', '.join(new)} as in {target}"
+    if is_half_converted(specs):
         raise ArtifactError(
-            f"the weights are half converted: {', '.join(old)} as in {source}, {', '.join(new)} as in {target}; "
+            f"the weights are half converted: {forms}; "
             "convert the original anew, or name the generation it is really of"
         )
-    if new:
-        yield f"the weights already have the form of generation {target} ({', '.join(new)}); these stay as they are"
+    if generations := identify(specs):
+        raise ArtifactError(
+            f"the weights have {forms}, so they are of generation {' or '.join(generations)}, not of {source}; "
+            "name it as the source"
+        )
+    return f"they have {forms}, as no generation has both"
 
 
 def _convert_optimizer(optimizer: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:

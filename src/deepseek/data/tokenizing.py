@@ -31,7 +31,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from deepseek.core.errors import ConfigError, DataError
-from deepseek.core.model_folder import GENERATION_FILE, TOKENIZER_SETTINGS_FILE, ModelFolder
+from deepseek.core.model_folder import GENERATION_FILE, TOKENIZER_SETTINGS_FILE, ModelFolder, read_text
 from deepseek.core.storage import write_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,7 +40,10 @@ SETTINGS_FILE = TOKENIZER_SETTINGS_FILE
 TEMPLATE_FILE = "chat_template.jinja"
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+_MAX_TOKENIZER_BYTES = 512 << 20  # the largest vocabularies in use take about 40 MB
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# How tokenizers were saved before there was tokenizer.json.
+_SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
 # Asked in this order of a tokenizer.json that lies alone, without the settings that would name its end token.
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>")
 
@@ -237,7 +240,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a `tokenizer.json`, or a model folder with one and its settings; raises `DataError` if that fails."""
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise DataError(f"there is no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
+        parts = [name for name in _SLOW_FILES if (file.parent / name).is_file()]
+        way_out = "give a tokenizer.json or a folder that holds one"
+        if parts:
+            way_out = (
+                f"the folder holds {', '.join(parts)}: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` "
+                f"of transformers makes a {TOKENIZER_FILE} of it"
+            )
+        raise DataError(f"there is no tokenizer at {file}; {way_out}")
     backend = read_tokenizer_file(file)
     folder = ModelFolder(file.parent)
     eos_token = _find_end_token(backend, folder, file)
@@ -258,6 +268,8 @@ def read_tokenizer_file(file: Path) -> tokenizers.Tokenizer:
 
     Truncation and padding that were saved in it are what its last user did, not a rule of the model, and are left out.
     """
+    if (size := file.stat().st_size) > _MAX_TOKENIZER_BYTES:
+        raise DataError(f"{file} has {size} bytes, and a tokenizer has at most {_MAX_TOKENIZER_BYTES}; copy it again")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
@@ -335,7 +347,7 @@ def _find_named_token(backend: tokenizers.Tokenizer, folder: ModelFolder, name: 
 def _read_chat_template(settings: Mapping[str, Any], file: Path) -> str | None:
     """Return the template beside the tokenizer; its own file wins, and of several in the settings the default."""
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):
         return next((named["template"] for named in template if named.get("name") == "default"), None)

@@ -74,7 +74,8 @@ def load_model(
     SavedModel, or an ONNX, `.pb` or `.tflite` file. `config` is a `LoadConfig` or its settings as a dict; `precision`
     and `weights` are two of them. A name gives random weights, with a warning, unless `weights` leads to trained ones.
 
-    `precision` is that of the weights in memory; none keeps them as they are stored. With `verify`, every file of an
+    `precision` is that of the weights in memory; none keeps them as they are stored, whatever a `config.json` says of
+    their dtype, and where a file holds several, as that of its largest tensor. With `verify`, every file of an
     artifact is compared with its manifest first; other sources have none to compare with. A `packed` decoder has its
     weights laid out for this machine's kernels (`nn/packed.py`): it decodes at up to twice the speed, and can be run
     but not trained or saved. `on_event` hears of every backend that is tried.
@@ -112,7 +113,10 @@ _PLAIN = "as it was loaded, by torch; give a backend, for example auto, to have 
 
 def _as_packed(module: nn.Module, source: str | Path) -> nn.Module:
     if not isinstance(module, Decoder):
-        raise ConfigError(f"{source} is a {type(module).__name__} and only a Decoder can be packed; leave packed out")
+        raise ConfigError(
+            f"{source} is a {type(module).__name__} and packed=True takes decoders only; call load_model without it, "
+            "or with backend='auto', which looks for what runs it fastest"
+        )
     return pack_(module)
 
 
@@ -207,7 +211,10 @@ def _as_precision(model: nn.Module, precision: str, source: str | Path) -> nn.Mo
             raise ConfigError(f"{source} is int8 and was asked for as {precision}; leave precision out")
         return model
     if precision == "auto":
-        return model
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        if not isinstance(model, Decoder) or len(dtypes) == 1:
+            return model
+        return _cast_parameters_(model, main_dtype(model.state_dict()))  # norms in fp32 beside matrices in bf16
     if precision == "int8":
         if isinstance(model, Decoder):
             return make_int8_(model)
@@ -221,11 +228,14 @@ def _as_precision(model: nn.Module, precision: str, source: str | Path) -> nn.Mo
             f"{source} is loaded in fp16, which this machine can store but not compute in quickly; "
             "run it on a GPU, or take bf16"
         )
-    if isinstance(model, Decoder):  # its tables of angles stay in fp32
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model
-    return model.to(dtype)
+    return _cast_parameters_(model, dtype) if isinstance(model, Decoder) else model.to(dtype)
+
+
+def _cast_parameters_(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """Cast the parameters, in place; tables of angles stay in fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 # ---- writing

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, JsonValue, field_validator
 from torch import Tensor, nn
 
-from deepseek.artifact.format import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, is_plain_name
+from deepseek.artifact.format import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, WEIGHTS_NAME, is_plain_name
 from deepseek.artifact.reading import (
     find_model_folder,
     is_artifact,
@@ -34,11 +34,19 @@ from deepseek.artifact.reading import (
 from deepseek.artifact.verifying import SAFETENSORS_SUFFIX, refuse_pickles
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.config import Config
-from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError
+from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError, first_line
+from deepseek.core.model_folder import ModelFolder, check_sizes, read_settings
 from deepseek.core.names import explain_unknown
 from deepseek.models import text_zoo, zoo
 from deepseek.models.architectures import DECODER, TRANSFORMERS, list_architectures
-from deepseek.models.decoder.keymap import FAMILIES, find_family, import_config, import_tensors, tie_as_stored
+from deepseek.models.decoder.keymap import (
+    FAMILIES,
+    find_family,
+    fit_prefix,
+    import_config,
+    import_tensors,
+    tie_as_stored,
+)
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loaded_model import plain_module
 from deepseek.models.mobilenet_v3 import keymap as mobilenet_v3_keymap
@@ -46,7 +54,7 @@ from deepseek.models.mobilenet_v3.model import MobileNetV3
 from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow, run_tensorflow
 from deepseek.models.resnet import keymap as resnet_keymap
 from deepseek.models.resnet.model import ResNet
-from deepseek.models.transformers_models.model import TransformersModel, read_transformers
+from deepseek.models.transformers_models.model import TransformersModel, is_transformers_class, read_transformers
 from deepseek.models.vit import keymap as vit_keymap
 from deepseek.models.vit.model import ViT
 from deepseek.models.weight_loading import PRECISIONS, build_without_values, fill_, is_int8, strip_wrappers
@@ -278,8 +286,9 @@ def _open_artifact(folder: Path, config: LoadConfig, verify: bool) -> Opened:
         raise ConfigError(explain_unknown("architecture", manifest.architecture, known))
     if manifest.precision not in PRECISIONS.values():
         raise ConfigError(explain_unknown("precision", manifest.precision, PRECISIONS.values()))
+    check_sizes(manifest.architecture_config, str(folder / MANIFEST_NAME))
     if manifest.architecture == TRANSFORMERS:
-        model: nn.Module = read_transformers(folder, manifest.architecture_config, None)
+        model: nn.Module = read_transformers(folder, manifest.architecture_config, artifact.tensors())
     else:
         tensors = artifact.tensors()
         if manifest.layout == "huggingface":
@@ -295,7 +304,12 @@ def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source
     architecture = list_architectures()[name]
     if name == DECODER:
         settings = tie_as_stored(DecoderConfig.from_dict(settings), tensors).to_dict()
-    model = build_without_values(lambda: architecture.build(settings))
+    try:
+        model = build_without_values(lambda: architecture.build(settings))
+    except RuntimeError as error:  # torch has no memory for the tables of positions
+        raise ArtifactError(
+            f"the model in {source} cannot be built ({first_line(error)}); check the sizes in its config"
+        ) from error
     if is_int8(tensors) and name == DECODER:
         replace_with_int8_(model, INT8_KEPT)
     fill_(model, tensors, None, source=source)
@@ -303,24 +317,43 @@ def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source
 
 
 def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
-    values = read_json(folder / CONFIG_NAME)
-    if values.get("model_type") in FAMILIES:
+    values = ModelFolder(folder).config
+    if (folder / _ADAPTER_CONFIG_NAME).exists():
+        warn_caller(f"{folder} holds an adapter as well, which is not applied; merge it into the weights first")
+    if is_decoder(values):
         try:
             settings, family = import_config(values)
         except ConfigError as error:
             warn_caller(f"{folder}: {error}; it is loaded through transformers instead")
         else:
             tensors = strip_wrappers(read_tensors(find_weight_files(folder)), (), source=folder)
-            return _open_decoder(folder, settings, import_tensors(tensors, family))
-    files = find_weight_files(folder)
-    for file in files:
-        read_tensor_file(file)  # refuses what is damaged or a pickle in disguise before another library opens it
-    model = read_transformers(folder, values, None)
+            return _open_decoder(folder, settings, import_tensors(fit_prefix(tensors, family), family))
+    # Every file is read here first: what is damaged or a pickle in disguise is refused before another library opens it.
+    model = read_transformers(folder, values, read_tensors(find_weight_files(folder)))
     kind = type(model.model).__name__
     return Opened(f"{folder}, a {kind} through transformers", model, partial(draw_for, model), str(folder), folder)
 
 
+def is_decoder(values: Mapping[str, Any]) -> bool:
+    """Return whether a `config.json` is of a family that our decoder follows, with the head that continues texts."""
+    family = FAMILIES.get(str(values.get("model_type")))
+    names = values.get("architectures") or []
+    named = str(names[0]) if isinstance(names, list) and names else ""
+    return family is not None and (named in ("", family.class_name) or not is_transformers_class(named))
+
+
 def _open_decoder(folder: Path, settings: DecoderConfig, tensors: Tensors) -> Opened:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ArtifactError(
+                f"{folder} is quantized ({name} is {str(tensor.dtype).removeprefix('torch.')}) in a way that the "
+                "decoder does not read; give the folder it was made from, and quantize that with `deepseek quantize`"
+            )
+    if "head.weight" not in tensors and not settings.tie_embeddings:
+        warn_caller(
+            f"{folder} has no head, and its {CONFIG_NAME} says that the head is not the embedding; the embedding is "
+            "taken for it: set tie_word_embeddings to true if that is right, and copy the weights again if not"
+        )
     model = assemble(DECODER, settings.to_dict(), tensors, source=folder).eval()
     return Opened(
         f"{folder}, a Hugging Face folder as our decoder", model, partial(draw_for, model), str(folder), folder
@@ -329,17 +362,29 @@ def _open_decoder(folder: Path, settings: DecoderConfig, tensors: Tensors) -> Op
 
 def find_weight_files(folder: Path) -> list[Path]:
     """Return the files that the index names, or the one file there is."""
-    if (folder / INDEX_NAME).is_file():
-        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+    if (folder / INDEX_NAME).exists():
+        weight_map = read_settings(folder / INDEX_NAME, error=CorruptArtifactError).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
         if not names or not all(map(is_plain_name, names)):
             raise CorruptArtifactError(f"{folder / INDEX_NAME} has no weight_map of file names; download it again")
+        if WEIGHTS_NAME not in names and (folder / WEIGHTS_NAME).exists():
+            raise ArtifactError(
+                f"{folder} holds the model twice, as {WEIGHTS_NAME} and in the files of {INDEX_NAME}; "
+                "remove the one that is older"
+            )
         paths = [folder / name for name in sorted(names)]
     else:
         paths = [folder / WEIGHTS_NAME]
     for path in paths:
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing; a model needs a {SAFETENSORS_SUFFIX} file, download it again")
+            others = sorted(other.name for other in folder.glob("*" + SAFETENSORS_SUFFIX))
+            way_out = "a model needs a .safetensors file, download it again"
+            if others and len(paths) == 1:
+                way_out = (
+                    f"the folder holds {', '.join(others[:3])}, which nothing names: copy {INDEX_NAME} too, "
+                    f"or, of one whole file under the names of transformers, call it {WEIGHTS_NAME}"
+                )
+            raise ArtifactError(f"{path} is missing; {way_out}")
     return paths
 
 
@@ -348,20 +393,9 @@ def read_max_length(folder: Path) -> int | None:
     if is_artifact(folder):
         length = read_manifest(folder).architecture_config.get("max_length")
     else:
-        values = read_json(folder / CONFIG_NAME) if is_huggingface(folder) else {}
+        values = dict(ModelFolder(folder).config)
         length = next((values[name] for name in _LENGTH_NAMES if name in values), None)
     return length if isinstance(length, int) else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file of another library."""
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptArtifactError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise CorruptArtifactError(f"{path} holds a {type(values).__name__}, expected an object; download it again")
-    return values
 
 
 # ---- files
@@ -398,6 +432,8 @@ def is_huggingface(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file()
 
 
+_ADAPTER_CONFIG_NAME = "adapter_config.json"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What configs of Hugging Face call the longest sequence.
 _LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, LoadConfig, bool], Opened]], ...] = (
@@ -409,6 +445,11 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, LoadConfig, bool], O
 
 
 def _explain_nothing(source: str | Path, path: Path) -> Exception:
+    if (path / _ADAPTER_CONFIG_NAME).exists():
+        return ArtifactError(
+            f"{path} holds an adapter and no model; merge it into its base model (`merge_and_unload` of peft) and give "
+            "the folder that this is saved in"
+        )
     if path.is_dir():
         return ArtifactError(
             f"{path} has neither manifest.json nor {CONFIG_NAME} nor {SAVED_MODEL_NAME}, so it holds no model; "

@@ -69,11 +69,11 @@ def info(path: Path, *, verify: bool = True, json: bool = False) -> None:
 
 def describe_huggingface(folder: Path) -> dict[str, Any]:
     """The architecture that the config names, and what is in the weight files; tied weights count once."""
-    from deepseek.artifact.format import CONFIG_NAME
     from deepseek.artifact.reading import read_tensors
-    from deepseek.models.model_sources import find_weight_files, read_json
+    from deepseek.core.model_folder import ModelFolder
+    from deepseek.models.model_sources import find_weight_files
 
-    config = read_json(folder / CONFIG_NAME)
+    config = ModelFolder(folder).config
     tensors = read_tensors(find_weight_files(folder))
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     architectures = config.get("architectures") or [config.get("model_type") or "unknown"]

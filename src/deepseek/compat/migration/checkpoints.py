@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from deepseek.compat.conversion_steps import FUSE_LLAMA, identify
+from deepseek.compat.conversion_steps import FUSE_LLAMA, identify, is_half_converted
 from deepseek.compat.generations import FrameworkGeneration
 from deepseek.compat.headers import read_checkpoint
 from deepseek.compat.migration.findings import Finding, find, unreadable
@@ -19,8 +19,12 @@ from deepseek.compat.transforms import Specs
 from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.errors import ArtifactError, CorruptArtifactError
 
-# Families that `transformers` itself holds with fused projections, so that their names say nothing about a generation.
-_NATIVELY_FUSED = ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "dia", "zamba2")
+# Families that `transformers` itself writes with fused projections, or with experts under the names that Mixtral began
+# with, so that their names say nothing about a generation.
+_AS_TRANSFORMERS_WRITES = (
+    *("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "dia", "zamba2", "hrm_text"),
+    *("mixtral", "phimoe", "minimax", "minimax_m2", "minimax_m3", "minimax_m3_vl"),
+)
 
 
 _MAX_CONFIG_BYTES = 5_000_000
@@ -33,7 +37,7 @@ def check_weights(path: Path, shown: str, rules: MigrationRules, target: Framewo
     except (CorruptArtifactError, OSError) as error:
         return [_unreadable(shown, error)]
     model_type = _model_type(path)
-    if model_type in _NATIVELY_FUSED:
+    if model_type in _AS_TRANSFORMERS_WRITES:
         return []
     found = _judge(specs, model_type, shown, rules, target)
     return [] if found is None else [found]
@@ -48,14 +52,12 @@ def _judge(
         generations = identify(specs)
     except ArtifactError as error:
         return find(by_id["checkpoint-half-converted"], shown, 1, 1, detail=str(error))
-    has_fused_attention = bool(FUSE_LLAMA.plan(specs, "backward")) if not generations or model_type is None else False
-    if not generations and has_fused_attention:
-        return find(by_id["checkpoint-half-converted"], shown, 1, 1)
-    # GLM and others hold gate and up projections as one, and Q, K and V apart.
-    if not generations or target.name in generations or "checkpoint-layout" not in by_id:
+    if not generations:  # or a family that no generation has: GLM holds gate and up as one, and Q, K and V apart
+        return find(by_id["checkpoint-half-converted"], shown, 1, 1) if is_half_converted(specs) else None
+    if target.name in generations or "checkpoint-layout" not in by_id:
         return None
     found = find(by_id["checkpoint-layout"], shown, 1, 1, detail=f"as {', '.join(generations)}, not {target.name}")
-    if has_fused_attention and model_type is None:
+    if model_type is None and FUSE_LLAMA.plan(specs, "backward"):
         return found.for_person("Phi-3 holds these names, too: put its config.json beside it, which tells them apart")
     _, report = VersionConverter(generations[-1], target.name).plan(specs)
     return found if report.actions else None

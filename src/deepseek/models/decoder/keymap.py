@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.core.errors import ArtifactError, ConfigError
+from deepseek.core.errors import ArtifactError, ConfigError, first_line
 from deepseek.core.names import explain_unknown
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.models.decoder.rope_settings import DEFAULTS, RopeDefaults, read_rope, write_rope
@@ -97,9 +97,17 @@ def import_config(values: Mapping[str, Any]) -> tuple[DecoderConfig, Family]:
                 f"{' or '.join(map(repr, followed))} only; choose another model"
             )
     ours = {key: values.get(their_key, default) for key, their_key, default in family.settings}
+    if not isinstance(ours["num_layers"], int | float):
+        raise ConfigError(f"this {model_type} model has {ours['num_layers']!r} layers; copy its config.json again")
     ours |= _read_window(values, family, int(ours["num_layers"]))
     if family.shared["position"] == "rotary":
-        rope = read_rope(values, family.rope)
+        try:
+            rope = read_rope(values, family.rope)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"this {model_type} model has rotary settings that cannot be read ({first_line(error)}); "
+                "copy its config.json again from its origin"
+            ) from error
         ours |= {key: value for key, value in rope.items() if key not in family.shared}
         _require_default(rope, family)
     return DecoderConfig.from_dict(_nest(ours | dict(family.shared))), family
@@ -128,6 +136,32 @@ def export_config(config: DecoderConfig, family: Family, dtype: torch.dtype) -> 
     if config.position == "rotary":
         settings["max_position_embeddings"] = config.max_length
     return identity | settings | write_rope(config) | _write_window(config, family)
+
+
+def fit_prefix(tensors: Mapping[str, Tensor], family: Family) -> Tensors:
+    """Return `tensors` under the names that `family` begins with, where a file has a prefix more or lacks theirs.
+
+    The embedding says which: `language_model.model.embed_tokens.weight`, or `embed_tokens.weight` of a bare model.
+
+    >>> list(fit_prefix({"embed_tokens.weight": torch.ones(1), "lm_head.weight": torch.ones(1)}, LLAMA))
+    ['model.embed_tokens.weight', 'lm_head.weight']
+    """
+    anchor, head = (_theirs(family, ours) for ours in ("embed.weight", "head.weight"))
+    last = ".".join(anchor.split(".")[-2:])
+    found = [name for name in tensors if f".{name}".endswith(f".{last}")]
+    if len(found) != 1 or found[0] == anchor:
+        return dict(tensors)
+    seen = found[0]
+    if anchor.endswith("." + seen):
+        lacking = anchor.removesuffix(seen)
+        return {name if name == head else lacking + name: tensor for name, tensor in tensors.items()}
+    if seen.endswith("." + anchor):
+        return {name.removeprefix(seen.removesuffix(anchor)): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def _theirs(family: Family, ours: str) -> str:
+    return next(theirs for name, theirs in family.names if name == ours)
 
 
 def import_tensors(tensors: Mapping[str, Tensor], family: Family) -> Tensors:

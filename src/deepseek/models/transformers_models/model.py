@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from deepseek.artifact.format import CONFIG_NAME
 from deepseek.compiler.runtimes.backends.interface import quiet as hold_back
 from deepseek.core.caller_warnings import warn_caller
-from deepseek.core.errors import ArtifactError, ConfigError
+from deepseek.core.errors import ArtifactError, ConfigError, first_line
 from deepseek.core.extras import require
 from deepseek.core.names import explain_unknown
+from deepseek.models.weight_loading import PRECISIONS, main_dtype, strip_wrappers
 
 _ANSWERS = ("logits", "last_hidden_state", "start_logits")
 _TEXT_INPUTS = ("input_ids", "attention_mask")
@@ -134,23 +135,47 @@ def build_transformers(values: Mapping[str, Any]) -> TransformersModel:
         return TransformersModel(kind(config)).eval()
 
 
-def read_transformers(folder: Path, values: Mapping[str, Any], dtype: torch.dtype | None) -> TransformersModel:
-    """Read the model in the Hugging Face folder `folder`, whose `config.json` holds `values`, in evaluation mode.
+def read_transformers(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransformersModel:
+    """Read the model in the Hugging Face folder `folder`, in evaluation mode.
 
-    Raises `ArtifactError` where weights are missing or of another shape; those that are left over are warned about.
+    `values` are those of its `config.json` and `tensors` what its files hold. The weights have the dtype that most of
+    them are stored in, whatever the config says. Raises `ArtifactError` where weights are missing or of another shape,
+    and `ConfigError` where `transformers` cannot build the model; weights that are left over are warned about.
     """
     kind, config = _find_class(values)
+    plain = strip_wrappers(tensors, (), source=folder)
+    floats = {
+        name: tensor for name, tensor in plain.items() if tensor.dtype in PRECISIONS and tensor.is_floating_point()
+    }
     with quiet():
-        model, report = kind.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        try:
+            model, report = kind.from_pretrained(
+                str(folder) if plain.keys() == tensors.keys() else None,
+                config=config,
+                dtype=main_dtype(floats) if floats else "auto",
+                state_dict=None if plain.keys() == tensors.keys() else plain,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report names them
+            )
+        except (
+            Exception
+        ) as error:  # whatever its checks and torch raise for a config or weights that do not go together
+            raise ConfigError(
+                f"transformers cannot build the {kind.__name__} in {folder} ({first_line(error)}); "
+                f"mend its {CONFIG_NAME} or download it again"
+            ) from error
     _check_report(report, folder)
     return TransformersModel(model).eval()
+
+
+def is_transformers_class(name: str) -> bool:
+    """Return whether the installed library has a model class of that name."""
+    transformers = _require_transformers()
+    with quiet():
+        kind = getattr(transformers, name, None)
+    return isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
 
 
 def list_settings(model_type: str) -> list[str]:
@@ -171,15 +196,19 @@ def _find_class(values: Mapping[str, Any]) -> tuple[Any, Any]:
     if model_type not in known:
         raise ConfigError(explain_unknown("Hugging Face model type", model_type, known))
     names = values.get("architectures") or []
-    with quiet():
-        kind = getattr(transformers, str(names[0]), None) if names else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    if not (isinstance(names, list) and names and is_transformers_class(str(names[0]))):
         raise ConfigError(
             f"{CONFIG_NAME} has architectures={names!r}, which names no model class of transformers "
             f"{transformers.__version__}; mend it"
         )
     settings = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
-    return kind, transformers.AutoConfig.for_model(model_type, **settings)
+    try:
+        return getattr(transformers, str(names[0])), transformers.AutoConfig.for_model(model_type, **settings)
+    except Exception as error:  # its own checks raise several kinds
+        raise ConfigError(
+            f"{CONFIG_NAME} is not what transformers takes for {model_type} ({first_line(error)}); "
+            "copy it again from its origin"
+        ) from error
 
 
 def _check_report(report: Any, folder: Path) -> None:
