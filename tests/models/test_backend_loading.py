@@ -307,7 +307,8 @@ def test_a_file_is_called_with_arrays_and_by_its_own_names_on_every_backend(tmp_
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it cannot be converted
-        loaded = load_model(tmp_path / "m.onnx", {"backend": backend, "batch_size": 2} if backend else None)
+        config = {"backend": backend, "batch_size": 2, "time_budget_s": 3} if backend else {}
+        loaded = load_model(tmp_path / "m.onnx", config)
     first, second = numpy.array([[3.0, 5.0], [1.0, 2.0]]), numpy.array([[1.0, 0.5], [0.0, 2.0]], "f4")
     expected = torch.from_numpy(first @ second if domain else first - second).float()
     with warnings.catch_warnings():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,3 +58,30 @@ def test_notes_and_findings_are_part_of_the_description():
     compiled = BACKENDS["eager"].compile(small_mlp().model, small_mlp().samples, "int8")
     assert compiled.describe()["notes"] == ["2 linear layers in int8"]
     assert Built(lambda: ()).findings == ()
+
+
+def odd_views():
+    """Tensors of shape (3, 6) as callers have them: each lies in memory in a way of its own."""
+    rows = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    return {
+        "rows of a larger tensor": rows[1:4],
+        "transposed": rows[:6, :3].contiguous().t(),
+        "every second column": torch.randn(3, 12)[:, ::2],
+        "expanded": rows[:1].expand(3, 6),
+        "of an array": torch.from_numpy(np.arange(19, dtype="f4"))[1:].view(3, 6),
+        "a parameter": nn.Parameter(rows[:3].clone()),
+    }
+
+
+@pytest.mark.parametrize("name", ["eager", "inductor", "onnxruntime", "openvino", "tvm"])
+def test_inputs_may_lie_in_memory_as_they_like(name):
+    if not BACKENDS[name].is_available():
+        pytest.skip(f"{name} is not installed")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of a runtime's own imports
+        for sample in (torch.randn(3, 6), torch.randn(1, 6).expand(3, 6)):
+            compiled = BACKENDS[name].compile(model, sample)
+            for kind, view in odd_views().items():
+                torch.testing.assert_close(compiled(view), model(view), rtol=1e-4, atol=1e-5, msg=kind)

@@ -102,16 +102,25 @@ def compile_graph(
     """`graph` compiled for the shapes of `inputs`, and inductor's counters of this compilation alone."""
     from torch._inductor.compile_fx import compile_fx
 
+    inputs = [tensor.contiguous() if 0 in tensor.stride() else tensor for tensor in inputs]
+    strides = [tensor.stride() for tensor in inputs]
     with inductor_settings(options), counting() as counters, torch.no_grad():
         compiled = cast("Callable[..., Any]", compile_fx(graph, list(inputs)))
         # The first call compiles what was left for later, with settings that must be the same.
         compiled(*inputs)
 
     def call(*tensors: Tensor) -> Sequence[Tensor]:
-        answer = compiled(*tensors)
+        answer = compiled(*map(_with_strides, tensors, strides))
         return (answer,) if isinstance(answer, Tensor) else answer
 
     return call, counters
+
+
+def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return `tensor`, or a copy that lies in memory as compiled code asserts: a view of a caller may lie otherwise."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @contextmanager
