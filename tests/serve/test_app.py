@@ -15,11 +15,14 @@ import httpx
 import openai
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from deepseek.core.errors import DataError
 from deepseek.core.events import Event
+from deepseek.data.chat_templates import MAX_PROCESSES
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.decoder.model import Decoder
 from deepseek.serve.config import ServeConfig
@@ -183,6 +186,9 @@ BAD_VALUES: list[dict[str, Any]] = [
     {"suffix": "end"},
     {"logit_bias": {"1": 5}},
     {"presence_penalty": 1},
+    {"presence_penalty": False},
+    {"best_of": True},
+    {"n": 10**12},
     {"frequence_penalty": 1},
     {"messages": []},
 ]
@@ -203,6 +209,10 @@ BAD_CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "assistant"}, {"role": "user", "content": None}]},
     {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
     {"chat_template_kwargs": "enable_thinking"},
+    {"chat_template_kwargs": {"messages": []}},
+    {"chat_template_kwargs": {"add_generation_prompt": False}},
+    {"chat_template_kwargs": {"tools": [1]}},
+    {"parallel_tool_calls": 1},
     {"prompt": "x"},
 ]
 
@@ -584,3 +594,108 @@ def test_a_crowd_in_which_half_hang_up_leaves_right_answers_and_an_empty_engine(
         wait_until(lambda: not server.service.engine_loop.engine.has_work, "the engine is empty")
         assert server.service.engine_loop.engine.cache_usage == 0
         assert http.get("/healthz").status_code == 200
+
+
+# Values that no parameter wants, or wants at other places.
+ODD_VALUES: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        3.5,
+        1e308,
+        10**30,
+        -(10**30),
+        2**63,
+        "",
+        "x",
+        "16",
+        "\ud800",
+        "a\udc00b",
+        "\x00",
+        "🦄",
+    ),
+    *([], [[]], [None], [1], [[1]], [1, "a"], [10**12], ["", ""], ["a"] * 40, {}, [{}], {"type": "text"}, {"5": 100}),
+    *([{"role": "user"}], [{"role": "user", "content": "x"}], {"include_usage": "yes"}, "auto"),
+)
+ODD_NAMES = (
+    *("prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "n", "stream"),
+    *("stream_options", "stop", "logprobs", "top_logprobs", "echo", "seed", "best_of", "suffix", "logit_bias", "tools"),
+    *("response_format", "tool_choice", "user", "ignore_eos", "chat_template_kwargs", "documents", "model", "", "self"),
+)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@given(
+    is_chat=st.booleans(),
+    odd=st.dictionaries(
+        st.sampled_from(ODD_NAMES),
+        st.sampled_from([*ODD_VALUES, nested(10), nested(300)]),
+        min_size=1,
+        max_size=3,
+    ),
+)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_odd_bodies_are_answered_or_refused_and_never_break_anything(
+    http: httpx.Client, is_chat: bool, odd: dict[str, Any]
+) -> None:
+    subject = {"messages": [{"role": "user", "content": "x"}]} if is_chat else {"prompt": "x"}
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    answer = http.post(path, content=json.dumps({"model": "tiny", "max_tokens": 2} | subject | odd))
+    if answer.status_code != 200:
+        assert answer.status_code in (400, 404)
+        assert "\n" not in check_error(answer, answer.status_code)["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "tiny", "prompt": ["a", "b"], "n": 1000000000000}',
+        b'{"model": "tiny", "prompt": "\\ud800", "max_tokens": 1}',
+        b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
+        b"[" * 4000,
+        b'{"model":' * 500,
+        b'{"model": "tiny", "prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+        '{"model": "tiny", "prompt": "a"}'.encode("utf-16"),
+    ],
+    ids=range(7),
+)
+def test_a_hostile_body_costs_nothing_and_the_next_answer_is_right(http: httpx.Client, body: bytes) -> None:
+    ask = SHORT | {"temperature": 0}
+    before = http.post("/v1/completions", json=ask).json()["choices"]
+    check_error(http.post("/v1/completions", content=body), 400)
+    assert http.post("/v1/completions", json=ask).json()["choices"] == before
+
+
+def test_chats_whose_templates_take_long_leave_room_for_others(
+    model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[int] = []
+    may_end = threading.Event()
+
+    def render(*_: Any, **__: Any) -> str:
+        inside.append(1)
+        assert may_end.wait(60)
+        return "x"
+
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    with serving(model, tokenizer) as (_, http), ThreadPoolExecutor(12) as pool:
+        monkeypatch.setattr("deepseek.serve.app.render_chat", render)
+        monkeypatch.setattr("deepseek.serve.app._TEMPLATE_WAIT_S", 60.0)
+        asked = [pool.submit(http.post, "/v1/chat/completions", json=chat) for _ in range(MAX_PROCESSES + 4)]
+        wait_until(lambda: len(inside) == MAX_PROCESSES, "as many chats are written as there may be")
+        assert http.post("/v1/completions", json=SHORT).status_code == 200
+        assert len(inside) == MAX_PROCESSES
+        monkeypatch.setattr("deepseek.serve.app._TEMPLATE_WAIT_S", 0.01)
+        assert check_error(http.post("/v1/chat/completions", json=chat), 503)["type"] == "overloaded_error"
+        may_end.set()
+        assert [answer.result().status_code for answer in asked] == [200] * len(asked)

@@ -31,7 +31,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek.core.errors import DeepSeekError, OverloadedError, RequestError
-from deepseek.data.chat_templates import render_chat
+from deepseek.data.chat_templates import MAX_PROCESSES, render_chat
 from deepseek.serve import responses
 from deepseek.serve.config import ServeConfig
 from deepseek.serve.engine_loop import EngineLoop, Stream
@@ -43,6 +43,7 @@ from deepseek.serve.sequences import Generation, GenerationRequest, Output, coll
 
 B = TypeVar("B", bound=GenerationBody)
 T = TypeVar("T")
+_TEMPLATE_WAIT_S = 4.0  # for one of the processes that write chats; each chat has half of it
 _CLIENT_CLOSED = 499  # nginx's status for a client that hung up; nobody is left to read it
 _REQUEST_ID_HEADER = "X-Request-Id"
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -60,6 +61,8 @@ class Service:
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     """Whether the server is on its way out and takes no new requests."""
+    template_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_PROCESSES))
+    """For chats being written, so that slow templates leave threads to everything else."""
 
     @property
     def obstacle(self) -> str | None:
@@ -137,10 +140,9 @@ def build_app(service: Service) -> ASGIApp:
 async def complete(request: Request) -> Response:
     """`POST /v1/completions`."""
     service, body = await admit(request, CompletionBody)
-    prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
-    service.require_room(len(prompts))
+    service.require_room(len(body.prompts) * body.n)
     requests = await asyncio.to_thread(_completion_requests, service, body)
-    echoes = await asyncio.to_thread(_echoes, service, prompts) if body.echo else ()
+    echoes = await asyncio.to_thread(_echoes, service, body) if body.echo else ()
     token_bytes = service.engine_loop.engine.tokenizer.token_bytes
     is_scored = body.echo and body.logprobs is not None
     answer = CompletionAnswer(body.model, token_bytes, echoes=echoes, is_scored=is_scored)
@@ -151,7 +153,8 @@ async def chat(request: Request) -> Response:
     """`POST /v1/chat/completions`."""
     service, body = await admit(request, ChatBody)
     service.require_room(body.n)
-    requests = await asyncio.to_thread(_chat_requests, service, body)
+    async with template_place(service):
+        requests = await asyncio.to_thread(_chat_requests, service, body)
     return await respond(
         request, body, requests, ChatAnswer(body.model, service.engine_loop.engine.tokenizer.token_bytes)
     )
@@ -212,6 +215,20 @@ def authorize(request: Request) -> Service:
                 "the API key is missing or wrong; send 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
             )
     return service
+
+
+@contextlib.asynccontextmanager
+async def template_place(service: Service) -> AsyncIterator[None]:
+    """Hold one of the places for writing a chat; raises `OverloadedError` when none gets free."""
+    try:
+        async with asyncio.timeout(_TEMPLATE_WAIT_S):
+            await service.template_places.acquire()
+    except TimeoutError:
+        raise OverloadedError(f"{MAX_PROCESSES} chats are being written already; try again later") from None
+    try:
+        yield
+    finally:
+        service.template_places.release()
 
 
 async def read_body(request: Request, config: ServeConfig) -> bytes:
@@ -366,9 +383,11 @@ def _chat_requests(service: Service, body: ChatBody) -> list[GenerationRequest]:
     return [replace(first, choice=choice) for choice in range(body.n)]
 
 
-def _echoes(service: Service, prompts: Sequence[str | list[int]]) -> tuple[str, ...]:
+def _echoes(service: Service, body: CompletionBody) -> tuple[str, ...]:
+    """Return the prompt's text for each answer."""
     tokenizer = service.engine_loop.engine.tokenizer
-    return tuple(prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts)
+    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in body.prompts]
+    return tuple(text for text in texts for _ in range(body.n))
 
 
 # Errors

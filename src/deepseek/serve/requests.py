@@ -54,6 +54,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Parameters that are not implemented, with the values that ask for nothing."""
 
+_SET_BY_SERVER = ("messages", "add_generation_prompt", "tools", "documents")
+"""Variables of a chat template that are not for `chat_template_kwargs` to set."""
+
 TokenId = Annotated[int, Field(ge=0)]
 Prompt = str | list[TokenId] | list[str] | list[list[TokenId]]
 
@@ -244,6 +247,13 @@ class ChatBody(GenerationBody):
 
     def check(self) -> None:
         super().check()
+        for name in _SET_BY_SERVER:
+            if name in self.chat_template_kwargs:
+                raise RequestError(
+                    f"chat_template_kwargs has {name!r}, which the server sets itself; leave it out",
+                    param="chat_template_kwargs",
+                    code="unsupported_parameter",
+                )
         if self.limit == 0:
             raise RequestError("max_tokens is 0 and a chat wants an answer; send 1 or more", param="max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
@@ -292,7 +302,8 @@ def _select(values: dict[str, Any], body: type[GenerationBody]) -> dict[str, Any
 
 
 def _require_neutral(name: str, value: Any) -> None:
-    if value not in NEUTRAL[name]:
+    # True equals 1 in Python, and is another value in JSON.
+    if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL[name]):
         raise RequestError(
             f"parameter {name!r} is not supported by this server; leave it out",
             param=name,
