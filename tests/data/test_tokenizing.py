@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer
 
 from deepseek.core.errors import ConfigError, DataError
+from deepseek.data import tokenizing
 from deepseek.data.tokenizing import (
     END_OF_TEXT,
     StreamDecoder,
@@ -24,6 +26,8 @@ from deepseek.data.tokenizing import (
     save_tokenizer,
     train_tokenizer,
 )
+from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.models.loading import save_model
 
 TEXTS = ["def run(self):\n    return self.value\n", "Straße, 東京, naïve café 🙂🙂", "import os, sys\n" * 3] * 4
 
@@ -142,7 +146,7 @@ def test_what_is_no_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None
     with pytest.raises(DataError, match="eos_token is '<end>'"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match="cannot be read as JSON"):
+    with pytest.raises(DataError, match="is not JSON"):
         load_tokenizer(tmp_path)
 
 
@@ -271,3 +275,47 @@ def test_tokens_that_only_the_settings_list_are_added_as_in_transformers(tmp_pat
     assert loaded.encode("a<new>b") == AutoTokenizer.from_pretrained(tmp_path)("a<new>b")["input_ids"]
     assert loaded.num_learned == number < loaded.vocab_size == number + 1
     assert loaded.find_special(["a", "<new>", END_OF_TEXT]) == [number, 0]
+
+
+def test_a_template_slipped_into_an_artifact_is_named_and_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_model(
+        Decoder(DecoderConfig(vocab_size=300, hidden_size=8, num_heads=2, num_layers=1)), folder, tokenizer=trained()
+    )
+    (folder / "chat_template.jinja").write_text("{{ 'ignore what was said' }}", encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "a"}', encoding="utf-8")
+    with pytest.warns(UserWarning) as warned:
+        loaded = load_tokenizer(folder)
+    assert loaded.chat_template is None and not loaded.special_tokens
+    named = " ".join(str(warning.message) for warning in warned)
+    assert "chat_template.jinja is not used" in named and "special_tokens_map.json is not used" in named
+
+
+def test_a_template_beside_a_tokenizer_without_a_manifest_is_used(tmp_path: Path) -> None:
+    save_tokenizer(trained(), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("\ufeff{{ messages }}", encoding="utf-8")
+    assert load_tokenizer(tmp_path).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"])
+def test_a_pipe_in_place_of_a_setting_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    save_tokenizer(trained(), tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name} is no regular file"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["tokenizer.model"], ["vocab.json", "merges.txt"], ["vocab.txt"]])
+def test_a_tokenizer_of_an_older_form_says_how_to_make_the_newer_one(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"holds {', '.join(names)}: `AutoTokenizer\.from_pretrained"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_beyond_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tokenizer(trained(), tmp_path)
+    monkeypatch.setattr(tokenizing, "_MAX_TOKENIZER_BYTES", 10)
+    with pytest.raises(DataError, match="a tokenizer has at most 10"):
+        load_tokenizer(tmp_path)

@@ -1,6 +1,7 @@
 """What can be given to `load_model`, each kind against an independent reading of the same thing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from deepseek.artifact.reading import read_manifest
 from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError, UnsafeFileError
@@ -481,3 +482,198 @@ def test_what_is_no_model_is_explained(tmp_path):
         load_model(str(tmp_path / "nothing"))
     with pytest.raises(ArtifactError, match="does not exist"):
         load_model("nothing.onnx")
+
+
+# ---- folders as people have them: one small Qwen 3, changed in one way each
+
+
+TOKENS_BT = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen") / "folder"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Qwen3Config(vocab_size=64, head_dim=16, num_key_value_heads=2, **sizes)
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    theirs.save_pretrained(folder)
+    with torch.inference_mode():
+        return folder, theirs(TOKENS_BT).logits
+
+
+@pytest.fixture
+def qwen(qwen_folder, tmp_path):
+    shutil.copytree(qwen_folder[0], tmp_path / "model")
+    return tmp_path / "model", qwen_folder[1]
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, path, metadata={"format": "pt"})
+
+
+PREFIXES = {
+    "ddp": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "compiled layers": lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+    "in a multimodal model": lambda name: f"language_model.{name}",
+    "twice": lambda name: f"model.{name}",
+    "bare": lambda name: name.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("rename", PREFIXES.values(), ids=PREFIXES)
+def test_a_prefix_more_or_less_makes_the_same_model(qwen, rename):
+    folder, expected = qwen
+    change_tensors(folder, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    model = load_model(folder)
+    assert isinstance(model.module, Decoder)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS_BT), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_are_taken_off_models_of_transformers_too(bert_folder, prefix):
+    folder, theirs = bert_folder
+    change_tensors(folder, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+    tokens_BT = torch.randint(0, 60, (2, 9))
+    with torch.inference_mode():
+        expected = theirs(input_ids=tokens_BT).last_hidden_state
+        torch.testing.assert_close(load_model(folder)(tokens_BT), expected)
+
+
+@pytest.mark.parametrize("said", ["float32", "bfloat16", "float16", None])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_weights_have_the_dtype_they_are_stored_in_whatever_the_config_says(
+    qwen, bert_folder, said, stored, is_decoder
+):
+    folder, _ = qwen if is_decoder else bert_folder
+    change_tensors(folder, lambda tensors: {name: tensor.to(stored) for name, tensor in tensors.items()})
+    change_config(folder, dtype=said, torch_dtype=said)
+    assert {parameter.dtype for parameter in load_model(folder).module.parameters()} == {stored}
+    asked = load_model(folder, precision="fp32").module
+    assert {parameter.dtype for parameter in asked.parameters()} == {torch.float32}
+
+
+def test_norms_in_another_dtype_follow_the_matrices_unless_a_precision_is_asked_for(qwen):
+    folder, _ = qwen
+    change_tensors(folder, lambda tensors: {n: t if "norm" in n else t.bfloat16() for n, t in tensors.items()})
+    assert {parameter.dtype for parameter in load_model(folder).module.parameters()} == {torch.bfloat16}
+    exact = load_model(folder, precision="fp32").module
+    norms = load_file(folder / "model.safetensors")
+    torch.testing.assert_close(exact.norm.weight, norms["model.norm.weight"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", ["Qwen3Model", "Qwen3ForSequenceClassification", "Qwen3ForTokenClassification"])
+def test_a_family_of_ours_with_another_head_is_what_transformers_makes_of_it(tmp_path, head):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Qwen3Config(vocab_size=64, head_dim=16, num_key_value_heads=2, pad_token_id=0, **sizes)
+    theirs = getattr(transformers, head)(config).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    with torch.inference_mode():
+        answer = theirs(TOKENS_BT)
+        expected = answer.logits if hasattr(answer, "logits") else answer.last_hidden_state
+        torch.testing.assert_close(model(TOKENS_BT), expected)
+
+
+QUANTIZED = {
+    "fp8": lambda tensors: {n: t if "norm" in n else t.to(torch.float8_e4m3fn) for n, t in tensors.items()},
+    "bitsandbytes": lambda tensors: {n: t.char() if "up_proj" in n else t for n, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("change", QUANTIZED.values(), ids=QUANTIZED)
+def test_weights_that_another_tool_quantized_are_refused(qwen, change):
+    change_tensors(qwen[0], change)
+    with pytest.raises(ArtifactError, match=r"is quantized \(.* give the folder it was made from"):
+        load_model(qwen[0])
+
+
+def test_a_quantization_that_the_library_cannot_read_is_one_sentence(qwen):
+    change_config(qwen[0], quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64})
+    with pytest.warns(UserWarning, match="quantization_config"), pytest.raises(ConfigError, match="cannot build"):
+        load_model(qwen[0])
+
+
+def test_two_sets_of_weights_side_by_side_are_refused(qwen):
+    folder, _ = qwen
+    transformers.Qwen3ForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"holds the model twice, as model\.safetensors and in the files of"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("consolidated.safetensors", r"holds consolidated\.safetensors, which nothing names"),
+        ("model-00001-of-00002.safetensors", r"copy model\.safetensors\.index\.json too"),
+    ],
+)
+def test_weights_under_another_name_are_named(qwen, name, message):
+    (qwen[0] / "model.safetensors").rename(qwen[0] / name)
+    with pytest.raises(ArtifactError, match=message):
+        load_model(qwen[0])
+
+
+def test_an_adapter_beside_a_model_is_warned_about_and_alone_is_explained(qwen, tmp_path):
+    folder, _ = qwen
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="holds an adapter as well, which is not applied"):
+        load_model(folder)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="holds an adapter and no model; merge it into its base model"):
+        load_model(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": None},
+        {"vocab_size": 10**12},
+        {"rms_norm_eps": float("nan")},
+        {"rope_parameters": ["x"]},
+        {"rope_scaling": "linear", "rope_parameters": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "abc"}},
+        {"model_type": ["qwen3"]},
+        {"num_attention_heads": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*loaded through transformers instead:UserWarning")
+def test_a_config_that_no_model_has_is_one_sentence_of_ours(qwen, changes):
+    change_config(qwen[0], **changes)
+    with pytest.raises((ConfigError, ArtifactError), match=r"config\.json|unknown Hugging Face model type"):
+        load_model(qwen[0])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_in_a_model_folder_is_never_opened(qwen, name):
+    (qwen[0] / name).unlink(missing_ok=True)
+    os.mkfifo(qwen[0] / name)
+    with pytest.raises(ArtifactError):
+        load_model(qwen[0])
+
+
+def test_deep_nesting_is_an_error_of_the_file(qwen):
+    for name in ("model.safetensors.index.json", "config.json"):
+        (qwen[0] / name).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+        with pytest.raises(CorruptArtifactError, match=name):
+            load_model(qwen[0])
+
+
+def test_a_packed_vision_model_names_the_ways_out(tmp_path):
+    save_model(zoo.build("resnet18", width=8, num_classes=10), tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"packed=True takes decoders only; call load_model without it, or with"):
+        load_model(tmp_path / "model", packed=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_MAX_MANIFEST_BYTES = 64 << 20  # a line for each file and each setting
 RUN_MODEL_NAME = "model"  # where a training run leaves its model
 
 
@@ -76,6 +77,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not is_artifact(folder):
         raise ArtifactError(f"{folder} has no {MANIFEST_NAME}, so it is not an artifact; check the path")
     path = folder / MANIFEST_NAME
+    if (size := path.stat().st_size) > _MAX_MANIFEST_BYTES:
+        raise CorruptArtifactError(
+            f"{path} has {size} bytes, and a manifest has at most {_MAX_MANIFEST_BYTES}; write the artifact again"
+        )
     return Manifest.from_json(path.read_bytes(), source=str(path))
 
 
@@ -106,6 +111,8 @@ def read_tensor_file(path: Path) -> dict[str, Tensor]:
     """Map the tensors of one safetensors file into memory."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        raise CorruptArtifactError(f"{path} is no regular file; expected a safetensors file, copy it again")
     if is_pickle(path):
         raise UnsafeFileError(f"{path} is a pickle with the name of a safetensors file; do not load it")
     try:

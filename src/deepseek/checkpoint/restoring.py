@@ -27,7 +27,9 @@ from deepseek.checkpoint.layout import (
     step_of,
 )
 from deepseek.checkpoint.structure import unflatten
-from deepseek.core.errors import ArtifactError, CheckpointError, UnsupportedSchemaError
+from deepseek.core.errors import ArtifactError, CheckpointError, CorruptArtifactError, UnsupportedSchemaError
+
+_MAX_STATE_BYTES = 512 << 20  # numbers and names; tensors are in a file of their own
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -71,11 +73,13 @@ def load(path: str | Path) -> Checkpoint:
     try:
         verify_files(path, read_checksums(path / CHECKSUMS_NAME))
         tensors = {name: tensor.clone() for name, tensor in read_tensor_file(path / TENSORS_NAME).items()}
+        if (size := (path / STATE_NAME).stat().st_size) > _MAX_STATE_BYTES:
+            raise CorruptArtifactError(f"{path / STATE_NAME} has {size} bytes, expected at most {_MAX_STATE_BYTES}")
         values = json.loads((path / STATE_NAME).read_bytes())
         checkpoint = Checkpoint(values["step"], unflatten(values["state"], tensors), path)
     except UnsupportedSchemaError:
         raise
-    except (ArtifactError, OSError, ValueError, KeyError, TypeError) as error:
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
     if step_of(path) not in (checkpoint.step, None):
         raise CheckpointError(f"checkpoint {path} holds step {checkpoint.step}; rename its folder to match")

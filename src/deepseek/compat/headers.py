@@ -55,6 +55,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises `CorruptArtifactError` for a truncated file, a header that is too long or malformed, and offsets that
     overlap, leave gaps or point outside.
     """
+    if not path.is_file():
+        raise ArtifactError(f"{path} is no regular file; name a safetensors file or the folder of a checkpoint")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -100,6 +102,8 @@ def read_checkpoint(path: Path) -> dict[str, StoredTensor]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
+    if not index.is_file() or index.stat().st_size > _MAX_HEADER_BYTES:
+        raise CorruptArtifactError(f"{index} is no file of at most {_MAX_HEADER_BYTES} bytes; copy it again")
     names = sorted(set(_mapping(index, _mapping(index, _parse(index, index.read_bytes())).get("weight_map")).values()))
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

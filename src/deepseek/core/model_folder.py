@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError, CorruptArtifactError, DataError, PermanentError
 
 CONFIG_FILE = "config.json"
@@ -38,11 +39,29 @@ class ModelFolder:
     """The settings in a model folder; a file that is not there is an empty mapping."""
 
     path: Path
+    listed: Collection[str] | None = None
+    """The files that its manifest lists, where it has one; another one is not used, and is named in a warning."""
+
+    def find(self, name: str) -> Path | None:
+        """Return the file of that name, or none where it is not there or not listed."""
+        file = self.path / name
+        if not file.exists():
+            return None
+        if self.listed is not None and name not in self.listed:
+            warn_caller(f"{file} is not used, since the manifest beside it does not list it; remove it")
+            return None
+        return file
+
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self.find(name)
+        return {} if file is None else read_settings(file)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """`config.json`, with sizes within bounds."""
-        file = self.path / CONFIG_FILE
+        file = self.find(CONFIG_FILE)
+        if file is None:
+            return {}
         settings = read_settings(file, error=CorruptArtifactError)
         check_sizes(settings, str(file))
         return settings
@@ -50,17 +69,17 @@ class ModelFolder:
     @cached_property
     def generation(self) -> Mapping[str, Any]:
         """`generation_config.json`."""
-        return read_settings(self.path / GENERATION_FILE)
+        return self._read(GENERATION_FILE)
 
     @cached_property
     def tokenizer(self) -> Mapping[str, Any]:
         """`tokenizer_config.json`."""
-        return read_settings(self.path / TOKENIZER_SETTINGS_FILE)
+        return self._read(TOKENIZER_SETTINGS_FILE)
 
     @cached_property
     def special_tokens(self) -> Mapping[str, str]:
         """Special tokens by name: `eos_token`, `bos_token`, `pad_token`, and names of the folder's own."""
-        named = {**read_settings(self.path / SPECIAL_TOKENS_FILE), **self.tokenizer}
+        named = {**self._read(SPECIAL_TOKENS_FILE), **self.tokenizer}
         extra = named.get("extra_special_tokens")
         if isinstance(extra, Mapping):  # names of the folder's own, such as `image_token`
             named = {**extra, **named}
@@ -90,7 +109,7 @@ def read_settings(file: Path, *, error: type[PermanentError] = DataError) -> dic
     try:
         settings = json.loads(read_text(file, error=error))
     except (ValueError, RecursionError) as problem:
-        raise error(f"{file} cannot be read as JSON ({problem}); mend it or remove it") from problem
+        raise error(f"{file} is not JSON ({problem}); mend it or remove it") from problem
     if not isinstance(settings, dict):
         raise error(f"{file} holds a JSON {type(settings).__name__}; expected an object with settings")
     return settings

@@ -30,6 +30,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from deepseek.artifact.reading import is_artifact, read_manifest
 from deepseek.core.errors import ConfigError, DataError
 from deepseek.core.model_folder import GENERATION_FILE, TOKENIZER_SETTINGS_FILE, ModelFolder, read_text
 from deepseek.core.storage import write_file
@@ -239,7 +240,8 @@ def train_tokenizer(
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a `tokenizer.json`, or a model folder with one and its settings; raises `DataError` if that fails."""
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
+    folder = ModelFolder(file.parent, listed=read_manifest(file.parent).files if is_artifact(file.parent) else None)
+    if not file.is_file() or folder.find(file.name) is None:
         parts = [name for name in _SLOW_FILES if (file.parent / name).is_file()]
         way_out = "give a tokenizer.json or a folder that holds one"
         if parts:
@@ -248,8 +250,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 f"of transformers makes a {TOKENIZER_FILE} of it"
             )
         raise DataError(f"there is no tokenizer at {file}; {way_out}")
-    backend = read_tokenizer_file(file)
-    folder = ModelFolder(file.parent)
+    backend = read_tokenizer_file(file, folder)
     eos_token = _find_end_token(backend, folder, file)
     end_ids = (number for number in folder.end_ids if number != backend.token_to_id(eos_token))
     known = {name: token for name, token in folder.special_tokens.items() if backend.token_to_id(token) is not None}
@@ -257,14 +258,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         backend,
         eos_token=eos_token,
         bos_token=_find_named_token(backend, folder, "bos_token", file),
-        chat_template=_read_chat_template(folder.tokenizer, file.with_name(TEMPLATE_FILE)),
+        chat_template=_read_chat_template(folder),
         other_end_ids=tuple(number for number in end_ids if backend.id_to_token(number) is not None),
         special_tokens={name: token for name, token in known.items() if name not in ("eos_token", "bos_token")},
     )
 
 
-def read_tokenizer_file(file: Path) -> tokenizers.Tokenizer:
-    """Read a `tokenizer.json` as the library `tokenizers` has it, with the tokens that its folder adds.
+def read_tokenizer_file(file: Path, folder: ModelFolder | None = None) -> tokenizers.Tokenizer:
+    """Read a `tokenizer.json` as the library `tokenizers` has it, with the tokens that its `folder` adds.
 
     Truncation and padding that were saved in it are what its last user did, not a rule of the model, and are left out.
     """
@@ -276,7 +277,7 @@ def read_tokenizer_file(file: Path) -> tokenizers.Tokenizer:
         raise DataError(f"{file} cannot be read as a tokenizer ({error}); copy it again from where it came") from error
     backend.no_truncation()
     backend.no_padding()
-    _add_tokens(backend, ModelFolder(file.parent).tokenizer)
+    _add_tokens(backend, (folder or ModelFolder(file.parent)).tokenizer)
     return backend
 
 
@@ -344,11 +345,11 @@ def _find_named_token(backend: tokenizers.Tokenizer, folder: ModelFolder, name: 
     return token
 
 
-def _read_chat_template(settings: Mapping[str, Any], file: Path) -> str | None:
+def _read_chat_template(folder: ModelFolder) -> str | None:
     """Return the template beside the tokenizer; its own file wins, and of several in the settings the default."""
-    if file.exists():
+    if (file := folder.find(TEMPLATE_FILE)) is not None:
         return read_text(file)
-    template = settings.get("chat_template")
+    template = folder.tokenizer.get("chat_template")
     if isinstance(template, list):
         return next((named["template"] for named in template if named.get("name") == "default"), None)
     return template

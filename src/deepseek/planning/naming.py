@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.core.errors import ConfigError
+from deepseek.core.model_folder import check_sizes, read_settings
 from deepseek.core.names import explain_unknown
 from deepseek.core.storage import write_file
 from deepseek.distributed.topology import LinkClass
@@ -221,14 +222,10 @@ def find_model_in(path: Path, *, sequence: int | None = None) -> ModelShape:
 
         return replace(read_config(read_manifest(path).architecture_config, sequence=sequence), name=path.name)
     file = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path} holds neither manifest.json nor config.json; give a model folder or a name"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not JSON ({error}); give a model's configuration") from error
+    if not file.exists():
+        raise ConfigError(f"{path} holds neither manifest.json nor config.json; give a model folder or a name")
+    values = read_settings(file, error=ConfigError)
+    check_sizes(values, str(file))
     shape = read_config(values, sequence=sequence)
     return shape if shape.name else replace(shape, name=path.stem)
 
