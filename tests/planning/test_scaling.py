@@ -16,6 +16,7 @@ from deepseek.planning.scaling import (
     build_curve,
     count_model_flops,
     estimate_all_reduces,
+    scale_model,
 )
 
 
@@ -88,3 +89,26 @@ def test_curves_that_do_not_exist_are_refused(name, nodes):
 def test_a_model_that_fits_on_no_size_is_said():
     with pytest.raises(ConfigError, match="fits on none of"):
         build_curve("weak-scaling", accelerator="T4", nodes=(1,))
+
+
+def test_a_model_of_ones_own_scales_by_the_published_formula_for_its_operations():
+    model = get_model_shape("Llama3-8B")
+    for batch in (None, 64):
+        curve = scale_model(model, accelerator="H100-SXM-80GB", nodes=(4, 1, 2), global_batch=batch)
+        assert [row[:2] for row in curve.rows] == [(1, 8), (2, 16), (4, 32)]
+        for _, devices, _, _, step_s, teraflops, efficiency in curve.rows:
+            flops = count_model_flops(model, batch or 2 * devices)
+            assert teraflops == pytest.approx(flops / step_s / devices / 1e12, rel=1e-3)
+            assert efficiency == pytest.approx(teraflops / curve.rows[0][-2], abs=2e-3)
+
+
+def test_sizes_on_which_a_model_does_not_fit_are_named():
+    curve = scale_model(get_model_shape("Llama3-70B"), accelerator="H100-SXM-80GB", nodes=(1, 4))
+    assert [row[0] for row in curve.rows] == [4]
+    assert curve.assumptions[-1] == "no plan fits, or none divides, on 1 nodes"
+
+
+@pytest.mark.parametrize("name", ["weak-scaling", "data-parallel-only"])
+def test_curves_of_older_devices_use_what_these_have(name):
+    assumed = " ".join(build_curve(name, accelerator="V100-SXM-32GB", nodes=(8, 16)).assumptions)
+    assert "precision: fp16" in assumed and "attention: flash;" in assumed

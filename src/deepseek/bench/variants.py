@@ -62,13 +62,14 @@ def explain_slower(row: Row, rows: Iterable[Row], reason: str) -> str:
     ahead = f"{row.latency_ms / fastest_ms:.2f} times as slow as {faster.name}, which is {pair}"
     refused = []
     for line in reason.splitlines():
-        candidate, _, why = line.removeprefix("refused: ").partition(": ")
+        fate = next((word for word in ("refused", "not tried") if line.startswith(f"{word}: ")), None)
+        candidate, _, why = line.removeprefix(f"{fate}: ").partition(": ")
         words = candidate.split()
         if words[:1] != [faster.backend] or faster.precision not in words:
             continue
-        if not line.startswith("refused: ") and len(words) > 3:
+        if fate is None and len(words) > 3:
             return f"{ahead}: that was measured as well, and lost ({words[3]} ms) when the choice was made"
-        refused += [f"{candidate} was refused: {why}"] if line.startswith("refused: ") else []
+        refused += [f"{candidate} was {fate}: {why}"] if fate else []
     if refused:
         return f"{ahead}: {refused[0]}"
     if faster.precision == "int8":

@@ -196,14 +196,28 @@ def find_model(name: str, *, sequence: int | None = None) -> ModelShape:
     >>> find_model("Llama3-8B", sequence=4096).sequence
     4096
     """
-    path = Path(name)
-    if path.is_dir() or path.suffix == ".json":
-        return find_model_in(path, sequence=sequence)
-    known = {_simplify(known_name): known_name for known_name in load_model_shapes()} | MODEL_ALIASES
-    if _simplify(name) not in known:
+    if _is_path(name):
+        return find_model_in(Path(name), sequence=sequence)
+    row = _find_row(name)
+    if row is None:
         raise ConfigError(explain_unknown("model", name, load_model_shapes()))
-    shape = load_model_shapes()[known[_simplify(name)]]
+    shape = load_model_shapes()[row]
     return shape if sequence is None else shape.with_sequence(sequence)
+
+
+def is_model(name: str) -> bool:
+    """Return whether `find_model` knows the name, or looks for it on disk."""
+    return _is_path(name) or _find_row(name) is not None
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).is_dir() or name.endswith(".json")
+
+
+def _find_row(name: str) -> str | None:
+    """Find the row of `model_shapes.csv`; at Hugging Face an organization stands before the name."""
+    known = {_simplify(known_name): known_name for known_name in load_model_shapes()} | MODEL_ALIASES
+    return known.get(_simplify(name.rpartition("/")[2]))
 
 
 def _simplify(name: str) -> str:

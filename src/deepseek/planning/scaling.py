@@ -28,7 +28,7 @@ from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import ModelShape, get_model_shape
 from deepseek.planning.search.estimates import list_assumptions
 from deepseek.planning.search.planner import plan
-from deepseek.planning.search.request import USUAL_HEADROOM, Limits, Space
+from deepseek.planning.search.request import USUAL_HEADROOM, Limits, Space, choose_space
 from deepseek.planning.search.results import EstimatedPlan, describe_plan_shortly
 from deepseek.planning.search.throughput import count_model_flops
 
@@ -59,7 +59,6 @@ BERT_LARGE = ModelShape(
 _SEQUENCES_PER_DEVICE = 2
 _WEAK_MODEL = "SC21-GPT-39.1B"
 _DATA_PARALLEL_MODELS = ("SC21-GPT-3.6B", "SC21-GPT-18.4B", "SC21-GPT-39.1B", "SC21-GPT-76.1B", "SC21-GPT-145.6B")
-_NO_MODEL_PARALLELISM = Space(tp=(1,), pp=(1,), cp=(1,), ep=(1,))
 
 
 @dataclass(frozen=True)
@@ -96,28 +95,31 @@ def check_curve(name: str) -> None:
         raise ConfigError(explain_unknown("scaling curve", name, CURVES))
 
 
-def _search(model: ModelShape, cluster: Cluster, space: Space) -> EstimatedPlan | None:
-    """Find the best plan, or `None` where the model does not fit."""
-    batch = _SEQUENCES_PER_DEVICE * cluster.num_devices
+def _search(
+    model: ModelShape, cluster: Cluster, batch: int | None = None, space: Space | None = None
+) -> EstimatedPlan | None:
+    """Find the best plan with the formats and kernels of the devices, or `None` where the model does not fit."""
+    batch = batch or _SEQUENCES_PER_DEVICE * cluster.num_devices
+    space = space or choose_space(cluster)
     try:
         return plan(model, cluster, global_batch=batch, space=space, limits=Limits(USUAL_HEADROOM)).best
     except ConfigError:
         return None
 
 
-def _rate(model: ModelShape, cluster: Cluster, best: EstimatedPlan) -> float:
+def _rate(model: ModelShape, cluster: Cluster, best: EstimatedPlan, batch: int | None = None) -> float:
     """Return model operations per second and device."""
-    flops = count_model_flops(model, _SEQUENCES_PER_DEVICE * cluster.num_devices)
+    flops = count_model_flops(model, batch or _SEQUENCES_PER_DEVICE * cluster.num_devices)
     return flops / best.step_time_s / cluster.num_devices
 
 
 def _scale(
-    models: Callable[[int], ModelShape], accelerator: str, nodes: tuple[int, ...], space: Space
+    models: Callable[[int], ModelShape], accelerator: str, nodes: tuple[int, ...], batch: int | None = None
 ) -> list[tuple[int, Cluster, ModelShape, EstimatedPlan]]:
     points = []
     for count in nodes:
         cluster, model = Cluster.of(accelerator, nodes=count), models(count)
-        best = _search(model, cluster, space)
+        best = _search(model, cluster, batch)
         if best is not None:
             points.append((count, cluster, model, best))
     if not points:
@@ -127,11 +129,13 @@ def _scale(
     return points
 
 
-_WEAK_HEADER = ("nodes", "devices", "parameters, B", "plan", "step, s", "TFLOP/s a device", "efficiency")
+_WEAK_HEADER = ("nodes", "devices", "size, B", "plan", "step, s", "TFLOP/s a device", "efficiency")
 
 
-def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, EstimatedPlan]]) -> list[tuple[float | str, ...]]:
-    first = _rate(*points[0][2:0:-1], points[0][3])
+def _list_weak_rows(
+    points: list[tuple[int, Cluster, ModelShape, EstimatedPlan]], batch: int | None = None
+) -> list[tuple[float | str, ...]]:
+    first = _rate(*points[0][2:0:-1], points[0][3], batch)
     return [
         (
             count,
@@ -139,8 +143,8 @@ def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, EstimatedPlan]]
             round(model.num_parameters / 1e9, 1),
             describe_plan_shortly(best.plan),
             round(best.step_time_s, 3),
-            round(_rate(model, cluster, best) / 1e12, 1),
-            round(_rate(model, cluster, best) / first, 3),
+            round(_rate(model, cluster, best, batch) / 1e12, 1),
+            round(_rate(model, cluster, best, batch) / first, 3),
         )
         for count, cluster, model, best in points
     ]
@@ -148,12 +152,44 @@ def _list_weak_rows(points: list[tuple[int, Cluster, ModelShape, EstimatedPlan]]
 
 def _assume(cluster: Cluster, *more: str) -> tuple[str, ...]:
     free = f"{USUAL_HEADROOM:.0%} of every device's memory stay free"
-    return (*list_assumptions(cluster, Space()), free, *more)
+    return (*list_assumptions(cluster, choose_space(cluster)), free, *more)
+
+
+def scale_model(
+    model: ModelShape, *, accelerator: str, nodes: tuple[int, ...] = NODES, global_batch: int | None = None
+) -> ScalingCurve:
+    """Build the curve of a model of one's own: a batch that grows with the devices, or always `global_batch`.
+
+    >>> scale_model(get_model_shape("Llama3-8B"), accelerator="H100-SXM-80GB", nodes=(1, 2)).rows[0][-1]
+    1.0
+    """
+    if not nodes or min(nodes) < 1:
+        raise ConfigError(f"nodes={nodes!r} names no cluster; give numbers of nodes from 1 up")
+    nodes = tuple(sorted(set(nodes)))
+    points = _scale(lambda _: model, accelerator, nodes, global_batch)
+    rows = _list_weak_rows(points, global_batch)
+    kind = "weak" if global_batch is None else "strong"
+    held = f"{_SEQUENCES_PER_DEVICE} sequences a device" if global_batch is None else f"{global_batch} sequences a step"
+    left_out = [str(count) for count in nodes if count not in [point[0] for point in points]]
+    nothing = (f"no plan fits, or none divides, on {', '.join(left_out)} nodes",) if left_out else ()
+    return ScalingCurve(
+        model.name,
+        f"{kind} scaling of {model.name} on {accelerator}",
+        _WEAK_HEADER,
+        tuple(rows),
+        f"predicted: {rows[-1][-1]:.1%} at {rows[-1][0]} nodes, relative to {rows[0][0]}",
+        _assume(
+            Cluster.of(accelerator),
+            f"the best plan at every size, {held} of {model.sequence} tokens",
+            "efficiency: model FLOP/s per device relative to the smallest cluster that holds the model",
+            *nothing,
+        ),
+    )
 
 
 def _build_weak(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     model = get_model_shape(_WEAK_MODEL)
-    rows = _list_weak_rows(_scale(lambda _: model, accelerator, nodes, Space()))
+    rows = _list_weak_rows(_scale(lambda _: model, accelerator, nodes))
     return ScalingCurve(
         "weak-scaling",
         "weak scaling efficiency 92 % at 128 nodes, 1,024 devices",
@@ -176,7 +212,7 @@ def _build_weak_1750b(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
     def cut_depth(count: int) -> ModelShape:
         return replace(GPT_1750B, layers=GPT_1750B.layers * count // full)
 
-    rows = _list_weak_rows(_scale(cut_depth, accelerator, chosen, Space()))
+    rows = _list_weak_rows(_scale(cut_depth, accelerator, chosen))
     return ScalingCurve(
         "weak-scaling-1750b",
         "weak scaling efficiency 84 % at 1,024 devices for 1.75T parameters",
@@ -220,12 +256,12 @@ def _build_data_parallel(accelerator: str, nodes: tuple[int, ...]) -> ScalingCur
 
 def _compare_data_parallel(name: str, accelerator: str, nodes: tuple[int, ...]) -> tuple[float | str, ...] | None:
     model, largest = get_model_shape(name), Cluster.of(accelerator, nodes=max(nodes))
-    one = _search(model, largest, _NO_MODEL_PARALLELISM)
-    three = _search(model, largest, Space())
+    alone = replace(choose_space(largest), tp=(1,), pp=(1,), cp=(1,), ep=(1,))
+    one, three = _search(model, largest, space=alone), _search(model, largest)
     if one is None or three is None:
         return None
     clusters = [Cluster.of(accelerator, nodes=count) for count in nodes]
-    most = max(_rate(model, smaller, found) for smaller in clusters if (found := _search(model, smaller, Space())))
+    most = max(_rate(model, smaller, found) for smaller in clusters if (found := _search(model, smaller)))
     shares = [_rate(model, largest, best) / most for best in (three, one)]
     plans = (describe_plan_shortly(three.plan), describe_plan_shortly(one.plan))
     return (name, *plans, *(round(share, 3) for share in shares), round(100 * (shares[0] - shares[1]), 1))

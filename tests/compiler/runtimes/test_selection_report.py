@@ -10,6 +10,7 @@ from deepseek.compiler.runtimes.selection_report import (
     list_notes,
     list_refusals,
     list_rows,
+    list_untried,
     summarize,
 )
 
@@ -83,3 +84,12 @@ def test_a_key_is_described_by_inputs_precision_threads_and_processor():
         "machine": {"processor": "a processor"},
     }
     assert describe_key(key) == "float32[2, 3], int64[2]; fp32 or bf16; 2 threads of a processor"
+
+
+def test_what_was_not_tried_is_not_called_refused():
+    late = Rejection("inductor tuned fp32", "not tried: the time budget of 10 s was used up")
+    decision = dataclasses.replace(DECISION, rejections=(*DECISION.rejections, late))
+    assert summarize(decision).endswith("3 candidates ran, 2 were refused, 1 not tried")
+    assert list_refusals(decision) == list_refusals(DECISION)
+    assert list_untried(decision) == [("inductor tuned fp32", "the time budget of 10 s was used up")]
+    assert explain(decision).splitlines()[-1] == "not tried: inductor tuned fp32: the time budget of 10 s was used up"

@@ -52,7 +52,9 @@ def print_json(value: Mapping[str, Any]) -> None:
 def show_result(request: Request[ModelShape], result: PlanningResult, top: int, budget: Budget | None = None) -> None:
     """Show everything that a search found, as tables; `budget` is what some number of tokens takes."""
     best = result.best
-    described = [*_describe_plan(best), *_describe_throughput(request, result)]
+    model = request.model
+    named = ("model", f"{model.name or 'without a name'}, {format_count(model.num_parameters)} parameters")
+    described = [named, *_describe_plan(best), *_describe_throughput(request, result)]
     show_table("The fastest plan", ("", ""), described + (_describe_budget(budget) if budget else []))
     if result.placement is not None:
         kind = "stage" if result.placement.is_by_stage else "replica"
@@ -135,8 +137,8 @@ def _list_items(items: dict[str, float], factor: float) -> list[tuple[str, str, 
 
 
 def _show_rejected(result: PlanningResult) -> None:
-    rows = [(rule, f"{count} layouts") for rule, count in result.rejected_layouts.items()]
-    rows += [(rule, f"{count} plans") for rule, count in result.rejected_candidates.items()]
+    rows = [(rule, f"{count} layout{'s' if count != 1 else ''}") for rule, count in result.rejected_layouts.items()]
+    rows += [(rule, f"{count} plan{'s' if count != 1 else ''}") for rule, count in result.rejected_candidates.items()]
     title = f"{result.num_candidates} plans priced, {result.num_fitting} fit; rejected"
     show_table(title, ("rule", "how many"), rows or [("nothing", "0 plans")])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from deepseek.core.storage import write_file
 
 if TYPE_CHECKING:
     from deepseek.planning.estimate.simulation import Timeline
+    from deepseek.planning.scaling import ScalingCurve
 
 # The passes of a pipeline's timeline.
 COLORS = {"forward": "#4c78a8", "backward": "#f58518", "weight": "#54a24b"}
@@ -47,6 +49,26 @@ def print_loss(losses: dict[int, float], *, width: int) -> None:
     plot.xlabel("optimizer step")
     plot.ylabel("training loss, nats per token")
     sys.stdout.write(plot.uncolorize(plot.build()) + "\n")
+
+
+def plot_scaling(curves: Sequence[ScalingCurve], path: Path) -> None:
+    """Write a PNG of the efficiency by devices, a line for each model."""
+    require("matplotlib", extra="train")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        devices = [float(row[curve.header.index("devices")]) for row in curve.rows]
+        efficiency = [100 * float(row[curve.header.index("efficiency")]) for row in curve.rows]
+        axes.plot(devices, efficiency, marker="o", label=curve.claim)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="devices", ylabel="efficiency, %", ylim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_file(path, image.getvalue())
 
 
 def plot_timeline(timeline: Timeline, title: str, path: Path) -> None:

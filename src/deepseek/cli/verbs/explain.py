@@ -27,6 +27,7 @@ def explain(model: str, *, json: bool = False) -> None:
         list_notes,
         list_refusals,
         list_rows,
+        list_untried,
         summarize,
     )
 
@@ -41,3 +42,5 @@ def explain(model: str, *, json: bool = False) -> None:
         show_table("Measured", COLUMNS, list_rows(decision))
         show_table("Noted", ("", ""), list_notes(decision))
         show_table("Refused", ("", ""), list_refusals(decision))
+        if untried := list_untried(decision):
+            show_table("Not tried", ("", ""), untried)

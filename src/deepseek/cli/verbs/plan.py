@@ -132,6 +132,8 @@ def plan(
         from deepseek.cli.screen.timelines import check_ending
 
         check_ending(picture)
+    if global_batch is None and not _is_recipe(model):
+        raise ConfigError("--global-batch is missing; say how many sequences one step takes")
     machine = (
         find_machine()
         if cluster is None
@@ -145,8 +147,7 @@ def plan(
         model, choices, num_devices=machine.num_devices, is_here=cluster is None, sequence=sequence
     )
     batch = usual_batch if global_batch is None else global_batch
-    if batch is None:
-        raise ConfigError("--global-batch is missing; say how many sequences one step takes")
+    assert batch is not None
     if precision is not None:
         space = replace(space, precision=read_precision(precision))
     request = Request(shape, machine, batch, limits, space)
@@ -175,13 +176,19 @@ def _predict(runs: Path | None, out: Path | None, *, has_others: bool) -> None:
     predict_into(runs, out)
 
 
+def _is_recipe(name: str) -> bool:
+    from deepseek.recipes import RECIPES
+
+    return name in RECIPES
+
+
 def _read_model(
     name: str, space: Space, *, num_devices: int, is_here: bool, sequence: int | None
 ) -> tuple[ModelShape, int | None, Space]:
     """Read what `name` stands for: its shape, the batch that it brings, and what may be chosen for it."""
-    from deepseek.recipes import RECIPES, load_recipe
+    from deepseek.recipes import load_recipe
 
-    if name not in RECIPES:
+    if not _is_recipe(name):
         from deepseek.planning.naming import find_model
 
         return find_model(name, sequence=sequence), None, space

@@ -38,6 +38,7 @@ from deepseek.compiler.runtimes.selected_model import SelectedModel
 from deepseek.compiler.runtimes.selection_options import SelectionOptions
 from deepseek.compiler.runtimes.selection_policy import (
     AS_WRITTEN,
+    NOT_TRIED,
     BackendSelector,
     Candidate,
     Decision,
@@ -283,7 +284,7 @@ class Search:
     def _require_chance(self, candidate: Candidate) -> None:
         """Raise `BackendError` where building it is not worth the time that is left."""
         if self.built and self.spent_s > self.time_budget_s * BUILD_SHARE:
-            raise BackendError(f"not tried: the time budget of {self.time_budget_s:g} s was used up")
+            raise BackendError(f"{NOT_TRIED}the time budget of {self.time_budget_s:g} s was used up")
         reason = find_stale_parent(candidate, self.medians_ms)
         if reason is not None:
             raise BackendError(reason)

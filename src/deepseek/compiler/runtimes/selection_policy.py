@@ -25,6 +25,8 @@ from deepseek.core.names import explain_unknown
 
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+NOT_TRIED = "not tried: "
+"""How the reason begins why a candidate that might have run was not built."""
 AS_WRITTEN = "as written"
 """The precision of a file that a runtime runs as it is: whatever stands in it."""
 NOISE = 0.02
@@ -260,11 +262,11 @@ def find_stale_parent(
         None,
     )
     if parent is None:
-        return None if candidate.refines is None else f"not tried: {candidate.refines}, which it refines, does not run"
+        return None if candidate.refines is None else f"{NOT_TRIED}{candidate.refines}, which it refines, does not run"
     best_ms = min(medians_ms.values())
     if is_worth_more(medians_ms[parent], best_ms, margin=margin):
         return None
-    return f"not tried: {candidate.refines}, which it refines, takes {medians_ms[parent] / best_ms:.1f} times the best"
+    return f"{NOT_TRIED}{candidate.refines}, which it refines, takes {medians_ms[parent] / best_ms:.1f} times the best"
 
 
 def keep_fastest(medians_ms: Mapping[Candidate, float], *, margin: float = 0.5) -> list[Candidate]:

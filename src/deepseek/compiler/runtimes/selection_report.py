@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek.compiler.runtimes.selection_policy import Decision, Measurement
+from deepseek.compiler.runtimes.selection_policy import NOT_TRIED, Decision, Measurement
 
 COLUMNS = ("candidate", "ms", "speed-up", "error", "cosine", "top-1")
 
 
 def summarize(decision: Decision) -> str:
     """Who won, by how much, and after what search, in a sentence."""
-    winner = decision.winner
+    winner, num_untried = decision.winner, len(list_untried(decision))
     speed = decision.baseline_ms / winner.median_ms
     source = "remembered" if decision.is_remembered else f"measured in {decision.spent_s:.0f} s"
     return (
         f"{decision.chosen}: {winner.median_ms:.3g} ms a call, {speed:.2f} times {decision.reference} "
         f"({decision.baseline_ms:.3g} ms); {source}, {len(decision.measurements)} candidates ran, "
-        f"{len(decision.rejections)} were refused"
+        f"{len(list_refusals(decision))} were refused" + (f", {num_untried} not tried" if num_untried else "")
     )
 
 
@@ -36,7 +36,18 @@ def list_rows(decision: Decision) -> list[tuple[str, ...]]:
 
 def list_refusals(decision: Decision) -> list[tuple[str, ...]]:
     """One row for each candidate that was refused, with the reason."""
-    return [(rejection.candidate, rejection.reason) for rejection in decision.rejections]
+    rejections = decision.rejections
+    return [(lost.candidate, lost.reason) for lost in rejections if not lost.reason.startswith(NOT_TRIED)]
+
+
+def list_untried(decision: Decision) -> list[tuple[str, ...]]:
+    """One row for each candidate that might have run and was not built, with the reason."""
+    rejections = decision.rejections
+    return [
+        (lost.candidate, lost.reason.removeprefix(NOT_TRIED))
+        for lost in rejections
+        if lost.reason.startswith(NOT_TRIED)
+    ]
 
 
 def list_notes(decision: Decision) -> list[tuple[str, ...]]:
@@ -66,6 +77,7 @@ def explain(decision: Decision) -> str:
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += ["", *(f"{candidate}: {said}" for candidate, said in list_notes(decision))]
     lines += ["", *(f"refused: {candidate}: {reason}" for candidate, reason in list_refusals(decision))]
+    lines += [f"{NOT_TRIED}{candidate}: {reason}" for candidate, reason in list_untried(decision)]
     return "\n".join(lines).rstrip()
 
 
