@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,15 +82,25 @@ def find(rule: Rule, path: str, line: int, column: int, edits: Iterable[Edit] = 
     return Finding(path, line, column, rule.id, rule.severity, why, rule.fix, tuple(edits))
 
 
-def apply_edits(text: str, findings: Iterable[Finding]) -> str:
-    """Apply the edits of all findings to `text`; a finding whose edits would touch another's is left out."""
+def choose_edits(findings: Iterable[Finding]) -> list[Edit]:
+    """List the edits of all findings, in order; a finding whose edits would touch another's is left out."""
     accepted: set[Edit] = set()
     for finding in findings:
         new = set(finding.edits) - accepted
         if not any(one.start < other.end and other.start < one.end for one in new for other in accepted):
             accepted |= new
-    for edit in sorted(accepted, reverse=True):
-        text = text[: edit.start] + edit.replacement + text[edit.end :]
+    return sorted(accepted)
+
+
+def apply_edits(text: str, findings: Iterable[Finding]) -> str:
+    """Apply the edits of all findings to `text`."""
+    return apply_edits_at(text, choose_edits(findings))
+
+
+def apply_edits_at(text: str, edits: Sequence[Edit], start: int = 0) -> str:
+    """Apply edits, in order, to a text that begins at the offset `start` of the whole."""
+    for edit in reversed(edits):
+        text = text[: edit.start - start] + edit.replacement + text[edit.end - start :]
     return text
 
 

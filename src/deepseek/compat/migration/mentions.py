@@ -7,15 +7,18 @@ finding, and is never no for one with.
 
 from __future__ import annotations
 
+import functools
+
 from deepseek.compat.migration.rules import PythonRule
 
 
 def mentions_any(content: bytes, rules: tuple[PythonRule, ...]) -> bool:
     """Whether some rule's name can be written in the file."""
-    return any(_mentions(content, rule) for rule in rules)
+    return any(all(word in content for word in _words(rule.name, rule.keyword)) for rule in rules)
 
 
-def _mentions(content: bytes, rule: PythonRule) -> bool:
-    module, _, rest = rule.name.partition(".")
-    words = (module, rest.rpartition(".")[2], rule.keyword or "")
-    return all(word.encode() in content for word in words)
+@functools.cache
+def _words(name: str, keyword: str | None) -> tuple[bytes, ...]:
+    """Return the words that every use of a name needs, the rarest ones first."""
+    module, _, rest = name.partition(".")
+    return tuple(word.encode() for word in (keyword, rest.rpartition(".")[2], module) if word)

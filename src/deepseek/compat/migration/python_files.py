@@ -18,12 +18,12 @@ import re
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from deepseek.compat.migration.findings import Edit, Finding, Lines, apply_edits, find, unreadable
-from deepseek.compat.migration.python_names import Names, Use, find_names
+from deepseek.compat.migration.findings import Edit, Finding, Lines, apply_edits_at, choose_edits, find, unreadable
+from deepseek.compat.migration.python_names import Names, Use, children, find_names
 from deepseek.compat.migration.rules import PythonRule
 
 # Space, comments and line continuations, which may stand between any two tokens inside brackets.
@@ -61,23 +61,63 @@ def _parse(text: str) -> ast.Module:
 
 
 def _is_right(findings: Sequence[Finding], source: _Source) -> bool:
-    """Whether the edited text compiles and keeps every literal, docstrings included."""
-    edits = {edit for found in findings for edit in found.edits}
+    """Whether the edited text compiles and keeps every literal, docstrings included.
+
+    Statements of the module that no edit touches stay what they are; the others are read again, each by itself.
+    """
+    edits = choose_edits(findings)
     if not edits:
         return True
-    new = apply_edits(source.text, findings)
+    body: list[ast.stmt] = []
+    gone: list[ast.stmt] = []
+    changed: list[ast.stmt] = []
+    num_placed = 0
+    for statements, start, end in source.blocks:
+        own = [edit for edit in edits if start <= edit.start and edit.end <= end and edit.start < end]
+        num_placed += len(own)
+        new = statements
+        if own:
+            try:
+                new = _parse(apply_edits_at(source.text[start:end], own, start)).body
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                return False
+            gone += statements
+            changed += new
+        is_steering = any(isinstance(line, ast.ImportFrom) and line.module == "__future__" for line in statements)
+        body = [*body, *new] if is_steering or own else body
+    return num_placed == len(edits) and _compiles(body) and not _literals(gone) - _literals(changed)
+
+
+def _compiles(body: list[ast.stmt]) -> bool:
     try:
-        tree = _parse(new)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compile(tree, "edited", "exec", dont_inherit=True)
+            compile(ast.Module(body, []), "edited", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return not _literals(source.tree) - _literals(tree)
+    return True
 
 
-def _literals(tree: ast.Module) -> Counter[str]:
-    return Counter(repr(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant))
+def _first_line(statement: ast.stmt) -> int:
+    decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
+    return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
+
+
+def _literals(statements: Iterable[ast.stmt]) -> Counter[str]:
+    nodes = (node for statement in statements for node in ast.walk(statement))
+    return Counter(repr(node.value) for node in nodes if isinstance(node, ast.Constant))
+
+
+def _find_parents(top: ast.stmt) -> dict[ast.AST, ast.AST]:
+    """Return the node around each node inside a statement."""
+    parents: dict[ast.AST, ast.AST] = {}
+    pending: list[ast.AST] = [top]
+    while pending:
+        node = pending.pop()
+        inside = children(node)
+        parents |= dict.fromkeys(inside, node)
+        pending += inside
+    return parents
 
 
 def decode_python(content: bytes) -> str:
@@ -115,9 +155,35 @@ class _Source:
         return Lines(self.text)
 
     @cached_property
-    def parents(self) -> dict[ast.AST, ast.AST]:
-        """The node around each node."""
-        return {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+    def blocks(self) -> list[tuple[list[ast.stmt], int, int]]:
+        """Statements of the module with the offsets of their lines; those that share a line are one block."""
+        starts = [*self.lines.starts, len(self.text)]
+        found: list[tuple[list[ast.stmt], int, int]] = []
+        for statement in self.tree.body:
+            start, end = starts[_first_line(statement) - 1], starts[statement.end_lineno or 0]
+            if found and start < found[-1][2]:
+                together, first, last = found.pop()
+                found.append(([*together, statement], first, max(last, end)))
+            else:
+                found.append(([statement], start, end))
+        return found
+
+    @cached_property
+    def parents_by_statement(self) -> dict[ast.stmt, dict[ast.AST, ast.AST]]:
+        """The node around each node, for the statements of the module that were looked into."""
+        return {}
+
+    def around(self, node: ast.expr) -> Iterator[ast.AST]:
+        """Yield the nodes around an expression, inside out."""
+        for statement in self.tree.body:
+            if _first_line(statement) <= node.lineno <= (statement.end_lineno or 0):
+                if statement not in self.parents_by_statement:
+                    self.parents_by_statement[statement] = _find_parents(statement)
+                parents = self.parents_by_statement[statement]
+                inner: ast.AST = node
+                while inner in parents:
+                    inner = parents[inner]
+                    yield inner
 
     @cached_property
     def strings(self) -> list[tuple[int, int, str]]:
@@ -192,7 +258,7 @@ def _apply(rule: PythonRule, source: _Source, path: str) -> Iterator[Finding]:
 
 def _apply_to_calls(rule: PythonRule, uses: Sequence[Use], source: _Source, path: str) -> Iterator[Finding]:
     for use in uses:
-        call = source.parents.get(use.node)
+        call = next(source.around(use.node), None)
         if not isinstance(call, ast.Call) or call.func is not use.node:
             continue
         given = {keyword.arg for keyword in call.keywords}
@@ -209,7 +275,7 @@ def _plan_use(rule: PythonRule, use: Use, source: _Source) -> list[Edit] | None:
     """Return the edits that settle a use; `None` where a person has to."""
     if not use.is_certain or not isinstance(use.node.ctx, ast.Load) or rule.replace_with is None:
         return None
-    call = source.parents.get(use.node)
+    call = next(source.around(use.node), None)
     is_called = isinstance(call, ast.Call) and call.func is use.node
     name_edits = _replace_name(rule, use, source)
     if name_edits is None or not rule.changes_arguments:
@@ -351,11 +417,7 @@ def _append(text: str, call: ast.Call, opening: int, source: _Source) -> Edit:
 
 def _free_quotes(call: ast.Call, source: _Source) -> str | None:
     """Return the quotes that a string may have at a call; before Python 3.12 an f-string cannot hold its own ones."""
-    node, num_around = call, 0
-    parent = source.parents.get(node)
-    while parent is not None:
-        num_around += isinstance(parent, ast.JoinedStr)
-        parent = source.parents.get(parent)
+    num_around = sum(isinstance(node, ast.JoinedStr) for node in source.around(call))
     if not num_around:
         return '"'
     start, end = source.span(call)
