@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -94,4 +95,31 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds no safetensors file"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": {"a": {"b": 1}}}, "names the file"),
+        ({"weight_map": {"a": None}}, "names the file"),
+        ({"weight_map": {"a": "../w.safetensors"}}, "names the file"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "missing"),
+        ({"weight_map": {"a": "folder.safetensors"}}, "missing"),
+    ],
+)
+def test_an_index_of_anything_but_files_beside_it_is_refused(tmp_path: Path, index: object, words: str) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CorruptArtifactError, match=words):
+        read_checkpoint(tmp_path)
+
+
+def test_an_index_without_an_end_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / INDEX_NAME).symlink_to("/dev/zero")
+    with pytest.raises(CorruptArtifactError, match="no file of at most"):
+        read_checkpoint(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    os.mkfifo(tmp_path / INDEX_NAME)
+    with pytest.raises(CorruptArtifactError, match="no file of at most"):
         read_checkpoint(tmp_path)

@@ -271,3 +271,34 @@ def test_a_missing_file_and_a_folder_are_said_to_be_unreadable(tmp_path):
     for name in ("missing.yaml", "folder.yaml"):
         with pytest.raises(ConfigError, match=f"config file .*{name} cannot be read .*check the path"):
             read_settings(tmp_path / name)
+
+
+def test_a_config_without_an_end_or_with_too_many_values_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with (tmp_path / "huge.toml").open("wb") as file:
+        file.truncate(8 << 30)
+    for name, words in (
+        ("pipe.yaml", "no regular file"),
+        ("endless.json", "no regular file"),
+        ("huge.toml", "8589934592 bytes"),
+        ("deep.json", "nested too deeply"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read_settings(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_settings(tmp_path / "a.json") == {"a": 1}
+
+
+def test_an_error_shows_no_more_of_a_value_than_one_reads(tmp_path):
+    class Small(Config):
+        number: int = 1
+
+    many = [[["x"] * 50] * 50] * 50
+    with pytest.raises(ConfigError) as caught:
+        Small.from_dict({"number": many})
+    assert len(str(caught.value)) < 10_000

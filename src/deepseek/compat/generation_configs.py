@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek.compat.generations import FrameworkGeneration, find_generation, load_table
+from deepseek.core.config import show_value
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 
@@ -86,7 +87,7 @@ def read_generation_config(values: Mapping[str, Any]) -> ConfigReading | None:
         owners[outcome.name] = key
         _assign(settings, outcome, key)
         if (key, value) != (outcome.name, outcome.value):
-            translated.append(f"{key}={value} is {outcome.name}={outcome.value}")
+            translated.append(f"{key}={show_value(value)} is {outcome.name}={show_value(outcome.value)}")
     return ConfigReading(generation.name, settings, tuple(translated), tuple(unused))
 
 
@@ -122,14 +123,16 @@ def _not_used(why: str) -> Callable[[str, Any], _Outcome]:
 
 def _read_engine(key: str, value: Any) -> _Outcome:
     if str(value).lower() != "pytorch":
-        raise ConfigError(f"{key} is {value!r}; models train on PyTorch, so export the weights and leave {key} out")
+        raise ConfigError(
+            f"{key} is {show_value(value)}; models train on PyTorch, so export the weights and leave {key} out"
+        )
     return _Unused("PyTorch is the only engine")
 
 
 def _read_precision(key: str, value: Any) -> _Outcome:
     if value in ("int8", "int4"):
         raise ConfigError(
-            f"{key} is {value!r}, which nothing trains in; train in bf16 and run `deepseek quantize` after"
+            f"{key} is {show_value(value)}, which nothing trains in; train in bf16 and run `deepseek quantize` after"
         )
     return _Setting("precision", _PRECISIONS.get(value, value) if isinstance(value, str) else value)
 
@@ -141,7 +144,7 @@ def _read_switch(on: Any, off: Any, name: str) -> Callable[[str, Any], _Outcome]
         if not isinstance(value, bool):
             if key == name:
                 return _Setting(name, value)
-            raise ConfigError(f"{key} is {value!r}; expected true or false, or {name} in its place")
+            raise ConfigError(f"{key} is {show_value(value)}; expected true or false, or {name} in its place")
         return _Setting(name, on if value else off)
 
     return read
@@ -151,7 +154,7 @@ def _read_parallel(key: str, value: Any) -> _Outcome:
     for name, size in _mapping(key, value, _SIZES).items():
         if size != 1 or isinstance(size, bool):
             raise ConfigError(
-                f"{key}.{name} is {size!r}, and {_ONE_DEVICE}; set it to 1, or ask `deepseek plan` what it would bring"
+                f"{key}.{name} is {show_value(size)}, and {_ONE_DEVICE}; set it to 1, or ask `deepseek plan` for more"
             )
     return _Unused(f"its sizes are 1, and {_ONE_DEVICE}")
 
@@ -174,7 +177,7 @@ def _read_data_loader(key: str, value: Any) -> _Outcome:
 
 def _refuse_resource(key: str, value: Any) -> _Outcome:
     raise ConfigError(
-        f"{key}: {str(value)[:60]!r} makes this a Kubernetes resource; put the settings of a run in their own file"
+        f"{key}: {show_value(value)} makes this a Kubernetes resource; put the settings of a run in their own file"
     )
 
 
@@ -182,7 +185,7 @@ def _mapping(key: str, value: Any, known: tuple[str, ...] | None) -> Mapping[str
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} is {str(value)[:60]!r}; expected a section")
+        raise ConfigError(f"{key} is {show_value(value)}; expected a section")
     for name in value:
         if known is not None and name not in known:
             raise ConfigError(explain_unknown("setting", f"{key}.{name}", [f"{key}.{other}" for other in known]))

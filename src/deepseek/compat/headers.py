@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_checkpoint(path: Path) -> dict[str, StoredTensor]:
     if not path.is_dir():
         return read_header(path)
     index = path / INDEX_NAME
-    files = _indexed_files(index) if index.exists() else sorted(path.glob("*.safetensors"))
+    files = _indexed_files(index) if os.path.lexists(index) else sorted(path.glob("*.safetensors"))
     if not files:
         raise ArtifactError(f"{path} holds no safetensors file; name a checkpoint file or the folder of one")
     stored: dict[str, StoredTensor] = {}
@@ -104,11 +105,12 @@ def read_checkpoint(path: Path) -> dict[str, StoredTensor]:
 def _indexed_files(index: Path) -> list[Path]:
     if not index.is_file() or index.stat().st_size > _MAX_HEADER_BYTES:
         raise CorruptArtifactError(f"{index} is no file of at most {_MAX_HEADER_BYTES} bytes; copy it again")
-    names = sorted(set(_mapping(index, _mapping(index, _parse(index, index.read_bytes())).get("weight_map")).values()))
-    for name in names:
+    listed = list(_mapping(index, _mapping(index, _parse(index, index.read_bytes())).get("weight_map")).values())
+    names = sorted(set(filter(lambda name: isinstance(name, str), listed)))
+    for name in (*(name for name in listed if not isinstance(name, str)), *names):
         if not isinstance(name, str) or Path(name).name != name:
             raise CorruptArtifactError(f"{index} names the file {name!r}; expected a file beside it")
-        if not (index.parent / name).exists():
+        if not (index.parent / name).is_file():
             raise CorruptArtifactError(f"{index} names {name}, which is missing; copy the whole checkpoint again")
     return [index.parent / name for name in names]
 

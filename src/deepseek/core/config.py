@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ from deepseek.core.names import explain_unknown
 # YAML 1.1 takes `1e-3` for a string, where every user means a number.
 _SCIENTIFIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
 _MAX_SETTINGS_BYTES = 5_000_000
+_SHORT = reprlib.Repr()  # takes its limits in the constructor from Python 3.12 on
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlist = _SHORT.maxdict = 12
+_SHORT.maxlevel = 3
 
 
 class Config(BaseModel):
@@ -81,7 +86,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     }
     if path.suffix not in readers:
         raise ConfigError(f"{path} ends in {path.suffix!r}; a config file ends in one of {', '.join(readers)}")
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise ConfigError(f"config file {path} is no regular file; write the settings to one")
     try:
         if path.stat().st_size > _MAX_SETTINGS_BYTES:
@@ -150,6 +155,11 @@ def _list_settings(values: Mapping[str, Any], above: Sequence[str]) -> Iterator[
             yield from _list_settings(value, [*above, name])
 
 
+def show_value(value: object) -> str:
+    """Write a value for an error, short also where a file's aliases make it endless."""
+    return _SHORT.repr(value)
+
+
 @contextmanager
 def _explained(config: type[BaseModel]) -> Iterator[None]:
     """Turn what pydantic has to say about `config` into a `ConfigError`."""
@@ -173,7 +183,7 @@ def _explain(config: type[BaseModel], problem: dict[str, Any]) -> str:
         return f"setting {where!r} of {config.__name__} is missing; give it a value"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"setting {where!r} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"setting {where!r} is {show_value(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _owner(config: type[BaseModel], parents: list[str]) -> type[BaseModel]:

@@ -30,3 +30,11 @@ def test_text_and_other_languages_are_no_python() -> None:
 def test_what_is_no_notebook_is_reported(content: bytes) -> None:
     (finding,) = check_notebook(content, "a.ipynb", RULES.python)
     assert finding.rule == "unreadable"
+
+
+def test_worksheets_of_older_notebooks_are_read() -> None:
+    cells = [{"cell_type": "code", "input": "import numpy as np"}, {"cell_type": "code", "input": ["x = np.float"]}]
+    content = json.dumps({"worksheets": [{"cells": cells}], "nbformat": 3}).encode()
+    (finding,) = check_notebook(content, "a.ipynb", RULES.python)
+    assert (finding.rule, finding.line) == ("python-numpy-float", 1)
+    assert "cell 2" in finding.why

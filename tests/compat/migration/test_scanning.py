@@ -71,3 +71,48 @@ def test_many_files_are_checked_on_several_processors_in_order(tmp_path: Path) -
     findings = scan_files(tmp_path, files, "v5.0", on_progress=lambda done, total: seen.append((done, total)))
     assert [each.path for each in findings] == ["0000.py", "0500.py", "1000.py"]
     assert seen[-1] == (1001, 1001)
+
+
+LAUGHS = "b0: &b0 {fp16: true}\n" + "".join(
+    f"b{level}: &b{level}\n  <<: [{', '.join([f'*b{level - 1}'] * 10)}]\n" for level in range(1, 12)
+)
+ODD = {
+    "merges.yaml": "gradient_clip: 1\n" + LAUGHS,
+    "itself.yaml": "gradient_clip: 1\ndistributed: &d\n  tensor_parallel: 1\n  self: *d\n",
+    "deep.json": '{"gradient_clip": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "deep.yaml": "gradient_clip: 1\na: " + "{a: " * 5000 + "1" + "}" * 5000,
+    "deep.py": "import torch\nx = " + "1+" * 50_000 + "1\ntorch.load(x)\n",
+    "calls.py": "import torch\nx = f" + "()" * 20_000 + "\ntorch.load(x)\n",
+    "digits.json": '{"gradient_clip": ' + "9" * 10_000 + "}",
+    "object.yaml": "gradient_clip: 1\nx: !!python/object/apply:os.abort []\n",
+    "rot13.py": "# coding: rot13\nvzcbeg gbepu\ntorch.load autocast\n",
+    "cells.ipynb": '{"cells": [1, {"source": 5}], "torch": "load"}',
+    "line\nend.py": "import torch\ntorch.load(x)\n",
+    "zeros.pt": "\0" * 10_240,
+}
+
+
+def test_odd_texts_and_files_without_an_end_do_not_stop_a_scan(tmp_path: Path) -> None:
+    for name, text in ODD.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for name in ("pipe.yaml", "pipe.py", "pipe.pt", "pipe.safetensors", "pipe.ipynb"):
+        os.mkfifo(tmp_path / name)
+    for name in ("endless.yaml", "endless.py", "endless.pt", "endless.safetensors"):
+        (tmp_path / name).symlink_to("/dev/zero")
+    for folder in ("pipe", "endless"):
+        (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "pipe" / "model.safetensors.index.json")
+    (tmp_path / "endless" / "model.safetensors.index.json").symlink_to("/dev/zero")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.write(b'{"gradient_clip": 1}')
+        file.truncate(8 << 30)
+    (tmp_path / "last.py").write_text("import numpy as np\nx = np.float\n")
+    findings = found(tmp_path)
+    assert [finding.path for finding in findings if finding.rule == "python-numpy-float"] == ["last.py"]
+    unread = {finding.path for finding in findings if finding.is_unreadable}
+    assert unread >= {"pipe.yaml", "pipe.pt", "endless.safetensors", "pipe", "endless", "huge.json", "zeros.pt"}
+    assert unread >= {"deep.json", "deep.yaml", "deep.py", "calls.py", "cells.ipynb"}
+    assert {"merges.yaml", "itself.yaml", "object.yaml", r"line\nend.py"} <= {
+        finding.path for finding in findings if not finding.is_unreadable
+    }
+    assert all("\n" not in str(finding) for finding in findings)

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek.compat.migration.settings import SettingsError, read_entries
+from deepseek.compat.migration.settings import SettingsError, read_entries, read_values
 
 SCALARS = st.one_of(st.integers(-9, 9), st.booleans(), st.text("aé ]}#\"'=.:,\\\n\t", max_size=6))
 
@@ -99,3 +99,48 @@ def test_no_text_makes_the_settings_reader_crash(text: str, suffix: str) -> None
     with contextlib.suppress(SettingsError):
         for entry in read_entries(text, suffix):
             assert 0 <= entry.start <= entry.end <= len(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": "\\ud83d\\ude00", "b": 1}',
+        '{"a": "\\ud800"}',
+        '{"' + "k" * 3000 + '": 1}',
+        '{"a"\n:\n1}',
+        '{"a": "x\x7fy", "b": "\u2028"}',
+        '{"a": NaN, "b": -Infinity, "c": 1e5}',
+        '{"a": {"b": {}, "c": []}, "d": [{"a": 1}], "e": ""}',
+        '{"a": 1, "a": 2}',
+        "[]",
+        "3",
+        ' \t\r\n{ }\n',
+    ],
+)  # fmt: skip
+def test_json_that_is_no_yaml_is_read_as_json(text: str) -> None:
+    entries = read_entries(text, ".json")
+    value = json.loads(text)
+    pairs = list(_pairs(value, ()))
+    assert {entry.path for entry in entries} == {path for path, _ in pairs}
+    for entry in entries:
+        assert json.loads(text[entry.start : entry.end]) == entry.path[-1]
+        if entry.value is not None and [other.path for other in entries].count(entry.path) == 1:
+            assert repr(json.loads(text[slice(*entry.value)])) == repr(dict(pairs)[entry.path])
+
+
+def _pairs(value: Any, path: tuple[str, ...]) -> Any:
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (*path, key), inner
+        yield from _pairs(inner, (*path, key))
+
+
+def test_aliases_that_multiply_are_not_written_out() -> None:
+    text = "a0: &a0 [x, y]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+    with pytest.raises(ValueError, match="more than 1000000 values"):
+        read_values(text, ".yaml")
+    merges = "b0: &b0 {x: 1}\n" + "".join(
+        f"b{n}: &b{n}\n  <<: [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 20)
+    )
+    assert ("b19", "x") in {entry.path for entry in read_entries(merges, ".yaml")}
+    with pytest.raises(ValueError, match="more than 1000000 values"):
+        read_values(merges, ".yaml")

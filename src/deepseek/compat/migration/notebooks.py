@@ -20,7 +20,10 @@ SUFFIX = ".ipynb"
 def check_notebook(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> list[Finding]:
     """Return the findings in one notebook; one that says `unreadable` for a file that is none."""
     try:
-        sources = [_source(cell) for cell in json.loads(content)["cells"]]
+        notebook = json.loads(content)
+        # Before version 4 the cells stood on worksheets, and their source was called input.
+        sheets = notebook.get("worksheets", [notebook])
+        sources = [_source(cell) for sheet in sheets for cell in sheet["cells"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [unreadable(path, f"not a notebook: {type(error).__name__} {error}", "save it anew or exclude it")]
     starts: list[int] = []
@@ -37,7 +40,7 @@ def check_notebook(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> 
 
 def _source(cell: dict[str, object]) -> list[str]:
     """Return the lines of a cell; none of a cell that holds no Python."""
-    source = cell.get("source", "")
+    source = cell.get("source", cell.get("input", ""))
     text = "".join(str(part) for part in source) if isinstance(source, list) else str(source)
     if cell.get("cell_type") != "code" or text.lstrip().startswith("%%"):
         return []

@@ -154,8 +154,10 @@ class _BoundedFile:
 
 
 def _is_tar(path: Path) -> bool:
+    """Whether torch would read a file as a tar, which is one without compression."""
     try:
-        return tarfile.is_tarfile(path)
+        with tarfile.open(path, "r:"):
+            return True
     except _BROKEN:
         return False
 
@@ -177,6 +179,8 @@ def _read_archives(path: Path, trace: _Trace) -> bool:
     if not _is_tar(path):
         return False
     with tarfile.open(path, "r:") as tar:
+        if tar.next() is None:  # zeros alone make a tar
+            raise ValueError("the archive is empty")
         for part in tar:
             content = tar.extractfile(part) if part.isreg() else None
             if content is not None:

@@ -198,6 +198,8 @@ def _list_shards(folder: Path) -> set[str]:
 def scan_file(path: Path, prepared: Scan, root: Path, *, is_named: bool = False) -> list[Finding]:
     """Return the findings in one file or folder of shards; paths are shown relative to `root`."""
     shown = str(path.relative_to(root)) if path != root and path.is_relative_to(root) else str(path)
+    # A name may hold a line end, which would look like another finding.
+    shown = shown if shown.isprintable() else ascii(shown)[1:-1]
     try:
         if path.is_dir():
             return check_weights(path, shown, prepared.rules, prepared.target)

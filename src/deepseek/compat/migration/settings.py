@@ -1,8 +1,9 @@
 """Keys and values of YAML, JSON and TOML files with their exact places in the text.
 
 `read_entries(text, suffix)` gives every key that is reached through mappings from the top, so that a rule can point at
-a line and an edit can replace just those characters, comments and layout untouched. YAML and JSON go through libyaml,
-which marks every node. No TOML library tells positions, so a TOML text that `tomllib` accepts is walked here once more.
+a line and an edit can replace just those characters, comments and layout untouched. YAML goes through libyaml, which
+marks every node. No library for JSON and TOML tells positions, so a text that `json` or `tomllib` accepts is walked
+here once more. (JSON is not quite YAML: long keys, surrogates and control characters are fine in one of them only.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from deepseek.core.errors import ConfigError
 SUFFIXES = (".yaml", ".yml", ".json", ".toml")
 # libyaml recurses in C; deeper files go through the Python parser, which ends in an error instead of the process.
 _MAX_C_DEPTH = 1000
+# Aliases of aliases multiply; no config has so many values.
+_MAX_VALUES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,7 @@ def read_entries(text: str, suffix: str) -> list[Entry]:
             return list(_walk_toml(text))
         if suffix == ".json":
             json.loads(text)
-            # Tabs are no indentation in YAML; in valid JSON they stand between values only.
-            return _walk_yaml(text.replace("\t", " "), yaml.CSafeLoader)
+            return list(_walk_json(text))
         return _walk_yaml(text, yaml.CSafeLoader if _yaml_depth(text) < _MAX_C_DEPTH else yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -103,11 +105,17 @@ def read_entries(text: str, suffix: str) -> list[Entry]:
 
 
 def read_values(text: str, suffix: str) -> list[object]:
-    """Read the documents of a text that `read_entries` has accepted, as their libraries give them."""
+    """Read the documents of a text that `read_entries` has accepted, as their libraries give them.
+
+    Raises `ValueError` where aliases of aliases multiply beyond what could be compared.
+    """
     if suffix == ".toml":
         return [tomllib.loads(text)]
     if suffix == ".json":
         return [json.loads(text)]
+    for root in yaml.compose_all(text, _TextLoader):
+        if _count_values(root) > _MAX_VALUES:
+            raise ValueError(f"its aliases stand for more than {_MAX_VALUES} values")
     return list(yaml.load_all(text, _TextLoader))
 
 
@@ -138,14 +146,17 @@ def _walk_yaml(text: str, loader: type[yaml.CSafeLoader | yaml.SafeLoader]) -> l
         shared = _shared_nodes(root)
         # An anchored section can be referred to many times. It is walked where it stands, and wherever else a rule can
         # reach: from the top of the file, and through a merge into it.
-        seen: set[int] = set()
+        walked: set[int] = set()
+        walked_as: set[tuple[int, tuple[str, ...]]] = set()
         pending: list[tuple[tuple[str, ...], yaml.Node | None, bool]] = [((), root, False)]
         while pending:
             path, node, is_shared = pending.pop()
-            if not isinstance(node, yaml.MappingNode) or (id(node) in seen and len(path) > 1):
+            is_known = (id(node), path) in walked_as or (len(path) > 1 and id(node) in walked)
+            if not isinstance(node, yaml.MappingNode) or is_known:
                 continue
+            walked.add(id(node))
+            walked_as.add((id(node), path))
             is_shared = is_shared or id(node) in shared
-            seen.add(id(node))
             for key, value in node.value:
                 if key.tag == "tag:yaml.org,2002:merge":
                     merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
@@ -155,6 +166,26 @@ def _walk_yaml(text: str, loader: type[yaml.CSafeLoader | yaml.SafeLoader]) -> l
                 pending.append((here, value, is_shared))
         document += 1
     return sorted(entries, key=lambda entry: entry.start)
+
+
+def _count_values(root: yaml.Node | None) -> int:
+    """Return how many nodes a document holds with every alias written out; a node inside itself counts once."""
+    counts: dict[int, int] = {}
+    pending = [] if root is None else [root]
+    while pending:
+        node = pending[-1]
+        inside: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inside = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = node.value
+        if id(node) not in counts:
+            counts[id(node)] = 1
+            pending += [child for child in inside if id(child) not in counts]
+        else:
+            pending.pop()
+            counts[id(node)] = 1 + sum(counts[id(child)] for child in inside)
+    return counts[id(root)] if root is not None else 0
 
 
 def _make_entry(path: tuple[str, ...], key: yaml.Node, value: yaml.Node, document: int, *, is_shared: bool) -> Entry:
@@ -187,6 +218,39 @@ def _shared_nodes(root: yaml.Node | None) -> set[int]:
         elif isinstance(node, yaml.SequenceNode):
             pending += node.value
     return shared
+
+
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON = json.JSONDecoder()
+
+
+def _walk_json(text: str, at: int = 0, path: tuple[str, ...] = ()) -> Generator[Entry, None, int]:
+    """The keys of a text that `json` has accepted; returns where the value that begins here ends."""
+    at = _skip_json(text, at)
+    if text[at] != "{":
+        return _JSON.raw_decode(text, at)[1]
+    at = _skip_json(text, at + 1)
+    while text[at] != "}":
+        key, end = _JSON.raw_decode(text, at)
+        value_at = _skip_json(text, _skip_json(text, end) + 1)
+        here = (*path, key)
+        if text[value_at] in "{[":
+            yield Entry(here, at, end, None, is_inline=text[value_at] == "{")
+            at = yield from _walk_json(text, value_at, here)
+        else:
+            value, value_end = _JSON.raw_decode(text, value_at)
+            written = value if isinstance(value, str) else text[value_at:value_end]
+            yield Entry(here, at, end, (value_at, value_end), written.strip().lower())
+            at = value_end
+        at = _skip_json(text, at)
+        at = _skip_json(text, at + 1) if text[at] == "," else at
+    return at + 1
+
+
+def _skip_json(text: str, at: int) -> int:
+    match = _JSON_SPACE.match(text, at)
+    assert match is not None
+    return match.end()
 
 
 _TOML_KEY = re.compile(r"""[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*'""")
