@@ -142,7 +142,7 @@ def run(app: App, arguments: list[str]) -> int:
         sys.stdout.flush()
     except (CycloptsError, DeepSeekError, OSError, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):  # as in `deepseek ... | head`: a filter says nothing about that
-            _abandon_output()
+            abandon_output()
             return 128 + signal.SIGPIPE
         print(f"deepseek: {_one_line(_explain(error))}", file=sys.stderr)
         return _status_of(error)
@@ -178,7 +178,7 @@ def _one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def _abandon_output() -> None:
+def abandon_output() -> None:
     """Let what is still to be written go nowhere, so that Python does not fail on it again while it exits."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())

@@ -6,7 +6,7 @@
 The HTTP server's event loop runs in another thread, so that it always answers, health checks above all. The model is
 loaded, warmed up and stepped by the one thread that calls `run`: GNU's OpenMP runtime counts the threads of the teams
 of all of a process's threads, and once they are more than the processors each wait ends in sleep. A second team makes
-decoding 1.5 to 3 times slower, so no other thread of a server may compute with tensors.
+decoding up to 2.7 times slower on two free cores, so no other thread of a server may compute with tensors.
 
 A stream that is closed early, because its client hung up, cancels what it had open. If a step raises, the engine is not
 to be trusted any more: every stream gets the error, new ones are refused, and `is_alive` stays false from then on.

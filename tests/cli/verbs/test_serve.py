@@ -140,3 +140,18 @@ def test_a_client_that_hangs_up_frees_its_place_and_disturbs_nobody(server: Serv
         time.sleep(0.01)
     answer = httpx.post(f"{server.url}/v1/completions", json={"model": "deepseek", "prompt": "def ", "max_tokens": 4})
     assert answer.status_code == 200
+
+
+def test_a_server_whose_output_nobody_reads_goes_on_serving(model: Path) -> None:
+    with serving(model, stderr=subprocess.PIPE) as server:
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+        body = {"model": "deepseek", "prompt": "def ", "max_tokens": 4, "temperature": 0}
+        answers = [httpx.post(f"{server.url}/v1/completions", json=body) for _ in range(3)]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.stderr is not None
+        errors = server.process.stderr.read()
+        assert server.process.wait(timeout=30) == 0
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert errors.count("\n") == 1
+    assert "events are not printed any more" in errors

@@ -21,7 +21,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deepseek.cli import Stopped
+from deepseek.cli import Stopped, abandon_output
 from deepseek.core.events import Event, record
 from deepseek.core.units import format_bytes, format_count
 
@@ -49,6 +49,24 @@ def follow(events: Generator[Event, None, None], *, file: Path | None = None, as
 def print_event(event: Event, *, as_json: bool) -> None:
     """Print one event as a line, at once."""
     _write_line(json.dumps(event.to_dict()) if as_json else _describe(event.to_dict()))
+
+
+def print_while_read(*, as_json: bool) -> Callable[[Event], None]:
+    """Return what prints events for a command that goes on when nobody reads them any more; it says so once."""
+    is_read = True
+
+    def show(event: Event) -> None:
+        nonlocal is_read
+        if not is_read:
+            return
+        try:
+            print_event(event, as_json=as_json)
+        except OSError as error:
+            is_read = False
+            abandon_output()
+            print(f"deepseek: events are not printed any more, since nobody reads them ({error})", file=sys.stderr)
+
+    return show
 
 
 def _write_line(text: str) -> None:

@@ -63,7 +63,7 @@ def serve(
         Print events as JSON lines.
     """
     from deepseek.artifact.reading import find_model_folder
-    from deepseek.cli.screen.events import print_event
+    from deepseek.cli.screen.events import print_while_read
     from deepseek.data.tokenizing import load_tokenizer
     from deepseek.models.loading import load_decoder, make_int8_
     from deepseek.nn.packed import pack_
@@ -88,5 +88,5 @@ def serve(
         return pack_(make_int8_(decoder) if quantize == "int8" else decoder), load_tokenizer(model)
 
     api_key = os.environ.get(API_KEY_VARIABLE)
-    serve_loading(load, config, api_key=api_key, listen=lambda event: print_event(event, as_json=json))
+    serve_loading(load, config, api_key=api_key, listen=print_while_read(as_json=json))
     sys.stdout.flush()
