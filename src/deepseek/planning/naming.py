@@ -22,6 +22,7 @@ from deepseek.core.storage import write_file
 from deepseek.distributed.topology import LinkClass
 from deepseek.planning.machines.cluster import Accelerator, Cluster, Node, load_accelerators
 from deepseek.planning.machines.constants import Constants
+from deepseek.planning.models.families import FAMILIES
 from deepseek.planning.models.model_shape import ModelShape, load_model_shapes, model_shape_from_config
 
 _SCHEMA = "deepseek-cluster/1"
@@ -264,6 +265,12 @@ def read_config(config: Mapping[str, Any], *, sequence: int | None = None) -> Mo
     ...              "max_length": 32, "moe": {"num_experts": 4, "top_k": 2, "ffn_size": 32}}).expert_ffn
     32
     """
+    if config.get("model_type") and config["model_type"] not in FAMILIES:
+        from deepseek.planning.models.built_families import read_by_building
+
+        built = read_by_building(config, sequence=sequence)
+        if built is not None:
+            return built
     values = {_OUR_KEYS.get(key, key): value for key, value in config.items() if value is not None}
     if isinstance(moe := values.pop("moe", None), Mapping):
         values |= {_OUR_EXPERT_KEYS[key]: moe[key] for key in _OUR_EXPERT_KEYS}

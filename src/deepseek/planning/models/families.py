@@ -3,8 +3,8 @@
 `ModelShape` counts attention, MLPs, experts, embeddings and one scale per norm. What a family adds is small (biases,
 norms of queries and keys, the head of an encoder) or takes away (norms without weights), so a row is a sum of terms,
 each a formula over the sizes. Every row is held against the model that transformers builds on the meta device, over
-varied sizes and flags (`tests/planning/models/test_families.py`). A family that is no row is refused: a count that is
-off by half would make every plan wrong in silence.
+varied sizes and flags (`tests/planning/models/test_families.py`). A family that is no row is counted by building it
+(`built_families.py`) or refused: a count that is off by half would make every plan wrong in silence.
 """
 
 from __future__ import annotations

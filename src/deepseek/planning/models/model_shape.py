@@ -224,7 +224,7 @@ _CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "tied_embeddings": ("tie_word_embeddings", "tied_embeddings"),
 }
 _NEEDED = ("layers", "hidden", "heads", "vocabulary", "sequence")
-_USUAL_SEQUENCE = 2048  # of families that learn no positions and may leave the longest one out
+USUAL_SEQUENCE = 2048  # of families that learn no positions and may leave the longest one out
 
 
 def model_shape_from_config(config: Mapping[str, Any], *, sequence: int | None = None) -> ModelShape:
@@ -242,7 +242,7 @@ def model_shape_from_config(config: Mapping[str, Any], *, sequence: int | None =
     own = {field: (key, *_CONFIG_KEYS[field]) for field, key in family.keys.items()}
     found = {field: _find(config, keys) for field, keys in {**_CONFIG_KEYS, **own}.items()}
     if sequence is not None or (not found["sequence"] and kind and not family.has_positions):
-        found["sequence"] = _USUAL_SEQUENCE if sequence is None else sequence
+        found["sequence"] = USUAL_SEQUENCE if sequence is None else sequence
     missing = [field for field in _NEEDED if not found[field]]
     if missing:
         known = " or ".join(_CONFIG_KEYS[missing[0]][:3])
