@@ -48,7 +48,7 @@ DOORS = {
     "uvicorn": {"serve/server.py"},
     "prometheus_client": {"serve/metrics.py", "serve/server.py"},
     "onnx": {"onnx/files.py", "onnx/importing.py", "compiler/runtimes/backends/onnxruntime.py"},
-    "transformers": {"models/transformers_models/model.py"},
+    "transformers": {"models/transformers_models/model.py", "planning/models/built_families.py"},
     "openai": set(),
     "onnxruntime": {"compiler/runtimes/backends/onnxruntime.py"},
     "openvino": {"compiler/runtimes/backends/openvino.py"},
