@@ -179,11 +179,7 @@ SHARED_CLASS_NAMES = {
 KNOWN_UNREACHED: set[str] = set()
 KNOWN_FILE_NAMES: set[str] = set()
 KNOWN_CLASS_NAMES: set[str] = set()
-KNOWN_UNTESTED: set[str] = {
-    "compiler/jit/explanation.py",
-    "compiler/jit/tracing/merging.py",
-    "compiler/jit/tracing/probing.py",
-}
+KNOWN_UNTESTED: set[str] = set()
 
 
 def imported_names(name):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import deepseek as ds
 from deepseek.core.errors import ConfigError
@@ -198,3 +198,55 @@ def test_a_step_with_a_closure_clips_what_each_evaluation_computes(as_keyword: b
     assert min(norms) > 0.1
     for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_prepared_again_the_last_policy_counts_and_nothing_is_nested() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ds.prepare(model, optimizer, [], precision="bf16")
+    assert model(torch.ones(1, 2)).dtype == torch.bfloat16
+    ds.prepare(model, optimizer, [], precision="fp32")
+    assert model(torch.ones(1, 2)).dtype == torch.float32
+
+
+def test_a_model_without_parameters_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="the optimizer updates parameters that the model does not have"):
+        ds.prepare(nn.Identity(), torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), [])
+
+
+def test_an_average_a_state_dict_and_a_scaler_follow_the_loop_written_out() -> None:
+    """Weights, statistics and the moving average are those of a loop with its own clipping, at half the batches saved
+    and loaded into another prepared model."""
+    batches = [torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)) * 10 for seed in range(6)]
+
+    def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+    def average(model: nn.Module) -> AveragedModel:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+
+    model, optimizer, loader = ds.prepare(*build(0), batches, precision="fp32")
+    plain, plain_optimizer = build(0)
+    ema, plain_ema = average(model), average(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for index, batch in enumerate(loader):
+        if index == 3:  # saved, and loaded into another one
+            other, other_optimizer, _ = ds.prepare(*build(1), batches, precision="fp32")
+            other.load_state_dict(model.state_dict())
+            other_optimizer.load_state_dict(optimizer.state_dict())
+            model, optimizer = other, other_optimizer
+        optimizer.zero_grad()
+        scaler.scale(model(batch).square().sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        ema.update_parameters(model)
+        plain_optimizer.zero_grad()
+        plain(batch).square().sum().backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        plain_optimizer.step()
+        plain_ema.update_parameters(plain)
+    for got, want in zip(ema.state_dict().values(), plain_ema.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

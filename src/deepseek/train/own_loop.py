@@ -10,7 +10,8 @@
 The same objects come back, changed in place: the model's forward pass runs under the precision policy (and compiled, if
 asked), the optimizer clips the gradient before each step, and after each evaluation of a closure, and batches arrive on
 the device. Nothing is hidden in a wrapper, so state dicts, hooks and type checks work as before; a deep copy (an EMA)
-runs its own weights, and what could be pickled before can be pickled.
+runs its own weights, and what could be pickled before can be pickled. torch leaves hooks out of a copied or unpickled
+optimizer, and the clipping with them: prepare such a copy, too.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class PolicyForward:
 
     def __init__(self, module: nn.Module, precision: Precision, device: torch.device) -> None:
         self.module, self.precision, self.device = module, precision, device
-        self.plain: Callable[..., Any] | None = module.__dict__.get("forward")
-        """The forward that stood on the instance before, if one did."""
+        before = module.__dict__.get("forward")
+        self.plain: Callable[..., Any] | None = before.plain if isinstance(before, PolicyForward) else before
+        """The forward that stood on the instance before, if one did; an earlier policy is replaced."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with autocast(self.precision, self.device):
@@ -92,8 +94,8 @@ def prepare(
     `device` defaults to where the model is; moving keeps the optimizer's parameters. Raises `ConfigError` when the
     optimizer updates parameters that are not the model's.
     """
-    target = torch.device(device) if device is not None else next(model.parameters()).device
     _check_belongs(model, optimizer)
+    target = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(target)
     model.forward = PolicyForward(model, choose_precision(precision, target), target)
     if compile:

@@ -132,3 +132,13 @@ def test_pad_values_go_to_the_leaves_they_name():
     reader = CallReader(score, DynamicOptions(pad_value={"x": 1.0, "extra['bias']": 3.0}), "score")
     call = reader.read((ones(2, 3),), {"extra": {"bias": ones(3)}})
     assert dict(zip(call.names, reader.pad_values(call), strict=True)) == {"x": 1.0, "extra['bias']": 3.0}
+
+
+def test_a_mask_without_positions_leaves_nothing_out():
+    @dynamic_graph(mask="mask", backend="eager", cache=False)
+    def function(x, mask):
+        return x.relu() * mask
+
+    for rows, length in ((3, 6), (3, 7), (3, 0), (0, 5), (3, 8)):
+        x, mask = torch.randn(rows, length), torch.ones(rows, length, dtype=torch.int64)
+        assert torch.equal(function(x, mask), x.relu())

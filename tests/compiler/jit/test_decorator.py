@@ -802,3 +802,82 @@ def test_inductor_generates_code_for_an_optimized_module():
 def test_the_package_import_stays_light():
     assert "jit" in dir(ds)
     assert sys.modules["deepseek.compiler.jit.decorator"].jit is ds.jit
+
+
+# ---- graphs that break: what ran before the break ran once
+
+
+class State:
+    def __init__(self):
+        self.log, self.count, self.memory = [], 0, torch.zeros(2)
+
+
+def appends(x, state):
+    state.log.append("before")
+    if x.sum() > 0:
+        state.log.append("inside")
+    state.log.append("between")
+    if x.sum() > 1:
+        state.log.append("inside again")
+    state.log.append("after")
+    return x * len(state.log)
+
+
+def counts(x, state):
+    state.count += 1
+    if x.sum() > 0:
+        print("positive")
+    state.count += 10
+    if x.sum() > 0:
+        state.count += 100
+    return x * state.count
+
+
+def writes_memory(x, state):
+    state.memory.add_(1)
+    if x.sum() > 0:
+        state.log.append(1)
+    state.memory.mul_(3)
+    if x.sum() > 0:
+        state.memory.add_(5)
+    return x * state.memory
+
+
+def draws(x, state):
+    drawn = torch.rand(2)
+    if x.sum() > 0:
+        state.log.append(1)
+    return x + drawn + torch.rand(2)
+
+
+def writes_an_alias(x, state):
+    y = x * 1
+    state.count += 1
+    z = y if x.sum() > 0 else y * 2
+    print("cut")
+    z += 1
+    return y * state.count
+
+
+@pytest.mark.filterwarnings("ignore::deepseek.compiler.jit.tracing.sites.GraphBreakWarning")
+@pytest.mark.parametrize("function", [appends, counts, writes_memory, draws, writes_an_alias])
+def test_what_ran_before_a_break_is_not_run_again(function, capsys):
+    compiled, state, plain_state = ds.jit(function, backend="eager", fullgraph=False), State(), State()
+    for x in (torch.ones(2), -torch.ones(2), torch.full((2,), 0.25)):
+        torch.manual_seed(0)
+        got = compiled(x, state)
+        printed = capsys.readouterr().out
+        torch.manual_seed(0)
+        assert torch.equal(got, function(x, plain_state))
+        assert printed == capsys.readouterr().out
+        assert (state.log, state.count) == (plain_state.log, plain_state.count)
+        assert torch.equal(state.memory, plain_state.memory)
+
+
+def test_a_break_that_the_tracer_is_told_of_is_said_once_and_explained():
+    compiled = ds.jit(appends, backend="eager", fullgraph=False)
+    with pytest.warns(GraphBreakWarning) as told:
+        compiled(torch.ones(2), State())
+    assert len(told) == 2
+    assert all("test_decorator.py" in warning.filename for warning in told)
+    assert len(compiled.explain(torch.ones(2), State()).breaks) == 2

@@ -88,7 +88,8 @@ class CallReader:
         return Call(bound, names, leaves, spec, shapes, key, kind)
 
     def find_mask(self, call: Call) -> Tensor | None:
-        """Return the mask of a call; raises `ConfigError` for one that is no (rows, length) of zeros and ones."""
+        """Return the mask of a call, if it has any position; raises `ConfigError` for one that is no (rows, length) of
+        zeros and ones."""
         name = self._options.mask
         mask = call.leaves[call.names.index(name)] if name in call.names else None
         if mask is None:
@@ -96,7 +97,7 @@ class CallReader:
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
             seen = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ConfigError(f"the mask {name!r} of {self._name} is {seen}; expected (rows, length) of zeros and ones")
-        return mask
+        return mask if mask.numel() > 0 else None
 
     def find_input_roles(self, call: Call) -> list[InputRole] | None:
         """Say what the dims of all arguments mean; `None` while shapes do not tell, which is refused in the end."""

@@ -184,7 +184,7 @@ class Jitted(Rewritable):
         self.owner = owner
         register()
         self.counterpart = keep_counterpart(function)
-        self.trace = Trace()
+        self.trace = Trace(may_break=not options.fullgraph)
         self.reports: list[Any] = []
         self._compiled: Any = None
         self.__signature__ = inspect.signature(function)
@@ -255,19 +255,23 @@ class Jitted(Rewritable):
 
     def _break_at(self, error: ControlFlowError) -> None:
         """Let the graph break where it cannot be rewritten, if that is allowed; say so either way."""
-        sites = [site for site in error.sites if not site.is_native]
-        if self.options.fullgraph or not sites:
+        if not self.trace.break_at(error):
             raise error
-        for site in sites:
-            site.is_native = True
-        self.trace.breaks.append((_site_of(error), str(error)))
         warnings.warn(f"one graph becomes two: {error}", GraphBreakWarning, stacklevel=3)
 
     @contextmanager
     def _reporting_breaks(self) -> Iterator[None]:
-        """Warn of graph breaks that the tracer makes by itself, for other reasons than control flow."""
-        num_known = len(graph_break_reasons)
-        yield
+        """Warn of the graph breaks of a call."""
+        num_known, num_told = len(graph_break_reasons), len(self.trace.breaks)
+        try:
+            yield
+        finally:
+            self._note_breaks(num_known)
+            for _, reason in self.trace.breaks[num_told:]:
+                warnings.warn(f"one graph becomes two: {reason}", GraphBreakWarning, stacklevel=4)
+
+    def _note_breaks(self, num_known: int) -> None:
+        """Write down the breaks that the tracer made by itself, for other reasons than control flow."""
         for found in graph_break_reasons[num_known:]:
             frame = last_own_frame(found.user_stack)
             if not found.graph_break or frame is None or found.user_stack[-1].filename.startswith(OWN_FILES):
@@ -275,7 +279,6 @@ class Jitted(Rewritable):
             site = Site(frame.filename, frame.lineno or 0, "a graph break", frame.name)
             reason = f"{site.place}: {found.reason.partition(chr(10))[0]} (in {site.function}: `{site.text}`)"
             self.trace.breaks.append((site, reason))
-            warnings.warn(f"one graph becomes two: {reason}", GraphBreakWarning, stacklevel=4)
 
     # ---- explaining
 
@@ -287,7 +290,7 @@ class Jitted(Rewritable):
         if self.owner is not None:
             args = (self.owner, *args)
         captured = Captured()
-        trace = Trace()
+        trace = Trace(breaks=self.trace.breaks, may_break=self.trace.may_break)
         with recording(trace), tracing(), self._reporting_breaks():
             self._capture(captured, trace, args, kwargs)
         return explain_captured(self.function, captured, trace, self.trace, self.options)
@@ -365,16 +368,6 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
     )
     raised.__cause__ = error
     return raised
-
-
-def _site_of(error: ControlFlowError) -> Site:
-    """Return the site of a refusal: the statement that no graph can hold, which may stand inside the one that
-    decides."""
-    site = error.sites[-1]
-    if error.place in ("", site.place):
-        return site
-    file, _, line = error.place.rpartition(":")
-    return Site(file, int(line), site.kind, site.function)
 
 
 def _last_difference() -> str:

@@ -14,6 +14,7 @@ INTERNAL = "_ds_"  # variables that the rewriting itself made; they may be empty
 SITES_NAME = f"{INTERNAL}sites"
 UNDEFINED_NAME = f"{INTERNAL}undefined"
 ITEM_NAME = f"{INTERNAL}item"
+RESULT_NAME = f"{INTERNAL}result"  # what a return inside of a loop gives
 
 Operation = Callable[[Any, Any], Any]  # Python's operators take and give anything
 

@@ -7,7 +7,9 @@ import itertools
 import textwrap
 
 import pytest
+import torch
 
+from deepseek.compiler.jit.decorator import jit
 from deepseek.compiler.jit.rewriting.context import Context
 from deepseek.compiler.jit.rewriting.counterparts import rewrite
 from deepseek.compiler.jit.rewriting.statements import find_scope, transform
@@ -328,3 +330,40 @@ def f(a, *rest):
     assert scope.outside == {"g": ast.Global, "n": ast.Nonlocal, "moved": ast.Nonlocal}
     assert scope.shared == {"read"}
     assert scope.deleted == {"gone"}
+
+
+def default_of_a_lambda(x):
+    k = 2 if x.sum() > 0 else 3
+    scale = lambda y, k=k: y * k  # noqa: E731 - the subject
+    return scale(x)
+
+
+def default_of_a_function(x):
+    def scale(y, k=3 if x.sum() > 0 else 2, *, m=int(x.sum())):  # noqa: B008 - the subject
+        return y * k + m
+
+    return scale(x)
+
+
+def one_lambda_per_round(x):
+    made = []
+    for number in range(3):
+        made.append(lambda y, number=number: y * number)
+    if x.sum() > 0:
+        x = x + 1
+    return sum(function(x) for function in made)
+
+
+def inside_a_call_of_torch(x):
+    def halve(y):
+        return y / 2 if y.sum() > 0 else y
+
+    return torch.stack([halve(x), halve(-x)]).sum(0)
+
+
+@pytest.mark.parametrize(
+    "function", [default_of_a_lambda, default_of_a_function, one_lambda_per_round, inside_a_call_of_torch]
+)
+def test_what_stands_inside_of_definitions_and_calls_is_rewritten(function):
+    for x in (torch.ones(2), -torch.ones(2)):
+        assert torch.equal(jit(function, backend="eager")(x), function(x))

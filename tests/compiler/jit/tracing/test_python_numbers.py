@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deepseek.compiler.jit.tracing.python_numbers import Number, as_number, publish
+from deepseek.compiler.jit.tracing.python_numbers import Number, as_number
 
 numbers = st.one_of(st.booleans(), st.integers(-50, 50), st.floats(-8, 8).map(lambda number: round(number, 3)))
 arithmetic = st.sampled_from(
@@ -97,16 +97,6 @@ def test_python_takes_the_number_out_where_it_runs():
     assert {3: "three"}[graph_number(3)] == "three"
     assert f"{graph_number(7):03d}" == "007"
     assert not graph_number(0)
-
-
-def test_a_result_leaves_as_tensors():
-    value = [graph_number(1), {"a": (graph_number(0.5), "text")}]
-    got = publish(value)
-    assert isinstance(got[0], torch.Tensor)
-    assert got[1]["a"][0].dtype == torch.float64
-    assert got[1]["a"][1] == "text"
-    untouched = {"a": [1, "b"]}
-    assert publish(untouched) is untouched
 
 
 def test_item_of_a_tensor_is_of_the_widest_type():

@@ -22,7 +22,6 @@ from deepseek.compiler.jit.rewriting.trees import (
     tuple_of,
 )
 from deepseek.compiler.jit.rewriting.variables import NONE, Names, reads, writes
-from deepseek.compiler.jit.rewriting.writes import root_of
 from deepseek.compiler.jit.shared_names import COMPARISONS, INTERNAL, UNDEFINED_NAME
 
 LIBRARIES = {"torch", "math", "numpy"}
@@ -153,7 +152,7 @@ class Expressions(ast.NodeTransformer):
 
     def _module_of(self, node: ast.Attribute) -> types.ModuleType | None:
         """Return the library's module that an attribute such as `torch.relu`, `F.relu`, `math.sqrt` is of."""
-        root = root_of(node)
+        root = ast.unparse(node).partition(".")[0] if is_dotted(node) else ""
         if root in self.position.scope.locals | self.hidden:
             return None
         module = self.position.context.resolve(root)
@@ -168,7 +167,9 @@ class Expressions(ast.NodeTransformer):
         match node:
             case ast.Slice(lower=low, upper=up, step=step):
                 parts = [ast.Constant(None) if bound is None else self.visit(bound) for bound in (low, up, step)]
-                return at(ast.Call(load("slice"), parts, []), node)
+                if not reads(node):
+                    return at(ast.Call(load("slice"), parts, []), node)
+                return at(call(self.operators, "slice", *parts, self.position.site(node, "a slice")), node)
             case ast.Tuple(elts=elements) if any(isinstance(element, ast.Slice) for element in elements):
                 return at(ast.Tuple([self.index(element) for element in elements], ast.Load()), node)
             case _:
@@ -176,6 +177,8 @@ class Expressions(ast.NodeTransformer):
                 return found
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if isinstance(node.ctx, ast.Load) and isinstance(node.slice, ast.Slice) and reads(node.slice):
+            return at(ast.Subscript(self.visit(node.value), self.index(node.slice), ast.Load()), node)
         is_plain = isinstance(node.ctx, ast.Load) and not isinstance(node.slice, (ast.Constant, ast.Slice))
         if not is_plain or has_star(node.slice) or not reads(node.slice):
             return self._generic(node)
@@ -194,6 +197,7 @@ class Expressions(ast.NodeTransformer):
         return at(call(self.operators, "check", node, ast.Constant(node.id)), node)
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.expr:
+        rewrite_defaults(node.args, self)
         inner = self._hiding(frozenset(arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)))
         node.body = inner.visit(node.body)
         return at(call(self.operators, "mark", node), node)
@@ -231,6 +235,17 @@ class Expressions(ast.NodeTransformer):
     def _generic(self, node: Expression) -> Expression:
         self.generic_visit(node)
         return node
+
+
+def rewrite_defaults(arguments: ast.arguments, rewrite: Expressions) -> None:
+    """Rewrite the values that parameters have by default: they are computed where the function is defined."""
+    arguments.defaults = [rewrite.visit(default) for default in arguments.defaults]
+    arguments.kw_defaults = [None if default is None else rewrite.visit(default) for default in arguments.kw_defaults]
+
+
+def is_dotted(node: ast.expr) -> bool:
+    """Return whether it is a name such as `torch.nn.functional`, in which nothing is computed."""
+    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and is_dotted(node.value))
 
 
 def has_walrus(node: ast.AST) -> bool:

@@ -20,12 +20,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from deepseek.compiler.jit.rewriting.variables import SCOPES, never_ends
-from deepseek.compiler.jit.shared_names import INTERNAL, UNDEFINED_NAME
+from deepseek.compiler.jit.shared_names import INTERNAL, RESULT_NAME, UNDEFINED_NAME
 from deepseek.core.errors import ConfigError
 
 MAX_COPIES = 256
 RETURNED = f"{INTERNAL}returned"
-RESULT = f"{INTERNAL}result"
 PYTHON_CALLS = {"isinstance", "hasattr", "callable", "issubclass", "len", "torch.is_grad_enabled", "torch.is_tensor"}
 PYTHON_ITERABLES = {"enumerate", "zip", "reversed", "sorted", "map", "filter"}
 
@@ -268,7 +267,7 @@ def _end(statement: ast.stmt, loop: EnclosingLoop) -> list[ast.stmt]:
     ends: list[ast.stmt] = [_assign(loop.stop, ast.Constant(True), statement)]
     if isinstance(statement, ast.Return):
         ends.append(_assign(RETURNED, ast.Constant(True), statement))
-        ends.append(_assign(RESULT, statement.value or ast.Constant(None), statement))
+        ends.append(_assign(RESULT_NAME, statement.value or ast.Constant(None), statement))
     return ends
 
 
@@ -316,7 +315,7 @@ def _lower_loop(
     before: list[ast.stmt] = [_assign(stop, ast.Constant(False), statement)] if breaks else []
     if returns and loop is None:
         before.append(_assign(RETURNED, ast.Constant(False), statement))
-        before.append(_assign(RESULT, ast.Name(UNDEFINED_NAME, ast.Load()), statement))
+        before.append(_assign(RESULT_NAME, ast.Name(UNDEFINED_NAME, ast.Load()), statement))
     after = list(rest)
     if statement.orelse and breaks:
         after.insert(0, _if(ast.UnaryOp(ast.Not(), _name(stop)), statement.orelse, statement))
@@ -365,7 +364,7 @@ def _is_endless(statement: ast.While | ast.For) -> bool:
 def _leave(statement: ast.stmt, loop: EnclosingLoop | None) -> list[ast.stmt]:
     """After a loop in which the function returned: return its result, or leave the loop around, too."""
     if loop is None:
-        return [ast.copy_location(ast.Return(value=_name(RESULT)), statement)]
+        return [ast.copy_location(ast.Return(value=_name(RESULT_NAME)), statement)]
     return [ast.copy_location(ast.Break(), statement)]
 
 

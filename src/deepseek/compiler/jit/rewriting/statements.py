@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepseek.compiler.jit.rewriting.context import Context, Flow, Outside, Position, Scope
-from deepseek.compiler.jit.rewriting.expressions import Expressions
+from deepseek.compiler.jit.rewriting.expressions import Expressions, rewrite_defaults
 from deepseek.compiler.jit.rewriting.lowering import NOTHING, Fact, Facts, is_guard, is_python, lower
 from deepseek.compiler.jit.rewriting.trees import (
     assign,
@@ -42,7 +42,15 @@ from deepseek.compiler.jit.rewriting.variables import (
     walk_scope,
     writes,
 )
-from deepseek.compiler.jit.rewriting.writes import CHANGE, SET, is_plain_counter, is_special, name_writes, parameters_of
+from deepseek.compiler.jit.rewriting.writes import (
+    AUGMENT_ITEM,
+    CHANGE,
+    SET,
+    is_plain_counter,
+    is_special,
+    name_writes,
+    parameters_of,
+)
 from deepseek.compiler.jit.shared_names import BINARY, INTERNAL, ITEM_NAME
 
 Loop = ast.While | ast.For
@@ -144,7 +152,7 @@ class Statements:
                 return [part for name in names for part in _delete(name, position, node)]
             case ast.AugAssign():
                 return [_augment(node, position)]
-            case ast.Assign(value=ast.Call(func=ast.Name(id=name))) if name in (SET, CHANGE):
+            case ast.Assign(value=ast.Call(func=ast.Name(id=name))) if name in (SET, CHANGE, AUGMENT_ITEM):
                 return [_change(node, position)]
             case ast.Return(value=value) if value is not None and position.is_outermost and position.level == 0:
                 return [at(ast.Return(call(position.operators, "give", rewrite.visit(value))), node)]
@@ -310,6 +318,7 @@ def _guard(node: ast.If, position: Position) -> ast.stmt:
 
 
 def _function(node: ast.FunctionDef, position: Position) -> list[ast.stmt]:
+    rewrite_defaults(node.args, Expressions(position))
     if is_special(node):
         return [node]
     name = f"{position.scope.name}.{node.name}"
@@ -323,16 +332,20 @@ def _change(node: ast.Assign, position: Position) -> ast.stmt:
     """`x[index] = value` or `x.append(value)`, as an assignment of `x`."""
     assert isinstance(node.value, ast.Call)
     rewrite = Expressions(position)
-    variable, part, *values = node.value.args
+    variable, indices, *values = node.value.args
+    assert isinstance(indices, ast.Tuple)
+    path = ast.Tuple([rewrite.index(index) for index in indices.elts], ast.Load())
     assert isinstance(node.value.func, ast.Name)
     assert isinstance(variable, ast.Name)
     site = position.site(node, "assignment")
     operators, name, now = position.operators, ast.Constant(variable.id), rewrite.visit(variable)
     if node.value.func.id == SET:
-        return assign(
-            variable.id, call(operators, "set", now, rewrite.index(part), rewrite.visit(values[0]), name, site), node
-        )
-    made = call(operators, "change", now, part, name, site, *(rewrite.visit(value) for value in values))
+        return assign(variable.id, call(operators, "set", now, path, rewrite.visit(values[0]), name, site), node)
+    part, *values = values
+    if node.value.func.id == AUGMENT_ITEM:
+        new = rewrite.visit(values[0])
+        return assign(variable.id, call(operators, "augment_item", part, now, path, new, name, site), node)
+    made = call(operators, "change", now, path, part, name, site, *(rewrite.visit(value) for value in values))
     made.keywords = [rewrite.visit(keyword) for keyword in node.value.keywords]
     return assign(variable.id, made, node)
 
@@ -394,7 +407,9 @@ def _declare_outside(statements: list[ast.stmt], scope: Scope) -> list[ast.stmt]
     for kind in (ast.Global, ast.Nonlocal):
         names = sorted(name for name in written if scope.outside.get(name) is kind)
         if kind is ast.Nonlocal:
-            names = sorted({*names, *(written & scope.shared & scope.locals)})
+            shared = written & scope.shared & scope.locals
+            scope.missing |= shared - frozenset(scope.parameters)  # nothing else may give it a place in the function
+            names = sorted({*names, *shared})
         if names:
             lines.append(at(kind(names=names), statements[0]))
     return lines

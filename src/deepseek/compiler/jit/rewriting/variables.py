@@ -62,9 +62,31 @@ def captured(nodes: ast.AST | Iterable[ast.AST]) -> Names:
     """Return the names that functions defined among `nodes` read from around them."""
     found: set[str] = set()
     for node in walk_scope(nodes):
-        if isinstance(node, SCOPES):
+        if isinstance(node, ast.Lambda):
+            found |= (_own_reads(node.body) | captured(node.body)) - _parameters(node.args)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            own = (writes(node.body) | _parameters(node.args)) - declared(node.body, ast.Nonlocal)
+            found |= (_own_reads(node.body) | captured(node.body) | declared(node.body, ast.Nonlocal)) - own
+        elif isinstance(node, ast.ClassDef):
             found |= reads(node)
     return frozenset(found)
+
+
+def _own_reads(nodes: ast.AST | Iterable[ast.AST]) -> Names:
+    """Return the names that `nodes` load outside of nested functions, but for what is computed where those are
+    defined."""
+    found: set[str] = set()
+    for node in walk_scope(nodes):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            outer = [*node.args.defaults, *node.args.kw_defaults, *getattr(node, "decorator_list", [])]
+            found |= frozenset(name for part in outer for name in reads(part))
+        elif isinstance(node, (ast.Name, *COMPREHENSIONS)):
+            found |= reads(node)
+    return frozenset(found)
+
+
+def _parameters(arguments: ast.arguments) -> Names:
+    return frozenset(node.arg for node in ast.walk(arguments) if isinstance(node, ast.arg))
 
 
 def declared(nodes: Iterable[ast.AST], kind: type[ast.Global] | type[ast.Nonlocal]) -> Names:

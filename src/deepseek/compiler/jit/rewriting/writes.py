@@ -1,7 +1,8 @@
 """Writes into what a variable holds become assignments of the variable, so that all analyses see that it changes.
 
-    out[i] = v        =>  out = _ds_set(out, i, v)
-    found.append(v)   =>  found = _ds_change(found, "append", v)
+    out[i] = v        =>  out = _ds_set(out, (i,), v)
+    out[i] += v       =>  out = _ds_augment_item(out, (i,), "Add", v)
+    found.append(v)   =>  found = _ds_change(found, (), "append", v)
 
 Outside of tensor conditions the operators do what was written; inside they work on a copy if nobody else would see the
 change, which is found out while tracing. What stands otherwise (in an expression, on an attribute) is left as it is,
@@ -11,15 +12,15 @@ and refused by the tracer where a branch would change what is outside of it.
 from __future__ import annotations
 
 import ast
-import copy
 from typing import Any
 
-from deepseek.compiler.jit.rewriting.trees import assign, at, load
+from deepseek.compiler.jit.rewriting.trees import assign, load
 from deepseek.compiler.jit.rewriting.variables import SCOPES, Names, captured, declared, walk_scope, writes
-from deepseek.compiler.jit.shared_names import CHANGING_METHODS, INTERNAL
+from deepseek.compiler.jit.shared_names import BINARY, CHANGING_METHODS, INTERNAL
 
 SET = f"{INTERNAL}set"
 CHANGE = f"{INTERNAL}change"
+AUGMENT_ITEM = f"{INTERNAL}augment_item"
 
 
 def parameters_of(tree: ast.FunctionDef) -> tuple[str, ...]:
@@ -47,10 +48,11 @@ class _NameWrites(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         match node.value:
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=method), args=args, keywords=keywords):
+            case ast.Call(func=ast.Attribute(value=holder, attr=method), args=args, keywords=keywords):
                 is_in_place = method.endswith("_") and not method.endswith("__")
+                name, path = _path_of(holder)
                 if name in self.names and (is_in_place or method in CHANGING_METHODS):
-                    call = ast.Call(load(CHANGE), [load(name), ast.Constant(method), *args], keywords)
+                    call = ast.Call(load(CHANGE), [load(name), path, ast.Constant(method), *args], keywords)
                     return assign(name, call, node)
         return node
 
@@ -58,20 +60,29 @@ class _NameWrites(ast.NodeTransformer):
         target = node.targets[0]
         if len(node.targets) > 1 or not isinstance(target, ast.Subscript):
             return node
-        return self._write(target, node.value, node)
+        name, path = _path_of(target)
+        if name not in self.names:
+            return node
+        return assign(name, ast.Call(load(SET), [load(name), path, node.value], []), node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        if not isinstance(node.target, ast.Subscript):
+        operation = type(node.op).__name__
+        name, path = _path_of(node.target)
+        if not isinstance(node.target, ast.Subscript) or name not in self.names or operation not in BINARY:
             return node
-        now = copy.deepcopy(node.target)
-        now.ctx = ast.Load()
-        return self._write(node.target, at(ast.BinOp(now, node.op, node.value), node), node)
+        arguments = [load(name), path, ast.Constant(operation), node.value]
+        return assign(name, ast.Call(load(AUGMENT_ITEM), arguments, []), node)
 
-    def _write(self, target: ast.Subscript, value: ast.expr, node: ast.stmt) -> ast.AST:
-        if not isinstance(target.value, ast.Name) or target.value.id not in self.names:
-            return node
-        name = target.value.id
-        return assign(name, ast.Call(load(SET), [load(name), target.slice, value], []), node)
+
+def _path_of(node: ast.expr) -> tuple[str, ast.Tuple]:
+    """Return the name and the indices of `name[i][j]`; of anything else, no name."""
+    indices: list[ast.expr] = []
+    while isinstance(node, ast.Subscript):
+        indices.insert(0, node.slice)
+        node = node.value
+    is_starred = any(isinstance(inner, ast.Starred) for index in indices for inner in ast.walk(index))
+    name = node.id if isinstance(node, ast.Name) and not is_starred else ""
+    return name, ast.Tuple(indices, ast.Load())
 
 
 def is_special(node: ast.FunctionDef) -> bool:
@@ -92,10 +103,3 @@ def is_plain_counter(node: ast.For) -> bool:
         for child in ast.iter_child_nodes(inner)
     )
     return num_operands == sum(isinstance(inner, ast.Name) and inner.id == name for inner in body)
-
-
-def root_of(node: ast.AST) -> str:
-    """Return the name at the left end of `a.b[c].d`, or nothing."""
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call, ast.Starred)):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else ""

@@ -40,7 +40,7 @@ class Branches(ConditionOperators):
         if not has_leaves(form):
             return rebuild(form, [])
         if self.is_probing:
-            return rebuild(form, [sample_of(leaf) for leaf in leaves_of(form)])
+            return rebuild(form, watch(site, [sample_of(leaf) for leaf in leaves_of(form)], form))
         real = self.deeper(site, is_probing=False)
         values = [unalias(value) for value in values]
 
@@ -51,11 +51,16 @@ class Branches(ConditionOperators):
             return flatten(form, other(real, *steady(values)))
 
         leaves = leaves_of(form)
-        found = choose(condition, true_branch, false_branch, leaves)
-        for index in range(len(leaves)):
-            if len(leaves[index].sources) > 0:
-                WATCH(site.key, found[index], *leaves[index].sources)
-        return rebuild(form, found)
+        return rebuild(form, watch(site, choose(condition, true_branch, false_branch, leaves), form))
+
+
+def watch(site: Site, found: list[Tensor], form: Form) -> list[Tensor]:
+    """Remember the tensors that come out as copies of what Python would share."""
+    leaves = leaves_of(form)
+    for index in range(len(leaves)):
+        if len(leaves[index].sources) > 0:
+            WATCH(site.key, found[index], *leaves[index].sources)
+    return found
 
 
 def sample_of(leaf: Leaf) -> Tensor:

@@ -5,6 +5,7 @@ The operators are given the maker of counterparts; how a function is rewritten i
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepseek.compiler.jit.tracing.conditions import ConditionOperators
-from deepseek.compiler.jit.tracing.python_numbers import publish
+from deepseek.compiler.jit.tracing.merging import publish
 
 LIBRARIES = ("torch", "numpy", "torchvision", "math", "builtins", "functools")
+PYTHON_CLASSES = (list, dict, tuple, set, str, collections.OrderedDict, collections.deque)
 Maker = Callable[[types.FunctionType], bool]
 """Makes the counterpart of a function, keeps it on the function, and says whether there is one; runs while tracing."""
 
@@ -54,7 +56,7 @@ class Calls(ConditionOperators):
     def method(self, value: Any, name: str) -> Any:
         """The method `name` of a value, rewritten if it is the user's."""
         found = getattr(value, name)
-        return found if isinstance(value, Tensor) else self.call(found)
+        return found if isinstance(value, Tensor) or type(value) in PYTHON_CLASSES else self.call(found)
 
     def parent(self, cls: type, value: Any, name: str) -> Any:
         """`super().name` in a method of `cls`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseek.compiler.jit.shared_names import INTERNAL
-from deepseek.compiler.jit.tracing.branches import Branches, sample_of
+from deepseek.compiler.jit.tracing.branches import Branches, sample_of, watch
 from deepseek.compiler.jit.tracing.conditions import HINT
 from deepseek.compiler.jit.tracing.gradients import all_require_grad, choose, copy_all, loop, steady
 from deepseek.compiler.jit.tracing.merging import (
@@ -125,7 +125,7 @@ class Loops(Branches):
                 "change what its condition reads",
             )
         if self.is_probing:
-            return rebuild(form, [sample_of(leaf) for leaf in leaves_of(form)])
+            return rebuild(form, watch(site, [sample_of(leaf) for leaf in leaves_of(form)], form))
         note(site.key)
         self._require_values(loop, values, condition)
         real = self.deeper(site, is_probing=False)
@@ -159,7 +159,8 @@ class Loops(Branches):
             start = iterate_if_going(*start)
         found = loop(going_on, iterate_if_going if is_trained else iterate, start)
         # In training these are the last rows of all iterations' values; a copy has no offset into them.
-        return rebuild(form, [leaf.clone() for leaf in found] if is_trained else list(found))
+        last = [leaf.clone() for leaf in found] if is_trained else list(found)
+        return rebuild(form, watch(loop_.site, last, form))
 
     # ---- counted loops
 

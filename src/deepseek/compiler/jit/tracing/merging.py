@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.shared_names import INTERNAL
+from deepseek.compiler.jit.shared_names import INTERNAL, RESULT_NAME
 from deepseek.compiler.jit.tracing.python_numbers import Number, as_tensor, is_number, number_dtype
 from deepseek.compiler.jit.tracing.sites import Site, refuse
 from deepseek.compiler.jit.tracing.speculation import HOLDER, SHARED
@@ -99,7 +99,8 @@ class Merger:
 
     def merge_variables(self, first: Sequence[Any], second: Sequence[Any], names: tuple[str, ...]) -> Container:
         """Return the form of all variables."""
-        self.results = (first, second)
+        lasting = [index for index in range(len(names)) if names[index] != RESULT_NAME]
+        self.results = ([first[index] for index in lasting], [second[index] for index in lasting])
         forms = [self.merge(first[index], second[index], names[index]) for index in range(len(names))]
         return Container(tuple, None, forms)
 
@@ -115,6 +116,8 @@ class Merger:
             return self._merge_numbers(first, second)
         if has_children(first) and has_children(second):
             return self._merge_containers(first, second, name)
+        if isinstance(first, set) and isinstance(second, set) and first == second:
+            return Constant(first)
         if isinstance(first, PLAIN) and isinstance(second, PLAIN) and first == second:
             return Constant(first)
         self._refuse_sides(first, second, name, RETURN_ONE_STRUCTURE)
@@ -129,17 +132,18 @@ class Merger:
                 f"{name} gets a value on only one side of a tensor condition and is read afterwards",
                 f"give {name} a value before the if",
             )
-        return self.fill(known)
+        return self.fill(known, name)
 
-    def fill(self, known: Any) -> Form:
+    def fill(self, known: Any, name: str) -> Form:
         """Return the form of a value whose other side is empty: every number in it becomes a tensor."""
         if isinstance(known, Number) or is_number(known):
             return Leaf(number_dtype(known), (), self.device, is_contiguous=True, is_number=True)
         if isinstance(known, Tensor):
-            return Leaf(known.dtype, known.shape, known.device, is_contiguous=False, is_number=False)
+            sources = (known,) if self._is_shared(known, name) else ()
+            return Leaf(known.dtype, known.shape, known.device, False, False, sources)
         if has_children(known):
             keys = keys_of(known)
-            children = [self.fill(child) for child in children_of(known, keys)]
+            children = [self.fill(child, name) for child in children_of(known, keys)]
             return Container(type(known), keys, children)
         return Constant(known)
 
@@ -168,9 +172,16 @@ class Merger:
                 "move it to one device in both",
             )
         dtype = torch.promote_types(first.dtype, second.dtype)
-        is_shared = SHARED(second, self.results) or (not self.is_loop and SHARED(first, self.results))
+        is_shared = self._is_shared(second, name) or (not self.is_loop and self._is_shared(first, name))
         sources = (first, second) if is_shared else ()
         return Leaf(dtype, first.shape, first.device, first.stride() != second.stride(), False, sources)
+
+    def _is_shared(self, value: Tensor, name: str) -> bool:
+        """Return whether somebody else will hold the value's memory when the variable `name` holds it."""
+        if name == RESULT_NAME:
+            return SHARED(value, (), None)
+        is_leaving = self.site.names is None and self.site.kind == "if"
+        return SHARED(value, self.results, None if is_leaving else (self.site.names or ()))
 
     def _merge_numbers(self, first: Any, second: Any) -> Form:
         is_known = not isinstance(first, Number) and not isinstance(second, Number)
@@ -296,17 +307,20 @@ def _fresh(form: Leaf, value: Any) -> Tensor:
     return fresh
 
 
-def rebuild(form: Form, leaves: list[Tensor]) -> Any:  # noqa: PLR0911 - a table
+def rebuild(form: Form, leaves: list[Tensor]) -> Any:
     """Return the Python value of `form` whose tensors are taken from the front of `leaves`."""
     if isinstance(form, Constant):
         return form.value
     if isinstance(form, Leaf):
         leaf = leaves.pop(0)
         return Number(leaf) if form.is_number else leaf
-    children = [rebuild(child, leaves) for child in form.children]
-    kind = form.kind
-    if form.keys is not None:
-        named = dict(zip(form.keys, children, strict=True))
+    return assemble(form.kind, form.keys, [rebuild(child, leaves) for child in form.children])
+
+
+def assemble(kind: type, keys: list[Any] | None, children: list[Any]) -> Any:
+    """Return a container of a class with these children."""
+    if keys is not None:
+        named = dict(zip(keys, children, strict=True))
         if kind is dict:
             return named
         if kind is collections.OrderedDict:
@@ -315,6 +329,22 @@ def rebuild(form: Form, leaves: list[Tensor]) -> Any:  # noqa: PLR0911 - a table
     if kind is list:
         return children
     return kind(*children) if hasattr(kind, "_fields") else tuple(children)
+
+
+def publish(value: Any) -> Any:
+    """Return a result for the caller: numbers that the graph computes leave it as tensors without dimensions."""
+    if isinstance(value, Number):
+        return value.tensor
+    if not _holds_number(value):
+        return value
+    keys = keys_of(value)
+    return assemble(type(value), keys, [publish(child) for child in children_of(value, keys)])
+
+
+def _holds_number(value: Any) -> bool:
+    if isinstance(value, Number):
+        return True
+    return has_children(value) and any(_holds_number(child) for child in children_of(value, keys_of(value)))
 
 
 def has_leaves(form: Form) -> bool:

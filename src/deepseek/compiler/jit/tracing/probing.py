@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from deepseek.compiler.jit.shared_names import RESULT_NAME
 from deepseek.compiler.jit.tracing.merging import (
     UNDEFINED,
     Container,
@@ -51,7 +54,7 @@ def converge(
     site = merger.site
     form = merger.merge_variables(values, values, names)
     num_writes = count_writes()
-    shared: list[str] = []
+    sources: list[list[Tensor]] = [[] for _ in names]
 
     for _ in range(2 * len(names) + 2):
         known = form
@@ -62,11 +65,12 @@ def converge(
             return before, [_distinct(after[index], known.children[index]) for index in range(len(names))]
 
         before, after = PROBE(iterate, site.key, operators.depth, operators, *values)
-        merger.results = after
+        merger.results = ([after[index] for index in range(len(names)) if names[index] != RESULT_NAME],)
         form = _merge_iterations(before, after, names, merger)
-        shared += [names[index] for index in range(len(names)) if _is_shared(form.children[index])]
+        for index in range(len(names)):
+            sources[index] += [source for leaf in leaves_of(form.children[index]) for source in leaf.sources]
         if _is_same(known, form):
-            if has_written(tuple(shared), num_writes):
+            if has_written(tuple(names[index] for index in range(len(names)) if sources[index]), num_writes):
                 refuse(
                     site.key,
                     None,
@@ -74,6 +78,9 @@ def converge(
                     " in place, which a graph would do to one of them only",
                     "write y = y + 1 in place of y += 1, or copy with .clone()",
                 )
+            for index in range(len(names)):
+                for leaf in leaves_of(form.children[index]):
+                    leaf.sources = tuple(sources[index])
             return form
     refuse(
         site.key,
@@ -82,11 +89,6 @@ def converge(
         "convert them before the loop",
     )
     return form
-
-
-def _is_shared(form: Form) -> bool:
-    """Return whether Python would give a tensor of it that shares its memory with another."""
-    return any(len(leaf.sources) > 0 for leaf in leaves_of(form))
 
 
 def _distinct(value: Any, form: Form) -> Any:
@@ -98,7 +100,7 @@ def _merge_iterations(before: Any, after: Any, names: tuple[str, ...], merger: M
     forms = []
     for index in range(len(names)):
         if before[index] is UNDEFINED and after[index] is not UNDEFINED:
-            forms.append(merger.fill(after[index]))
+            forms.append(merger.fill(after[index], names[index]))
         else:
             forms.append(merger.merge(before[index], after[index], names[index]))
     return Container(tuple, None, forms)

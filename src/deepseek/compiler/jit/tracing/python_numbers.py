@@ -284,30 +284,6 @@ def lower_numbers(value: Any, tensors: Sequence[Tensor]) -> Any:
     return value
 
 
-def publish(value: Any) -> Any:
-    """Return a result for the caller: numbers that the graph computes leave it as tensors without dimensions."""
-    if isinstance(value, Number):
-        return value.tensor
-    if not _holds_number(value):
-        return value
-    if type(value) is list:
-        return [publish(item) for item in value]
-    if isinstance(value, dict):
-        return {key: publish(item) for key, item in value.items()}
-    children = [publish(item) for item in value]
-    return type(value)(*children) if hasattr(type(value), "_fields") else tuple(children)
-
-
-def _holds_number(value: Any) -> bool:
-    if isinstance(value, Number):
-        return True
-    if type(value) is dict:
-        return any(_holds_number(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_number(item) for item in value)
-    return False
-
-
 def _fill(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     """`torch.full` and its relatives: the type is the number's where none is given."""
     options = dict(options)

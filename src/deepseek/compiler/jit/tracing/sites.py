@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch._dynamo import exc
 
 from deepseek.core.errors import PermanentError
 
@@ -30,6 +31,15 @@ class ControlFlowError(PermanentError):
         super().__init__(message)
         self.sites = sites  # where Python would have to decide instead
         self.place = place  # file and line of what no graph can hold
+
+
+class StartOver(exc.UnspecializeRestartAnalysis, exc.ShortenTraceback):
+    """Asks the tracer to trace the function again from where its graph began: Python decides at one more place."""
+
+    def __init__(self, reason: str) -> None:
+        exc.TorchDynamoException.__init__(self, reason)
+        self.restart_reason = reason
+        self.first_useful_frame = None
 
 
 class GraphBreakWarning(UserWarning):
@@ -79,6 +89,29 @@ class Trace:
 
     rewritten: list[Site] = field(default_factory=list)
     breaks: list[tuple[Site, str]] = field(default_factory=list)
+    may_break: bool = False
+    """Whether Python may decide where no graph can."""
+
+    def break_at(self, error: ControlFlowError) -> bool:
+        """Let Python decide at the sites of a refusal, where that is allowed and they are not Python's already."""
+        sites = [site for site in error.sites if not site.is_native]
+        if not self.may_break or not sites:
+            return False
+        for site in sites:
+            site.is_native = True
+        self.rewritten[:] = [site for site in self.rewritten if not site.is_native]
+        self.breaks.append((_site_of(error), str(error)))
+        return True
+
+
+def _site_of(error: ControlFlowError) -> Site:
+    """Return the site of a refusal: the statement that no graph can hold, which may stand inside the one that
+    decides."""
+    site = error.sites[-1]
+    if error.place in ("", site.place):
+        return site
+    file, _, line = error.place.rpartition(":")
+    return Site(file, int(line), site.kind, site.function)
 
 
 SITES: dict[str, Site] = {}
@@ -161,7 +194,16 @@ def refuse(key: str, depth: str | None, seen: str, hint: str) -> bool:
 
     `depth` is that of the tensor conditions around it; none says that the site itself is the last that was entered.
     """
-    raise make_refusal(key, depth, seen, hint)
+    raise give_up(make_refusal(key, depth, seen, hint))
+
+
+def give_up(error: ControlFlowError) -> ControlFlowError | StartOver:
+    """Return what to raise in a trace: the refusal, or, where graphs may break, the wish to trace again without it.
+
+    The pieces before the graph that is traced have run, and must not run again.
+    """
+    is_broken = bool(_TRACES) and _TRACES[-1].break_at(error)
+    return StartOver(str(error)) if is_broken else error
 
 
 def make_refusal(key: str, depth: str | None, seen: str, hint: str, place: str = "") -> ControlFlowError:

@@ -11,8 +11,8 @@ every call), the call stays in the outer graph under its own name, and `erase_pr
 the functions that run now. Code that replaces `out[i] = v` by a copy asks it first, since nobody else would see the
 copy.
 
-`SHARED` and `WATCH` find what Python would hold as one memory and a graph holds as copies; a write into it afterwards
-is refused when the trace ends (`check_watched`).
+`SHARED` and `WATCH` find what Python would hold as one memory and a graph holds as copies. A write into it afterwards
+is refused: inside of a tensor condition when `HOLDER` is asked, outside of all when the trace ends (`check_watched`).
 
 All read private parts of torch's tracer, which a test of theirs holds to.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ from deepseek.compiler.jit.tracing.sites import (
     CHANGES_OUTSIDE,
     CHANGES_OUTSIDE_HINT,
     ControlFlowError,
-    Site,
     find_refusal,
+    give_up,
     last_own_frame,
     make_refusal,
 )
@@ -56,6 +57,8 @@ HERE = str(Path(__file__).parent)
 HANDING_ON = (HERE, str(Path(torch.__file__).parent / "_higher_order_ops"))
 """Where code only hands a function's values from one of its parts to the next."""
 EFFECTS = ("HOP: Unsafe side effect", "HOP: Non-nullified side effect", "HigherOrderOperator: Mutating a variable")
+OUTSIDE_OF_FUNCTION = "what is outside of the function"
+ANOTHER_VARIABLE = "another variable"
 PASSED_ON = (exc.RestartAnalysis, exc.SkipFrame, ControlFlowError)
 IN_PLACE_OPERATORS = (
     operator.setitem,
@@ -88,14 +91,15 @@ class Holder(HigherOrderOperator):
 
 
 class Shared(HigherOrderOperator):
-    """Says whether a tensor that a branch gives lies in memory of what is outside of it, or of another result."""
+    """Says whether somebody else will hold the memory of a tensor that a branch gives: an argument, a variable that is
+    not among the `names` given anew (none: the function ends, and its variables with it), or another result."""
 
     def __init__(self) -> None:
         super().__init__("deepseek_shared")  # type: ignore[no-untyped-call]
 
-    def __call__(self, value: Any, results: Any) -> bool:
+    def __call__(self, value: Any, results: Any, names: tuple[str, ...] | None) -> bool:
         """Stand in for the tracer, which is the only one to call it."""
-        found: bool = super().__call__(value, results)  # type: ignore[no-untyped-call]
+        found: bool = super().__call__(value, results, names)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -134,9 +138,9 @@ class ProbeVariable(TorchHigherOrderOperatorVariable):
         except PASSED_ON:
             raise
         except Exception as error:
-            raise explain_failure(error, *where) from error
+            raise give_up(explain_failure(error, *where)) from error
         if mutation.has_mutation:
-            raise make_refusal(*where, CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT, place=written)
+            raise give_up(make_refusal(*where, CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT, place=written))
         if outputs:
             self._keep_call(tx, tracer, outputs)
         return found
@@ -178,7 +182,9 @@ class HolderVariable(TorchHigherOrderOperatorVariable):
     def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Look through the frames that run now."""
         value, name = LazyVariableTracker.realize_all(args)
-        return ConstantVariable.create(find_holder(tx, value, name.as_python_constant()))
+        target = Target(value)
+        holder = find_holder(tx, target, frozenset({name.as_python_constant()}))
+        return ConstantVariable.create(holder or find_watched(target))
 
 
 class SharedVariable(TorchHigherOrderOperatorVariable):
@@ -187,21 +193,30 @@ class SharedVariable(TorchHigherOrderOperatorVariable):
     _HOP_NAME = "deepseek.shared"
 
     def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Compare memory with that of all operators traced so far."""
-        value, results = LazyVariableTracker.realize_all(args)
-        storage = _storage_of(_example_of(value))
-        if storage is None:
+        """Compare memory with that of the other results and of whatever the frames that run now hold."""
+        value, results, names = LazyVariableTracker.realize_all(args)
+        target = Target(value)
+        if target.storage is None:
             return ConstantVariable.create(False)
-        others: list[VariableTracker] = []
+        others: list[VariableTracker] = [value for side in results.items if _count(value, side) > 1]
 
         def look(variable: VariableTracker) -> None:
-            if variable is not value and storage == _storage_of(_example_of(variable)):
+            if variable is not value and target.storage == _storage_of(_example_of(variable)):
                 others.append(variable)
 
         VariableTracker.visit(look, results, side_effects=tx.output.side_effects)
-        nodes = (node for tracer in tx.output.tracers for node in tracer.graph.nodes)
-        is_outside = any(_storage_of(node.meta.get("example_value")) == storage for node in nodes)
-        return ConstantVariable.create(is_outside or bool(others))
+        replaced = names.as_python_constant()
+        holder = find_holder(tx, target, None if replaced is None else frozenset(replaced)) or find_watched(target)
+        return ConstantVariable.create(bool(others) or holder != "")
+
+
+def _count(value: VariableTracker, held: VariableTracker) -> int:
+    """Return how often a variable stands in a container."""
+    if held is value:
+        return 1
+    items = vars(held).get("items", ())
+    items = items.values() if isinstance(items, dict) else items
+    return sum(_count(value, item) for item in items) if isinstance(items, Iterable) else 0
 
 
 class WatchVariable(TorchHigherOrderOperatorVariable):
@@ -212,27 +227,59 @@ class WatchVariable(TorchHigherOrderOperatorVariable):
     def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Note the versions that the tensors have now."""
         key, *values = LazyVariableTracker.realize_all(args)
-        for example in map(_example_of, values):
-            if isinstance(example, Tensor):
-                _WATCHED.append((key.as_python_constant(), example, example._version))
+        examples = [example for example in map(_example_of, values) if isinstance(example, Tensor)]
+        noted = (Watched(key.as_python_constant(), example, example._version, tx.output) for example in examples)
+        _WATCHED.extend(noted)
         return ConstantVariable.create(None)
 
 
-_WATCHED: list[tuple[str, Tensor, int]] = []  # of the trace that goes on
+@dataclass(frozen=True)
+class Watched:
+    """A tensor that Python would hold as one with another, and the version that it had when they parted."""
+
+    key: str
+    example: Tensor
+    version: int
+    output: Any  # the graph that is traced
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Return whether its graph breaks, so that what follows may write into it unseen."""
+        reason = self.output.compile_subgraph_reason
+        return reason is not None and bool(reason.graph_break)
+
+    def is_of(self, shapes: Any) -> bool:
+        """Return whether it belongs to the trace with these symbols of shapes, and not to one that was given up."""
+        return getattr(getattr(self.example, "fake_mode", None), "shape_env", None) is shapes
+
+
+_WATCHED: list[Watched] = []  # of the trace that goes on
+
+
+def _watched_now() -> list[Watched]:
+    context = torch._guards.TracingContext.try_get()
+    shapes = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+    _WATCHED[:] = [watched for watched in _WATCHED if watched.is_of(shapes)]
+    return list(_WATCHED)
+
+
+def find_watched(target: Target) -> str:
+    """Return who holds the target's memory where a branch or a loop gave it to two variables."""
+    return ANOTHER_VARIABLE if target.is_any(watched.example for watched in _watched_now()) else ""
 
 
 def check_watched() -> None:
     """Refuse a graph in which a watched tensor was written afterwards: the copies would not see it."""
-    watched, _WATCHED[:] = list(_WATCHED), []
-    for key, example, version in watched:
-        if example._version != version:
-            raise make_refusal(
-                key,
-                None,
+    found = _watched_now()
+    _WATCHED.clear()
+    for watched in found:
+        if watched.example._version != watched.version or watched.is_cut_off:
+            seen = (
                 "a branch or a loop here gives a tensor that another variable holds too, or a view of one, and it is"
-                " written in place afterwards, which a graph would do to one of them only",
-                "write y = y + 1 in place of y += 1, or give a copy with .clone()",
+                " written in place afterwards, which a graph would do to one of them only"
             )
+            hint = "write y = y + 1 in place of y += 1, or give a copy with .clone()"
+            raise give_up(make_refusal(watched.key, None, seen, hint))
 
 
 def register() -> None:
@@ -318,22 +365,22 @@ def _writes(target: Any) -> bool:
 # ---- who holds a value
 
 
-def find_holder(tx: Any, value: VariableTracker, name: str) -> str:
-    """Who, beside the variable `name` of the function that runs, sees a change of `value`."""
-    target = Target(value)
-    if value.source is not None or target.is_any(_inputs_of(tx)):
-        return "what is outside of the function"
+def find_holder(tx: Any, target: Target, names: frozenset[str] | None) -> str:
+    """Return who holds the target beside the variables `names` (all, if none) of the function that runs."""
+    if target.value.source is not None or target.is_any(_inputs_of(tx)):
+        return OUTSIDE_OF_FUNCTION
     is_own = True  # the frames of this function's parts come first, and its own frame after them
     frame = tx
     while frame is not None:
         if not frame.f_code.co_filename.startswith(HANDING_ON):
             for local, held in frame.symbolic_locals.items():
-                if not (is_own and local == name) and target.is_in(held, tx.output.side_effects):
+                is_ours = is_own and (names is None or local in names)
+                if not is_ours and target.is_in(held, tx.output.side_effects):
                     return _explain_local(local)
             is_own = is_own and frame.f_code.co_name.startswith(INTERNAL)
         frame = frame.parent
     known = [held for held in tx.output.side_effects.id_to_variable.values() if held.source is not None]
-    return "what is outside of the function" if target.is_in(known, tx.output.side_effects) else ""
+    return OUTSIDE_OF_FUNCTION if target.is_in(known, tx.output.side_effects) else ""
 
 
 def _explain_local(name: str) -> str:
@@ -390,6 +437,3 @@ def _storage_of(example: Any) -> int | None:
         return None
     address: int = example.untyped_storage()._cdata
     return address
-
-
-__all__ = ["HOLDER", "PROBE", "Site", "register"]

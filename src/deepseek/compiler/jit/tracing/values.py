@@ -21,7 +21,7 @@ from deepseek.compiler.jit.tracing.indexing import as_indices, is_index, is_plai
 from deepseek.compiler.jit.tracing.merging import UNDEFINED, is_traced
 from deepseek.compiler.jit.tracing.python_numbers import Number, as_number, as_tensor, beside
 from deepseek.compiler.jit.tracing.sites import CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT, Site, note_write, refuse
-from deepseek.compiler.jit.tracing.speculation import HOLDER
+from deepseek.compiler.jit.tracing.speculation import HOLDER, OUTSIDE_OF_FUNCTION
 
 NUMBERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bool}
 CHOOSERS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
@@ -29,7 +29,6 @@ CHOOSERS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "max": (builtins.max, torch.maximum),
 }
 CONTAINERS = (list, dict, set, collections.OrderedDict, collections.deque)
-OUTSIDE_OF_FUNCTION = "what is outside of the function"
 
 
 class Values(ConditionOperators):
@@ -96,11 +95,76 @@ class Values(ConditionOperators):
             return torch.ops.aten.index.Tensor(value, as_indices(value, index))
         return value[index]
 
+    def slice(self, start: Any, stop: Any, step: Any, site: Site) -> slice:
+        """`start:stop:step` in brackets, which must be known: they decide about a shape."""
+        if not isinstance(start, Number) and not isinstance(stop, Number) and not isinstance(step, Number):
+            return builtins.slice(start, stop, step)
+        if torch.compiler.is_compiling():
+            if not site.is_native:
+                refuse(
+                    site.key,
+                    self.depth,
+                    "a slice ends at a number that the graph computes, which would decide about a shape",
+                    "choose with a mask, for example torch.where(torch.arange(len(x)) < n, x, 0)",
+                )
+            torch._dynamo.graph_break()
+        start, stop, step = [bound.__index__() if isinstance(bound, Number) else bound for bound in (start, stop, step)]
+        return builtins.slice(start, stop, step)
+
     # ---- changes
 
-    def set(self, value: Any, index: Any, new: Any, name: str, site: Site) -> Any:
-        """`value[index] = new` for the variable `name`; gives what it holds afterwards."""
-        value = self._own(value, name, site)
+    def set(self, value: Any, path: tuple[Any, ...], new: Any, name: str, site: Site) -> Any:
+        """`value[index] = new` for the variable `name`; gives what it holds afterwards.
+
+        `path` has the index, or, of `value["a"]["b"] = new`, all of them.
+        """
+        if isinstance(value, Tensor):
+            value = self._own(value, name, site)
+            self._store_at(value, path, lambda _: new)
+            return value
+        if len(path) > 1:
+            inner = self.get(value, path[0])
+            new = self.set(inner, path[1:], new, name, site)
+            if not self._is_copied(inner):
+                return value
+        return self._store(self._own(value, name, site), path[0], new)
+
+    def augment_item(self, operation: str, value: Any, path: tuple[Any, ...], other: Any, name: str, site: Site) -> Any:
+        """`value[index] += other` for the variable `name`, in place as in Python; gives what it holds afterwards."""
+
+        def add(item: Any) -> Any:
+            is_number = isinstance(other, Number) and isinstance(item, Tensor)
+            return BINARY[operation][1](item, beside(other, [item]) if is_number else other)
+
+        if isinstance(value, Tensor):
+            value = self._own(value, name, site)
+            self._store_at(value, path, add)
+            return value
+        item = self.get(value, path[0])
+        if len(path) > 1:
+            new = self.augment_item(operation, item, path[1:], other, name, site)
+            if not self._is_copied(item):
+                return value
+        else:
+            new = add(self._own(item, name, site))
+        return self._store(self._own(value, name, site), path[0], new)
+
+    def _is_copied(self, value: Any) -> bool:
+        """Return whether a change of a value is made on a copy, here in a tensor condition."""
+        is_inside = self.depth != OUTSIDE and torch.compiler.is_compiling()
+        return is_inside and (isinstance(value, Tensor) or type(value) in CONTAINERS)
+
+    def _store_at(self, value: Tensor, path: tuple[Any, ...], change: Callable[[Any], Any]) -> None:
+        """Change what stands at the end of `value[i][j]`, where each index but a mask gives a view of `value`."""
+        item = self.get(value, path[0])
+        if len(path) > 1:
+            self._store_at(item, path[1:], change)
+            if is_traced(path[0]) and is_index(path[0]):
+                self._store(value, path[0], item)
+        else:
+            self._store(value, path[0], change(item))
+
+    def _store(self, value: Any, index: Any, new: Any) -> Any:
         if not isinstance(value, Tensor):
             value[index] = new
             return value
@@ -117,8 +181,19 @@ class Values(ConditionOperators):
         torch.ops.aten.index_put_(value, indices, new.to(value.dtype))
         return value
 
-    def change(self, value: Any, method: str, name: str, site: Site, *args: Any, **options: Any) -> Any:
-        """`value.append(...)`, `value.add_(...)` as a statement; gives what the variable `name` holds afterwards."""
+    def change(
+        self, value: Any, path: tuple[Any, ...], method: str, name: str, site: Site, *args: Any, **options: Any
+    ) -> Any:
+        """`value.append(...)`, `value.add_(...)` as a statement; gives what the variable `name` holds afterwards.
+
+        Of `value["a"].append(...)`, `path` has the indices.
+        """
+        if len(path) > 0:
+            inner = self.get(value, path[0])
+            new = self.change(inner, path[1:], method, name, site, *args, **options)
+            if not self._is_copied(inner) or isinstance(value, Tensor):
+                return value
+            return self._store(self._own(value, name, site), path[0], new)
         is_memory = isinstance(value, Tensor) and method.endswith("_")
         if not is_memory and type(value) not in CONTAINERS:
             self.method(value, method)(*args, **options)
