@@ -44,7 +44,13 @@ FEATURES = {
         "torch._dynamo.graph_break",
         "torch._higher_order_ops.while_loop",
     ),
+    "ds.jit(fullgraph=False): tracing again from a break, without running again what came before it": (
+        "torch._dynamo.exc.ShortenTraceback",
+        "torch._dynamo.exc.TorchDynamoException.__init__",
+        "torch._dynamo.exc.UnspecializeRestartAnalysis",
+    ),
     "ds.jit: branches and loops tried without changing what outlives the trial": (
+        "torch._guards.TracingContext.try_get",
         "torch._dynamo.exc.RestartAnalysis",
         "torch._dynamo.exc.SkipFrame",
         "torch._dynamo.variables.ConstantVariable.create",
