@@ -20,7 +20,6 @@ def rewritten(source):
         ("x[0][key] = 1", "x = _ds_set(x, (0, key), 1)"),
         ("x[0] += y", "x = _ds_augment_item(x, (0,), 'Add', y)"),
         ("x[0].append(y)", "x = _ds_change(x, (0,), 'append', y)"),
-        ("x[*rest] = 1", "x[*rest] = 1"),
         ("out = []\nout.append(x)", "out = []\nout = _ds_change(out, (), 'append', x)"),
         ("x.add_(1, alpha=2)", "x = _ds_change(x, (), 'add_', 1, alpha=2)"),
         ("x.__init__(1)", "x.__init__(1)"),

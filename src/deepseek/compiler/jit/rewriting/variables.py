@@ -66,7 +66,7 @@ def captured(nodes: ast.AST | Iterable[ast.AST]) -> Names:
             found |= (_own_reads(node.body) | captured(node.body)) - _parameters(node.args)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             own = (writes(node.body) | _parameters(node.args)) - declared(node.body, ast.Nonlocal)
-            found |= (_own_reads(node.body) | captured(node.body) | declared(node.body, ast.Nonlocal)) - own
+            found |= (_own_reads(node.body) | captured(node.body)) - own
         elif isinstance(node, ast.ClassDef):
             found |= reads(node)
     return frozenset(found)
