@@ -4,6 +4,7 @@
     deepseek plan MODEL --cluster ...   ->  a parallel plan, its time and memory
     deepseek train RECIPE ...           ->  an artifact
     deepseek quantize MODEL OUT         ->  a smaller artifact
+    deepseek convert MODEL OUT          ->  an artifact of a Hugging Face folder, or in another precision
     deepseek generate MODEL PROMPT      ->  text
     deepseek predict MODEL INPUT...     ->  classes, boxes or vectors of images and texts
     deepseek serve MODEL                ->  an HTTP server (also as `deepseek-serve`)
@@ -44,6 +45,7 @@ VERBS = {
     "plan": "Find the fastest parallel plan for a model on a cluster, with its time and memory.",
     "train": "Train a model from a recipe or a config file.",
     "quantize": "Make an int8 version of a model, and say what it costs.",
+    "convert": "Make an artifact of a Hugging Face folder, or of an artifact in another precision.",
     "generate": "Continue a text with a model.",
     "predict": "Say what a model finds in images or texts: classes, boxes, vectors.",
     "serve": "Serve a model over HTTP, with the OpenAI API.",
