@@ -83,3 +83,8 @@ def test_a_box_is_drawn_on_its_edges_and_nowhere_else(tmp_path):
     assert drawn[79:81, 25:55].any() and drawn[35:75, 60].all() and drawn[35:75, 20].all()
     assert not drawn[:28].any() and not drawn[82:].any() and not drawn[:, :18].any() and not drawn[:, 62:].any()
     assert not drawn[50:75, 25:55].any()
+
+
+def test_an_image_that_is_not_there_is_not_called_unwritable(tmp_path):
+    with pytest.raises(DataError, match=r"street\.jpg does not exist; give the path of an image"):
+        read_image(tmp_path / "street.jpg")

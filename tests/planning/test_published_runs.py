@@ -132,3 +132,8 @@ def test_shipped_constants_predict_published_runs():
     )
     assert errors[len(errors) // 2] < 0.08
     assert errors[int(0.9 * len(errors))] < 0.25
+
+
+def test_a_file_that_is_not_there_is_not_called_unwritable(tmp_path):
+    with pytest.raises(StorageError, match=r"runs\.csv does not exist; give a CSV file"):
+        predict_file(tmp_path / "runs.csv", tmp_path / "out.csv")

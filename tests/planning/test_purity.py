@@ -7,7 +7,12 @@ import pytest
 
 ROOM = Path(__file__).parents[2] / "src" / "deepseek" / "planning"
 # These ask the machine or a module; everything else is numbers.
-IMPURE = {"machines/measurement.py", "machines/measured_collectives.py", "models/from_module.py"}
+IMPURE = {
+    "machines/local_ranks.py",
+    "machines/measured_collectives.py",
+    "machines/measurement.py",
+    "models/from_module.py",
+}
 PURE = sorted({path.relative_to(ROOM).as_posix() for path in ROOM.rglob("*.py")} - IMPURE)
 
 

@@ -36,6 +36,8 @@ def read_image(path: str | Path) -> Tensor:
     """
     library = require("PIL.Image", extra="models")
     ops = require("PIL.ImageOps", extra="models")
+    if not Path(path).exists():
+        raise DataError(f"{path} does not exist; give the path of an image")
     with explained_storage(Path(path)), Path(path).open("rb") as file:
         try:
             image = library.open(file)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ConfigError, StorageError
 from deepseek.core.storage import explained_storage, write_file
 from deepseek.distributed.plan import RECOMPUTATIONS, Plan, Precision, Recomputation, Schedule
 from deepseek.planning.estimate.columns import Columns, describe_case, stack_cases
@@ -381,7 +381,9 @@ def predict_file(source: Path, target: Path) -> int:
 
     Raises `ConfigError` for a file without rows and `StorageError` for what the disk refuses.
     """
-    with explained_storage(source), source.open(encoding="utf-8", newline="") as stream:
+    if not source.exists():
+        raise StorageError(f"{source} does not exist; give a CSV file with a header and one run a line")
+    with explained_storage(source), source.open(encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.DictReader(stream))
     if not rows:
         raise ConfigError(f"{source} holds no runs; expected a CSV file with a header and one run a line")
