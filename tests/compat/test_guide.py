@@ -15,12 +15,14 @@ from cyclopts import App
 from deepseek.cli.verbs.advise import advise
 from deepseek.cli.verbs.check_compatibility import check_compatibility
 from deepseek.cli.verbs.migrate import migrate
+from deepseek.cli.verbs.train import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "choosing-and-upgrading.md"
 COMMANDS: dict[str, Callable[..., Any]] = {
     "deepseek advise": advise,
     "deepseek-cli check-compatibility": check_compatibility,
     "deepseek-migrate": migrate,
+    "deepseek train": train,
 }
 
 
@@ -47,7 +49,7 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     blocks = re.findall(
         r"^```(\w+)(?: title=(\S+))?\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
-    assert len(blocks) == 15
+    assert len(blocks) == 17
     for language, title, text in blocks:
         if title:
             (tmp_path / title).parent.mkdir(exist_ok=True)

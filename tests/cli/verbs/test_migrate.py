@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from deepseek.cli.verbs.migrate import migrate as run
+from deepseek.cli.verbs.train import choose_config
 from deepseek.core.errors import ConfigError
+from tests.cli.commands import as_options
 
 
 def test_the_command_says_place_rule_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,3 +46,74 @@ def test_the_command_says_place_rule_and_fix(tmp_path: Path, capsys: pytest.Capt
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(**arguments)
+
+
+PROGRAM = """
+import json
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+
+settings = yaml.safe_load(open("conf/run.yaml"))
+clip = settings["gradient_clip"]
+steps = settings.get("gradient_accumulation", 1)
+weights = load_file(settings["checkpoint"])
+notes = torch.load("runs/epoch3/notes.pt")
+np.testing.assert_allclose(np.zeros(1, dtype=np.float), 0)
+total = sum(float(tensor.sum()) for tensor in weights.values())
+print(json.dumps([clip, steps, sorted(notes), round(total, 4)]))
+"""
+CONFIG = """generation: v2.0
+fp16: false
+gradient_clip: 0.5
+gradient_accumulation: 2
+"""
+
+
+def test_a_migrated_project_runs_with_keys_read_in_code_and_nested_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old"
+    (old / "conf").mkdir(parents=True)
+    (old / "runs" / "epoch3").mkdir(parents=True)
+    (old / "run.py").write_text(PROGRAM)
+    (old / "conf" / "run.yaml").write_text(CONFIG + "checkpoint: runs/epoch3/model.safetensors\n")
+    (old / "conf" / "train.yaml").write_text(CONFIG)
+    torch.manual_seed(0)
+    weights = {f"h.0.attn.{part}_proj.weight": torch.randn(8, 8) for part in "qkvc"}
+    save_file(weights | {"ln_f.weight": torch.ones(8)}, old / "runs" / "epoch3" / "model.safetensors")
+    torch.save({"loss": torch.ones(2)}, old / "runs" / "epoch3" / "notes.pt")
+    assert run(old, source="v2.0", apply=True, out=tmp_path / "new") == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"changed runs/epoch3/model.safetensors: converted from 2.\d to 5.0", shown)
+    assert "reads it by this name, so change both together" in shown
+    new = load_file(tmp_path / "new" / "runs" / "epoch3" / "model.safetensors")
+    assert set(new) == {"h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight", "ln_f.weight"}
+    # The old program runs where its libraries still have what it calls: numpy.float is all that they lack.
+    before = PROGRAM.replace("np.float", "float")
+    (old / "run.py").write_text(before)
+    command = [sys.executable, "run.py"]
+    outputs = [
+        subprocess.run(command, cwd=tmp_path / name, capture_output=True, text=True, check=True).stdout
+        for name in ("old", "new")
+    ]
+    assert outputs[0] == outputs[1]
+    assert json.loads(outputs[1])[:3] == [0.5, 2, ["loss"]]
+    for name in ("old", "new"):
+        monkeypatch.chdir(tmp_path / name)
+        config = choose_config(None, Path("conf/train.yaml"))
+        assert (config.ds_amp_level, config.optimizer.grad_clip, config.accum_steps) == ("O0", 0.5, 2)
+    assert "conf/train.yaml is read as generation 5.0" in capsys.readouterr().err
+
+
+def test_a_run_is_trained_from_a_migrated_config(
+    tmp_path: Path, tiny: dict[str, Any], call: Callable[..., Any]
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text(CONFIG)
+    assert run(tmp_path / "old", apply=True, out=tmp_path / "new") == 0
+    options = as_options(tiny | {"folder": str(tmp_path / "run"), "num_steps": 2, "evaluation_tokens": 32})
+    result = call("train", "--config", tmp_path / "new" / "config.yaml", *options, "--json")
+    assert (result.status, result.kinds[-1]) == (0, "model_saved")
+    assert "ds_grad_clip=0.5 is optimizer.grad_clip=0.5" in result.err

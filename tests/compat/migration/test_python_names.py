@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
+import typing
 from types import ModuleType
 
 import libcst
@@ -20,7 +22,7 @@ from libcst.metadata import (
     QualifiedNameSource,
 )
 
-from deepseek.compat.migration.python_names import find_names
+from deepseek.compat.migration.python_names import children, find_names
 
 
 def names_by_libcst(text: str, wanted: frozenset[str]) -> set[tuple[int, int, str]]:
@@ -100,3 +102,12 @@ def test_scopes_follow_the_language(text: str, num_uses: int) -> None:
 def test_a_target_in_a_comprehension_belongs_to_the_function_around() -> None:
     text = "import numpy as np\ndef f(x):\n    [np := y for y in x]\n    return np.float\n"
     assert find_names(ast.parse(text), frozenset(["numpy.float"])).uses == []
+
+
+def test_children_are_those_of_the_compiler_without_its_marks() -> None:
+    marks = (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
+    for module in (ast, inspect, textwrap, typing):
+        tree = ast.parse(inspect.getsource(module))
+        for node in ast.walk(tree):
+            expected = [child for child in ast.iter_child_nodes(node) if not isinstance(child, marks)]
+            assert children(node) == expected
