@@ -44,7 +44,7 @@ def main() -> None:
     from benchmarks.measuring import Bar, Side, measure, parse_arguments, ratio, report
 
     arguments = parse_arguments(__doc__ or "")
-    slice_s, num_rounds = (0.5, 1) if arguments.quick else (3.0, 5)
+    slice_s, num_rounds = (0.5, 1) if arguments.quick else (2.0, 4)
     with ExitStack() as stack:
         workers = {
             (job, side): stack.enter_context(working(job, environment))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ def _wait_for_url(process: subprocess.Popen[str], timeout_s: float) -> str:
         for line in process.stdout:
             event = json.loads(line)
             if event["kind"] == "server_started":
+                threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()  # reads what follows
                 return str(event["url"])
     finally:
         timer.cancel()

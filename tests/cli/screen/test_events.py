@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import threading
 from collections.abc import Generator
 from dataclasses import dataclass
 from io import StringIO
@@ -14,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deepseek.cli import Stopped
-from deepseek.cli.screen.events import _Bars, follow, print_event
+from deepseek.cli.screen.events import _Bars, follow, print_event, printing_beside
 from deepseek.core.errors import StorageError
 from deepseek.core.events import Event
 from deepseek.train.events import Evaluated, RunStarted, StepDone
@@ -23,6 +26,12 @@ from deepseek.train.events import Evaluated, RunStarted, StepDone
 @dataclass(frozen=True)
 class Counted(Event):
     number: int
+
+
+@dataclass(frozen=True)
+class Told(Event):
+    number: int
+    text: str
 
 
 class Source:
@@ -192,3 +201,34 @@ def test_an_event_nobody_waits_for_is_no_line(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == ""
     print_event(Counted(1), as_json=True)
     assert capsys.readouterr().out == '{"kind": "counted", "number": 1}\n'
+
+
+def test_events_that_are_read_are_all_printed_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    with printing_beside(as_json=True) as show:
+        for number in range(100):
+            show(Counted(number))
+    output = capsys.readouterr()
+    assert [json.loads(line)["number"] for line in output.out.splitlines()] == list(range(100))
+    assert output.err == ""
+
+
+def test_work_goes_on_while_nobody_reads_its_events_and_their_number_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe holds 64 KB, and who writes to a full one waits."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", encoding="utf-8") as unread, os.fdopen(reading, encoding="utf-8") as reader:
+        monkeypatch.setattr("sys.stdout", unread)
+        with printing_beside(as_json=True) as show:
+            for number in range(5_000):
+                show(Told(number, "x" * 1000))
+        said = capsys.readouterr().err
+        (printer,) = (thread for thread in threading.enumerate() if thread.name == "deepseek-printer")
+        os.set_blocking(reading, False)
+        text = ""
+        while printer.is_alive():  # it goes on where it stood, now that somebody reads
+            text += reader.read() or ""
+            printer.join(0.01)
+        numbers = [json.loads(line)["number"] for line in (text + (reader.read() or "")).splitlines()]
+    assert numbers == sorted(set(numbers)) and numbers[0] == 0 and 1000 < len(numbers) < 4_000
+    assert re.fullmatch(r"deepseek: \d+ events not printed, since nobody read them\n", said)

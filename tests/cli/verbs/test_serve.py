@@ -142,6 +142,14 @@ def test_a_client_that_hangs_up_frees_its_place_and_disturbs_nobody(server: Serv
     assert answer.status_code == 200
 
 
+def test_a_server_whose_log_stands_still_goes_on_serving(model: Path) -> None:
+    """A reader that has stopped reading, such as a pager: 64 KB of lines fill its pipe."""
+    with serving(model, stderr=subprocess.PIPE) as server, httpx.Client() as client:
+        for _ in range(1000):
+            assert client.get(f"{server.url}/v1/models/none-of-this-name", timeout=60).status_code == 404
+        assert server.stop(signal.SIGTERM).status == 0
+
+
 def test_a_server_whose_output_nobody_reads_goes_on_serving(model: Path) -> None:
     with serving(model, stderr=subprocess.PIPE) as server:
         assert server.process.stdout is not None

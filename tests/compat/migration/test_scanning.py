@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
 import pytest
 
 from deepseek.cli.verbs.migrate import migrate as run
-from deepseek.compat.migration.scanning import list_files, scan_files, survey
+from deepseek.compat.migration.scanning import check_in_processes, list_files, scan_files, survey
 from tests.compat.migration.checks import (
     found,
 )
@@ -116,3 +117,19 @@ def test_odd_texts_and_files_without_an_end_do_not_stop_a_scan(tmp_path: Path) -
         finding.path for finding in findings if not finding.is_unreadable
     }
     assert all("\n" not in str(finding) for finding in findings)
+
+
+def test_files_that_end_their_process_are_named_and_all_others_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel does to a process that takes too much memory."""
+    (tmp_path / "deadly.py").write_text(
+        "import os\ndef check(path):\n    return os._exit(9) if path.name in ('3.py', '7.py') else [path.name]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    deadly = importlib.import_module("deadly")
+
+    files = [tmp_path / f"{number}.py" for number in range(10)]
+    found = list(check_in_processes(deadly.check, files, tmp_path, num_processes=2))
+    assert [row[0] for row in found if isinstance(row[0], str)] == [f"{n}.py" for n in range(10) if n not in (3, 7)]
+    assert [row[0].path for row in found if not isinstance(row[0], str)] == ["3.py", "7.py"]

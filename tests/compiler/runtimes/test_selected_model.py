@@ -1,6 +1,7 @@
 """A model that a backend runs is called as the model is: any spelling, any shape, and no other answers in silence."""
 
 import copy
+import pickle
 import threading
 import warnings
 
@@ -15,6 +16,7 @@ from deepseek.compiler.runtimes.backends.interface import Built
 from deepseek.compiler.runtimes.selected_model import SelectedModel
 from deepseek.compiler.runtimes.selection import select
 from deepseek.compiler.runtimes.selection_policy import Candidate
+from deepseek.core.errors import ConfigError
 
 
 class Scorer(nn.Module):
@@ -146,6 +148,13 @@ def test_another_call_is_answered_by_the_model_and_explained_in_a_sentence(args,
 def test_a_copy_shares_what_cannot_change():
     _, fast = select_by(Backend(), inputs())
     assert copy.deepcopy(fast) is fast
+    assert copy.copy(fast) is fast
+
+
+def test_a_program_of_this_process_is_not_pickled():
+    _, fast = select_by(Backend(), inputs())
+    with pytest.raises(ConfigError, match=r"cannot be pickled.*ds\.save_model"):
+        pickle.dumps(fast)
 
 
 def test_two_threads_build_a_shape_once():

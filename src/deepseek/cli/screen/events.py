@@ -8,10 +8,14 @@ stream to end at its next event, which is where its state is whole and can be sa
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -27,6 +31,8 @@ from deepseek.core.units import format_bytes, format_count
 
 _STEP_LINE_EVERY_S = 10.0
 _WIDE = 80  # columns of a terminal on which a bar has room for the count of its steps
+_MOST_WAITING = 1000  # events that nobody has read yet
+_LAST_LINES_S = 1.0
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -48,25 +54,70 @@ def follow(events: Generator[Event, None, None], *, file: Path | None = None, as
 
 def print_event(event: Event, *, as_json: bool) -> None:
     """Print one event as a line, at once."""
-    _write_line(json.dumps(event.to_dict()) if as_json else _describe(event.to_dict()))
+    _write_line(_to_line(event, as_json=as_json))
 
 
-def print_while_read(*, as_json: bool) -> Callable[[Event], None]:
-    """Return what prints events for a command that goes on when nobody reads them any more; it says so once."""
-    is_read = True
+@contextmanager
+def printing_beside(*, as_json: bool) -> Iterator[Callable[[Event], None]]:
+    """Print events in a thread of its own, for work that goes on however slowly they are read, or not at all.
+
+    Some events wait for their reader; those beyond are left out, and their number is said at the end.
+    """
+    waiting: queue.Queue[Event | None] = queue.Queue(_MOST_WAITING)
+    num_lost = 0
 
     def show(event: Event) -> None:
-        nonlocal is_read
-        if not is_read:
-            return
+        nonlocal num_lost
         try:
-            print_event(event, as_json=as_json)
-        except OSError as error:
-            is_read = False
-            abandon_output()
-            print(f"deepseek: events are not printed any more, since nobody reads them ({error})", file=sys.stderr)
+            waiting.put_nowait(event)
+        except queue.Full:
+            num_lost += 1
 
-    return show
+    printer = threading.Thread(target=_print_all, args=(waiting, as_json), name="deepseek-printer", daemon=True)
+    printer.start()
+    try:
+        yield show
+    finally:
+        if waiting.full():  # the end takes the place of one
+            num_lost += waiting.get_nowait() is not None
+        waiting.put_nowait(None)
+        printer.join(_LAST_LINES_S)
+        if printer.is_alive():
+            num_lost += waiting.qsize()  # the end is one of them, and the event that is being written is not
+        if num_lost:
+            _say(f"{num_lost} event{'s' * (num_lost > 1)} not printed, since nobody read them")
+
+
+def _print_all(waiting: queue.Queue[Event | None], as_json: bool) -> None:
+    for event in iter(waiting.get, None):
+        line = _to_line(event, as_json=as_json)
+        try:
+            if line:
+                _write_unbuffered(f"{line}\n")
+        except OSError as error:
+            abandon_output()
+            _say(f"events are not printed any more, since nobody reads them ({error})")
+            return
+
+
+def _write_unbuffered(text: str) -> None:
+    """Write to standard output without its lock, which Python needs when it exits, even while this write waits."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # a stream in memory, which takes everything
+        sys.stdout.write(text)
+        return
+    left = text.encode(sys.stdout.encoding, errors="replace")
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"deepseek: {message}\n")
+
+
+def _to_line(event: Event, *, as_json: bool) -> str:
+    return json.dumps(event.to_dict()) if as_json else _describe(event.to_dict())
 
 
 def _write_line(text: str) -> None:

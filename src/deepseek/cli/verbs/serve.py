@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -63,7 +62,7 @@ def serve(
         Print events as JSON lines.
     """
     from deepseek.artifact.reading import find_model_folder
-    from deepseek.cli.screen.events import print_while_read
+    from deepseek.cli.screen.events import printing_beside
     from deepseek.data.tokenizing import load_tokenizer
     from deepseek.models.loading import load_decoder, make_int8_
     from deepseek.nn.packed import pack_
@@ -88,5 +87,5 @@ def serve(
         return pack_(make_int8_(decoder) if quantize == "int8" else decoder), load_tokenizer(model)
 
     api_key = os.environ.get(API_KEY_VARIABLE)
-    serve_loading(load, config, api_key=api_key, listen=print_while_read(as_json=json))
-    sys.stdout.flush()
+    with printing_beside(as_json=json) as show:
+        serve_loading(load, config, api_key=api_key, listen=show)

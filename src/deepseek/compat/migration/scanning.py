@@ -21,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,16 +128,36 @@ def scan_files(
     root = path if path.is_dir() else path.parent
     check = functools.partial(_scan_listed, prepared=prepared, root=root, named=None if path.is_dir() else path)
     findings: list[Finding] = []
-    with contextlib.ExitStack() as stack:
-        results: Iterable[list[Finding]] = map(check, files)
-        if len(files) >= _MIN_PARALLEL_FILES and (os.cpu_count() or 1) > 1:
-            context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
-            pool = stack.enter_context(ProcessPoolExecutor(min(os.cpu_count() or 1, _MAX_WORKERS), context))
-            results = pool.map(check, files, chunksize=_CHUNK_FILES)
-        for done, found in enumerate(results, start=1):
-            findings += found
-            on_progress(done, len(files))
+    num_processes = min(os.cpu_count() or 1, _MAX_WORKERS)
+    is_parallel = len(files) >= _MIN_PARALLEL_FILES and num_processes > 1
+    results = check_in_processes(check, files, root, num_processes) if is_parallel else map(check, files)
+    for done, found in enumerate(results, start=1):
+        findings += found
+        on_progress(done, len(files))
     return findings
+
+
+def check_in_processes(
+    check: Callable[[Path], list[Finding]], files: Sequence[Path], root: Path, num_processes: int
+) -> Iterator[list[Finding]]:
+    """Yield what `check` finds in each of `files`, in their order; a file that ends a process is a finding itself."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
+    done = 0
+    try:
+        with ProcessPoolExecutor(num_processes, context) as pool:
+            for found in pool.map(check, files, chunksize=_CHUNK_FILES):
+                yield found
+                done += 1
+    except BrokenProcessPool:  # which of the files under way it was shows when each is alone
+        unchecked = list(files[done:])
+        while unchecked:
+            with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(1, context) as pool:
+                while unchecked:
+                    yield pool.submit(check, unchecked[0]).result()
+                    del unchecked[0]
+            if unchecked:
+                file = unchecked.pop(0)
+                yield [unreadable(_show(file, root), "the process that checked it ended", "exclude it with --exclude")]
 
 
 def _scan_listed(file: Path, prepared: Scan, root: Path, named: Path | None) -> list[Finding]:
@@ -197,9 +218,7 @@ def _list_shards(folder: Path) -> set[str]:
 
 def scan_file(path: Path, prepared: Scan, root: Path, *, is_named: bool = False) -> list[Finding]:
     """Return the findings in one file or folder of shards; paths are shown relative to `root`."""
-    shown = str(path.relative_to(root)) if path != root and path.is_relative_to(root) else str(path)
-    # A name may hold a line end, which would look like another finding.
-    shown = shown if shown.isprintable() else ascii(shown)[1:-1]
+    shown = _show(path, root)
     try:
         if path.is_dir():
             return check_weights(path, shown, prepared.rules, prepared.target)
@@ -212,6 +231,12 @@ def scan_file(path: Path, prepared: Scan, root: Path, *, is_named: bool = False)
         return _check_text(path, shown, prepared, is_named=is_named)
     except Exception as error:  # noqa: BLE001 - becomes a finding that names the file, so that the others are still checked
         return [unreadable(shown, f"cannot be checked: {type(error).__name__} {error}", "exclude it with --exclude")]
+
+
+def _show(path: Path, root: Path) -> str:
+    shown = str(path.relative_to(root)) if path != root and path.is_relative_to(root) else str(path)
+    # A name may hold a line end, which would look like another finding.
+    return shown if shown.isprintable() else ascii(shown)[1:-1]
 
 
 def _check_text(path: Path, shown: str, prepared: Scan, *, is_named: bool) -> list[Finding]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ class SelectedModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelectedModel:
         return self  # its weights never change, so that copies can share it
+
+    def __copy__(self) -> SelectedModel:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            f"a model that {self.candidate} runs cannot be pickled, since its program belongs to this process; save "
+            "the module with ds.save_model and load it there, where the decision is remembered"
+        )
 
     def __repr__(self) -> str:
         return f"SelectedModel({self.candidate})"
