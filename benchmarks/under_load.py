@@ -35,7 +35,7 @@ JOB_OPTION = "--job"  # how this file calls itself in a fresh process
 # What GNU's runtime does where nothing is set; said out loud, so that the server's command leaves it alone.
 TODAY = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
 YIELDING, PLAIN = "yielding", "as torch comes"
-SETTLING_S = 1.0
+SETTLING_S = 1.5
 TEXT = "def add(left, right):\n    return left + right\n\n\nclass Point:\n    x: int = 0\n"
 
 

@@ -43,10 +43,16 @@ def test_what_is_neither_much_nor_little_waiting_leaves_it_as_it_is(shares: list
 
 
 def test_threads_that_came_and_went_count_from_their_beginning() -> None:
-    before = {"1": Waited(100, 10), "2": Waited(100, 100)}
-    after = {"1": Waited(160, 20), "3": Waited(20, 10)}
+    ms = 1_000_000
+    before = {"1": Waited(100 * ms, 10 * ms), "2": Waited(100 * ms, 100 * ms)}
+    after = {"1": Waited(160 * ms, 20 * ms), "3": Waited(20 * ms, 10 * ms)}
     assert share_waited(before, after) == pytest.approx(20 / 100)
     assert share_waited(before, before) == 0.0
+
+
+def test_an_idle_process_whose_watcher_waits_for_its_turn_is_calm() -> None:
+    """Beside busy processes the watching thread itself waits for most of the little time that it wants."""
+    assert share_waited({"1": Waited(0, 0)}, {"1": Waited(300_000, 4_000_000)}) == 0.0
 
 
 def test_counts_of_the_kernel_are_read_and_what_is_none_is_left_out(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ SPIN_BOUNDS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 _SPOKEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # whoever sets one of these has said how to wait
 _THREADS = Path("/proc/self/task")
 _PERIOD_S = 0.25
+_LEAST_NS = int(0.1e9 * _PERIOD_S)  # a process that wants a core for less than a tenth of the time is idle
 _GRAIN = 1 << 15  # elements of an elementwise kernel that torch gives one thread
 
 
@@ -79,15 +80,15 @@ def read_waits(folder: Path = _THREADS) -> dict[str, Waited]:
 
 
 def share_waited(before: Mapping[str, Waited], after: Mapping[str, Waited]) -> float:
-    """Return the share of the time between two readings that threads waited for cores; 0 where they wanted none.
+    """Return the share of the time between two readings that threads waited for cores; 0 where they hardly wanted any.
 
-    >>> share_waited({"1": Waited(5, 5)}, {"1": Waited(8, 6), "2": Waited(5, 1)})
+    >>> share_waited({"1": Waited(5 * 10**7, 0)}, {"1": Waited(8 * 10**7, 10**7), "2": Waited(5 * 10**7, 10**7)})
     0.2
     """
     nothing = Waited(0, 0)
     waited = sum(now.waited_ns - before.get(thread, nothing).waited_ns for thread, now in after.items())
     ran = sum(now.ran_ns - before.get(thread, nothing).ran_ns for thread, now in after.items())
-    return waited / (waited + ran) if waited + ran else 0.0
+    return waited / (waited + ran) if waited + ran >= _LEAST_NS else 0.0
 
 
 class SleepingTeam:
