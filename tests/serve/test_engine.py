@@ -424,3 +424,15 @@ class Scripted(Decoder):
         logits_11V = torch.zeros(1, 1, self.config.vocab_size)
         logits_11V[0, 0, self.script[int(positions_BT[0, -1]) - self._start]] = 1.0
         return logits_11V
+
+
+def test_a_scored_prompt_whose_logits_are_no_numbers_is_its_own_error(make_model: Make, tokenizer: Tokenizer) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.embed.weight[7] = float("nan")
+    engine = Engine(model, tokenizer)
+    requests = [engine.request(prompt, max_tokens=0, prompt_logprobs=1) for prompt in ([7, 3, 4], [5, 3, 4])]
+    ends = {index: output for index, output in engine.run(requests) if output.finish_reason is not None}
+    assert ends[0].finish_reason is FinishReason.ERROR
+    assert "not finite" in str(ends[0].error)
+    assert (ends[1].finish_reason, ends[1].error, len(ends[1].prompt_tokens)) == (FinishReason.LENGTH, None, 3)

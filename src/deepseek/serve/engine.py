@@ -289,6 +289,9 @@ class Engine:
         view = self._cache.view(chunk.slot, 1, self._round_up(chunk.stop))
         is_scored = request.prompt_logprobs is not None
         logits_1TV: Tensor = self.model(tokens_1T, positions_BT=positions_1T, cache=view, last_only=not is_scored)
+        if is_scored and (logits_1TV.isnan() | logits_1TV.isposinf()).any():
+            self._fail(chunk.sequence, "the model returned logits that are not finite numbers for this request")
+            return {}
         if is_scored:
             following = request.prompt[chunk.start + 1 : chunk.stop + 1]
             scores = [

@@ -55,7 +55,7 @@ def test_limits_that_contradict_each_other_are_named_together():
 @pytest.mark.parametrize(
     ("limits", "sentence"),
     [
-        (Limits(memory_headroom=0.9), "it fits without memory_headroom=0.9"),
+        (Limits(memory_headroom=0.9), "it fits with all of the memory, without the headroom of 90%"),
         (Limits(max_step_time_s=1e-6), "the fastest takes"),
         (Limits(max_energy_j=1.0), "the thriftiest takes"),
     ],

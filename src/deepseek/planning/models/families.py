@@ -187,7 +187,7 @@ def _read_qwen_experts(config: Config, values: dict[str, Any]) -> None:
 def _read_mpt(config: Config, values: dict[str, Any]) -> None:
     attention = config.get("attn_config") or {}
     values["kv_heads"] = attention.get("kv_n_heads") or values["heads"]
-    values["ffn"] = int(config.get("expansion_ratio", 4) * values["hidden"])
+    values["ffn"] = 4 * values["hidden"]  # transformers does not read expansion_ratio
 
 
 def _refuse_projection(config: Config, values: dict[str, Any]) -> None:

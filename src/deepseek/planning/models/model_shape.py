@@ -239,6 +239,8 @@ def model_shape_from_config(config: Mapping[str, Any], *, sequence: int | None =
     """
     kind = str(config.get("model_type") or "")
     family = _find_family(kind)
+    if config.get("add_cross_attention"):
+        raise ConfigError("add_cross_attention adds layers that look at an encoder, which a ModelShape cannot say")
     own = {field: (key, *_CONFIG_KEYS[field]) for field, key in family.keys.items()}
     found = {field: _find(config, keys) for field, keys in {**_CONFIG_KEYS, **own}.items()}
     if sequence is not None or (not found["sequence"] and kind and not family.has_positions):

@@ -69,7 +69,7 @@ def find_remedy(request: Request[ModelShape]) -> str:
         return "allow all plans: with the whole space it fits"
     headroom = request.limits.memory_headroom
     if headroom and _fits(replace(request, limits=Limits())):
-        return f"it fits without memory_headroom={headroom:g}"
+        return f"it fits with all of the memory, without the headroom of {headroom:.0%}"
     nodes = _find_nodes(request)
     on_nodes = f"it fits on {_describe(nodes)}" if nodes else ""
     offloading = replace(space, software=replace(space.software, offloads_optimizer=True))
@@ -103,4 +103,4 @@ def _halve(sequence: int) -> Iterator[int]:
 
 def _describe(cluster: Cluster) -> str:
     kinds = Counter((node.accelerator.name, node.gpus) for node in cluster.nodes)
-    return " and ".join(f"{count} nodes of {gpus} {name}" for (name, gpus), count in kinds.items())
+    return " and ".join(f"{count} node{'s' * (count > 1)} of {gpus} {name}" for (name, gpus), count in kinds.items())

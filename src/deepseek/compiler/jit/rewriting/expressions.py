@@ -98,6 +98,11 @@ class Expressions(ast.NodeTransformer):
         return self.condition(node) if isinstance(node.op, ast.Not) else self._generic(node)
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        match node:
+            case ast.Compare(ops=[ast.Is() | ast.IsNot() as op], comparators=[ast.Constant(value=bool())]):
+                site = self.position.site(node, "a comparison")
+                found = call(self.operators, "is_truth", self.visit(node.left), node.comparators[0])
+                return at(call(self.operators, "not_", found, site) if isinstance(op, ast.IsNot) else found, node)
         names = [type(op).__name__ for op in node.ops]
         if len(names) == 1 or any(name not in COMPARISONS for name in names) or has_walrus(node):
             return self._generic(node)
@@ -129,6 +134,8 @@ class Expressions(ast.NodeTransformer):
                 return call(operators, "to_number", ast.Constant(kind), arguments[0])
             case ast.Name(id="isinstance") if self._is_builtin("isinstance") and len(arguments) == 2:
                 return call(operators, "is_instance", *arguments)
+            case ast.Name(id="type") if self._is_builtin("type") and len(arguments) == 1 and not keywords:
+                return call(operators, "type_of", *arguments)
             case ast.Name(id="min" | "max" as kind) if self._is_builtin(kind) and not keywords:
                 return call(operators, "choose", ast.Constant(kind), *arguments)
             case ast.Attribute() if arguments and self._is_torch_tensor(function):

@@ -84,6 +84,8 @@ def is_python(test: ast.expr) -> bool:  # noqa: PLR0911 - a table
     match test:
         case ast.Constant():
             return True
+        case ast.Compare(comparators=[ast.Constant(value=bool())]):
+            return False  # `is True` asks for the truth of what may be a number of the graph
         case ast.Compare(ops=ops):
             return all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops) or any(
                 isinstance(right, ast.Constant) and isinstance(right.value, str) for right in test.comparators

@@ -175,6 +175,11 @@ class Statements:
         items = node.items if isinstance(node, ast.With) else []
         for item in items:
             item.context_expr = Expressions(position).visit(item.context_expr)
+        if isinstance(node, ast.Match):
+            site = position.site(node, "a match")
+            node.subject = at(
+                call(position.operators, "subject", Expressions(position).visit(node.subject), site), node
+            )
         if isinstance(node, (ast.Try, ast.Match)):
             flow = Flow(flow.after | reads(node), flow.head, flow.end)
         inside = position.knowing(frozenset(name for item in items for name in writes(item)))

@@ -112,6 +112,19 @@ class ConditionOperators:
             )
         return value
 
+    def subject(self, value: Any, site: Site) -> Any:
+        """Return the subject of a match; numbers of the graph are refused there, since patterns look at what they are."""
+        if _holds_number(value):
+            if site.is_native:
+                return _take_out(value)
+            refuse(
+                site.key,
+                self.depth,
+                "a match on a number that is made from a tensor cannot become a graph",
+                "compare it with if and elif",
+            )
+        return value
+
     # ---- checks
 
     def assert_(self, value: Any, message: Callable[[], Any] | None, site: Site) -> None:
@@ -139,3 +152,22 @@ class ConditionOperators:
             )
         note(site.key)
         torch._assert_async(condition, message)
+
+
+def _holds_number(value: Any) -> bool:
+    """Return whether a number of the graph is `value`, or stands somewhere in it."""
+    if isinstance(value, (tuple, list)):
+        return any(_holds_number(item) for item in value)
+    if isinstance(value, dict):
+        return any(_holds_number(item) for item in value.values())
+    return isinstance(value, Number) and is_traced(value)
+
+
+def _take_out(value: Any) -> Any:
+    """Return `value` with plain Python numbers, for which the graph breaks."""
+    if isinstance(value, (tuple, list)):
+        items = [_take_out(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: _take_out(item) for key, item in value.items()}
+    return value.tensor.item() if isinstance(value, Number) else value

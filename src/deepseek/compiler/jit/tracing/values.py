@@ -57,6 +57,20 @@ class Values(ConditionOperators):
             return isinstance(True, kinds)
         return isinstance(0.0 if value.tensor.is_floating_point() else 0, kinds)
 
+    def type_of(self, value: Any) -> type:
+        """`type(value)`; a number of the graph is the Python number that it stands for."""
+        if not isinstance(value, Number):
+            return type(value)
+        if value.tensor.dtype == torch.bool:
+            return bool
+        return float if value.tensor.is_floating_point() else int
+
+    def is_truth(self, value: Any, wanted: bool) -> Any:
+        """`value is True` or `value is False`; a bool of the graph is the one that it stands for."""
+        if isinstance(value, Number) and value.tensor.dtype == torch.bool:
+            return value if wanted else Number(torch.logical_not(value.tensor))
+        return value is wanted
+
     def choose(self, name: str, *values: Any) -> Any:
         """`min` and `max` of values among which there may be numbers of the graph."""
         plain, of_tensors = CHOOSERS[name]
