@@ -150,7 +150,10 @@ def test_a_template_without_an_end_is_stopped_and_the_next_chat_is_served(
         "{{ 'x' * 5000000 }}",
     ],
 )
-def test_a_template_that_writes_gigabytes_is_refused_and_takes_none(template: str) -> None:
+def test_a_template_that_writes_gigabytes_is_refused_and_takes_none(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepseek.data.chat_templates.MAX_RENDER_S", 300.0)  # memory ends it, on however slow a machine
     with pytest.raises(RequestError, match=r"more memory than a template may take|characters"):
         render_chat(_tokenizer(template), CHAT)
     assert render_chat(_tokenizer("fine"), CHAT) == "fine"

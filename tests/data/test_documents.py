@@ -146,12 +146,12 @@ ROWS = [{"text": 'one, "two"\nthree', "label": "x"}, {"text": "vier\té", "label
 TEXTS = [row["text"] for row in ROWS]
 
 
-@pytest.mark.parametrize("suffix", ["json", "JSON", "lines.json", "csv", "tsv", "csv.gz", "ndjson"])
+@pytest.mark.parametrize("suffix", ["json", "JSON", "lines.json", "csv", "tsv", "csv.gz", "ndjson", "jsonlines"])
 def test_tables_as_other_programs_write_them_give_their_texts(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"table.{suffix}"
     if suffix in ("json", "JSON"):
         content = json.dumps(ROWS, indent=2)
-    elif suffix in ("lines.json", "ndjson"):
+    elif suffix in ("lines.json", "ndjson", "jsonlines"):
         content = "\n".join(map(json.dumps, ROWS))
     else:
         stream = io.StringIO(newline="")

@@ -98,7 +98,7 @@ def test_hardware_that_is_not_here_is_refused_with_what_it_needs(folder, name):
 def test_a_packed_model_has_a_layout_of_its_own(folder):
     with pytest.raises(ConfigError, match="leave one of them out"):
         load_model(folder, {"backend": "eager"}, packed=True)
-    with pytest.raises(ConfigError, match="only a Decoder can be packed"):
+    with pytest.raises(ConfigError, match="packed=True takes decoders only"):
         load_model(folder, packed=True)
 
 

@@ -335,6 +335,7 @@ def _explained_reading(file: SourceFile) -> Iterator[None]:
 _TABLE_READERS: dict[str, Callable[[SourceFile, IO[bytes], str], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
+    ".jsonlines": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,

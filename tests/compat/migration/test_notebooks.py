@@ -21,6 +21,15 @@ def test_a_name_imported_in_one_cell_is_known_in_the_next() -> None:
     assert "cell 2" in finding.why
 
 
+@pytest.mark.parametrize(
+    "command", ["files = !ls -l", "a, b = %sql select 1", "    x.y = !date", "t = %timeit -o f(x)"]
+)
+def test_what_a_command_gives_to_a_name_hides_no_other_cell(command: str) -> None:
+    indented = f"if True:\n{command}" if command.startswith(" ") else command
+    content = notebook(indented, "import numpy as np\nx = np.float(5 %3)\nprint('a = %d' % 3, x != 4)")
+    assert [finding.rule for finding in check_notebook(content, "a.ipynb", RULES.python)] == ["python-numpy-float"]
+
+
 def test_text_and_other_languages_are_no_python() -> None:
     assert check_notebook(notebook("import numpy as np; np.float", kind="markdown"), "a.ipynb", RULES.python) == []
     assert check_notebook(notebook("%%bash\nimport numpy as np; np.float"), "a.ipynb", RULES.python) == []

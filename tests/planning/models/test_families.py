@@ -43,7 +43,8 @@ def vary(kind, source):
         "max_position_embeddings": 64, "n_positions": 64, "max_seq_len": 64, "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 64, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8,
         "num_experts_per_tok": 2, "first_k_dense_replace": 1, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-        "expansion_ratio": 2, "v_head_dim": 16, "q_lora_rank": 24, "kv_lora_rank": 32, "rotary_dim": 8, "pad_token_id": 0,
+        "v_head_dim": 16, "q_lora_rank": 24, "kv_lora_rank": 32, "rotary_dim": 8, "pad_token_id": 0,
+        "expansion_ratio": 2,
     }  # fmt: skip
     flags = sorted(name for name in known if name in FLAGS or (name.endswith(FLAG_ENDINGS) and known[name] is not None))
     settings |= {name: source.choice([True, False]) for name in flags if isinstance(known[name], bool)}

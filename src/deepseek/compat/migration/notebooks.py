@@ -1,20 +1,22 @@
 """The Python rules applied to the code cells of a notebook, which share their names.
 
 Cells are joined into one text, so that an import in the first one is known in the last; lines that are commands of the
-notebook (`%time`, `!pip`) count as empty. Findings name the cell. A notebook is not edited: its file holds outputs and
-metadata in a layout of its own.
+notebook (`%time`, `!pip`) count as empty, and what `files = !ls` assigns as none. Findings name the cell. A notebook is
+not edited: its file holds outputs and metadata in a layout of its own.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
+import re
 
 from deepseek.compat.migration.findings import Finding, unreadable
 from deepseek.compat.migration.python_files import check_python
 from deepseek.compat.migration.rules import PythonRule
 
 SUFFIX = ".ipynb"
+_ASSIGNED_COMMAND = re.compile(r"(\s*[^=#'\"()]+=\s*)[!%]")  # `files = !ls`
 
 
 def check_notebook(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> list[Finding]:
@@ -48,6 +50,9 @@ def _source(cell: dict[str, object]) -> list[str]:
 
 
 def _without_command(line: str) -> str:
+    assigned = _ASSIGNED_COMMAND.match(line)
+    if assigned:
+        return f"{assigned[1]}None"
     code = line.lstrip()
     is_command = code.startswith(("%", "!", "?")) or code.rstrip().endswith("?")
     return line[: len(line) - len(code)] + "pass" if is_command else line

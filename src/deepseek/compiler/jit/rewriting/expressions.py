@@ -29,6 +29,9 @@ Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 Expression = TypeVar("Expression", bound=ast.expr)
 
+# What asks for the type of a value, with its numbers of arguments and keywords -> the operator that answers.
+TYPE_QUESTIONS = {("isinstance", 2, 0): "is_instance", ("type", 1, 0): "type_of"}
+
 
 class Expressions(ast.NodeTransformer):
     """Rewrites the expressions of one statement: conditions, calls, numbers taken out of tensors."""
@@ -132,10 +135,10 @@ class Expressions(ast.NodeTransformer):
                 return call(operators, "range", *arguments)
             case ast.Name(id="int" | "float" | "bool" as kind) if self._is_builtin(kind) and len(arguments) == 1:
                 return call(operators, "to_number", ast.Constant(kind), arguments[0])
-            case ast.Name(id="isinstance") if self._is_builtin("isinstance") and len(arguments) == 2:
-                return call(operators, "is_instance", *arguments)
-            case ast.Name(id="type") if self._is_builtin("type") and len(arguments) == 1 and not keywords:
-                return call(operators, "type_of", *arguments)
+            case ast.Name(id="isinstance" | "type" as kind) if (
+                self._is_builtin(kind) and (kind, len(arguments), len(keywords)) in TYPE_QUESTIONS
+            ):
+                return call(operators, TYPE_QUESTIONS[kind, len(arguments), len(keywords)], *arguments)
             case ast.Name(id="min" | "max" as kind) if self._is_builtin(kind) and not keywords:
                 return call(operators, "choose", ast.Constant(kind), *arguments)
             case ast.Attribute() if arguments and self._is_torch_tensor(function):

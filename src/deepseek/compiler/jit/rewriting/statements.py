@@ -176,10 +176,8 @@ class Statements:
         for item in items:
             item.context_expr = Expressions(position).visit(item.context_expr)
         if isinstance(node, ast.Match):
-            site = position.site(node, "a match")
-            node.subject = at(
-                call(position.operators, "subject", Expressions(position).visit(node.subject), site), node
-            )
+            subject = Expressions(position).visit(node.subject)
+            node.subject = at(call(position.operators, "subject", subject, position.site(node, "a match")), node)
         if isinstance(node, (ast.Try, ast.Match)):
             flow = Flow(flow.after | reads(node), flow.head, flow.end)
         inside = position.knowing(frozenset(name for item in items for name in writes(item)))

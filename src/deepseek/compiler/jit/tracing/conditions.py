@@ -113,7 +113,7 @@ class ConditionOperators:
         return value
 
     def subject(self, value: Any, site: Site) -> Any:
-        """Return the subject of a match; numbers of the graph are refused there, since patterns look at what they are."""
+        """Return the subject of a match; a number of the graph is refused, since patterns look at what it is."""
         if _holds_number(value):
             if site.is_native:
                 return _take_out(value)
