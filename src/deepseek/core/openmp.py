@@ -49,7 +49,7 @@ class YieldPolicy:
     [False, True, True, True, True, False]
     """
 
-    CONTENDED = 0.10
+    CONTENDED = 0.25
     CALM = 0.05
     NUM_CALM = 4
 
