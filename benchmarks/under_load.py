@@ -3,9 +3,9 @@
 Jobs: steps of a small training loop, decoding of one sequence, completions from a server over HTTP, and a ResNet-50.
 Each runs beside 0, 1 and 4 processes that do nothing but keep a core busy, once as torch comes and once with OpenMP's
 threads that sleep soon while others want their cores, as the commands have it (`deepseek.core.openmp`). Every job and
-side is a process of its own; all take turns in each round, and each is counted from a second after the busy processes
-began, when the change has been noticed. Needs a machine on which nothing else works, with more than one core: OpenMP's
-threads only wait for each other where there are several.
+side is a process of its own; those of a job take turns in each round, and each is counted from a second and a half
+after the busy processes began, when the change has been noticed. Needs a machine on which nothing else works, with more
+than one core: OpenMP's threads only wait for each other where there are several.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def main() -> None:
 
     arguments = parse_arguments(__doc__ or "")
     slice_s, num_rounds = (0.5, 1) if arguments.quick else (2.0, 4)
-    with ExitStack() as stack:
-        workers = {
-            (job, side): stack.enter_context(working(job, environment))
-            for job in JOBS
-            for side, environment in ((PLAIN, TODAY), (YIELDING, {}))
-        }
-        sides = [
-            Side(name_row(job, num_busy, side), partial(rate_beside, workers[job, side], num_busy, slice_s))
-            for job in JOBS
-            for num_busy in NUM_BUSY
-            for side in (PLAIN, YIELDING)
-        ]
-        rows = measure(sides, num_rounds=num_rounds)
+    rows = []
+    for job in JOBS:  # one after the other, since processes that wait for their turn disturb a little, too
+        with ExitStack() as stack:
+            workers = {
+                side: stack.enter_context(working(job, environment))
+                for side, environment in ((PLAIN, TODAY), (YIELDING, {}))
+            }
+            sides = [
+                Side(name_row(job, num_busy, side), partial(rate_beside, workers[side], num_busy, slice_s))
+                for num_busy in NUM_BUSY
+                for side in (PLAIN, YIELDING)
+            ]
+            rows += measure(sides, num_rounds=num_rounds)
 
     def over(job: str, num_busy: int, side: str, reference_busy: int, reference: str) -> float | None:
         return ratio(rows, name_row(job, num_busy, side), name_row(job, reference_busy, reference))
