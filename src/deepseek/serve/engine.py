@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 GREEDY = Sampling(temperature=0)
 SHORTEST_CONTEXT = 512
 """A context that is never cut to fit into memory; where even that does not fit, it is an error."""
+_NOT_FINITE = "the model returned logits that are not finite numbers for this request"
 KEY_BLOCK = 64
 """Attention reads whole blocks of so many key positions; what lies beyond a sequence is masked and adds zeros."""
 
@@ -290,7 +291,7 @@ class Engine:
         is_scored = request.prompt_logprobs is not None
         logits_1TV: Tensor = self.model(tokens_1T, positions_BT=positions_1T, cache=view, last_only=not is_scored)
         if is_scored and (logits_1TV.isnan() | logits_1TV.isposinf()).any():
-            self._fail(chunk.sequence, "the model returned logits that are not finite numbers for this request")
+            self._fail(chunk.sequence, _NOT_FINITE)
             return {}
         if is_scored:
             following = request.prompt[chunk.start + 1 : chunk.stop + 1]
@@ -353,7 +354,7 @@ class Engine:
         if sequence.error is None and logits_V is not None and sequence.request.max_tokens == 0:
             sequence.finish_reason = FinishReason.LENGTH
         elif sequence.error is None and (token is None or logits_V is None):
-            self._fail(sequence, "the model returned logits that are not finite numbers for this request")
+            self._fail(sequence, _NOT_FINITE)
         elif sequence.error is None and token is not None and logits_V is not None:
             logprobs = _logprobs(sequence.request.sampling, logits_V, token)
             try:

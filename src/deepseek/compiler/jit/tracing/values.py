@@ -51,19 +51,11 @@ class Values(ConditionOperators):
 
     def is_instance(self, value: Any, kinds: Any) -> bool:
         """`isinstance(value, kinds)`; a number of the graph is the Python number that it stands for."""
-        if not isinstance(value, Number):
-            return isinstance(value, kinds)
-        if value.tensor.dtype == torch.bool:
-            return isinstance(True, kinds)
-        return isinstance(0.0 if value.tensor.is_floating_point() else 0, kinds)
+        return isinstance(_example_of(value), kinds)
 
     def type_of(self, value: Any) -> type:
         """`type(value)`; a number of the graph is the Python number that it stands for."""
-        if not isinstance(value, Number):
-            return type(value)
-        if value.tensor.dtype == torch.bool:
-            return bool
-        return float if value.tensor.is_floating_point() else int
+        return type(_example_of(value))
 
     def is_truth(self, value: Any, wanted: bool) -> Any:
         """`value is True` or `value is False`; a bool of the graph is the one that it stands for."""
@@ -283,3 +275,12 @@ def _beside_all(value: Any, tensors: list[Tensor]) -> Tensor:
         return value
     number = value if isinstance(value, Number) else Number(torch.tensor(value, device=tensors[0].device))
     return beside(number, tensors).to(tensors[0].device)
+
+
+def _example_of(value: Any) -> Any:
+    """Return `value`, or a Python number of the type that a number of the graph stands for."""
+    if not isinstance(value, Number):
+        return value
+    if value.tensor.dtype == torch.bool:
+        return True
+    return 0.0 if value.tensor.is_floating_point() else 0
