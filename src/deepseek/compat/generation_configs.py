@@ -42,7 +42,7 @@ class ConfigReading:
     """Keys that decide nothing in training, with the reason."""
 
     def __str__(self) -> str:
-        parts = [*self.translated, *(f"{note}" for note in self.unused)]
+        parts = [*self.translated, *self.unused]
         return f"read as generation {self.generation}" + (f": {'; '.join(parts)}" if parts else "")
 
 
