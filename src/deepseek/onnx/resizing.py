@@ -3,6 +3,11 @@
 Nearest takes one old pixel, linear two, cubic four, with weights from the distance. All the ways in which ONNX maps
 positions (`half_pixel`, `align_corners`, `asymmetric`, ...) are rows of `MAPPINGS`. Interpolation is separable, so
 axis by axis gives what the definition gives for all of them at once.
+
+With a scale, the length asked for may be no whole number (7 * 0.6 = 4.2). The definition calls `length_resized` the
+length of the result, which is whole, so `align_corners` lays the last new pixel on the last old one, as torch and ONNX
+Runtime do; two of ONNX's examples and its reference take 4.2 there. All take the given scale where a formula has one,
+but for ONNX Runtime where no length changes at all: it then copies the input.
 Definition: https://onnx.ai/onnx/operators/onnx__Resize.html; cubic weights: Keys 1981.
 """
 
@@ -30,7 +35,7 @@ MAPPINGS: dict[str, Callable[[Tensor, float, int, int], Tensor]] = {
         (new + 0.5) / scale - 0.5 if new_length > 1 else new * 0
     ),
     "align_corners": lambda new, scale, old_length, new_length: (
-        new * (old_length - 1) / (scale * old_length - 1) if new_length > 1 else new * 0
+        new * (old_length - 1) / (new_length - 1) if new_length > 1 else new * 0
     ),
     "asymmetric": lambda new, scale, old_length, new_length: new / scale,
 }
