@@ -11,6 +11,11 @@ A model that was trained on short texts is taught longer ones by slower rotation
     llama3     slow rotations are, fast ones are not, and between it is blended (Llama 3.1)
     yarn       the same with a ramp over channels, and larger scores            (Peng et al. 2023)
     longrope   each pair of channels has a factor of its own                    (Ding et al. 2024)
+    dynamic    beyond the original length, the longer a text the slower         (bloc97 2023, NTK-aware)
+
+The last two depend on how long a text is: `longrope` has other factors for texts beyond the original length, whose
+rows follow those for shorter texts in one table, and `dynamic` has angles for each length, which `dynamic_rows`
+computes. `is_length_dependent` tells which scaling needs the length.
 
 Shapes: B batch, T tokens, N heads, H head size (even). Cost: two multiplications and one addition per channel.
 Source: Su et al. 2021, "RoFormer", equation 34.
@@ -31,12 +36,12 @@ from deepseek.core.config import Config
 class RopeScaling(Config):
     """How rotations are slowed down for texts longer than those that a model was first trained on."""
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    kind: Literal["linear", "llama3", "yarn", "longrope", "dynamic"]
     """The rule."""
     factor: float = Field(default=1.0, gt=0)
     """How many times slower rotations become, at most."""
     original_length: int = Field(default=8192, ge=1)
-    """Longest text of the first training, in tokens (llama3 and yarn)."""
+    """Longest text of the first training, in tokens."""
     low_frequency_factor: float = Field(default=1.0, gt=0)
     """Rotations of less than so many turns in the original length are slowed down in full (llama3)."""
     high_frequency_factor: float = Field(default=4.0, gt=0)
@@ -49,18 +54,45 @@ class RopeScaling(Config):
     """Whether the ends of the ramp are rounded to whole channels (yarn)."""
     pair_factors: tuple[float, ...] = ()
     """How many times slower each pair of channels becomes (longrope)."""
+    long_pair_factors: tuple[float, ...] = ()
+    """The same in texts that are longer than the original length (longrope); empty where there are none."""
     amplitude: float = Field(default=1.0, gt=0)
     """Factor on cosines and sines, which makes attention sharper (yarn and longrope)."""
 
+    @property
+    def is_length_dependent(self) -> bool:
+        """Whether angles depend on how long the whole text is."""
+        return self.kind == "dynamic" or bool(self.long_pair_factors)
+
 
 def rotary_table(length: int, head_size: int, *, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Return (2, length, head_size) float32, cosines first, then sines; `theta` is the longest wavelength over 2 pi."""
+    """Return (2, L, head_size) float32, cosines first, then sines; `theta` is the longest wavelength over 2 pi.
+
+    L is `length`; where `scaling` has `long_pair_factors`, `original_length` rows for shorter texts come before.
+    """
     frequencies = theta ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    if scaling is not None:
-        frequencies = _scale(frequencies, head_size, theta, scaling)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return (torch.stack((angles.cos(), angles.sin())) * (scaling.amplitude if scaling else 1.0)).float()
+    amplitude = scaling.amplitude if scaling else 1.0
+    if scaling is None:
+        return _fill_table(length, frequencies, amplitude)
+    if not scaling.long_pair_factors:
+        return _fill_table(length, _scale(frequencies, head_size, theta, scaling), amplitude)
+    pair_factors = (scaling.pair_factors, scaling.long_pair_factors)
+    short, long = (frequencies / torch.tensor(factors, dtype=torch.float64) for factors in pair_factors)
+    tables = _fill_table(scaling.original_length, short, amplitude), _fill_table(length, long, amplitude)
+    return torch.cat(tables, dim=1)
+
+
+def dynamic_rows(
+    positions_BT: Tensor, lengths_B1: Tensor, head_size: int, *, theta: float, scaling: RopeScaling
+) -> Tensor:
+    """Return (2, B, T, head_size) float32 for rows of texts that are `lengths_B1` tokens long, by the dynamic rule."""
+    growth_B1 = lengths_B1.double().clamp(min=scaling.original_length) / scaling.original_length
+    base_B1 = theta * (scaling.factor * growth_B1 - (scaling.factor - 1)) ** (head_size / max(head_size - 2, 1))
+    channels = torch.arange(0, head_size, 2, dtype=torch.float64, device=positions_BT.device)
+    frequencies_BH = base_B1 ** -(channels / head_size)
+    angles_BTH = positions_BT[..., None] * frequencies_BH[:, None]
+    angles_BTH = torch.cat((angles_BTH, angles_BTH), dim=-1)
+    return torch.stack((angles_BTH.cos(), angles_BTH.sin())).float()
 
 
 def rotate(x_BTNH: Tensor, table_2BTH: Tensor) -> Tensor:
@@ -72,6 +104,12 @@ def rotate(x_BTNH: Tensor, table_2BTH: Tensor) -> Tensor:
     cos, sin = table_2BTH.to(x_BTNH.dtype).unsqueeze(3).unbind(0)
     left, right = x_BTNH.chunk(2, dim=-1)
     return x_BTNH * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def _fill_table(length: int, frequencies: Tensor, amplitude: float) -> Tensor:
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return (torch.stack((angles.cos(), angles.sin())) * amplitude).float()
 
 
 def _scale(frequencies: Tensor, head_size: int, theta: float, scaling: RopeScaling) -> Tensor:

@@ -252,6 +252,9 @@ class Engine:
         logits: dict[int, Tensor] = {}
         for chunk in schedule.chunks:
             logits |= self._guard((chunk.sequence,), partial(self._read, chunk))
+        for slot, sequence in enumerate(schedule.decode):
+            if sequence.num_cached == self.model.config.reread_length:
+                self._guard((sequence,), partial(self._read_again, slot, sequence))
         if schedule.decode:
             logits |= self._guard(schedule.decode, partial(self._decode, schedule.decode))
         return logits
@@ -285,11 +288,9 @@ class Engine:
     def _read(self, chunk: Chunk) -> dict[int, Tensor]:
         """Put part of a prompt into the cache, score it where that was asked; the last token's logits if it is done."""
         request = chunk.sequence.request
-        tokens_1T = torch.tensor([request.prompt[chunk.start : chunk.stop]], device=self._device)
-        positions_1T = torch.arange(chunk.start, chunk.stop, device=self._device)[None]
-        view = self._cache.view(chunk.slot, 1, self._round_up(chunk.stop))
         is_scored = request.prompt_logprobs is not None
-        logits_1TV: Tensor = self.model(tokens_1T, positions_BT=positions_1T, cache=view, last_only=not is_scored)
+        ids, num_tokens = request.prompt[chunk.start : chunk.stop], len(request.prompt)
+        logits_1TV = self._read_part(ids, chunk.start, chunk.slot, num_tokens, last_only=not is_scored)
         if is_scored and (logits_1TV.isnan() | logits_1TV.isposinf()).any():
             self._fail(chunk.sequence, _NOT_FINITE)
             return {}
@@ -301,6 +302,31 @@ class Engine:
             ]
             chunk.sequence.prompt_scores += scores
         return {chunk.sequence.id: logits_1TV[0, -1]} if chunk.is_last else {}
+
+    def _read_again(self, slot: int, sequence: LiveSequence) -> dict[int, Tensor]:
+        """Fill the cache of a text that has grown to the length beyond which all its angles are others.
+
+        It happens once in a text, and the others wait for it.
+        """
+        ids = (*sequence.request.prompt, *sequence.tokens[:-1])
+        for start in range(0, len(ids), self.config.prefill_tokens):
+            part = ids[start : start + self.config.prefill_tokens]
+            self._read_part(part, start, slot, len(ids) + 1, last_only=True)
+        return {}
+
+    def _read_part(self, ids: Sequence[int], start: int, slot: int, num_tokens: int, *, last_only: bool) -> Tensor:
+        """Put the tokens from `start` on of a text of `num_tokens` into the cache; their logits (1, T, V)."""
+        tokens_1T = torch.tensor([ids], device=self._device)
+        positions_1T = torch.arange(start, start + len(ids), device=self._device)[None]
+        view = self._cache.view(slot, 1, self._round_up(start + len(ids)))
+        scaling = self.model.config.rope_scaling
+        lengths: dict[str, Tensor] = {}
+        if scaling is not None and scaling.is_length_dependent:
+            lengths["lengths_B1"] = torch.tensor([[num_tokens]], device=self._device)
+        logits_1TV: Tensor = self.model(
+            tokens_1T, positions_BT=positions_1T, cache=view, last_only=last_only, **lengths
+        )
+        return logits_1TV
 
     def _decode(self, sequences: Sequence[LiveSequence]) -> dict[int, Tensor]:
         """Put each sequence's newest token into the cache; logits (V,) after it by sequence id."""

@@ -233,10 +233,79 @@ def test_old_configs_say_the_same_under_older_names(folders, tmp_path):
         assert load_decoder(old).config == load_decoder(folder).config
 
 
-def test_a_longrope_model_is_read_up_to_the_length_at_which_its_rule_changes(folders):
-    model = load_decoder(folders("phi3, longrope")[0])
-    assert isinstance(model, Decoder)
-    assert model.config.max_length == 48 < SMALL["max_position_embeddings"]
+SHORT = {"max_position_embeddings": 16}
+LONGER = {
+    "longrope": ("phi3", {"rope_parameters": THETA | LONG, "original_max_position_embeddings": 16}),
+    "longrope on parts of heads": (
+        "phi3",
+        {
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 17,
+            "rope_parameters": THETA
+            | {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [3.0, 5.0], "attention_factor": 1.2},
+        },
+    ),
+    "longrope beside a window": (
+        "phi3",
+        {"rope_parameters": THETA | LONG, "original_max_position_embeddings": 16, "sliding_window": 8},
+    ),
+    "longrope in llama": (
+        "llama",
+        {"rope_parameters": THETA | LONG | {"factor": 6.0, "original_max_position_embeddings": 16}},
+    ),
+    "dynamic": ("llama", SHORT | {"rope_parameters": THETA | {"rope_type": "dynamic", "factor": 4.0}}),
+    "dynamic in qwen2": ("qwen2", SHORT | {"rope_parameters": THETA | {"rope_type": "dynamic", "factor": 2.5}}),
+    "dynamic beside norms of queries": (
+        "qwen3",
+        SHORT | {"head_dim": 12, "rope_parameters": THETA | {"rope_type": "dynamic", "factor": 3.0}},
+    ),
+    "yarn beside its first length": (
+        "qwen2",
+        SHORT
+        | {"rope_parameters": THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+}
+
+
+@pytest.fixture(params=LONGER)
+def longer(request, tmp_path):
+    """A model whose angles change beyond 16 or 17 tokens: transformers' own, and its folder."""
+    FAMILIES[request.param] = LONGER[request.param]
+    model = build(request.param)
+    del FAMILIES[request.param]
+    model.save_pretrained(tmp_path / "model")
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model, tmp_path / "model"
+
+
+@torch.no_grad()
+def test_texts_beyond_the_first_length_have_the_logits_of_transformers(longer, tmp_path):
+    theirs, folder = longer
+    ours = load_decoder(folder)
+    save_model(ours, tmp_path / "again")
+    again = load_decoder(tmp_path / "again")
+    for length in (15, 16, 17, 18, 33, 40):  # growing, since what they compute for a short text depends on longer ones
+        tokens_BT = make_tokens(2, length)
+        expected = theirs(tokens_BT).logits
+        torch.testing.assert_close(ours(tokens_BT), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(again(tokens_BT), ours(tokens_BT), rtol=0, atol=0)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    torch.testing.assert_close(back(tokens_BT).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_answer_that_grows_beyond_the_first_length_is_that_of_transformers(longer):
+    theirs, folder = longer
+    if theirs.config.model_type == "llama" and theirs.config.rope_parameters["rope_type"] == "longrope":
+        pytest.skip("transformers goes on with the keys of the shorter text in every family but Phi-3")
+    tokenizer = train_tokenizer([], vocab_size=257)
+    prompts = [make_tokens(length, seed=length).tolist() for length in (3, 16, 17, 24)]
+    engine = Engine(load_decoder(folder, packed=True), tokenizer, EngineConfig(prefill_tokens=6, max_length=40))
+    answers = engine.generate(prompts, max_tokens=16, ignore_eos=True)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        fresh = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        fresh.generation_config = theirs.generation_config
+        written = fresh.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, pad_token_id=0)
+        assert [token.id for token in answer.tokens] == written[0, len(prompt) :].tolist(), len(prompt)
 
 
 YARN = THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}

@@ -59,22 +59,25 @@ def test_angles_are_those_of_transformers_for_any_settings(rule, theta):
     theirs = transformers.LlamaConfig(
         **SHAPE, max_position_embeddings=LENGTH, rope_parameters=rule | {"rope_theta": theta}
     )
-    frequencies, amplitude = ROPE_INIT_FUNCTIONS[rule["rope_type"]](theirs, None)
     config, _ = import_config(theirs.to_dict())
-    positions = torch.arange(min(config.max_length, 40))
-    table = rotary_table(config.max_length, SIZE, theta=config.rope_theta, scaling=config.rope_scaling)
-    angles = positions[:, None].double() * frequencies.double()
-    expected = torch.cat((angles, angles), dim=-1)
-    given = table[:, positions].double()
-    torch.testing.assert_close(given[0], expected.cos() * amplitude, rtol=1e-4, atol=2e-4)
-    torch.testing.assert_close(given[1], expected.sin() * amplitude, rtol=1e-4, atol=2e-4)
+    first = rule.get("original_max_position_embeddings", LENGTH)
+    positions = torch.arange(min(first, 40))
+    scaling = None if rule["rope_type"] == "dynamic" else config.rope_scaling  # the same, up to the first length
+    table = rotary_table(config.max_length, SIZE, theta=config.rope_theta, scaling=scaling)
+    for length, first_row in ((None, 0), (first + 1, first)) if "short_factor" in rule else ((None, 0),):
+        frequencies, amplitude = ROPE_INIT_FUNCTIONS[rule["rope_type"]](theirs, None, length)
+        angles = positions[:, None].double() * frequencies.double()
+        expected = torch.cat((angles, angles), dim=-1)
+        given = table[:, first_row + positions].double()
+        torch.testing.assert_close(given[0], expected.cos() * amplitude, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(given[1], expected.sin() * amplitude, rtol=1e-4, atol=2e-4)
     again, family = import_config(export_config(config, LLAMA, torch.float32))
     assert family is LLAMA
     assert again.rope_scaling == config.rope_scaling
     assert (again.rope_theta, again.max_length) == (config.rope_theta, config.max_length)
 
 
-def test_a_rule_that_follows_the_length_of_a_text_ends_where_it_begins():
+def test_a_text_may_be_as_long_as_the_rule_reaches():
     long = {
         "rope_type": "longrope",
         "short_factor": [1.0],
@@ -82,10 +85,16 @@ def test_a_rule_that_follows_the_length_of_a_text_ends_where_it_begins():
         "original_max_position_embeddings": 64,
     }
     read = read_rope({"max_position_embeddings": 256, "rope_scaling": long}, DEFAULTS)
-    assert read["max_length"] == 64
+    assert read["max_length"] == 256
     assert read["rope_scaling"]["amplitude"] == pytest.approx(math.sqrt(1 + math.log(4) / math.log(64)))
+    assert (read["rope_scaling"]["long_pair_factors"], read["rope_scaling"]["original_length"]) == ((2.0,), 64)
     dynamic = read_rope({"max_position_embeddings": 256, "rope_scaling": {"type": "dynamic", "factor": 4}}, DEFAULTS)
-    assert (dynamic["max_length"], dynamic["rope_scaling"]) == (256, None)
+    assert dynamic["max_length"] == 1024
+    assert dynamic["rope_scaling"] == {"kind": "dynamic", "factor": 4, "original_length": 256}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    for length, reached in ((64, 256), (100, 256), (512, 512)):
+        read = read_rope({"max_position_embeddings": length, "rope_scaling": yarn}, DEFAULTS)
+        assert read["max_length"] == reached
 
 
 def test_layers_with_a_window_may_have_a_wavelength_of_their_own():

@@ -28,7 +28,7 @@ from deepseek.nn.feedforward import MLP, GeGLU, SwiGLU
 from deepseek.nn.kv_cache import CacheView, KVCache, LayerCache
 from deepseek.nn.masks import MaskConfig, Visibility, see
 from deepseek.nn.moe import MoEConfig, MoERouter, SwiGLUExperts
-from deepseek.nn.rotary import RopeScaling, rotary_table
+from deepseek.nn.rotary import RopeScaling, dynamic_rows, rotary_table
 
 
 class DecoderConfig(Config):
@@ -117,11 +117,13 @@ class DecoderConfig(Config):
             raise ConfigError("a sliding window and the local/global mask both cut what a head sees; leave one out")
         if self.rope_scaling and self.rope_scaling.kind == "longrope":
             num_pairs = self.num_rotated // 2
-            if len(self.rope_scaling.pair_factors) != num_pairs:
-                raise ConfigError(
-                    f"rope_scaling has {len(self.rope_scaling.pair_factors)} pair_factors and {num_pairs} pairs of "
-                    "channels are rotated; give one for each"
-                )
+            for name in ("pair_factors", "long_pair_factors"):
+                num_factors = len(getattr(self.rope_scaling, name))
+                if num_factors != num_pairs and (num_factors or name == "pair_factors"):
+                    raise ConfigError(
+                        f"rope_scaling has {num_factors} {name} and {num_pairs} pairs of channels are rotated; "
+                        "give one for each"
+                    )
         if self.moe and self.feedforward_bias:
             raise ConfigError("mixture-of-experts blocks have no biases, and feedforward_bias is set; leave it out")
         if self.moe and self.feedforward != "swiglu":
@@ -144,6 +146,12 @@ class DecoderConfig(Config):
     def num_rotated(self) -> int:
         """Channels of one head that rotary positions turn."""
         return int(self.size_of_head * self.rope_fraction)
+
+    @property
+    def reread_length(self) -> int | None:
+        """Length beyond which a text has other angles at all positions, so that a cache of it must be made again."""
+        scaling = self.rope_scaling
+        return scaling.original_length if scaling and scaling.long_pair_factors else None
 
     def window_of(self, layer: int) -> int | None:
         """Return how many tokens `layer` (counted from 0) sees, or none for all."""
@@ -226,11 +234,14 @@ class Decoder(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         cache: CacheView | None = None,
+        lengths_B1: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Return logits (B, T, V), or (B, 1, V) of the last token with `last_only`.
 
         With a `cache`, the tokens at `positions_BT` are added to it and see what it holds, for one slot per row.
+        `lengths_B1` are those of the whole texts, for rotary angles that depend on them, where these tokens are not
+        the last ones.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -254,7 +265,7 @@ class Decoder(nn.Module):
             x_BTD = x_BTD * self.embed_scale.to(x_BTD.dtype)
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT)
-        table_2BTH = None if self.rotary_2LH is None else self.rotary_2LH[:, positions_BT]
+        table_2BTH = self._index_rotary(positions_BT, lengths_B1)
         window_table_2BTH = table_2BTH if self.window_rotary_2LH is None else self.window_rotary_2LH[:, positions_BT]
         for index, layer in enumerate(self.layers):
             table = table_2BTH if self.config.window_of(index) is None else window_table_2BTH
@@ -285,6 +296,18 @@ class Decoder(nn.Module):
         if self.config.mask:
             self.mask_openness.fill_(self.config.mask.openness_at(step))
 
+    def _index_rotary(self, positions_BT: Tensor, lengths_B1: Tensor | None) -> Tensor | None:
+        """Return the angles of tokens at `positions_BT`, in texts that end there unless `lengths_B1` says otherwise."""
+        scaling = self.config.rope_scaling
+        if self.config.position == "rotary" and scaling and scaling.is_length_dependent:
+            if lengths_B1 is None:
+                lengths_B1 = positions_BT.amax(dim=1, keepdim=True) + 1
+            if self.rotary_2LH is None:
+                size, theta = self.config.num_rotated, self.config.rope_theta
+                return dynamic_rows(positions_BT, lengths_B1, size, theta=theta, scaling=scaling)
+            positions_BT = positions_BT + (lengths_B1 > scaling.original_length) * scaling.original_length
+        return None if self.rotary_2LH is None else self.rotary_2LH[:, positions_BT]
+
     def _initialize(self, module: nn.Module) -> None:
         """Normal weights of GPT-2's width; what feeds the residual stream shrinks with depth (Radford et al. 2019)."""
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -300,12 +323,18 @@ class Decoder(nn.Module):
 
 
 def build_rotary_tables(config: DecoderConfig) -> dict[str, Tensor | None]:
-    """Build the rotary table of all layers, and that of layers with a sliding window where they have another."""
+    """Build the rotary table of all layers, and that of layers with a sliding window where they have another.
+
+    A rule with angles for each length has no table.
+    """
     if config.position != "rotary":
         return {"rotary_2LH": None, "window_rotary_2LH": None}
-    theta, size = config.rope_theta_window, config.num_rotated
+    theta, size, scaling = config.rope_theta_window, config.num_rotated, config.rope_scaling
+    has_table = scaling is None or scaling.kind != "dynamic"
     return {
-        "rotary_2LH": rotary_table(config.max_length, size, theta=config.rope_theta, scaling=config.rope_scaling),
+        "rotary_2LH": rotary_table(config.max_length, size, theta=config.rope_theta, scaling=scaling)
+        if has_table
+        else None,
         "window_rotary_2LH": None if theta is None else rotary_table(config.max_length, size, theta=theta),
     }
 

@@ -4,9 +4,8 @@
     rope_parameters                              from transformers 5 on, for Gemma 3 by kind of layer
     original_max_position_embeddings             beside them or inside, for Phi 3
 
-The rules that depend on how long a text is right now (`dynamic`, and `longrope` beyond the length of the first
-training) would make an answer depend on how much was generated; such models are read up to the length at which their
-rule begins, where it changes nothing (`dynamic`) or is one fixed rule (`longrope`).
+How long a text may be: `max_position_embeddings`, or what the rule reaches where the config keeps the length of the
+first training there, as `dynamic` always does and `yarn` by the advice of Qwen's model cards.
 """
 
 from __future__ import annotations
@@ -65,10 +64,14 @@ def read_rope(values: Mapping[str, Any], defaults: RopeDefaults) -> dict[str, An
         "rope_theta": float(_first(parameters, values, "rope_theta") or defaults.theta),
         "rope_fraction": float(_first(parameters, values, "partial_rotary_factor") or 1.0),
         "rope_theta_window": _first(window, values, "rope_local_base_freq", "rope_theta") or defaults.window_theta,
-        "max_length": min(length, int(original)) if kind == "longrope" and original else length,
+        "max_length": length,
         "rope_scaling": None,
     }
-    if kind not in ("default", "dynamic"):
+    if kind == "dynamic" or (kind == "yarn" and original):
+        settings["max_length"] = max(
+            length, int((original if kind == "yarn" else length) * (parameters.get("factor") or 1))
+        )
+    if kind != "default":
         try:
             settings["rope_scaling"] = _READERS[kind](parameters, length, int(original or length))
         except KeyError as error:
@@ -91,6 +94,8 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
     if scaling is None:
         return values
     written: dict[str, Any] = {"rope_type": scaling.kind}
+    if scaling.kind == "dynamic":
+        values["max_position_embeddings"] = scaling.original_length
     if scaling.kind != "longrope":
         written["factor"] = scaling.factor
     if scaling.kind in ("llama3", "yarn"):
@@ -102,11 +107,12 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
         written |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.is_rounded}
         written["attention_factor"] = scaling.amplitude
     elif scaling.kind == "longrope":
-        # Only the factors for short texts are known; with the longest text at the original length, no others are used.
-        factors = list(scaling.pair_factors)
-        written |= {"short_factor": factors, "long_factor": factors, "attention_factor": scaling.amplitude}
-        written["original_max_position_embeddings"] = config.max_length
-        values["original_max_position_embeddings"] = config.max_length
+        # Where only the factors for short texts are known, the longest text is the original length.
+        factors, long_factors = list(scaling.pair_factors), list(scaling.long_pair_factors)
+        original = scaling.original_length if long_factors else config.max_length
+        written |= {"short_factor": factors, "long_factor": long_factors or factors}
+        written |= {"attention_factor": scaling.amplitude, "original_max_position_embeddings": original}
+        values["original_max_position_embeddings"] = original
     return values | {"rope_scaling": written}
 
 
@@ -127,6 +133,10 @@ def _first(first: Mapping[str, Any], second: Mapping[str, Any], *names: str) -> 
 
 def _read_linear(parameters: Mapping[str, Any], length: int, original: int) -> dict[str, Any]:
     return {"kind": "linear", "factor": parameters["factor"]}
+
+
+def _read_dynamic(parameters: Mapping[str, Any], length: int, original: int) -> dict[str, Any]:
+    return {"kind": "dynamic", "factor": parameters["factor"], "original_length": length}
 
 
 def _read_llama3(parameters: Mapping[str, Any], length: int, original: int) -> dict[str, Any]:
@@ -165,7 +175,17 @@ def _read_longrope(parameters: Mapping[str, Any], length: int, original: int) ->
     amplitude = parameters.get("attention_factor")
     if amplitude is None:
         amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return {"kind": "longrope", "pair_factors": tuple(parameters["short_factor"]), "amplitude": amplitude}
+    settings: dict[str, Any] = {"kind": "longrope", "pair_factors": tuple(parameters["short_factor"])}
+    settings["amplitude"] = amplitude
+    if length > original:
+        settings |= {"long_pair_factors": tuple(parameters["long_factor"]), "original_length": original}
+    return settings
 
 
-_READERS = {"linear": _read_linear, "llama3": _read_llama3, "yarn": _read_yarn, "longrope": _read_longrope}
+_READERS = {
+    "linear": _read_linear,
+    "dynamic": _read_dynamic,
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+    "longrope": _read_longrope,
+}
