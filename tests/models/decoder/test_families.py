@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from deepseek.data.tokenizing import train_tokenizer
-from deepseek.models.decoder.model import Decoder
 from deepseek.models.loading import load_decoder, load_model, make_int8_, save_model
 from deepseek.nn.packed import pack_
 from deepseek.serve.config import EngineConfig
