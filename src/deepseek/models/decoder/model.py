@@ -302,7 +302,7 @@ class Decoder(nn.Module):
         if self.config.position == "rotary" and scaling and scaling.is_length_dependent:
             if lengths_B1 is None:
                 lengths_B1 = positions_BT.amax(dim=1, keepdim=True) + 1
-            if self.rotary_2LH is None:
+            if scaling.kind == "dynamic":
                 size, theta = self.config.num_rotated, self.config.rope_theta
                 return dynamic_rows(positions_BT, lengths_B1, size, theta=theta, scaling=scaling)
             positions_BT = positions_BT + (lengths_B1 > scaling.original_length) * scaling.original_length
