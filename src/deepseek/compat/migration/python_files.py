@@ -7,7 +7,8 @@ else keeps its formatting. Where the name was imported by itself the import is r
 name; elsewhere the dotted name is replaced where it stands.
 
 A rule is applied to all of its uses in a file or to none: what a person has to look at (a name that is not called, that
-may be something else, arguments behind a star, quotes that no f-string has left) is found and stays as it is.
+may be something else, arguments behind a star, quotes that no f-string has left) is found and stays as it is, with the
+reason.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def check_python(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> li
     try:
         text = decode_python(content)
         tree = _parse(text)
-        wanted = frozenset(rule.name for rule in rules)
+        wanted = frozenset(name for rule in rules for name in rule.names)
         names = find_names(tree, wanted)
     except SyntaxError as error:
         if "too many nested" in error.msg or "too complex" in error.msg:
@@ -49,8 +50,17 @@ def check_python(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> li
     source = _Source(text, tree, names)
     findings = [found for rule in rules for found in _apply(rule, source, path)]
     findings = _join_import_edits(sorted(findings, key=lambda finding: (finding.line, finding.column)), source)
+    chosen = set(choose_edits(findings))
+    overlapping = [found for found in findings if not chosen.issuperset(found.edits)]
     # Edits of one file belong together: an import without its uses would be worse than neither.
-    return findings if _is_right(findings, source) else [found.with_edits(()) for found in findings]
+    reason = "it overlaps another change" if overlapping else "the edited file would not compile or say the same"
+    if overlapping or not _is_right(findings, source):
+        return [found.for_person(reason) if found.edits else found for found in findings]
+    return findings
+
+
+class _UnsettledError(Exception):
+    """A use has to be settled by a person; the text is the reason."""
 
 
 def _parse(text: str) -> ast.Module:
@@ -227,33 +237,57 @@ class _Source:
 
 
 def _apply(rule: PythonRule, source: _Source, path: str) -> Iterator[Finding]:
-    uses = [use for use in source.names.uses if use.name == rule.name]
+    uses = [use for use in source.names.uses if use.name in rule.names]
     if rule.keyword or rule.add_keyword:
         yield from _apply_to_calls(rule, uses, source, path)
         return
+    # Under a name of the project's own it changes with the assignment, unless its calls take other arguments.
+    uses = [use for use in uses if rule.changes_arguments or not use.is_renamed]
     imports = [
-        alias
+        (alias, f"{statement.module}.{alias.name}")
         for statement in source.names.imports
         for alias in statement.names
-        if f"{statement.module}.{alias.name}" == rule.name
+        if f"{statement.module}.{alias.name}" in rule.names
     ]
+    plans: list[list[Edit]] = []
+    reasons: dict[ast.alias | ast.expr, str] = {}
+    for alias, _ in imports:
+        if rule.replace_with and (reason := _doubt_import(rule, alias, source, path)):
+            reasons[alias] = reason
+    for use in uses:
+        plans.append([])
+        if rule.replace_with:
+            try:
+                plans[-1] = _plan_use(rule, use, source)
+            except _UnsettledError as error:
+                reasons[use.node] = str(error)
+
+    def report(node: ast.alias | ast.expr, name: str, edits: Sequence[Edit]) -> Finding:
+        found = find(rule, path, *source.lines.line_and_column(source.span(node)[0]), () if reasons else edits, name)
+        if not reasons:
+            return found
+        first = next(iter(reasons))
+        return found.for_person(reasons.get(node, f"left with line {first.lineno}: {reasons[first]}"))
+
+    for alias, name in imports:
+        marker = [_ImportEdit(*source.span(alias), rule.replace_with)] if rule.replace_with else []
+        yield report(alias, name, marker)
+    is_fixable = bool(rule.replace_with) and not reasons
+    for use, edits in zip(uses, plans, strict=True):
+        if edits or not (is_fixable and not use.num_attributes):
+            yield report(use.node, use.name, edits)
+
+
+def _doubt_import(rule: PythonRule, alias: ast.alias, source: _Source, path: str) -> str | None:
+    """Say why an import cannot be rewritten; `None` where it can."""
+    local = alias.asname or alias.name
+    if "." not in (rule.replace_with or ""):
+        return f"{rule.replace_with} is built in and not imported"
+    if len(source.names.bindings[local]) != 1:
+        return f"{local} is something else in this file, too"
     # Other files that take the name from an interface like these would go on to call it the old way.
     is_interface = path.endswith("__init__.py") or "__all__" in source.names.bindings
-    plans = [_plan_use(rule, use, source) for use in uses]
-    is_fixable = rule.replace_with is not None and all(plan is not None for plan in plans)
-    is_fixable = is_fixable and all(
-        "." in (rule.replace_with or "")
-        and len(source.names.bindings[alias.asname or alias.name]) == 1
-        and not (is_interface and rule.changes_arguments)
-        for alias in imports
-    )
-    for alias in imports:
-        marker = [_ImportEdit(*source.span(alias), rule.replace_with or "")] if is_fixable else []
-        yield find(rule, path, *source.lines.line_and_column(source.span(alias)[0]), marker, rule.name)
-    for use, edits in zip(uses, plans, strict=True):
-        kept = edits or [] if is_fixable else []
-        if kept or not (is_fixable and not use.num_attributes):
-            yield find(rule, path, *source.lines.line_and_column(source.span(use.node)[0]), kept, rule.name)
+    return "other files may import it from here" if is_interface and rule.changes_arguments else None
 
 
 def _apply_to_calls(rule: PythonRule, uses: Sequence[Use], source: _Source, path: str) -> Iterator[Finding]:
@@ -263,60 +297,78 @@ def _apply_to_calls(rule: PythonRule, uses: Sequence[Use], source: _Source, path
             continue
         given = {keyword.arg for keyword in call.keywords}
         if rule.keyword in given if rule.keyword else rule.add_keyword not in given:
-            edits = _rename_keyword(rule, call, source) if rule.keyword else _add_keyword(rule, call, source)
-            edits = edits if use.is_certain else None
-            yield find(rule, path, *source.lines.line_and_column(source.span(use.node)[0]), edits or ())
+            found = find(rule, path, *source.lines.line_and_column(source.span(use.node)[0]))
+            try:
+                _require_certain(use)
+                edit = _rename_keyword(rule, call, source) if rule.keyword else _add_keyword(rule, call, source)
+                yield found.with_edits([edit])
+            except _UnsettledError as error:
+                yield found.for_person(str(error))
 
 
 # --- One use ---
 
 
-def _plan_use(rule: PythonRule, use: Use, source: _Source) -> list[Edit] | None:
-    """Return the edits that settle a use; `None` where a person has to."""
-    if not use.is_certain or not isinstance(use.node.ctx, ast.Load) or rule.replace_with is None:
-        return None
-    call = next(source.around(use.node), None)
-    is_called = isinstance(call, ast.Call) and call.func is use.node
+def _require_certain(use: Use) -> None:
+    if not use.is_certain:
+        raise _UnsettledError(f"{ast.unparse(use.node)} may be something else here")
+
+
+def _plan_use(rule: PythonRule, use: Use, source: _Source) -> list[Edit]:
+    """Return the edits that settle a use. Raises `_UnsettledError` where a person has to."""
+    _require_certain(use)
+    if not isinstance(use.node.ctx, ast.Load):
+        raise _UnsettledError("it is set here")
     name_edits = _replace_name(rule, use, source)
-    if name_edits is None or not rule.changes_arguments:
+    if not rule.changes_arguments:
         return name_edits
-    if not is_called:
-        return None
-    assert isinstance(call, ast.Call)
-    argument_edits = _replace_arguments(rule, call, source)
-    return None if argument_edits is None else [*name_edits, *argument_edits]
+    around = next(source.around(use.node), None)
+    if isinstance(around, ast.Call) and around.func is use.node:
+        return [*name_edits, *_replace_arguments(rule, around, source)]
+    if rule.is_decorator and use.node in getattr(around, "decorator_list", []):
+        end = source.span(use.node)[1]
+        missing = ", ".join(f"{name}={value}" for name, value in rule.defaults.items())
+        return [*name_edits, Edit(end, end, f"({missing})")]
+    if use.is_local_alias:  # its calls are uses of their own
+        return name_edits
+    if use.alias:
+        raise _UnsettledError(f"{use.alias} is another name for it, by which other code may call it")
+    raise _UnsettledError("it is not called here, and its calls take other arguments now")
 
 
-def _replace_name(rule: PythonRule, use: Use, source: _Source) -> list[Edit] | None:
-    new, parts = rule.replace_with or "", rule.name.split(".")
+def _replace_name(rule: PythonRule, use: Use, source: _Source) -> list[Edit]:
+    new, parts = rule.replace_with or "", use.name.split(".")
     start, end = source.span(use.node)
     if "." not in new:
         # A built-in stands for itself only where the module binds no other thing to its name.
-        is_free = new not in source.names.bindings and use.num_attributes > 0
-        return [Edit(start, end, new)] if is_free and _is_where_the_tree_says(use, source) else None
+        if not use.num_attributes:
+            raise _UnsettledError(f"{new} is built in and not imported")
+        if new in source.names.bindings:
+            raise _UnsettledError(f"{new} is a name of this file")
+        _require_text(use, source)
+        return [Edit(start, end, new)]
     if not use.num_attributes:
         return []
-    if not _is_where_the_tree_says(use, source):
-        return None
+    _require_text(use, source)
     module = ".".join(parts[: len(parts) - use.num_attributes])
     if new.startswith(module + "."):
         local = ast.unparse(use.node).partition(".")[0]
         return [Edit(start, end, local + new.removeprefix(module))]
-    needed = _import_module(new.rpartition(".")[0], source)
-    return None if needed is None else [Edit(start, end, new), *needed]
+    return [Edit(start, end, new), *_import_module(new.rpartition(".")[0], source)]
 
 
-def _is_where_the_tree_says(use: Use, source: _Source) -> bool:
-    """Whether the text at a node's position is the node; before Python 3.12 positions inside f-strings may be off."""
+def _require_text(use: Use, source: _Source) -> None:
+    """Check that the text at a node's position is the node; before Python 3.12 one inside an f-string may be off."""
     start, end = source.span(use.node)
-    return _SPACE.sub("", source.text[start:end]) == ast.unparse(use.node)
+    if _SPACE.sub("", source.text[start:end]) != ast.unparse(use.node):
+        raise _UnsettledError("it stands inside an f-string")
 
 
-def _import_module(module: str, source: _Source) -> list[Edit] | None:
-    """Return the edit that adds `import module`, none where it is there, `None` where its name is taken."""
+def _import_module(module: str, source: _Source) -> list[Edit]:
+    """Return the edit that adds `import module`, none where it is there."""
     top = module.partition(".")[0]
     if source.names.bindings.get(top, {top}) != {top}:
-        return None
+        raise _UnsettledError(f"{top} is something else in this file")
     is_there = any(
         isinstance(statement, ast.Import) and any(a.name == module and not a.asname for a in statement.names)
         for statement in source.tree.body
@@ -332,25 +384,21 @@ def _import_module(module: str, source: _Source) -> list[Edit] | None:
         at = source.lines.starts[line - 1]
         if source.text[at : at + 1].strip() and (decorators or source.span(statement)[0] == at):
             return [Edit(at, at, f"import {module}{source.newline()}")]
-    return None
+    raise _UnsettledError(f"no line of its own is left for `import {module}`")
 
 
 # --- The arguments of a call ---
 
 
-def _replace_arguments(rule: PythonRule, call: ast.Call, source: _Source) -> list[Edit] | None:
-    """Return the edits that give the new function what the old one took; `None` where they cannot be told."""
-    given = _given_parameters(rule, call)
-    if given is None and rule.parameters:
-        return None
-    known = given or set()
-    if any(name not in known for name in rule.needs) or any(name in known for name in rule.refuses):
-        return None
-    starts = _argument_starts(call, source)
+def _replace_arguments(rule: PythonRule, call: ast.Call, source: _Source) -> list[Edit]:
+    """Return the edits that give the new function what the old one took."""
+    # Where the rule does not know the parameters, nothing depends on which of them are given.
+    known = _given_parameters(rule, call) if rule.parameters else set()
+    if missing_needs := [name for name in rule.needs if name not in known]:
+        raise _UnsettledError(f"without {' and '.join(missing_needs)} the new name means something else")
+    _require_allowed(rule, known)
+    opening, *positions = _argument_starts(call, source)
     quotes = _free_quotes(call, source)
-    if starts is None or quotes is None:
-        return None
-    opening, *positions = starts
     edits = []
     if rule.first_argument:
         first = rule.first_argument.replace('"', quotes)
@@ -358,35 +406,38 @@ def _replace_arguments(rule: PythonRule, call: ast.Call, source: _Source) -> lis
     if rule.num_positional is not None:
         for name, argument, at in list(zip(rule.parameters, call.args, positions, strict=False))[rule.num_positional :]:
             if isinstance(argument, ast.NamedExpr):
-                return None
+                raise _UnsettledError("an argument is a := expression")
             edits.append(Edit(at, at, f"{name}="))
-    missing = [f"{name}={value}" for name, value in rule.defaults.items() if name not in known]
+    missing = [f"{name}={value}".replace('"', quotes) for name, value in rule.defaults.items() if name not in known]
     if missing:
         edits.append(_append(", ".join(missing), call, opening, source))
     return edits
 
 
-def _given_parameters(rule: PythonRule, call: ast.Call) -> set[str] | None:
-    """Return the old parameters that a call gives; `None` where a star hides them or there are more than known."""
-    has_star = any(isinstance(argument, ast.Starred) for argument in call.args)
+def _require_allowed(rule: PythonRule, given: set[str]) -> None:
+    if refused := [name for name in rule.refuses if name in given]:
+        raise _UnsettledError(f"{' and '.join(refused)} cannot be given with it")
+
+
+def _given_parameters(rule: PythonRule, call: ast.Call) -> set[str]:
+    """Return the parameters that a call gives, by the rule's order where they stand by position."""
     keywords = [keyword.arg for keyword in call.keywords]
-    if has_star or None in keywords or len(call.args) > len(rule.parameters):
-        return None
+    if any(isinstance(argument, ast.Starred) for argument in call.args) or None in keywords:
+        raise _UnsettledError("a star hides its arguments")
+    if len(call.args) > len(rule.parameters) > 0:
+        raise _UnsettledError(f"it takes more arguments than {', '.join(rule.parameters)}")
     return {*rule.parameters[: len(call.args)], *(name for name in keywords if name is not None)}
 
 
-def _argument_starts(call: ast.Call, source: _Source) -> list[int] | None:
-    """Return the offset of the opening bracket and of every positional argument, its own brackets included.
-
-    `None` where the text at the tree's position is no call, and where a generator has the brackets of the call.
-    """
+def _argument_starts(call: ast.Call, source: _Source) -> list[int]:
+    """Return the offset of the opening bracket and of every positional argument, its own brackets included."""
     if any(isinstance(argument, ast.GeneratorExp) for argument in call.args):
-        return None
+        raise _UnsettledError("its argument is a generator")
     at = source.skip(source.span(call.func)[1])
     while source.text[at : at + 1] == ")":
         at = source.skip(at + 1)
     if source.text[at : at + 1] != "(" or source.text[source.span(call)[1] - 1] != ")":
-        return None
+        raise _UnsettledError("it stands inside an f-string")
     starts = [at]
     at = source.skip(at + 1)
     for argument in call.args:
@@ -415,7 +466,7 @@ def _append(text: str, call: ast.Call, opening: int, source: _Source) -> Edit:
     return Edit(at, at, f", {text}")
 
 
-def _free_quotes(call: ast.Call, source: _Source) -> str | None:
+def _free_quotes(call: ast.Call, source: _Source) -> str:
     """Return the quotes that a string may have at a call; before Python 3.12 an f-string cannot hold its own ones."""
     num_around = sum(isinstance(node, ast.JoinedStr) for node in source.around(call))
     if not num_around:
@@ -423,28 +474,27 @@ def _free_quotes(call: ast.Call, source: _Source) -> str | None:
     start, end = source.span(call)
     around = {quote for first, last, quote in source.strings if first < start and end < last}
     free = [quote for quote in "\"'" if quote not in around]
-    return free[0] if num_around == 1 and len(around) == 1 and free else None
+    if num_around != 1 or len(around) != 1 or not free:
+        raise _UnsettledError("it stands inside an f-string that has no quotes left")
+    return free[0]
 
 
-def _rename_keyword(rule: PythonRule, call: ast.Call, source: _Source) -> list[Edit] | None:
+def _rename_keyword(rule: PythonRule, call: ast.Call, source: _Source) -> Edit:
     if any(keyword.arg == rule.keyword_to for keyword in call.keywords):
-        return None
+        raise _UnsettledError(f"{rule.keyword_to} is given, too")
     (found,) = (keyword for keyword in call.keywords if keyword.arg == rule.keyword)
     at = source.span(found)[0]
-    is_there = source.text.startswith(rule.keyword or "", at)
-    return [Edit(at, at + len(rule.keyword or ""), rule.keyword_to or "")] if is_there else None
+    if not source.text.startswith(rule.keyword or "", at):
+        raise _UnsettledError("it stands inside an f-string")
+    return Edit(at, at + len(rule.keyword or ""), rule.keyword_to or "")
 
 
-def _add_keyword(rule: PythonRule, call: ast.Call, source: _Source) -> list[Edit] | None:
-    """Return no edit where `**options` may hold the keyword, or where an argument does not go with it."""
-    given = _given_parameters(rule, call) if rule.parameters else {keyword.arg for keyword in call.keywords}
-    if given is None or None in given or any(name in given for name in rule.refuses):
-        return None
-    starts, quotes = _argument_starts(call, source), _free_quotes(call, source)
-    if starts is None or quotes is None:
-        return None
-    value = (rule.add_value or "").replace('"', quotes)
-    return [_append(f"{rule.add_keyword}={value}", call, starts[0], source)]
+def _add_keyword(rule: PythonRule, call: ast.Call, source: _Source) -> Edit:
+    """Return the edit that names an argument, unless `**options` may hold it or another one does not go with it."""
+    if rule.parameters or any(keyword.arg is None for keyword in call.keywords):
+        _require_allowed(rule, _given_parameters(rule, call))
+    opening, quotes = _argument_starts(call, source)[0], _free_quotes(call, source)
+    return _append(f"{rule.add_keyword}={rule.add_value}".replace('"', quotes), call, opening, source)
 
 
 # --- Imports ---

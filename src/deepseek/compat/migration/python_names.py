@@ -1,8 +1,9 @@
 """The full names behind the names of a Python module, through its imports: `ac` is `torch.cuda.amp.autocast`.
 
 `find_names(tree, wanted)` gives every use of a wanted full name. Scopes follow the language: a local variable hides an
-import, a class body is invisible to its methods, `global` leads to the module. A name that may also be something else
-(an import in `try`, another one in `except`) is a use that is not *certain*. Nothing is imported or run.
+import, a class body is invisible to its methods, `global` leads to the module. `ac = torch.cuda.amp.autocast` gives the
+name another one, like an import. A name that may also be something else (an import in `try`, another one in `except`)
+is a use that is not *certain*. Nothing is imported or run.
 
 The compiler's own `ast` is used, and not libcst, because it is some thirty times as fast (docs/log.md); the tests
 compare the two on the same sources.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +42,12 @@ class Use:
     """How many of the last parts of the name are written as attributes; the rest is what the local name stands for."""
     is_certain: bool
     """Whether the local name has no other meaning."""
+    alias: str | None = None
+    """The name that an assignment gives it here, where the use is all that is assigned."""
+    is_local_alias: bool = False
+    """Whether that name is a variable of a function, which no other code can reach."""
+    is_renamed: bool = False
+    """Whether it is read by a name that an assignment gave it."""
 
 
 @dataclass
@@ -54,6 +61,21 @@ class Names:
     """`from a import *`; a wanted name that comes through one is a use that is not certain."""
     bindings: dict[str, set[str]] = field(default_factory=dict)
     """Every name that any scope binds, with its meanings."""
+
+
+@dataclass(frozen=True)
+class _Alias:
+    """`target = root.attributes`, which gives what is imported another name."""
+
+    target: str
+    root: ast.Name
+    attributes: tuple[str, ...]
+    scope: _Scope
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a variable of a function."""
+        return self.scope.kind == "function" and self.target not in self.scope.redirected
 
 
 @dataclass
@@ -83,7 +105,11 @@ class _Scope:
 def find_names(tree: ast.Module, wanted: frozenset[str]) -> Names:
     """Find every use of a name in `wanted`, in the order of the source."""
     names, module = Names(), _Scope("module")
-    reads = list(_collect(tree, module, names))
+    aliases: dict[int, _Alias] = {}
+    reads = list(_collect(tree, module, names, aliases))
+    renamed = _bind_aliases(aliases.values(), wanted)
+    for made in aliases.values():
+        names.bindings.setdefault(made.target, set()).update(made.scope.look_up(made.target))
     stars = {statement.module or "" for statement in names.star_modules}
     for node, attributes, scope in reads:
         meanings = scope.look_up(node.id)
@@ -95,12 +121,56 @@ def find_names(tree: ast.Module, wanted: frozenset[str]) -> Names:
             for count in range(len(attributes) + 1):
                 full = ".".join([meaning, *(attribute.attr for attribute in attributes[:count])])
                 if full in wanted:
-                    names.uses.append(Use(attributes[count - 1] if count else node, full, count, is_certain))
+                    alias = aliases.get(id(node)) if count == len(attributes) else None
+                    names.uses.append(
+                        Use(
+                            attributes[count - 1] if count else node,
+                            full,
+                            count,
+                            is_certain,
+                            alias=alias.target if alias else None,
+                            is_local_alias=alias is not None and alias.is_local,
+                            is_renamed=not count and node.id in renamed,
+                        )
+                    )
     names.uses.sort(key=lambda use: (use.node.lineno, use.node.col_offset))
     return names
 
 
-def _collect(tree: ast.Module, module: _Scope, names: Names) -> Iterator[tuple[ast.Name, list[ast.Attribute], _Scope]]:
+def _bind_aliases(aliases: Iterable[_Alias], wanted: frozenset[str]) -> set[str]:
+    """Give every alias its meanings, in the order of the source; return those that lead to a wanted name.
+
+    The others are variables like any.
+    """
+    renamed = set()
+    for alias in aliases:
+        meanings = {".".join([meaning, *alias.attributes]) for meaning in alias.scope.look_up(alias.root.id) - {_OTHER}}
+        leading = {full for full in meanings if any(name == full or name.startswith(f"{full}.") for name in wanted)}
+        renamed |= {alias.target} if leading else set()
+        for full in leading or {_OTHER}:
+            alias.scope.bind(alias.target, full)
+    return renamed
+
+
+def _find_alias(node: ast.AST, scope: _Scope) -> _Alias | None:
+    """Return the alias that a statement makes; `None` where it is any other statement."""
+    target = value = None
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target, value = node.targets[0], node.value
+    elif isinstance(node, ast.AnnAssign):
+        target, value = node.target, node.value
+    attributes: list[str] = []
+    while isinstance(value, ast.Attribute):
+        attributes.insert(0, value.attr)
+        value = value.value
+    if isinstance(target, ast.Name) and isinstance(value, ast.Name):
+        return _Alias(target.id, value, tuple(attributes), scope)
+    return None
+
+
+def _collect(
+    tree: ast.Module, module: _Scope, names: Names, aliases: dict[int, _Alias]
+) -> Iterator[tuple[ast.Name, list[ast.Attribute], _Scope]]:
     """Bind every name in its scope; yield those that are read, with the attributes written after them."""
     scopes = [module]
     pending: list[tuple[ast.AST, _Scope]] = [(tree, module)]
@@ -120,7 +190,11 @@ def _collect(tree: ast.Module, module: _Scope, names: Names) -> Iterator[tuple[a
         elif not isinstance(node, ast.Constant):
             if isinstance(node, _BINDING):
                 _bind(node, scope, module, names)
-            pending += [(child, scope) for child in reversed(_bound_apart(node))]
+            alias = _find_alias(node, scope) if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+            if alias is not None:
+                aliases[id(alias.root)] = alias
+            inside = _bound_apart(node) if alias is None else children(node)[1:]  # its target is bound with it
+            pending += [(child, scope) for child in reversed(inside)]
     for scope in scopes:
         for name, meanings in scope.bindings.items():
             names.bindings.setdefault(name, set()).update(meanings)

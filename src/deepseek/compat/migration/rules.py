@@ -52,6 +52,8 @@ class PythonRule(Rule):
 
     name: str
     """The qualified name, wherever it was imported from under whatever alias."""
+    also: tuple[str, ...] = ()
+    """Other qualified names of the same thing, such as that of the module that defines it."""
     replace_with: str | None = None
     first_argument: str | None = None
     """Source of an argument that the new name takes before all others."""
@@ -61,6 +63,8 @@ class PythonRule(Rule):
     """How many arguments stay positional; the others are given by name. All of them without it."""
     defaults: dict[str, str] = Field(default_factory=dict)
     """Old defaults that the new name does not have, and that a call without them has to name."""
+    is_decorator: bool = False
+    """Whether it is written as a decorator without brackets too, which has to become a call."""
     needs: tuple[str, ...] = ()
     """Parameters without which the new name means something else, so that a person has to look."""
     refuses: tuple[str, ...] = ()
@@ -76,6 +80,11 @@ class PythonRule(Rule):
     def changes_arguments(self) -> bool:
         """Whether calls under the new name take other arguments, so that a use that is no call needs a person."""
         return bool(self.first_argument or self.parameters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All qualified names that the rule is for."""
+        return (self.name, *self.also)
 
 
 class Markers(Config):
