@@ -41,6 +41,7 @@ FOLLOWED: dict[str, tuple[Any, str | None, Any]] = {
     "coldStartTimeout": ("60s", None, None),
     "initContainers": ([{"name": "model-loader"}], None, None),
 }
+FOLLOWED |= dict.fromkeys(("loss_scale", "backoff_factor", "growth_interval", "min_loss_scale"), (2, None, None))
 RESOURCE = {"apiVersion", "kind", "spec"}
 
 
@@ -160,3 +161,31 @@ def test_a_file_means_the_same_before_and_after_its_migration(
     readings = [read_generation_config(read_settings(tmp_path / name / "config.yaml")) for name in ("project", "new")]
     expected = TrainConfig().override(changes)
     assert [TrainConfig.from_dict(reading.settings) for reading in readings if reading] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "generation", "setting_name", "value"),
+    [
+        ("version: v2.0\nfp16: false\ngradient_clip: 0.5\n", "2.0", "optimizer.grad_clip", 0.5),
+        ("version: 2.0\nseed: 3\n", "2.0", "seed", 3),
+        ("fp16: true\nloss_scale: 1024\ngradient_clip: 0.5\n", "2.0", "optimizer.grad_clip", 0.5),
+        ("precision: fp32\nloss_scale: dynamic\n", "1.0", "precision", "fp32"),
+        ("precision: fp32\ndistributed: {data_parallel: 1}\n", "2.0", "precision", "fp32"),
+    ],
+)
+def test_keys_beside_the_documented_ones_train_before_and_after_a_migration(
+    tmp_path: Path, text: str, generation: str, setting_name: str, value: Any
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text(text)
+    migrate(tmp_path / "old", tmp_path / "new", "v5.0")
+    for folder, names in (("old", {generation}), ("new", {generation, "3.0", "5.0"})):
+        reading = read_generation_config(read_settings(tmp_path / folder / "config.yaml"))
+        assert reading is not None
+        assert reading.generation in names
+        assert setting(TrainConfig.from_dict(reading.settings), setting_name) == value
+
+
+def test_data_parallel_sizes_above_one_are_refused_like_the_others() -> None:
+    with pytest.raises(ConfigError, match=r"distributed.data_parallel is 4, and a run trains on one device"):
+        read_generation_config({"distributed": {"data_parallel": 4}})

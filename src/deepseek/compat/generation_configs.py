@@ -25,7 +25,7 @@ from deepseek.core.names import explain_unknown
 _SHARED = {"precision", "accum_steps", "ds_amp_level", "ds_activation_checkpoint"}
 _RESOURCE = ("apiVersion", "kind", "spec")
 _PRECISIONS = {"fp16": "bf16", "tf32": "fp32"}
-_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "tensor_parallel", "pipeline_parallel")
+_SIZES = tuple(f"{axis}_parallel{end}" for end in ("_size", "") for axis in ("tensor", "pipeline", "data"))
 _STRATEGIES = ("hash", "round_robin", "contiguous")
 _ONE_DEVICE = "a run trains on one device"
 
@@ -67,14 +67,17 @@ _Outcome = _Setting | _Unused
 def read_generation_config(values: Mapping[str, Any]) -> ConfigReading | None:
     """Read the values of a config file of any generation; `None` for a file of the trainer's own settings.
 
+    A generation is named by `generation` or, in older files, `version`; without either the keys tell.
+
     Raises `ConfigError` for an unknown generation, for two keys that set one setting, and for what the trainer cannot
     follow.
     """
     old = {key: value for key, value in values.items() if key in _ROWS}
-    if "generation" not in values and not old.keys() - _SHARED:
+    named = next((key for key in ("generation", "version") if key in values), None)
+    if named is None and not old.keys() - _SHARED:
         return None
-    generation = _generation_of(values, old)
-    settings = {key: value for key, value in values.items() if key not in old and key != "generation"}
+    generation = find_generation(str(values[named])) if named else _guess_generation(old)
+    settings = {key: value for key, value in values.items() if key not in old and key != named}
     owners: dict[str, str] = {}
     translated, unused = [], []
     for key, value in old.items():
@@ -91,12 +94,11 @@ def read_generation_config(values: Mapping[str, Any]) -> ConfigReading | None:
     return ConfigReading(generation.name, settings, tuple(translated), tuple(unused))
 
 
-def _generation_of(values: Mapping[str, Any], old: Mapping[str, Any]) -> FrameworkGeneration:
-    """Return the generation that a file names, else the oldest one that has all of its keys, else the newest."""
-    if "generation" in values:
-        return find_generation(str(values["generation"]))
+def _guess_generation(old: Mapping[str, Any]) -> FrameworkGeneration:
+    """Return the oldest generation that has all of the keys, else the newest."""
     rows = [row for row in load_table().generations if row.status == "released"]
-    return next((row for row in rows if old.keys() <= set(row.config_keys)), rows[-1])
+    telling = old.keys() - set(_SCALER_ARGUMENTS)
+    return next((row for row in rows if telling and telling <= set(row.config_keys)), rows[-1])
 
 
 def _assign(settings: dict[str, Any], outcome: _Setting, key: str) -> None:
@@ -194,6 +196,8 @@ def _mapping(key: str, value: Any, known: tuple[str, ...] | None) -> Mapping[str
 
 _QUANTIZING = "weights are made small after training, with `deepseek quantize`"
 _SCALING = "it scales the loss for float16, and runs train in bf16 or fp32"
+# Other names under which the scaler's settings stand in files, those of torch.amp.GradScaler among them.
+_SCALER_ARGUMENTS = ("loss_scale", "dynamic_loss_scale", "backoff_factor", "growth_interval", "min_loss_scale")
 _SERVING = "it is a setting of serving on a cluster"
 _ROWS: dict[str, Callable[[str, Any], _Outcome]] = {
     "engine": _read_engine,
@@ -215,8 +219,7 @@ _ROWS: dict[str, Callable[[str, Any], _Outcome]] = {
     "ds_memory_profiler": _not_used("the trainer has none; torch.profiler.profile(profile_memory=True) around it has"),
     "ds_activation_checkpoint": _read_switch("full", "none", "ds_activation_checkpoint"),
     "accum_steps": _becomes("accum_steps"),
-    "init_scale": _not_used(_SCALING),
-    "growth_factor": _not_used(_SCALING),
+    **dict.fromkeys(("init_scale", "growth_factor", *_SCALER_ARGUMENTS), _not_used(_SCALING)),
     "autoscaler": _not_used(_SERVING),
     "coldStartTimeout": _not_used(_SERVING),
     "initContainers": _not_used(_SERVING),

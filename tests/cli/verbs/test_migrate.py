@@ -117,3 +117,42 @@ def test_a_run_is_trained_from_a_migrated_config(
     result = call("train", "--config", tmp_path / "new" / "config.yaml", *options, "--json")
     assert (result.status, result.kinds[-1]) == (0, "model_saved")
     assert "ds_grad_clip=0.5 is optimizer.grad_clip=0.5" in result.err
+
+
+def _save_pickles(folder: Path) -> None:
+    folder.mkdir()
+    torch.save({"w": torch.ones(2)}, folder / "plain.pt")
+    torch.save({"w": torch.ones(2)}, folder / "named.pt")
+    torch.save({"w": torch.ones(2)}, folder / "twice.pt")
+    save_file({"w": torch.ones(2)}, folder / "twice.safetensors")
+    torch.save({"w": torch.ones(2), "epoch": 3}, folder / "state.pt")
+    (folder / "run.py").write_text("PATH = 'named.pt'\n")
+
+
+def test_the_last_line_counts_what_is_settled_and_what_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _save_pickles(tmp_path / "old")
+    (tmp_path / "old" / "a.py").write_text("import numpy as np\nx = np.float\n")
+    assert run(tmp_path / "old") == 1
+    checked = capsys.readouterr().out
+    last = "5 findings, 1 of them settled by --apply --out DIR, and 2 pickles if nothing but tensors is in there"
+    assert checked.splitlines()[-1] == last
+    assert "(run.py:1 names it)" in checked
+    assert run(tmp_path / "old", apply=True, out=tmp_path / "new") == 1
+    left = capsys.readouterr().out.splitlines()
+    assert left[-1] == "2 files changed, 3 findings left"
+    (state,) = (line for line in left if line.startswith("state.pt"))
+    assert "it holds more than plain tensors by their names" in state
+    assert not any("--apply" in line for line in left)
+    assert run(tmp_path / "new", exclude=["*.pt"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0 findings"
+
+
+def test_rules_that_the_source_has_behind_it_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.py").write_text("import torch\ntorch.symeig(a)\n")
+    assert run(tmp_path, source="v2.0") == 0
+    note = capsys.readouterr().out.splitlines()[0]
+    assert note == (
+        "not looked for, since --from v2.0 has it behind it: "
+        "python-clip-grad-norm, python-assert-allclose, python-symeig"
+    )
+    assert run(tmp_path) == 1

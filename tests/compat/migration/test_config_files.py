@@ -144,3 +144,37 @@ def test_an_edited_file_differs_in_the_settings_of_its_rules_alone(documents: li
     assert [{key: value for key, value in document.items() if key in ("a: b", "<<")} for document in read] == left
     assert [len(document) for document in read] == [len(document) for document in documents]
     assert not any(finding.edits for finding in config_findings(after))
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "reason"),
+    [
+        ("gradient_clip: 1\nds_grad_clip: 1\n", "config-gradient-clip", "ds_grad_clip stands there, too"),
+        ("gradient_clip: 1\ngradient_clip: 2\n", "config-gradient-clip", "gradient_clip stands there twice"),
+        ("fp16: &on true\nother: *on\n", "config-fp16-on", "an anchor, a merge or a tag is in the way"),
+        ("version: v2.0\ngeneration: v5.0\n", "config-version", "generation stands there, too"),
+    ],
+)
+def test_a_setting_that_is_left_says_why(text: str, rule: str, reason: str) -> None:
+    findings = [finding for finding in config_findings(text) if finding.rule == rule]
+    assert findings
+    assert all(finding.is_for_person and reason in finding.why for finding in findings)
+
+
+def test_keys_that_no_generation_has_in_its_section_are_named() -> None:
+    text = "distributed:\n  tensor_parallel: 1\n  backend: nccl\n  zero_stage: 2\n"
+    text += "data_loader: {shard_strategy: hash, x: 1}\n"
+    found = [finding for finding in config_findings(text) if finding.rule.endswith("-key")]
+    assert [(finding.line, finding.why.partition("(")[2].partition(";")[0]) for finding in found] == [
+        (3, "distributed.backend"),
+        (4, "distributed.zero_stage"),
+        (5, "data_loader.x"),
+    ]
+    assert settle("distributed: {data_parallel: 2}\n", config_findings) == "model_parallel: {data_parallel_size: 2}\n"
+
+
+@pytest.mark.parametrize("value", ["v5.0", "7", "1.2.3-beta", "mine"])
+def test_a_version_that_is_no_older_generation_stays(value: str) -> None:
+    assert not [
+        finding for finding in config_findings(f"version: {value}\nds_grad_clip: 1\n") if "version" in finding.rule
+    ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -217,3 +219,100 @@ def test_what_only_a_person_can_settle_is_found_and_left(text: str) -> None:
     findings = python_findings(text)
     assert findings
     assert apply_edits(text, findings) == text
+
+
+AUTOCAST = "it is not called here, and its calls take other arguments now"
+
+
+@pytest.mark.parametrize(
+    ("text", "reasons"),
+    [
+        ("import torch\nAC = torch.cuda.amp.autocast\nAC()\n", ["AC is another name for it", "left with line 2: AC"]),
+        (
+            "from torch.cuda.amp import autocast\nautocast()\nf(autocast)\n",
+            ["left with line 3: ", "left with", AUTOCAST],
+        ),
+        ("from torch.cuda.amp import autocast\nautocast(*a)\n", ["left with line 2", "a star hides its arguments"]),
+        ("import torch\ntorch.load(*a)\n", ["a star hides its arguments"]),
+        ("import torch\ntorch.load(p, pickle_module=dill)\n", ["pickle_module cannot be given with it"]),
+        (
+            "import torch\ntorch.testing.assert_allclose(a, b)\n",
+            ["without rtol and atol the new name means something else"],
+        ),
+        ("import numpy as np\nfloat = np.float\n", ["float is a name of this file"]),
+        ("from numpy import float\n", ["float is built in and not imported"]),
+        (
+            "try:\n    import torch\nexcept ImportError:\n    torch = None\ntorch.load(p)\n",
+            ["torch.load may be something else"],
+        ),
+        ("import torch\nf\"{f'{torch.cuda.amp.GradScaler()}'}\"\n", ["inside an f-string"]),
+        (
+            "from transformers import TrainingArguments as T\nT('o', no_cuda=True, use_cpu=False)\n",
+            ["use_cpu is given, too"],
+        ),
+        (
+            "from torch.cuda.amp import autocast\n__all__ = ['autocast']\n",
+            ["other files may import it from here"],
+        ),
+    ],
+)
+def test_what_is_left_to_a_person_says_why(text: str, reasons: list[str]) -> None:
+    findings = python_findings(text)
+    assert [any(finding.edits for finding in findings), len(findings)] == [False, len(reasons)]
+    for finding, reason in zip(findings, reasons, strict=True):
+        assert reason in finding.why
+        assert finding.is_for_person
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            "import torch\namp = torch.cuda.amp\nx = amp.autocast(True)\n",
+            'import torch.amp\nimport torch\namp = torch.cuda.amp\nx = torch.amp.autocast("cuda", enabled=True)\n',
+        ),
+        (
+            "import torch\ndef f():\n    cast = torch.cuda.amp.autocast\n    return cast(), cast(enabled=x)\n",
+            'import torch\ndef f():\n    cast = torch.amp.autocast\n    return cast("cuda"), cast("cuda", enabled=x)\n',
+        ),
+        ("import numpy as np\nF = np.float\nx = F(1)\n", "import numpy as np\nF = float\nx = F(1)\n"),
+        (
+            "import torch\nload: object = torch.load\nload(p)\n",
+            "import torch\nload: object = torch.load\nload(p, weights_only=True)\n",
+        ),
+        (
+            "from torch.cuda.amp.grad_scaler import GradScaler\nGradScaler()\n",
+            'from torch.amp import GradScaler\nGradScaler("cuda")\n',
+        ),
+        (
+            "from torch.cuda.amp import custom_fwd\n@custom_fwd(cast_inputs=t)\ndef f(ctx, x): ...\n",
+            'from torch.amp import custom_fwd\n@custom_fwd(cast_inputs=t, device_type="cuda")\ndef f(ctx, x): ...\n',
+        ),
+        (
+            "from torch.cuda.amp import custom_bwd as b\n@staticmethod\n@b\ndef f(ctx, x): ...\ng = b(f)\n",
+            "from torch.amp import custom_bwd as b\n@staticmethod\n"
+            '@b(device_type="cuda")\ndef f(ctx, x): ...\ng = b(f, device_type="cuda")\n',
+        ),
+    ],
+)
+def test_names_given_by_assignment_and_bare_decorators_are_rewritten(before: str, after: str) -> None:
+    assert settle(before, python_findings) == after
+
+
+def test_functions_with_the_rewritten_decorators_have_the_same_gradients() -> None:
+    before = (
+        "import torch\nfrom torch.cuda.amp import custom_bwd, custom_fwd\n\n"
+        "class Square(torch.autograd.Function):\n"
+        "    @staticmethod\n    @custom_fwd(cast_inputs=torch.float32)\n"
+        "    def forward(ctx, x):\n        ctx.save_for_backward(x)\n        return x * x\n\n"
+        "    @staticmethod\n    @custom_bwd\n"
+        "    def backward(ctx, g):\n        (x,) = ctx.saved_tensors\n        return 2 * x * g\n"
+    )
+    space: dict[str, Any] = {}
+    exec(
+        compile(settle(before, python_findings), "edited", "exec"), space
+    )  # warnings of deprecated names are errors here
+    x = torch.tensor([1.5, -2.0], requires_grad=True)
+    space["Square"].apply(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [3.0, -4.0]

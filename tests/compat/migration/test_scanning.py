@@ -133,3 +133,54 @@ def test_files_that_end_their_process_are_named_and_all_others_are_checked(
     found = list(check_in_processes(deadly.check, files, tmp_path, num_processes=2))
     assert [row[0] for row in found if isinstance(row[0], str)] == [f"{n}.py" for n in range(10) if n not in (3, 7)]
     assert [row[0].path for row in found if not isinstance(row[0], str)] == ["3.py", "7.py"]
+
+
+PYTHON_2 = {
+    "print.py": "def main():\n    print 'hello'\n",
+    "exec.py": "exec 'a = 1' in {}\n",
+    "except.py": "try:\n    pass\nexcept (IOError, OSError), error:\n    pass\n",
+    "raise.py": "raise ValueError, 'no'\n",
+    "tuple.py": "def f((a, b), c):\n    return a <> b\n",
+    "octal.py": "MODE = 0777\n",
+    "long.py": "x = 10L\n",
+    "tabs.py": "def f():\n\tif True:\n        return 1\n",
+    "ticks.py": "x = `1`\n",
+    "conflict.py": "<<<<<<< HEAD\nx = 1\n=======\nx = 2\n>>>>>>> other\n",
+}
+
+
+def test_a_project_that_is_no_python_of_today_is_not_clean(tmp_path: Path) -> None:
+    for name, text in PYTHON_2.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "fine.py").write_text("print('hello')\n")
+    cells = '{"cells": [{"cell_type": "code", "source": "print 1"}], "metadata": {"kernelspec": {"name": "python2"}}}'
+    (tmp_path / "old.ipynb").write_text(cells)
+    (tmp_path / "other.ipynb").write_text(cells.replace("}}}", '}, "language_info": {"name": "R"}}}'))
+    findings = {finding.path: finding for finding in found(tmp_path)}
+    assert set(findings) == {*PYTHON_2, "old.ipynb"}
+    assert all(finding.is_unreadable for finding in findings.values())
+    assert "port it to Python 3 first" in findings["print.py"].fix
+    assert run(tmp_path) == 2
+
+
+def test_a_large_project_is_parsed_where_it_looks_like_python_2_and_says_so(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"{number:04d}.py").write_text("x = 1\n")
+    (tmp_path / "old.py").write_text("print 'hello'\n")
+    (tmp_path / "prose.py").write_text('x = """\nprint this, a <> b\n"""\n')
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    listed = survey(tmp_path)
+    assert [finding.path for finding in scan_files(tmp_path, listed.files, "v5.0")] == ["old.py"]
+    assert "the syntax of sources that name no rule and do not look like Python 2" in str(listed)
+
+
+def test_what_a_link_out_of_the_project_leads_to_is_left_to_a_person(tmp_path: Path) -> None:
+    (tmp_path / "outside.yaml").write_text("gradient_clip: 1\n")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "own.yaml").write_text("gradient_clip: 1\n")
+    (project / "neighbor.yaml").symlink_to("own.yaml")
+    (project / "out.yaml").symlink_to("../outside.yaml")
+    (project / "absolute.yaml").symlink_to(project / "own.yaml")
+    is_fixable = {finding.path: finding.is_fixable for finding in found(project)}
+    assert is_fixable == {"own.yaml": True, "neighbor.yaml": True, "out.yaml": False, "absolute.yaml": False}

@@ -57,7 +57,7 @@ def migrate(
     json
         Print the findings as one JSON object.
     """
-    from deepseek.compat.migration.scanning import survey
+    from deepseek.compat.migration.scanning import list_rules_left_out, survey
     from deepseek.core.errors import ConfigError
 
     where = check or path
@@ -71,7 +71,13 @@ def migrate(
         findings = _check(where, files, target, source)
     else:
         findings = _apply(where, out, target, source, changed, exclude or ())
-    _show(findings, changed, files, as_json=json)
+    notes = [str(files)] if str(files) else []
+    if source is not None and (left_out := list_rules_left_out(target, source)):
+        notes.append(f"not looked for, since --from {source} has it behind it: {', '.join(left_out)}")
+    if json:
+        _print_json(findings, changed, files)
+    else:
+        _show(findings, changed if apply else None, notes)
     if any(finding.is_unreadable for finding in findings):
         return UNREADABLE
     return FOUND if findings else CLEAN
@@ -101,23 +107,37 @@ def _apply(
         )
 
 
-def _show(findings: list[Finding], changed: list[str], files: Survey, *, as_json: bool) -> None:
-    if as_json:
-        import json
+def _print_json(findings: list[Finding], changed: list[str], files: Survey) -> None:
+    import json
 
-        listed = [finding.to_dict() for finding in findings]
-        document = {"findings": listed, "changed": changed, "not_looked_at": str(files).removeprefix("not looked at: ")}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
-        return
-    for line in changed:
-        sys.stdout.write(f"changed {line}\n")
-    for finding in findings:
-        sys.stdout.write(f"{finding}\n")
-    if str(files):
-        sys.stdout.write(f"{files}\n")
-    num_fixable = sum(finding.is_fixable for finding in findings)
-    findings_word = "finding" if len(findings) == 1 else "findings"
-    sys.stdout.write(f"{len(findings)} {findings_word}, {num_fixable} of them settled by --apply --out DIR\n")
+    listed = [finding.to_dict() for finding in findings]
+    document = {"findings": listed, "changed": changed, "not_looked_at": str(files).removeprefix("not looked at: ")}
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def _show(findings: list[Finding], changed: list[str] | None, notes: list[str]) -> None:
+    """Print what was found; `changed` is `None` where nothing was to be changed."""
+    lines = [f"changed {file}" for file in changed or ()]
+    lines += [*map(str, findings), *notes, _summarize(findings, changed)]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _summarize(findings: list[Finding], changed: list[str] | None) -> str:
+    total = _count(len(findings), "finding")
+    if changed is not None:
+        return f"{_count(len(changed), 'file')} changed, {total} left"
+    num_conditional = sum(finding.is_conditional for finding in findings)
+    num_settled = sum(finding.is_fixable for finding in findings) - num_conditional
+    if not findings:
+        return total
+    settled = f"{total}, {num_settled} of them settled by --apply --out DIR"
+    if not num_conditional:
+        return settled
+    return f"{settled}, and {_count(num_conditional, 'pickle')} if nothing but tensors is in there"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @contextmanager

@@ -8,27 +8,23 @@ of it is known, and everything else is copied as it is, with its mode and its li
 from __future__ import annotations
 
 import pickle
-import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepseek.compat.conversion_steps import identify
 from deepseek.compat.headers import INDEX_NAME, read_checkpoint
 from deepseek.compat.migration.findings import Finding, apply_edits
-from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
 from deepseek.compat.migration.python_files import decode_python, encode_python
-from deepseek.compat.migration.scanning import Scan, list_files, prepare_scan, scan_file
+from deepseek.compat.migration.scanning import Scan, list_files, prepare_scan, scan_file, show
 from deepseek.compat.migration.settings import decode_settings
 from deepseek.compat.sharded_checkpoints import MAX_SHARD_BYTES, convert_files
 from deepseek.compat.version_converter import VersionConverter
 from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.storage import new_folder
-
-_MAX_TEXT_BYTES = 5_000_000
 
 
 def migrate(
@@ -51,8 +47,9 @@ def migrate(
     if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
         raise ConfigError(f"{out} lies inside {path}, which is to be copied; choose a folder outside")
     files = list_files(path, exclude)
-    prepared = prepare_scan(target, source, files)
     root = path if path.is_dir() else path.parent
+    prepared = prepare_scan(target, source, files, root)
+    reasons: dict[str, str] = {}
     with new_folder(out) as copy:
         if path.is_dir():
             shutil.copytree(path, copy, dirs_exist_ok=True, symlinks=True, ignore=_list_special_files)
@@ -62,15 +59,27 @@ def migrate(
             counterpart = copy / file.relative_to(root)
             # What a link leads to is either a file of the copy, which is migrated itself, or not ours to write.
             if not _is_behind_link(counterpart, copy):
-                what = _migrate_file(file, counterpart, prepared, root, is_named=file == path)
-                if what:
-                    on_change(file.relative_to(root), what)
+                try:
+                    what = _migrate_file(file, counterpart, prepared, root, is_named=file == path)
+                except ArtifactError as error:  # the copy is as the original
+                    reasons[show(file, root)] = str(error)
+                else:
+                    if what:
+                        on_change(file.relative_to(root), what)
             on_progress(done, len(files))
     is_named = not path.is_dir()
     left = list_files(out, exclude)
-    again = prepare_scan(target, source, left)
+    again = prepare_scan(target, source, left, out)
     found = [finding for file in left for finding in scan_file(file, again, out, is_named=is_named)]
-    return [finding.for_person("left as it was") if finding.is_fixable else finding for finding in found]
+    return [_leave(finding, reasons) if finding.is_fixable else finding for finding in found]
+
+
+def _leave(finding: Finding, reasons: Mapping[str, str]) -> Finding:
+    """Return a finding that was to be settled and was not, with the reason."""
+    if finding.rule == "checkpoint-pickle":
+        why = reasons.get(finding.path, "it holds more than plain tensors by their names")
+        return finding.for_person(why, "save its tensors with safetensors.torch.save_file, and the rest apart")
+    return finding.for_person(reasons.get(finding.path, "left as it was"))
 
 
 def _list_special_files(folder: str, names: list[str]) -> set[str]:
@@ -96,15 +105,9 @@ def _migrate_file(file: Path, copy: Path, prepared: Scan, root: Path, *, is_name
         copy.write_bytes(_edit(content, file.suffix, findings))
         copy.chmod(mode)
         return ", ".join(sorted(rules))
-    try:
-        if "checkpoint-layout" in rules:
-            return _convert(file, copy, prepared)
-        if "checkpoint-pickle" in rules and file.suffix in PICKLE_SUFFIXES:
-            return "" if _is_named_in_text(file, root) else _convert_pickle(file, copy, prepared)
-    except ArtifactError:
-        # The copy is as the original; the scan that follows says what is wrong with it.
-        return ""
-    return ""
+    if "checkpoint-layout" in rules:
+        return _convert(file, copy, prepared)
+    return _convert_pickle(file, copy, prepared) if "checkpoint-pickle" in rules else ""
 
 
 def _edit(content: bytes, suffix: str, findings: list[Finding]) -> bytes:
@@ -142,14 +145,6 @@ def _replace_file(new: Path, old: Path) -> None:
     old.unlink()
     shutil.move(new, old)
     old.chmod(mode)
-
-
-def _is_named_in_text(file: Path, root: Path) -> bool:
-    """Whether a text of the project names a file, so that it cannot go away under another suffix."""
-    name = re.compile(rf"(?<![\w.-]){re.escape(file.name)}(?![\w-])".encode())
-    suffixes = (".py", ".ipynb", ".yaml", ".yml", ".json", ".toml", ".sh", ".cfg", ".ini", ".txt", ".md")
-    texts = [path for path in root.rglob("*") if path.suffix in suffixes and path.is_file()]
-    return any(path.stat().st_size <= _MAX_TEXT_BYTES and name.search(path.read_bytes()) for path in texts)
 
 
 def _convert_pickle(source: Path, copy: Path, prepared: Scan) -> str:

@@ -58,7 +58,10 @@ def _judge(
         return None
     found = find(by_id["checkpoint-layout"], shown, 1, 1, detail=f"as {', '.join(generations)}, not {target.name}")
     if model_type is None and FUSE_LLAMA.plan(specs, "backward"):
-        return found.for_person("Phi-3 holds these names, too: put its config.json beside it, which tells them apart")
+        return found.for_person(
+            "Phi-3 holds these names, too: put its config.json beside it, which tells them apart",
+            "without one, convert it with VersionConverter if it is no Phi-3",
+        )
     _, report = VersionConverter(generations[-1], target.name).plan(specs)
     return found if report.actions else None
 

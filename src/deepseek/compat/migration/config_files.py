@@ -98,7 +98,10 @@ def _apply(rule: ConfigRule, entries: list[Entry], source: _ConfigText) -> Itera
         match = re.fullmatch(rule.value, entry.plain) if rule.value else None
         if rule.value and match is None:
             continue
-        if rule.id == "config-generation" and not _is_older(entry.plain, source.target):
+        if rule.id in ("config-generation", "config-version") and not _is_older(entry.plain, source.target):
+            continue
+        if rule.known_keys:
+            yield from ((found, None) for found in _find_unknown_keys(rule, entry, entries, source))
             continue
         if rule.add_key and any(other.path == (*wanted, rule.add_key) for other in entries):
             continue
@@ -107,11 +110,27 @@ def _apply(rule: ConfigRule, entries: list[Entry], source: _ConfigText) -> Itera
         new_path = (*wanted[:-1], rule.rename_to or "")
         # The headers of TOML say the name of a section as often as it has parts.
         are_headers = source.suffix == ".toml" and all(other.value is None for other in matching)
-        is_alone = are_headers or len(matching) == 1
-        is_alone = is_alone and not any(other.path == new_path for other in entries)
-        kept = edits if is_alone and not _is_read_elsewhere(entry, source.text) else []
-        at = source.lines.line_and_column(entry.start)
-        yield find(rule, source.path, *at, kept, ".".join(entry.path)), change if kept else None
+        reason = None
+        if any(other.path == new_path for other in entries):
+            reason = f"{'.'.join(new_path)} stands there, too"
+        elif not are_headers and len(matching) > 1:
+            reason = f"{rule.key} stands there twice"
+        elif _is_read_elsewhere(entry, source.text):
+            reason = "an anchor, a merge or a tag is in the way"
+        found = find(rule, source.path, *source.lines.line_and_column(entry.start), edits, ".".join(entry.path))
+        if edits and reason:
+            found = found.for_person(reason)
+        yield found, change if found.edits else None
+
+
+def _find_unknown_keys(
+    rule: ConfigRule, section: Entry, entries: list[Entry], source: _ConfigText
+) -> Iterator[Finding]:
+    """Yield the keys of a section that no generation has there."""
+    for entry in entries:
+        if entry.path[:-1] == section.path and entry.path[-1] not in rule.known_keys:
+            at = source.lines.line_and_column(entry.start)
+            yield find(rule, source.path, *at, detail=f"{'.'.join(entry.path)}; known: {', '.join(rule.known_keys)}")
 
 
 def _is_read_elsewhere(entry: Entry, text: str) -> bool:
@@ -182,7 +201,8 @@ def _keep_verified(findings: list[tuple[Finding, _Change | None]], source: _Conf
             kept += [pair] if _is_right([*kept, pair], source) else []
         edited = kept
     verified = [finding for finding, _ in edited]
-    return [found if not found.edits or found in verified else found.with_edits(()) for found, _ in findings]
+    reason = "the edited file would not read as the rule says"
+    return [found if not found.edits or found in verified else found.for_person(reason) for found, _ in findings]
 
 
 def _is_right(edited: Sequence[tuple[Finding, _Change]], source: _ConfigText) -> bool:

@@ -43,7 +43,10 @@ class Finding:
 
     @property
     def is_fixable(self) -> bool:
-        """Whether `--apply` settles it: by an edit, or by converting the file."""
+        """Whether `--apply` settles it: by an edit, or by converting the file.
+
+        A pickle is converted where it holds nothing but tensors, which only loading it shows.
+        """
         is_converted = self.rule in ("checkpoint-layout", "checkpoint-pickle") and not self.is_for_person
         return bool(self.edits) or is_converted
 
@@ -51,9 +54,15 @@ class Finding:
         """Return the same finding with other edits."""
         return dataclasses.replace(self, edits=tuple(edits))
 
-    def for_person(self, reason: str) -> Finding:
-        """Return the same finding, left to a person for a reason."""
-        return dataclasses.replace(self, edits=(), is_for_person=True, why=f"{self.why} ({reason})")
+    @property
+    def is_conditional(self) -> bool:
+        """Whether `--apply` may find that it cannot settle it."""
+        return self.rule == "checkpoint-pickle" and self.is_fixable
+
+    def for_person(self, reason: str, fix: str | None = None) -> Finding:
+        """Return the same finding, left to a person for a reason; `fix` says what to do if the rule says `--apply`."""
+        why = f"{self.why} ({reason})"
+        return dataclasses.replace(self, edits=(), is_for_person=True, why=why, fix=fix or self.fix)
 
     def moved(self, line: int, detail: str) -> Finding:
         """Return the same finding at another line, without edits."""

@@ -14,9 +14,7 @@ from deepseek.compat.migration.rules import PythonRule
 
 def mentions_any(content: bytes, rules: tuple[PythonRule, ...]) -> bool:
     """Whether some rule's name can be written in the file."""
-    return any(
-        all(word in content for word in _words(name, rule.keyword)) for rule in rules for name in rule.names
-    )
+    return any(all(word in content for word in _words(name, rule.keyword)) for rule in rules for name in rule.names)
 
 
 @functools.cache

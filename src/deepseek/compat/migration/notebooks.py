@@ -16,6 +16,7 @@ from deepseek.compat.migration.python_files import check_python
 from deepseek.compat.migration.rules import PythonRule
 
 SUFFIX = ".ipynb"
+_PYTHON_2 = re.compile(rb'"name":\s*"python2"|"version":\s*"2\.')
 _ASSIGNED_COMMAND = re.compile(r"(\s*[^=#'\"()]+=\s*)[!%]")  # `files = !ls`
 
 
@@ -25,6 +26,8 @@ def check_notebook(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> 
         notebook = json.loads(content)
         # Before version 4 the cells stood on worksheets, and their source was called input.
         sheets = notebook.get("worksheets", [notebook])
+        if _language(notebook) not in ("", "python", "ipython"):
+            return []
         sources = [_source(cell) for sheet in sheets for cell in sheet["cells"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [unreadable(path, f"not a notebook: {type(error).__name__} {error}", "save it anew or exclude it")]
@@ -38,6 +41,18 @@ def check_notebook(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> 
         cell = bisect.bisect_right(starts, found.line)
         findings.append(found.moved(found.line - starts[cell - 1] + 1, f"cell {cell}"))
     return findings
+
+
+def is_for_python_2(content: bytes) -> bool:
+    """Whether the bytes of a notebook name a kernel of Python 2."""
+    return _PYTHON_2.search(content) is not None
+
+
+def _language(notebook: dict[str, dict[str, dict[str, str]]]) -> str:
+    """Return the language that a notebook is written in, in lower case; nothing where it does not say."""
+    metadata = notebook.get("metadata") or {}
+    named = (metadata.get("language_info") or {}).get("name") or (metadata.get("kernelspec") or {}).get("language")
+    return str(named or "").lower()
 
 
 def _source(cell: dict[str, object]) -> list[str]:

@@ -31,18 +31,31 @@ from deepseek.compat.migration.rules import PythonRule
 _SPACE = re.compile(r"(?:[ \t\f\r\n]|\\\r?\n|#[^\r\n]*)*")
 
 
+# Statements of Python 2 that are no syntax of Python 3.
+_PYTHON_2 = re.compile(
+    rb"""^[ \t]*(?:(?:print|exec)[ \t]+["'\w]|except[ \t]+[\w.(), \t]+,[ \t]*\w+[ \t]*:|raise[ \t]+[\w.]+[ \t]*,)|<>""",
+    re.MULTILINE,
+)
+
+
+def is_like_python_2(content: bytes) -> bool:
+    """Whether a source has the looks of Python 2, in strings and comments too; to be asked before or after parsing."""
+    return _PYTHON_2.search(content) is not None
+
+
 def check_python(content: bytes, path: str, rules: tuple[PythonRule, ...]) -> list[Finding]:
-    """Return the findings in one file; one that says `unreadable` for broken source."""
+    """Return the findings in one file; one that says `unreadable` for broken source, also where there is no rule."""
     try:
         text = decode_python(content)
         tree = _parse(text)
         wanted = frozenset(name for rule in rules for name in rule.names)
-        names = find_names(tree, wanted)
+        names = find_names(tree, wanted) if rules else Names()
     except SyntaxError as error:
         if "too many nested" in error.msg or "too complex" in error.msg:
             return [unreadable(path, "nested too deeply to be parsed", "exclude the file")]
         line, column = error.lineno or 1, max(error.offset or 1, 1)
-        return [unreadable(path, f"not valid Python: {error.msg}", "mend or exclude the file", line, column)]
+        fix = "port it to Python 3 first, or exclude it" if is_like_python_2(content) else "mend or exclude the file"
+        return [unreadable(path, f"not valid Python: {error.msg}", fix, line, column)]
     except (UnicodeDecodeError, ValueError) as error:
         return [unreadable(path, f"not valid Python: {error}", "mend or exclude the file")]
     except (RecursionError, MemoryError):

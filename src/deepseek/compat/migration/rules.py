@@ -43,6 +43,8 @@ class ConfigRule(Rule):
     add_key: str | None = None
     """A key that the section must hold."""
     add_value: str | None = None
+    known_keys: tuple[str, ...] = ()
+    """The keys that the section may hold; every other one is a finding."""
     before: str
     after: str
 

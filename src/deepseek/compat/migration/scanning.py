@@ -4,9 +4,10 @@
         scanned.findings
 
 Files are read one by one, up to a limit, and none is imported, unpickled or loaded; pipes and devices are not opened. A
-file whose bytes mention no name of any rule cannot hold a finding and is not parsed (so a syntax error in it goes
-unreported), which is what makes ten thousand files a matter of seconds. Links are followed to files, and to folders
-only once, so that a loop ends. `survey` also says what is not looked at.
+source whose bytes mention no name of any rule cannot hold a finding. It is still parsed, since a project that is no
+Python of today is not a clean one; in projects of a thousand files and more only where it looks like Python 2, which is
+what makes ten thousand files a matter of seconds. Links are followed to files, and to folders only once, so that a loop
+ends. `survey` also says what is not looked at.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from deepseek.compat.migration.config_files import check_config
 from deepseek.compat.migration.findings import Finding, unreadable
 from deepseek.compat.migration.mentions import mentions_any
 from deepseek.compat.migration.notebooks import SUFFIX as NOTEBOOK_SUFFIX
-from deepseek.compat.migration.notebooks import check_notebook
+from deepseek.compat.migration.notebooks import check_notebook, is_for_python_2
 from deepseek.compat.migration.pickles import SUFFIXES as PICKLE_SUFFIXES
-from deepseek.compat.migration.python_files import check_python, is_decodable
+from deepseek.compat.migration.python_files import check_python, is_decodable, is_like_python_2
 from deepseek.compat.migration.rules import MigrationRules, load_rules
 from deepseek.compat.migration.settings import SUFFIXES as CONFIG_SUFFIXES
 from deepseek.compat.migration.settings import decode_settings
@@ -46,6 +47,7 @@ _MAX_INDEX_BYTES = 100_000_000
 _NUM_SHOWN_SUFFIXES = 6
 # Starting a process costs some tenths of a second, a file with findings some milliseconds.
 _MIN_PARALLEL_FILES, _CHUNK_FILES, _MAX_WORKERS = 1000, 64, 16
+_TEXT_SUFFIXES = (".py", ".ipynb", ".yaml", ".yml", ".json", ".toml", ".sh", ".cfg", ".ini", ".txt", ".md")
 _KNOWN = (".py", NOTEBOOK_SUFFIX, ".safetensors", *CONFIG_SUFFIXES, *PICKLE_SUFFIXES)
 
 
@@ -66,6 +68,10 @@ class Scan:
     config_words: re.Pattern[bytes]
     keys_in_code: Mapping[str, str] = field(default_factory=dict)
     """Settings that some source reads by their old name, and where: a config must not change without its reader."""
+    pickles_in_text: Mapping[str, str] = field(default_factory=dict)
+    """Names of pickles that some text has, and where: they cannot go away under another suffix."""
+    parses_all: bool = True
+    """Whether sources that name no rule are parsed, too."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,16 @@ class Survey:
             shown += ["..."] if len(self.unseen) > _NUM_SHOWN_SUFFIXES else []
             parts.append(f"{sum(count for _, count in self.unseen)} files ({', '.join(shown)})")
         parts += [f"folders {', '.join(self.skipped_folders)}"] if self.skipped_folders else []
+        if len(self.files) >= _MIN_PARALLEL_FILES:
+            parts.append("the syntax of sources that name no rule and do not look like Python 2")
         return f"not looked at: {'; '.join(parts)}" if parts else ""
 
 
-def prepare_scan(target: str, source: str | None = None, files: Iterable[Path] = ()) -> Scan:
-    """Choose the rules on the way to generation `target`, from `source` or from any; `files` are those of the project.
+def prepare_scan(target: str, source: str | None = None, files: Sequence[Path] = (), root: Path | None = None) -> Scan:
+    """Choose the rules on the way to generation `target`, from `source` or from any.
 
-    Raises `ConfigError` for unknown names, and for a target below the source.
+    `files` are those of the project in the folder `root`. Raises `ConfigError` for unknown names, and for a target
+    below the source.
     """
     goal, start = find_generation(target), None if source is None else find_generation(source)
     if start is not None and start.version > goal.version:
@@ -101,14 +110,25 @@ def prepare_scan(target: str, source: str | None = None, files: Iterable[Path] =
     rules = load_rules().between(start, goal)
     keys = [rule.key.rpartition(".")[2] for rule in rules.config if rule.rename_to or rule.set_value]
     words = _any_word([rule.key.rpartition(".")[2] for rule in rules.config])
-    return Scan(rules, goal, words, _find_keys_in_code(keys, files))
+    pickles = {file.name for file in files if file.suffix in PICKLE_SUFFIXES}
+    named = _find_names_in_text(pickles, root) if pickles and root else {}
+    return Scan(rules, goal, words, _find_keys_in_code(keys, files), named, len(files) < _MIN_PARALLEL_FILES)
+
+
+def list_rules_left_out(target: str, source: str) -> list[str]:
+    """List the rules up to generation `target` that do not apply to a project of generation `source`."""
+    goal, start = find_generation(target), find_generation(source)
+    applied = load_rules().between(start, goal)
+    kept = {rule.id for rule in (*applied.config, *applied.python, *applied.checkpoint)}
+    possible = load_rules().between(None, goal)
+    return [rule.id for rule in (*possible.config, *possible.python, *possible.checkpoint) if rule.id not in kept]
 
 
 def scan(path: Path, target: str, source: str | None = None) -> Iterator[Scanned]:
     """Check a file, or everything below a folder, in sorted order; a missing path raises `ConfigError`."""
     files = list_files(path)
-    prepared = prepare_scan(target, source, files)
     root = path if path.is_dir() else path.parent
+    prepared = prepare_scan(target, source, files, root)
     for file in files:
         yield Scanned(file, tuple(scan_file(file, prepared, root, is_named=file == path)))
 
@@ -124,8 +144,8 @@ def scan_files(
 
     `on_progress` receives files done and in all.
     """
-    prepared = prepare_scan(target, source, files)
     root = path if path.is_dir() else path.parent
+    prepared = prepare_scan(target, source, files, root)
     check = functools.partial(_scan_listed, prepared=prepared, root=root, named=None if path.is_dir() else path)
     findings: list[Finding] = []
     num_processes = min(os.cpu_count() or 1, _MAX_WORKERS)
@@ -157,7 +177,7 @@ def check_in_processes(
                     del unchecked[0]
             if unchecked:
                 file = unchecked.pop(0)
-                yield [unreadable(_show(file, root), "the process that checked it ended", "exclude it with --exclude")]
+                yield [unreadable(show(file, root), "the process that checked it ended", "exclude it with --exclude")]
 
 
 def _scan_listed(file: Path, prepared: Scan, root: Path, named: Path | None) -> list[Finding]:
@@ -218,7 +238,26 @@ def _list_shards(folder: Path) -> set[str]:
 
 def scan_file(path: Path, prepared: Scan, root: Path, *, is_named: bool = False) -> list[Finding]:
     """Return the findings in one file or folder of shards; paths are shown relative to `root`."""
-    shown = _show(path, root)
+    found = _scan_file(path, prepared, root, is_named=is_named)
+    if not is_named and found and _leads_out(path, root):
+        reason = "it is a link, which a copy keeps as it is"
+        return [
+            finding.for_person(reason, "change what it leads to") if finding.is_fixable else finding
+            for finding in found
+        ]
+    return found
+
+
+def _leads_out(path: Path, root: Path) -> bool:
+    """Whether a path goes through a link to anything but a neighbor, which would not be migrated with it."""
+    inside = [part for part in (path, *path.parents) if part != root and part.is_relative_to(root)]
+    links = [part for part in inside if part.is_symlink()]
+    is_absolute = any(link.readlink().is_absolute() for link in links)
+    return bool(links) and (is_absolute or not path.resolve().is_relative_to(root.resolve()))
+
+
+def _scan_file(path: Path, prepared: Scan, root: Path, *, is_named: bool) -> list[Finding]:
+    shown = show(path, root)
     try:
         if path.is_dir():
             return check_weights(path, shown, prepared.rules, prepared.target)
@@ -227,13 +266,14 @@ def scan_file(path: Path, prepared: Scan, root: Path, *, is_named: bool = False)
         if path.suffix == ".safetensors":
             return check_weights(path, shown, prepared.rules, prepared.target)
         if path.suffix in PICKLE_SUFFIXES:
-            return check_pickle(path, shown, prepared.rules)
+            return [_guard_pickle(found, path, prepared) for found in check_pickle(path, shown, prepared.rules)]
         return _check_text(path, shown, prepared, is_named=is_named)
     except Exception as error:  # noqa: BLE001 - becomes a finding that names the file, so that the others are still checked
         return [unreadable(shown, f"cannot be checked: {type(error).__name__} {error}", "exclude it with --exclude")]
 
 
-def _show(path: Path, root: Path) -> str:
+def show(path: Path, root: Path) -> str:
+    """Return a path as findings name it."""
     shown = str(path.relative_to(root)) if path != root and path.is_relative_to(root) else str(path)
     # A name may hold a line end, which would look like another finding.
     return shown if shown.isprintable() else ascii(shown)[1:-1]
@@ -249,7 +289,10 @@ def _check_text(path: Path, shown: str, prepared: Scan, *, is_named: bool) -> li
     if path.suffix in (".py", NOTEBOOK_SUFFIX):
         rules = prepared.rules.python
         if not mentions_any(content, rules) and is_decodable(content):
-            return []
+            rules = ()
+            is_old = is_like_python_2(content) if path.suffix == ".py" else is_for_python_2(content)
+            if not is_old and not (path.suffix == ".py" and prepared.parses_all):
+                return []
         return check_python(content, shown, rules) if path.suffix == ".py" else check_notebook(content, shown, rules)
     is_wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # UTF-16, whose bytes hold no words
     if not is_wide and not prepared.config_words.search(content):
@@ -287,14 +330,41 @@ def _guard_reader(found: Finding, prepared: Scan) -> Finding:
     return found if reader is None else found.for_person(f"{reader} reads it by this name, so change both together")
 
 
+def _guard_pickle(found: Finding, path: Path, prepared: Scan) -> Finding:
+    """Leave a pickle to a person where it cannot become a safetensors file of its name."""
+    if not found.is_fixable:
+        return found
+    if path.name in prepared.pickles_in_text:
+        where = prepared.pickles_in_text[path.name]
+        return found.for_person(f"{where} names it", "write it as safetensors and change the name there, both together")
+    if path.with_suffix(".safetensors").exists():
+        return found.for_person("a .safetensors of its name stands beside it", "keep one of the two")
+    return found
+
+
+def _find_names_in_text(names: set[str], root: Path) -> dict[str, str]:
+    """Return those of the file names that some text below `root` has, with the first place of each."""
+    words = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    pattern = re.compile(rf"(?<![\w.-])(?:{words})(?![\w-])".encode())
+    found: dict[str, str] = {}
+    for path in sorted(root.rglob("*")):
+        if path.suffix in _TEXT_SUFFIXES and path.is_file() and path.stat().st_size <= _MAX_TEXT_BYTES:
+            content = path.read_bytes()
+            for match in pattern.finditer(content):
+                line = content.count(b"\n", 0, match.start()) + 1
+                found.setdefault(match[0].decode(), f"{show(path, root)}:{line}")
+    return found
+
+
 def _find_keys_in_code(keys: Sequence[str], files: Iterable[Path]) -> dict[str, str]:
     """Return the settings that sources read, as `x["key"]`, `x.get("key")` or `x.key`, with the first place of each."""
     if not keys:
         return {}
     names = "|".join(map(re.escape, sorted(set(keys))))
-    pattern = re.compile(
-        rf"(?:\[\s*|\.(?:get|pop|setdefault)\(\s*)['\"](?P<item>{names})['\"]|\w\.(?P<attribute>{names})\b(?!\()".encode()
-    )
+    # Everything has a version, so that only a key of that name can be the setting.
+    attributes = "|".join(map(re.escape, sorted(set(keys) - {"version"})))
+    item = rf"(?:\[\s*|\.(?:get|pop|setdefault)\(\s*)['\"](?P<item>{names})['\"]"
+    pattern = re.compile(rf"{item}|\w\.(?P<attribute>{attributes})\b(?!\()".encode())
     words = [key.encode() for key in sorted(set(keys))]
     found: dict[str, str] = {}
     for path in files:
