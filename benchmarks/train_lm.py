@@ -23,8 +23,11 @@ from benchmarks.measuring import Bar, Row, Side, measure, parse_arguments, ratio
 from deepseek.data.batching import Batch
 from deepseek.mixed_precision.forward_precision import choose_precision
 from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.optim.clipping import FixedBound
 from deepseek.optim.optimizers import OptimizerConfig, build_optimizer
+from deepseek.train.config import TrainConfig
 from deepseek.train.steps import take_step
+from deepseek.train.tasks.causal_lm import CausalLM
 
 CONFIG = DecoderConfig(
     vocab_size=4096,
@@ -86,12 +89,12 @@ def our_loop(num_steps: int, *, compiled: bool) -> Callable[[], float]:
     if compiled:
         for layer in model.layers:
             layer.compile()
-    tokens = random_tokens(0)
+    tokens, task, bound = random_tokens(0), CausalLM(TrainConfig()), FixedBound(GRAD_CLIP)
 
     def step() -> None:
         rows_BT = next(tokens)
         batch = Batch(rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous(), BATCH_SIZE * LENGTH)
-        take_step(model, optimizer, [batch], precision=precision, grad_clip=GRAD_CLIP)
+        take_step(task, model, optimizer, [batch], precision=precision, bound=bound)
 
     return timed(step, num_steps)
 

@@ -137,17 +137,21 @@ def training() -> Iterator[Callable[[], float]]:
 
     from deepseek.data.batching import Batch
     from deepseek.models.decoder.model import Decoder, DecoderConfig
+    from deepseek.optim.clipping import FixedBound
     from deepseek.optim.optimizers import OptimizerConfig, build_optimizer
+    from deepseek.train.config import TrainConfig
     from deepseek.train.steps import take_step
+    from deepseek.train.tasks.causal_lm import CausalLM
 
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(vocab_size=512, num_layers=2, hidden_size=128, num_heads=4, ffn_size=384)).train()
     optimizer = build_optimizer(model, OptimizerConfig(), 1e-3)
     tokens_BT = torch.randint(0, 512, (8, 65))
     batch = Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous(), 8 * 64)
+    task, bound = CausalLM(TrainConfig()), FixedBound(1.0)
 
     def step() -> float:
-        take_step(model, optimizer, [batch], precision="fp32", grad_clip=1.0)
+        take_step(task, model, optimizer, [batch], precision="fp32", bound=bound)
         return 1.0
 
     yield step

@@ -4,7 +4,7 @@ from deepseek.bench.recipe_requests import choose_recipe_precision, narrow_space
 from deepseek.mixed_precision.forward_precision import choose_precision
 from deepseek.planning.search.request import Space
 from deepseek.recipes import load_recipe
-from deepseek.train.loop import open_device
+from deepseek.train.run_state import open_device
 
 TINY = load_recipe("decoder_tiny")
 

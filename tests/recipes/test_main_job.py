@@ -128,7 +128,7 @@ def test_training_is_reported_as_its_steps_were(job: Job) -> None:
     assert [step.step for step in steps] == list(range(1, 61))
     assert job.report["train"]["loss_first"] == steps[0].loss
     assert job.report["train"]["loss_last"] == steps[-1].loss
-    assert job.report["train"]["tokens_per_s"] == statistics.median(step.tokens_per_s for step in steps)
+    assert job.report["train"]["tokens_per_s"] == statistics.median(step.units_per_s for step in steps)
     assert job.report["train"]["num_steps"] == 60
     assert job.report["train"]["first_step"] == 0
     assert 0.5 * job.wall_s < job.report["wall_s"] <= job.wall_s
@@ -220,7 +220,7 @@ def test_a_job_that_cannot_save_itself_says_so(corpus: Path, tmp_path: Path, mon
 
     events = run_main_job(make_config(corpus, tmp_path / "run"))
     next(event for event in events if isinstance(event, StepDone))
-    monkeypatch.setattr("deepseek.train.loop.save", refuse)
+    monkeypatch.setattr("deepseek.train.run_state.save", refuse)
     with pytest.raises(StorageError, match="the disk is full"):
         events.close()
 

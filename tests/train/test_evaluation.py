@@ -10,9 +10,10 @@ import torch
 from deepseek.data.batching import evaluation_batches
 from deepseek.data.corpus import load_data
 from deepseek.models.loading import load_model
-from deepseek.train.evaluation import measure_loss
+from deepseek.train.evaluation import evaluate
 from deepseek.train.events import Evaluated
 from deepseek.train.loop import train
+from deepseek.train.tasks.causal_lm import CausalLM
 from tests.train.test_loop import assert_bit_equal, make_config, write_corpus
 
 
@@ -40,8 +41,9 @@ def test_a_run_too_short_to_open_its_mask_reports_the_loss_of_the_model_that_is_
     data = load_data(config.data, tmp_path / "data")
     assert data.heldout is not None
     batches = evaluation_batches(data.heldout, config.data)
-    loss, num_tokens = measure_loss(load_model(tmp_path / "model"), batches, precision="fp32")
-    assert (evaluated.heldout_loss, evaluated.num_tokens) == (pytest.approx(loss, rel=1e-6), num_tokens)
+    metrics, num_tokens = evaluate(CausalLM(config), load_model(tmp_path / "model"), batches, precision="fp32")
+    expected = pytest.approx(metrics["heldout_loss"], rel=1e-6), num_tokens
+    assert (evaluated.heldout_loss, evaluated.num_units) == expected
 
 
 def test_evaluation_stops_at_its_limit_and_leaves_the_mode_as_it_was(corpus: Path, tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_evaluation_stops_at_its_limit_and_leaves_the_mode_as_it_was(corpus: Pat
     for is_training in (True, False):
         model.train(is_training)
         batches = evaluation_batches(data.heldout, config.data)
-        _, num_tokens = measure_loss(model, batches, precision="fp32", max_tokens=200)
+        _, num_tokens = evaluate(CausalLM(config), model, batches, precision="fp32", max_units=200)
         assert num_tokens == 256  # two batches of 4 rows of 32
         assert model.training is is_training
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in model.parameters())

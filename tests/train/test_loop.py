@@ -204,7 +204,7 @@ def test_events_tell_the_whole_run_and_the_model_reloads(corpus: Path, tmp_path:
     assert data.heldout is not None
     baseline = measure_ngrams(data.train.tokens, data.heldout.tokens, data.tokenizer.vocab_size)
     assert evaluations[-1].heldout_loss < baseline.unigram
-    assert evaluations[-1].num_tokens == len(data.heldout.tokens) - 1
+    assert evaluations[-1].num_units == len(data.heldout.tokens) - 1
     model = load_model(saved.path)
     assert model.config == config.model
 
@@ -223,7 +223,7 @@ def test_a_setting_that_is_newer_than_a_checkpoint_counts_by_its_default(
         assert checkpoint.state["settings"].pop("model.rope_fraction") == 1.0
         return checkpoint
 
-    monkeypatch.setattr("deepseek.train.loop.newest_valid", read_older)
+    monkeypatch.setattr("deepseek.train.run_state.newest_valid", read_older)
     events = list(train(make_config(corpus, finished)))
     assert not [event for event in events if isinstance(event, StepDone)]  # it went on where it was
     with pytest.raises(CheckpointError, match=r"model\.rope_fraction was None and is 0\.5"):

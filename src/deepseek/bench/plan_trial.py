@@ -88,7 +88,7 @@ def _take_steps(config: TrainConfig) -> tuple[list[float], float]:
         for event in events:
             if isinstance(event, StepDone):
                 if event.step > 1:
-                    seconds.append(event.num_tokens / event.tokens_per_s)
+                    seconds.append(event.num_units / event.units_per_s)
                 if event.step >= config.num_steps:
                     break
             elif not isinstance(event, RunStarted):
@@ -142,6 +142,6 @@ class _DeviceMemory:
 
 
 def _open_memory(config: TrainConfig) -> _ProcessMemory | _DeviceMemory:
-    from deepseek.train.loop import open_device
+    from deepseek.train.run_state import open_device
 
     return _DeviceMemory() if open_device(config.device).type == "cuda" else _ProcessMemory()

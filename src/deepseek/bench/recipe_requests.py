@@ -11,7 +11,7 @@ from deepseek.planning.models.model_shape import ModelShape
 from deepseek.planning.naming import read_config
 from deepseek.planning.search.request import Space
 from deepseek.train.config import TrainConfig
-from deepseek.train.loop import open_device
+from deepseek.train.run_state import open_device
 
 
 def read_recipe_shape(recipe: TrainConfig, name: str, *, sequence: int | None) -> ModelShape:

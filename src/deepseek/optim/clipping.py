@@ -1,17 +1,66 @@
 """Keeping one bad batch from undoing many good ones: the norm of the whole gradient is bounded before each step.
 
-Source: Pascanu et al. 2013. The norm is torch's; what is added is that a gradient which is no longer a number stops
-the run with a sentence instead of turning every weight into NaN.
+A `GradientBound` gives the factor on the gradient of each step from the step's loss and norm; the loop asks it once a
+step. `FixedBound` is the known one (Pascanu et al. 2013). The norm is torch's; what is added for loops of one's own
+is that a gradient which is no longer a number stops with a sentence instead of turning every weight into NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from deepseek.core.errors import TrainingError
+
+
+class GradientBound(Protocol):
+    """How much of each step's gradient is used."""
+
+    def factor(self, loss: float, norm: float) -> float:
+        """Return the factor in (0, 1] on the gradient of the step with this loss and norm, both finite."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later factors depend on, as JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+
+class FixedBound:
+    """A gradient whose norm is over `max_norm` is scaled to it; `None` never scales.
+
+    >>> FixedBound(2.0).factor(loss=1.0, norm=8.0)
+    0.25
+    """
+
+    def __init__(self, max_norm: float | None) -> None:
+        self.max_norm = max_norm
+
+    def factor(self, loss: float, norm: float) -> float:
+        """Return `max_norm` over the norm, at most 1."""
+        return 1.0 if self.max_norm is None or norm <= self.max_norm else self.max_norm / norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: no factor depends on an earlier step."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to take up."""
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> float:
+    """Return the norm of all `gradients` together."""
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def scale_gradients_(gradients: Sequence[Tensor], factor: float) -> None:
+    """Multiply `gradients` by `factor`, in place."""
+    if factor != 1.0:
+        torch._foreach_mul_(list(gradients), factor)
 
 
 def clip_gradients_(parameters: Iterable[Tensor], max_norm: float | None) -> float:
@@ -20,12 +69,11 @@ def clip_gradients_(parameters: Iterable[Tensor], max_norm: float | None) -> flo
     `None` only measures. Raises `TrainingError` when the norm is not finite; the gradients are then left as they are.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if not torch.isfinite(norm):
+    norm = gradient_norm(gradients)
+    if not math.isfinite(norm):
         raise TrainingError(
-            f"the gradient norm is {norm.item()}; expected a finite number: lower the learning rate, "
+            f"the gradient norm is {norm}; expected a finite number: lower the learning rate, "
             "check the batch for extreme values, or use precision 'fp32'"
         )
-    if max_norm is not None and norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / norm)
-    return norm.item()
+    scale_gradients_(gradients, FixedBound(max_norm).factor(0.0, norm))
+    return norm

@@ -31,7 +31,8 @@ from deepseek.data.ngrams import NgramLosses, measure_ngrams
 from deepseek.recipes.server_probe import Completion, probe_server
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import read_events, steps_by_number
-from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, open_device, train_in_locked_folder
+from deepseek.train.loop import DATA_FOLDER, MODEL_FOLDER, train_in_locked_folder
+from deepseek.train.run_state import open_device
 
 INT8_FOLDER, EVENTS_FILE, REPORT_FILE = "model-int8", "events.jsonl", "report.json"
 PROMPTS = ("def get", "class Test", "def read(self")
@@ -129,7 +130,7 @@ def build_report(events: list[dict[str, Any]], *, wall_s: float) -> dict[str, An
             "loss_first": steps[0]["loss"],
             "loss_last": steps[-1]["loss"],
             "heldout_loss": latest["evaluated"]["heldout_loss"],
-            "tokens_per_s": statistics.median(event["tokens_per_s"] for event in steps),
+            "tokens_per_s": statistics.median(event["units_per_s"] for event in steps),
             "num_parameters": latest["run_started"]["num_parameters"],
             "num_steps": steps[-1]["step"],
             "precision": latest["run_started"]["precision"],

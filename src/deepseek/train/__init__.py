@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"train": "loop", "TrainConfig": "config", "prepare": "own_loop"}
+_PUBLIC = {"train": "loop", "TrainConfig": "config", "prepare": "own_loop", "Task": "task", "TaskData": "task"}
 
 
 def __getattr__(name: str) -> Any:

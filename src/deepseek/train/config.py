@@ -15,13 +15,37 @@ from deepseek.data.config import DataConfig
 from deepseek.mixed_precision.amp_levels import Level
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.optim.optimizers import OptimizerConfig
+from deepseek.train.task_settings import CausalLMSettings, TaskSettings
+
+
+class StoppingConfig(Config):
+    """When a run ends early, and which of its states it keeps."""
+
+    metric: str = "heldout_loss"
+    """Metric of the evaluations that decides: `heldout_loss`, or one that the task measures."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations in a row without a better metric after which the run ends; 0 goes on to the last step."""
+    min_change: float = Field(default=0.0, ge=0)
+    """Least change of the metric that counts as better."""
+    keep_best: bool = False
+    """Keep the model of the best evaluation instead of that of the last step."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether evaluations decide anything."""
+        return self.patience > 0 or self.keep_best
 
 
 class TrainConfig(Config):
-    """One training run of a decoder."""
+    """One training run."""
 
     folder: str = "runs/train"
     """Folder of the run; data caches, checkpoints, events and the finished model go there."""
+    task: TaskSettings = CausalLMSettings()
+    """What is learned; a task without settings may be written as its name: `causal_lm`."""
+    resume_from: str | None = None
+    """Checkpoint of another run, runs/a/checkpoints/step-00000500 for example, that a run without checkpoints goes on
+    from."""
     model: DecoderConfig = DecoderConfig()
     """Shape of the model."""
     data: DataConfig = DataConfig()
@@ -46,14 +70,24 @@ class TrainConfig(Config):
     """Torch device that the run computes on."""
     seed: int = Field(default=0, ge=0)
     """Decides the initial weights; the order of the data has its own seed."""
+    on_bad_step: Literal["skip", "stop", "rewind"] = "stop"
+    """Answer to a loss or gradient that is no number: leave the update out and go on (`skip`), end the run with the
+    position of the batch (`stop`), or go back to the last checkpoint and leave that batch out (`rewind`)."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Bad steps in a row after which `skip` and `rewind` end the run as well."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Share that an average of the weights keeps at each step; it is evaluated and becomes the model. None keeps no
+    average."""
+    stopping: StoppingConfig = StoppingConfig()
+    """When the run ends early, and which of its states becomes the model."""
     checkpoint_every: int = Field(default=500, ge=1, le=500)
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints that stay on disk."""
     evaluate_every: int = Field(default=0, ge=0)
     """Optimizer steps between two held-out losses; 0 evaluates at the end only."""
-    evaluation_tokens: int = Field(default=0, ge=0)
-    """Held-out tokens that each evaluation reads; 0 reads all of them."""
+    evaluation_units: int = Field(default=0, ge=0)
+    """Held-out units (tokens, images, ...) that each evaluation reads; 0 reads all of them."""
     log_every: int = Field(default=10, ge=1)
     """Optimizer steps between two `StepDone` events."""
 
@@ -76,6 +110,16 @@ class TrainConfig(Config):
             raise ConfigError(
                 f"data.{name} makes rows of {lengths[name]} tokens and model.max_length is {self.model.max_length}; "
                 "shorten the rows or raise model.max_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stopping(self) -> Self:
+        settings = self.stopping
+        if settings.is_used and not self.evaluate_every:
+            raise ConfigError(
+                "stopping.patience and stopping.keep_best compare evaluations and evaluate_every is 0; "
+                "set evaluate_every to a number of steps"
             )
         return self
 

@@ -1,31 +1,48 @@
-"""The held-out loss: the mean cross-entropy over text that training never saw, in nats per token."""
+"""Held-out data: the mean loss per unit, and the metrics of the task, over data that training never saw."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from deepseek.data.batching import Batch
+from deepseek.core.errors import DataError
 from deepseek.mixed_precision.forward_precision import Precision
-from deepseek.train.steps import summed_loss
+from deepseek.train.own_loop import move
+from deepseek.train.steps import run_forward
+from deepseek.train.task import LOSS, Task
 
 
 @torch.no_grad()
-def measure_loss(
-    model: nn.Module, batches: Iterable[Batch], *, precision: Precision, max_tokens: int = 0
-) -> tuple[float, int]:
-    """Return the mean loss over `batches` and its number of tokens; stop after `max_tokens` unless that is 0."""
+def evaluate(
+    task: Task, model: nn.Module, batches: Iterable[Any], *, precision: Precision, max_units: int = 0
+) -> tuple[dict[str, float], int]:
+    """Return the metrics over `batches`, `heldout_loss` first, and the number of units they were taken over.
+
+    Stops after the batch that reaches `max_units`, unless that is 0. Raises `DataError` where there is no unit.
+    """
     was_training = model.training
+    device = next(model.parameters()).device
+    measured = task.new_metrics()
+    losses: list[float] = []
+    num_units = 0
     model.eval()
-    loss_sum, num_tokens = 0.0, 0
     try:
         for batch in batches:
-            loss_sum += summed_loss(model, batch, precision=precision).item()
-            num_tokens += batch.num_target_tokens
-            if max_tokens and num_tokens >= max_tokens:
+            moved = move(batch, device)
+            outputs = run_forward(task, model, moved, precision=precision)
+            losses.append(task.loss(outputs, moved).item())
+            num_units += task.count_units(batch)
+            if measured is not None:
+                measured.update(outputs, moved)
+            if max_units and num_units >= max_units:
                 break
     finally:
         model.train(was_training)
-    return loss_sum / num_tokens, num_tokens
+    if num_units == 0:
+        raise DataError(f"the held-out data has no {task.unit} to measure a loss over; hold out more")
+    metrics = {LOSS: math.fsum(losses) / num_units}
+    return metrics | (measured.compute() if measured is not None else {}), num_units

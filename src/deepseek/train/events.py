@@ -1,6 +1,7 @@
 """What a training run says while it goes on; the data room's events come first in the stream.
 
-Tokens are targets that count towards the loss; losses are in nats per token.
+Units are what a loss is a mean over, as the task says: tokens that are predicted, images, ...; a loss of tokens is in
+nats.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ class RunStarted(Event):
     """Everything is built; steps follow."""
 
     num_parameters: int
-    num_train_tokens: int
+    task: str
+    unit: str
+    """What losses are a mean over, in the plural: `tokens`, `images`, ..."""
+    num_train_units: int
+    """Units of one pass over the training data."""
     precision: str
     first_step: int
     """Steps that an earlier process of this run has done; 0 for a new run."""
@@ -55,19 +60,65 @@ class StepDone(Event):
     learning_rate: float
     grad_norm: float
     """Norm of the whole gradient before clipping."""
-    num_tokens: int
-    """Tokens of this step."""
-    tokens_per_s: float
+    num_units: int
+    """Units of this step."""
+    units_per_s: float
     """Throughput since the previous `StepDone`."""
 
 
 @dataclass(frozen=True)
+class StepSkipped(Event):
+    """The loss or the gradient of a step was no number, and the weights stayed as they were."""
+
+    step: int
+    """Steps done, this one included."""
+    reason: str
+    """What was no number."""
+    num_in_a_row: int
+    """Bad steps since the last good one, this one included."""
+    position: dict[str, Any]
+    """Where in the data the step's batch began."""
+
+
+@dataclass(frozen=True)
+class RunRewound(Event):
+    """The loss or the gradient of a step was no number; the run went back and leaves the step's batch out."""
+
+    step: int
+    """The step that was bad."""
+    reason: str
+    to_step: int
+    """Steps done in the checkpoint that the run went back to."""
+    position: dict[str, Any]
+    """Where in the data the batch begins that is left out."""
+
+
+@dataclass(frozen=True)
 class Evaluated(Event):
-    """A held-out loss."""
+    """Measurements on held-out data."""
 
     step: int
     heldout_loss: float
-    num_tokens: int
+    """Mean per unit."""
+    metrics: dict[str, float]
+    """What the task measures besides, by name."""
+    num_units: int
+    unit: str
+
+    @property
+    def all_metrics(self) -> dict[str, float]:
+        """The held-out loss and what the task measures besides, by name."""
+        return {"heldout_loss": self.heldout_loss} | self.metrics
+
+
+@dataclass(frozen=True)
+class StoppedEarly(Event):
+    """The metric has not improved for as many evaluations as `stopping.patience` allows."""
+
+    step: int
+    metric: str
+    best: float
+    best_step: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +139,17 @@ class ModelSaved(Event):
     num_bytes: int
 
 
-TrainEvent = RunStarted | ActivationsCheckpointed | StepDone | Evaluated | CheckpointSaved | ModelSaved
+TrainEvent = (
+    RunStarted
+    | ActivationsCheckpointed
+    | StepDone
+    | StepSkipped
+    | RunRewound
+    | Evaluated
+    | StoppedEarly
+    | CheckpointSaved
+    | ModelSaved
+)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -3,83 +3,50 @@
     for event in train(config):
         print(event)
 
-    text -> tokenizer, token caches -> model, optimizer, loader -> [step, ..., evaluation, checkpoint] -> artifact
+    task: data -> model, batches -> [step, ..., evaluation, checkpoint] -> artifact
 
-Whoever iterates decides when it stops: closing the generator (or leaving the `for` with Ctrl-C) between two steps saves
-a checkpoint first, so that the next `train(config)` goes on with the next step. A process that is killed goes on from
-its last periodic checkpoint. Either way the weights become bit-equal to those of a run that was never stopped, since
-everything a step depends on is in the checkpoint or a pure function of the step's number.
+What is learned is a task's business (`task.py`). Whoever iterates decides when it stops: closing the generator (or
+leaving the `for` with Ctrl-C) between two steps saves a checkpoint first, so that the next `train(config)` goes on with
+the next step. A process that is killed goes on from its last periodic checkpoint. Either way the weights become
+bit-equal to those of a run that was never stopped, since everything a step depends on is in the checkpoint or a pure
+function of the step's number (`run_state.py`).
+
+A step whose loss or gradient is no number changes nothing. `on_bad_step` decides what follows: `skip` goes on with the
+next batch, `rewind` goes back to the last checkpoint and leaves the batch out when it comes again, `stop` ends the run
+with the batch's position; after `max_bad_steps` in a row the other two end it as well.
 """
 
 from __future__ import annotations
 
-import random
+import math
+import shutil
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from deepseek.artifact.reading import RUN_MODEL_NAME
-from deepseek.checkpoint.activation_budget import checkpoint_within_budget_
-from deepseek.checkpoint.activations import checkpoint_blocks_
+from deepseek.artifact.reading import RUN_MODEL_NAME, read_manifest
 from deepseek.checkpoint.restoring import newest_valid
-from deepseek.checkpoint.rng_state import capture_rng, restore_rng
-from deepseek.checkpoint.saving import save
 from deepseek.core.caller_warnings import warn_caller
-from deepseek.core.config import Config
-from deepseek.core.errors import CheckpointError, ConfigError
+from deepseek.core.errors import ConfigError, TrainingError
 from deepseek.core.events import Event
 from deepseek.core.folder_lock import locked_folder
-from deepseek.data.batching import BatchLoader, evaluation_batches
-from deepseek.data.corpus import PreparedData, load_data, prepare_data
-from deepseek.mixed_precision.amp_levels import choose_level
-from deepseek.mixed_precision.dynamic import DynamicPrecision
-from deepseek.mixed_precision.forward_precision import Precision, autocast, choose_precision
-from deepseek.models.decoder.model import Decoder, count_parameters
-from deepseek.models.loading import save_model
-from deepseek.optim.learning_rates import scale_learning_rate, schedule_factor
-from deepseek.optim.optimizers import build_optimizer, set_learning_rate
+from deepseek.core.storage import new_folder
+from deepseek.models.decoder.model import count_parameters
+from deepseek.optim.learning_rates import schedule_factor
+from deepseek.optim.optimizers import set_learning_rate
 from deepseek.train.config import TrainConfig
-from deepseek.train.evaluation import measure_loss
-from deepseek.train.events import ActivationsCheckpointed, CheckpointSaved, Evaluated, ModelSaved, RunStarted, StepDone
+from deepseek.train.evaluation import evaluate
+from deepseek.train.events import Evaluated, ModelSaved, RunRewound, RunStarted, StepDone, StepSkipped, StoppedEarly
+from deepseek.train.run_state import CHECKPOINT_FOLDER, Run, build, open_device, restore, resume, save_checkpoint
 from deepseek.train.steps import StepResult, take_step
+from deepseek.train.task import LOSS, Task
+from deepseek.train.tasks import find_task
 
-DATA_FOLDER, CHECKPOINT_FOLDER, MODEL_FOLDER = "data", "checkpoints", RUN_MODEL_NAME
-# Settings that a resumed run may change without becoming another run.
-_FREE_SETTINGS = (
-    "ds_activation_checkpoint",
-    "folder",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "evaluate_every",
-    "evaluation_tokens",
-)
-
-
-@dataclass(eq=False)
-class Run:
-    """Everything that lives while a run goes on."""
-
-    config: TrainConfig
-    data: PreparedData
-    model: Decoder
-    optimizer: torch.optim.Optimizer
-    loader: BatchLoader
-    precision: Precision
-    peak_learning_rate: float
-    dynamic: DynamicPrecision | None = None
-    """Chooses the precision of each layer, where that is asked for; `precision` then puts nothing around the model."""
-    checkpointed: ActivationsCheckpointed | None = None
-    """Which blocks are recomputed in the backward pass, if any."""
-    step: int = 0
-    """Optimizer steps done."""
-    saved_step: int = 0
-    """Steps done when the newest checkpoint was saved."""
+DATA_FOLDER, MODEL_FOLDER, BEST_FOLDER = "data", RUN_MODEL_NAME, "best"
 
 
 class RunEvents(Generator[Event, None, None]):
@@ -112,31 +79,34 @@ class RunEvents(Generator[Event, None, None]):
             )
 
 
-def train(config: TrainConfig) -> RunEvents:
+def train(config: TrainConfig, *, task: type[Task] | None = None) -> RunEvents:
     """Train from `config`, or go on with it where an earlier call was stopped; the model is in `folder/model`.
 
-    Raises `ConfigError`, `DataError`, `TrainingError`, `CheckpointError` or `StorageError`, the last where another run
-    is at work in the folder as well.
+    `task` is a task of your own instead of the one that `config.task` names. Raises `ConfigError`, `DataError`,
+    `TrainingError`, `CheckpointError` or `StorageError`, the last where another run is at work in the folder as well.
     """
-    return RunEvents(_train(config))
+    return RunEvents(_train(config, task))
 
 
-def _train(config: TrainConfig) -> Generator[Event, None, None]:
+def _train(config: TrainConfig, task: type[Task] | None) -> Generator[Event, None, None]:
     open_device(config.device)
     with locked_folder(Path(config.folder)):
-        yield from train_in_locked_folder(config)
+        yield from train_in_locked_folder(config, task=task)
 
 
-def train_in_locked_folder(config: TrainConfig) -> Generator[Event, None, None]:
+def train_in_locked_folder(config: TrainConfig, *, task: type[Task] | None = None) -> Generator[Event, None, None]:
     """Train as `train` does, for a caller who holds the folder's lock for longer."""
     open_device(config.device)
-    folder = Path(config.folder)
-    yield from prepare_data(config.data, folder / DATA_FOLDER)
-    run = build(config, load_data(config.data, folder / DATA_FOLDER, is_verified=True))
+    folder = Path(config.folder) / DATA_FOLDER
+    learned = (task or find_task(config.task.kind))(config)
+    yield from learned.prepare(folder)
+    run = build(config, learned, folder)
     resume(run)
     yield RunStarted(
         num_parameters=count_parameters(run.model),
-        num_train_tokens=len(run.data.train.tokens),
+        task=type(learned).__name__ if task else config.task.kind,
+        unit=learned.unit,
+        num_train_units=run.data.num_train_units,
         precision=run.precision if run.dynamic is None else "dynamic",
         first_step=run.step,
         num_steps=config.num_steps,
@@ -154,212 +124,93 @@ def train_in_locked_folder(config: TrainConfig) -> Generator[Event, None, None]:
     yield from _finish(run)
 
 
-def build(config: TrainConfig, data: PreparedData) -> Run:
-    """Model, optimizer and loader of a new run."""
-    if data.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {data.tokenizer.vocab_size} tokens and model.vocab_size is {config.model.vocab_size}; "
-            "make model.vocab_size at least as large"
-        )
-    device = open_device(config.device)
-    _seed(config.seed)
-    model = Decoder(config.model).to(device).train()
-    learning_rate = scale_learning_rate(
-        config.sequences_per_step,
-        base=config.optimizer.base_learning_rate,
-        reference_batch_size=config.optimizer.reference_batch_size,
-    )
-    optimizer = build_optimizer(model, config.optimizer, learning_rate)
-    checkpointed = checkpoint_activations_(model, config, device)
-    if config.compile == "blocks":
-        for layer in model.layers:
-            layer.compile()
-    loader = BatchLoader(data.train, config.data)
-    precision, dynamic = open_precision(config, model, device)
-    return Run(config, data, model, optimizer, loader, precision, learning_rate, dynamic, checkpointed)
-
-
-def checkpoint_activations_(
-    model: Decoder, config: TrainConfig, device: torch.device
-) -> ActivationsCheckpointed | None:
-    """Checkpoint the layers of `model` as `ds_activation_checkpoint` says; `None` where it says nothing.
-
-    A budget is measured on one micro-batch of zeros: which bytes are kept does not depend on what the tokens are. Which
-    blocks are chosen does not change what is learned, so that a resumed run may choose others.
-    """
-    wanted = config.ds_activation_checkpoint
-    layers = [f"layers.{index}" for index in range(len(model.layers))]
-    if wanted == "none":
-        return None
-    if not isinstance(wanted, float):
-        checkpoint_blocks_(model, wanted, blocks=layers)
-        return ActivationsCheckpointed(wanted, len(layers), tuple(layers), None, None)
-    is_packed = config.data.batching == "packed"
-    num_tokens = config.data.sequence_length if is_packed else config.data.max_len
-    num_rows = config.data.batch_size if is_packed else max(1, config.data.max_tokens // config.data.max_len)
-    tokens = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=device)
-    is_wide = choose_level(config.ds_amp_level) == "O0"
-    # The dynamic precision keeps activations in bf16 as well.
-    precision: Precision = "fp32" if is_wide else "bf16" if config.precision == "dynamic" else config.precision
-    with autocast(precision, device):
-        plan = checkpoint_within_budget_(model, (tokens,), memory_budget=wanted, blocks=layers)
-    chosen = plan.choice.recomputed
-    return ActivationsCheckpointed(
-        "budget", len(chosen), chosen, kept_before_bytes=plan.kept_before_bytes, kept_bytes=plan.choice.peak_bytes
-    )
-
-
-def open_precision(
-    config: TrainConfig, model: Decoder, device: torch.device
-) -> tuple[Precision, DynamicPrecision | None]:
-    """Build the precision of each forward pass, and the policy that chooses layer by layer where asked for."""
-    level = choose_level(config.ds_amp_level)
-    if level == "O2":
-        raise ConfigError(
-            "level O2 keeps 16-bit weights beside their masters, which the trainer does not; choose O1, "
-            "or use PrecisionManager in a loop of your own"
-        )
-    if level == "O0":
-        return "fp32", None
-    if config.precision == "dynamic":
-        # Measured seconds differ from process to process, and a resumed run must decide as the first one would.
-        return "fp32", DynamicPrecision(model, costs="assumed")
-    return choose_precision(config.precision, device), None
-
-
-def open_device(name: str) -> torch.device:
-    """Return the torch device `name`, tried out; `ConfigError` where this machine or this build of torch has none.
-
-    >>> open_device("cpu")
-    device(type='cpu')
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"device {name!r} cannot be used here ({reason}); choose cpu, or a device there is"
-        ) from error
-    return device
-
-
-def _seed(seed: int) -> None:
-    """Every generator that a layer or a hook of the user's may draw from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def resume(run: Run) -> None:
-    """Take up the newest valid checkpoint of the run's folder, if there is one."""
-    checkpoint = newest_valid(Path(run.config.folder) / CHECKPOINT_FOLDER)
-    if checkpoint is None:
-        return
-    state = checkpoint.state
-    before, now = state.get("settings", {}), deciding_settings(run.config)
-    now = {name: value for name, value in now.items() if name in before or not is_default(run.config, name)}
-    if changed := find_changes(before, now):
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to a run with other settings ({', '.join(changed[:3])}); "
-            "go on with the settings it was started with, or choose another folder"
-        )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.loader.load_state_dict(state["loader"])
-    if run.dynamic is not None:
-        run.dynamic.load_state_dict(state["precision"])
-    if run.config.precision == "auto" and choose_level(run.config.ds_amp_level) == "O1":
-        # The process that began has measured, maybe on another machine; one run computes in one precision.
-        run.precision = state.get("forward_precision", run.precision)
-    restore_rng(state["rng"])
-    run.step = run.saved_step = checkpoint.step
-
-
-def deciding_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that decide the weights, by dotted name; runs that share them may share checkpoints."""
-    return dict(_flatten({name: value for name, value in config.to_dict().items() if name not in _FREE_SETTINGS}))
-
-
-def is_default(config: Config, name: str) -> bool:
-    """Return whether the setting of this dotted name has its default value.
-
-    A setting that a checkpoint does not know is newer than the checkpoint, which was written under its default.
-    """
-    *parents, last = name.split(".")
-    for parent in parents:
-        config = getattr(config, parent)
-    field = type(config).model_fields.get(last)
-    return field is not None and field.get_default(call_default_factory=True) == getattr(config, last)
-
-
-def find_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the differences between two flat settings, one phrase for each.
-
-    >>> find_changes({"num_steps": 650, "seed": 0}, {"num_steps": 700, "seed": 0})
-    ['num_steps was 650 and is 700']
-    """
-    names = [name for name in before | now if before.get(name) != now.get(name)]
-    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def save_checkpoint(run: Run) -> CheckpointSaved:
-    """Write everything the next step depends on."""
-    began_s = time.perf_counter()
-    state: dict[str, Any] = {
-        "settings": deciding_settings(run.config),
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "loader": run.loader.state_dict(),
-        "rng": capture_rng(),
-        "forward_precision": run.precision,
-    }
-    if run.dynamic is not None:
-        state["precision"] = run.dynamic.state_dict()
-    path = save(Path(run.config.folder) / CHECKPOINT_FOLDER, run.step, state, keep=run.config.keep_checkpoints)
-    run.saved_step = run.step
-    return CheckpointSaved(run.step, str(path), time.perf_counter() - began_s)
-
-
 def _take_steps(run: Run) -> Iterator[Event]:
     config = run.config
-    num_tokens, began_s = 0, time.perf_counter()
-    while run.step < config.num_steps:
+    if config.on_bad_step == "rewind" and run.saved_step < 0:
+        yield save_checkpoint(run)  # the first steps may be bad, too
+    num_units, began_s = 0, time.perf_counter()
+    while run.step < config.num_steps and not _is_patience_over(run):
+        position = _find_position(run)
         result = _take_one(run)
+        if not result.is_taken:
+            yield _answer_bad_step(run, result, position)
+            continue
+        if run.step > run.bad_steps.last:
+            run.bad_steps.num_in_a_row = 0
+        if run.average is not None:
+            run.average.update()
         if run.dynamic is not None:
             yield from run.dynamic.step()
-        num_tokens += result.num_tokens
+        num_units += result.num_units
         if run.step % config.log_every == 0 or run.step in (1, config.num_steps):
             now_s = time.perf_counter()
-            yield _describe(run, result, num_tokens / (now_s - began_s))
-            num_tokens, began_s = 0, now_s
+            yield _describe(run, result, num_units / (now_s - began_s))
+            num_units, began_s = 0, now_s
         if config.evaluate_every and run.step % config.evaluate_every == 0 and run.step < config.num_steps:
-            yield from _evaluate(run)
-        if run.step % config.checkpoint_every == 0 or run.step == config.num_steps:
+            for event in _evaluate(run):
+                yield event
+                _judge(run, event.all_metrics)
+            if _is_patience_over(run):
+                assert run.best.value is not None
+                yield StoppedEarly(run.step, config.stopping.metric, run.best.value, run.best.step)
+                yield save_checkpoint(run)
+        is_due = run.step % config.checkpoint_every == 0 or run.step == config.num_steps
+        if is_due and run.step > run.saved_step:
             yield save_checkpoint(run)
+
+
+def _find_position(run: Run) -> dict[str, Any]:
+    """Return where the next step's batches begin, past the steps that are left out."""
+    while (position := run.loader.state_dict()) in run.bad_steps.left_out:
+        for _ in range(run.config.accum_steps):
+            run.loader.next_batch()
+    return position
 
 
 def _take_one(run: Run) -> StepResult:
     set_learning_rate(run.optimizer, learning_rate_at(run, run.step))
-    run.model.set_step(run.step)
+    run.task.on_step(run.model, run.step)
     micro_batches = [run.loader.next_batch() for _ in range(run.config.accum_steps)]
-    result = take_step(
-        run.model,
-        run.optimizer,
-        micro_batches,
-        precision=run.precision,
-        grad_clip=run.config.optimizer.grad_clip,
-    )
+    before = _copy_statistics(run) if run.config.on_bad_step == "skip" else {}
+    result = take_step(run.task, run.model, run.optimizer, micro_batches, precision=run.precision, bound=run.bound)
+    if not result.is_taken:
+        for buffer, value in before.items():
+            buffer.copy_(value)
     run.step += 1
     return result
+
+
+def _copy_statistics(run: Run) -> dict[Tensor, Tensor]:
+    """Copy the buffers that a forward pass may change, such as the statistics of batch normalization."""
+    kept = run.model.state_dict(keep_vars=True).values()
+    return {tensor: tensor.clone() for tensor in kept if not isinstance(tensor, torch.nn.Parameter)}
+
+
+def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> Event:
+    """Do what `on_bad_step` says after a step that was not taken."""
+    config, bad_steps = run.config, run.bad_steps
+    what, value = ("loss", result.loss) if not math.isfinite(result.loss) else ("gradient norm", result.grad_norm)
+    reason = f"the {what} is {value}"
+    bad_steps.num_in_a_row += 1
+    bad_steps.last = max(bad_steps.last, run.step)
+    checkpoint = newest_valid(Path(config.folder) / CHECKPOINT_FOLDER)
+    if config.on_bad_step == "stop" or bad_steps.num_in_a_row >= config.max_bad_steps:
+        saved = f"the last checkpoint is {checkpoint.path}" if checkpoint else "there is no checkpoint yet"
+        many = f", {bad_steps.num_in_a_row} bad steps in a row" if bad_steps.num_in_a_row > 1 else ""
+        raise TrainingError(
+            f"{reason} at step {run.step}{many}, in the batch at epoch {position.get('epoch')}, index "
+            f"{position.get('index')} of the data; expected a finite number: lower the learning rate, look at the "
+            f"batch for extreme values, use precision=fp32, or set on_bad_step to skip or rewind; {saved}"
+        )
+    if config.on_bad_step == "skip":
+        return StepSkipped(run.step, reason, bad_steps.num_in_a_row, position)
+    assert checkpoint is not None  # one was saved before the first step
+    bad_step = run.step
+    bad_steps.left_out.append(position)
+    kept = bad_steps.state_dict()
+    restore(run, checkpoint)
+    bad_steps.load_state_dict(kept)
+    return RunRewound(bad_step, reason, run.step, position)
 
 
 def learning_rate_at(run: Run, step: int) -> float:
@@ -375,44 +226,76 @@ def learning_rate_at(run: Run, step: int) -> float:
     )
 
 
-def _describe(run: Run, result: StepResult, tokens_per_s: float) -> StepDone:
+def _describe(run: Run, result: StepResult, units_per_s: float) -> StepDone:
     return StepDone(
         step=run.step,
         loss=result.loss,
         learning_rate=learning_rate_at(run, run.step - 1),
         grad_norm=result.grad_norm,
-        num_tokens=result.num_tokens,
-        tokens_per_s=tokens_per_s,
+        num_units=result.num_units,
+        units_per_s=units_per_s,
     )
 
 
 def _evaluate(run: Run) -> Iterator[Evaluated]:
-    """The held-out loss as it would be if training ended here; nothing where no text is held out."""
+    """Measure the model as it would be if training ended here; nothing where nothing is held out."""
     if run.data.heldout is None:
         return
-    mask = run.config.model.mask
-    # As it will be loaded: with the mask wholly in force, however few of its opening steps are done.
-    run.model.set_step(max(run.step, mask.opening_steps if mask else 0))
-    batches = evaluation_batches(run.data.heldout, run.config.data)
-    limit = run.config.evaluation_tokens
-    loss, num_tokens = measure_loss(run.model, batches, precision=run.precision, max_tokens=limit)
-    yield Evaluated(run.step, loss, num_tokens)
+    run.task.on_step(run.model, run.step, is_evaluating=True)
+    limit = run.config.evaluation_units
+    with run.as_model():
+        metrics, num_units = evaluate(run.task, run.model, run.data.heldout(), precision=run.precision, max_units=limit)
+    yield Evaluated(run.step, metrics.pop(LOSS), metrics, num_units, run.task.unit)
+
+
+def _judge(run: Run, metrics: dict[str, float]) -> bool:
+    """Return whether this evaluation is the best so far, and keep the model if it is to be kept.
+
+    Where no evaluation decides anything, each is the best.
+    """
+    settings = run.config.stopping
+    if not settings.is_used:
+        return True
+    if settings.metric not in metrics:
+        raise ConfigError(
+            f"stopping.metric is {settings.metric!r} and the evaluations measure {', '.join(metrics)}; "
+            "choose one of them"
+        )
+    is_best = run.best.observe(run.step, metrics[settings.metric])
+    if is_best and settings.keep_best:
+        _save_model(run, BEST_FOLDER, metrics)
+    return is_best
+
+
+def _is_patience_over(run: Run) -> bool:
+    return 0 < run.config.stopping.patience <= run.best.num_without_better
 
 
 def _finish(run: Run) -> Iterator[Event]:
-    """The final held-out loss and the artifact."""
+    """The final evaluation and the artifact."""
     metrics: dict[str, float] = {}
+    is_best = True
     for event in _evaluate(run):
-        metrics = {"heldout_loss": event.heldout_loss}
         yield event
+        metrics = event.all_metrics
+        is_best = _judge(run, metrics)
     path = Path(run.config.folder) / MODEL_FOLDER
-    manifest = save_model(
-        run.model,
-        path,
-        tokenizer=run.data.tokenizer,
-        metrics=metrics,
-        config_digest=run.config.digest,
-        data_position=run.loader.state_dict(),
-        overwrite=True,
-    )
+    if is_best or not run.config.stopping.keep_best:
+        _save_model(run, MODEL_FOLDER, metrics)
+    else:
+        with new_folder(path) as temporary:
+            shutil.copytree(Path(run.config.folder) / BEST_FOLDER, temporary, dirs_exist_ok=True)
+    manifest = read_manifest(path)
     yield ModelSaved(str(path), manifest.digest, sum(file.num_bytes for file in manifest.files.values()))
+
+
+def _save_model(run: Run, name: str, metrics: dict[str, float]) -> None:
+    with run.as_model():
+        run.task.save(
+            run.model,
+            run.data,
+            Path(run.config.folder) / name,
+            metrics=metrics,
+            config_digest=run.config.digest,
+            data_position=run.loader.state_dict(),
+        )

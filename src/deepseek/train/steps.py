@@ -1,25 +1,27 @@
 """One optimizer step: micro-batches in, one update out.
 
-The loss is the mean over all tokens of the step, not the mean of the micro-batches' means: every micro-batch adds its
-summed loss divided by the step's token count, so that N micro-batches give the gradient of the one big batch, whatever
-their lengths.
+The loss is the mean over all units of the step (tokens, images, ...), not the mean of the micro-batches' means: every
+micro-batch adds its summed loss divided by the step's units, so that N micro-batches give the gradient of the one big
+batch, however many units each of them has.
 
-Shapes: B rows, T tokens, V vocabulary.
+A step whose loss or gradient is no number is not taken: weights and moments stay, and the result says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepseek.core.errors import TrainingError
-from deepseek.data.batching import IGNORED_TARGET, Batch
 from deepseek.mixed_precision.forward_precision import Precision, autocast
-from deepseek.nn.losses import sum_cross_entropy
-from deepseek.optim.clipping import clip_gradients_
+from deepseek.optim.clipping import GradientBound, gradient_norm, scale_gradients_
+from deepseek.train.own_loop import move
+from deepseek.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -27,40 +29,62 @@ class StepResult:
     """Measurements of one step."""
 
     loss: float
-    """Mean in nats per token, before the update."""
+    """Mean per unit, before the update."""
     grad_norm: float
-    num_tokens: int
+    """Norm of the whole gradient before it was bounded."""
+    num_units: int
+    """Units that the loss is a mean over."""
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the weights were updated: only where loss and gradient are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def take_step(
+    task: Task,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[Any],
     *,
     precision: Precision,
-    grad_clip: float | None,
+    bound: GradientBound,
 ) -> StepResult:
-    """Update `model` from `micro_batches`; raises `TrainingError` when the gradient is not finite."""
-    num_tokens = sum(batch.num_target_tokens for batch in micro_batches)
-    if num_tokens == 0:
-        raise TrainingError("a step has no token to predict; check the data for rows that are all padding")
+    """Update `model` from `micro_batches` by a gradient that `bound` keeps small.
+
+    Raises `TrainingError` where the batches have nothing to learn from.
+    """
+    num_units = sum(task.count_units(batch) for batch in micro_batches)
+    if num_units == 0:
+        raise TrainingError(
+            f"a step has no {task.unit} to learn from; check the data for rows that are all padding or without a target"
+        )
     optimizer.zero_grad(set_to_none=True)
-    loss = sum(accumulate_gradients(model, batch, num_tokens, precision=precision) for batch in micro_batches)
-    grad_norm = clip_gradients_(model.parameters(), grad_clip)
-    optimizer.step()
-    return StepResult(float(loss), grad_norm, num_tokens)
+    loss = math.fsum(
+        accumulate_gradients(task, model, batch, num_units, precision=precision) for batch in micro_batches
+    )
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    result = StepResult(loss, gradient_norm(gradients), num_units)
+    if result.is_taken:
+        scale_gradients_(gradients, bound.factor(result.loss, result.grad_norm))
+        optimizer.step()
+    return result
 
 
-def accumulate_gradients(model: nn.Module, batch: Batch, num_tokens: int, *, precision: Precision) -> float:
+def accumulate_gradients(task: Task, model: nn.Module, batch: Any, num_units: int, *, precision: Precision) -> float:
     """Add the gradient of this batch's share of the step's mean loss; return that share."""
-    loss = summed_loss(model, batch, precision=precision) / num_tokens
+    loss = summed_loss(task, model, batch, precision=precision) / num_units
     loss.backward()
     return loss.item()
 
 
-def summed_loss(model: nn.Module, batch: Batch, *, precision: Precision) -> Tensor:
-    """() sum of the cross-entropy over the batch's targets, in nats."""
-    device = next(model.parameters()).device
-    with autocast(precision, device):
-        logits_BTV = model(batch.tokens_BT.to(device))
-    return sum_cross_entropy(logits_BTV, batch.targets_BT.to(device), ignored_target=IGNORED_TARGET)
+def summed_loss(task: Task, model: nn.Module, batch: Any, *, precision: Precision) -> Tensor:
+    """() sum of the loss over the units of `batch`."""
+    batch = move(batch, next(model.parameters()).device)
+    return task.loss(run_forward(task, model, batch, precision=precision), batch)
+
+
+def run_forward(task: Task, model: nn.Module, batch: Any, *, precision: Precision) -> Any:
+    """Run the task's forward pass in `precision`, on a batch that is on the model's device."""
+    with autocast(precision, next(model.parameters()).device):
+        return task.forward(model, batch)

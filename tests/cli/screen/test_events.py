@@ -125,11 +125,11 @@ def test_an_error_while_a_stopped_run_saves_itself_comes_out() -> None:
 
 
 def step(number: int) -> StepDone:
-    return StepDone(number, loss=2.5, learning_rate=0.1, grad_norm=1.0, num_tokens=64, tokens_per_s=1000.0)
+    return StepDone(number, loss=2.5, learning_rate=0.1, grad_norm=1.0, num_units=64, units_per_s=1000.0)
 
 
 def run_started(first_step: int) -> RunStarted:
-    return RunStarted(7000, 90000, "bf16", first_step, 650, 0.003)
+    return RunStarted(7000, "causal_lm", "tokens", 90000, "bf16", first_step, 650, 0.003)
 
 
 def test_a_log_gets_a_step_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,13 +152,13 @@ def test_the_last_step_stands_before_what_followed_it_and_once(capsys: pytest.Ca
         yield from map(step, (1, 2, 3))
         yield Counted(0)  # nothing that anybody waits for
         yield step(4)
-        yield Evaluated(4, 3.25, 100)
+        yield Evaluated(4, 3.25, {"accuracy": 0.5}, 100, "tokens")
 
     follow(events(), as_json=False)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "step 1 of 650: loss 2.500, 1000 tokens/s",
         "step 4 of 650: loss 2.500, 1000 tokens/s",
-        "held-out loss after step 4: 3.2500 nats per token over 100 tokens",
+        "held-out after step 4: loss 3.2500, accuracy 0.5000 over 100 tokens",
     ]
 
 

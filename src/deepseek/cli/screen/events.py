@@ -185,7 +185,7 @@ class _Lines:
 
     def __init__(self) -> None:
         self._step_shown_s = -math.inf
-        self._num_steps = 0
+        self._run: dict[str, Any] = {}
         self._unshown: Event | None = None
 
     def show(self, event: Event) -> None:
@@ -196,7 +196,7 @@ class _Lines:
             return
         values = event.to_dict()
         if values["kind"] == "run_started":
-            self._num_steps = values["num_steps"]
+            self._run = {"num_steps": values["num_steps"], "unit": values["unit"]}
         if _describe(values):  # whatever is said next comes after the step that it followed
             self.show_last_step()
         print_event(event, as_json=False)
@@ -204,7 +204,7 @@ class _Lines:
     def show_last_step(self) -> None:
         """Print the step that came last, unless it is on the screen."""
         if self._unshown is not None:
-            _write_line(_describe(self._unshown.to_dict() | {"num_steps": self._num_steps}))
+            _write_line(_describe(self._unshown.to_dict() | self._run))
             self._unshown, self._step_shown_s = None, time.monotonic()
 
 
@@ -218,6 +218,7 @@ class _Bars:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
         self._num_steps = 0
+        self._unit = ""
 
     def show(self, event: Event) -> None:
         values = event.to_dict()
@@ -226,11 +227,11 @@ class _Bars:
             note = f"{format_count(values['num_tokens'])} tokens"
             self._advance("tokenizing", values["num_text_bytes"], values["total_bytes"], note)
         elif values["kind"] == "run_started":
-            self._num_steps = values["num_steps"]
+            self._num_steps, self._unit = values["num_steps"], values["unit"]
             self._advance("training", values["first_step"], self._num_steps, "")
         elif values["kind"] == "step_done":
             count = f"{values['step']}/{self._num_steps}  " if self._progress.console.width >= _WIDE else ""
-            note = f"{count}loss {values['loss']:.3f}  {values['tokens_per_s']:.0f} tokens/s"
+            note = f"{count}loss {values['loss']:.3f}  {_show_rate(values['units_per_s'])} {self._unit}/s"
             self._advance("training", values["step"], self._num_steps, note)
         elif values["kind"] == "phase_started":
             self._advance(values["phase"], 0, None, "")
@@ -262,8 +263,11 @@ _LINES = {
     "cache_ready": "text: {num_documents} documents, {num_tokens} tokens in {folder}",
     "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
     "activations_checkpointed": "activations: {policy}, {num_blocks} blocks computed again in the backward pass",
-    "step_done": "step {step} of {num_steps}: loss {loss:.3f}, {tokens_per_s:.0f} tokens/s",
-    "evaluated": "held-out loss after step {step}: {heldout_loss:.4f} nats per token over {num_tokens} tokens",
+    "step_done": "step {step} of {num_steps}: loss {loss:.3f}, {units_per_s} {unit}/s",
+    "step_skipped": "step {step} skipped: {reason}; {num_in_a_row} in a row",
+    "run_rewound": "step {step}: {reason}; back to step {to_step}, its batch is left out from now on",
+    "evaluated": "held-out after step {step}: loss {heldout_loss:.4f}{metrics} over {num_units} {unit}",
+    "stopped_early": "stopped after step {step}: {metric} has not improved on {best:.4f} at step {best_step}",
     "model_saved": "model: {path} ({num_bytes})",
     "baselines_measured": (
         "baselines: unigram {unigram_loss:.3f}, bigram {bigram_loss:.3f}, discounted {bigram_discounted_loss:.3f}"
@@ -277,9 +281,26 @@ _LINES = {
 _UNDECODABLE = "; {num_undecodable} places in {num_undecodable_documents} of them are not UTF-8 and became U+FFFD"
 
 
+def _show_rate(rate: float) -> str:
+    """Write a number per second: whole, or with a digit where it is small."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
+def _show_metrics(metrics: dict[str, float]) -> str:
+    return "".join(f", {name} {value:.4f}" for name, value in metrics.items())
+
+
+# Field of an event -> how it is written, where its own text would not do.
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    "num_bytes": format_bytes,
+    "units_per_s": _show_rate,
+    "metrics": _show_metrics,
+}
+
+
 def _describe(values: dict[str, Any]) -> str:
     line = _LINES.get(values["kind"], "")
     if values.get("num_undecodable"):
         line += _UNDECODABLE
-    shown = {key: format_bytes(value) if key == "num_bytes" else value for key, value in values.items()}
-    return line.format(**({"num_steps": "?"} | shown))
+    shown = {key: _SHOWN[key](value) if key in _SHOWN else value for key, value in values.items()}
+    return line.format(**({"num_steps": "?", "unit": "units"} | shown))

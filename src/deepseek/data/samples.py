@@ -1,0 +1,247 @@
+"""Samples that are loaded one by one (images, rows of a table), in an order and with augmentations that repeat.
+
+    loader = SampleLoader(source, batch_size=32, collate=stack, seed=0, num_workers=2)
+    batch = loader.next_batch()              # never ends
+    state = loader.state_dict()              # {"epoch", "index", "order"}: the next batch, also for other workers
+
+Each epoch is a permutation by (seed, epoch). A sample is loaded with a random generator of its own, made from (seed,
+epoch, sample), so that what it becomes does not depend on who loads it or after what: one process or ten workers give
+the same batches bit for bit. The position counts samples over all ranks together; of the next `batch_size * world_size`
+rank r takes those at r, r + world_size, ...
+
+Workers are torch's (`DataLoader`), forked where the system can; they load ahead of what is asked for, and the position
+is that of what was handed out. A sample that cannot be loaded is left out of its batch, named in a warning and counted;
+more than `max_broken` end the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from deepseek.core.caller_warnings import warn_caller
+from deepseek.core.errors import ConfigError, DataError
+
+S_co = TypeVar("S_co", covariant=True)
+S = TypeVar("S")
+B = TypeVar("B")
+MAX_BROKEN = 100
+"""Samples that may be left out because they cannot be loaded, unless told otherwise."""
+
+
+class BrokenSampleError(DataError):
+    """One sample cannot be loaded: a damaged image, a row without its fields. The message names it."""
+
+
+class SampleSource(Protocol[S_co]):
+    """A known number of samples."""
+
+    @property
+    def digest(self) -> str:
+        """Which samples these are, in their order: the same exactly when all of them are."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, random: np.random.Generator | None) -> S_co:
+        """Load one sample, augmented by `random` or, where that is `None`, as it is.
+
+        Raises `BrokenSampleError` where that cannot be done.
+        """
+
+
+class SampleLoader(Generic[S, B]):
+    """Batches without end, with a position that can be saved and restored."""
+
+    def __init__(
+        self,
+        source: SampleSource[S],
+        *,
+        batch_size: int,
+        collate: Callable[[list[S]], B],
+        seed: int = 0,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        max_broken: int = MAX_BROKEN,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank} is not below world_size={world_size}; ranks count from 0")
+        if len(source) < batch_size * world_size:
+            raise DataError(
+                f"there are {len(source)} samples and a batch takes {batch_size * world_size}; lower batch_size or add "
+                "samples"
+            )
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.max_broken = max_broken
+        self._collate = collate
+        self._epoch = self._index = 0
+        self._broken: dict[str, None] = {}
+        self._batches: Iterator[_Loaded[B]] | None = None
+
+    def __iter__(self) -> Iterator[B]:
+        while True:
+            yield self.next_batch()
+
+    def next_batch(self) -> B:
+        """Return the batch at the position, and move the position on; raises `DataError` after too many broken ones."""
+        while True:
+            if self._batches is None:
+                self._batches = self._start()
+            loaded = next(self._batches)
+            self._epoch, self._index = loaded.position_after
+            self._count_broken(loaded.broken)
+            if loaded.batch is not None:
+                return loaded.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, as JSON values."""
+        return {"epoch": self._epoch, "index": self._index, "order": self._order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position; raises `DataError` when it was saved for other samples or another seed."""
+        if set(state) != {"epoch", "index", "order"}:
+            raise DataError(f"a data position has epoch, index and order; this one has {', '.join(state) or 'nothing'}")
+        if state["order"] != self._order:
+            raise DataError(
+                "the saved data position belongs to other samples or another seed; resume with the data it was saved "
+                "with, or start a new run"
+            )
+        self._epoch, self._index, self._batches = int(state["epoch"]), int(state["index"]), None
+
+    @property
+    def _order(self) -> str:
+        return hashlib.sha256(json.dumps([self.source.digest, self.seed]).encode()).hexdigest()
+
+    def _start(self) -> Iterator[_Loaded[B]]:
+        """Begin to load from the position on."""
+        plan = list_batches(
+            len(self.source),
+            self.batch_size,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            epoch=self._epoch,
+            index=self._index,
+        )
+        dataset = _Batches(self.source, self.seed, self._collate)
+        if not self.num_workers:
+            return (dataset[batch] for batch in plan)
+        # Each item of the dataset is a whole batch, so torch's own batching is off.
+        workers: DataLoader[_Loaded[B]] = DataLoader(
+            dataset,
+            sampler=_Repeatable(plan),
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=_leave_interrupts,
+            prefetch_factor=2,
+        )
+        return iter(workers)
+
+    def _count_broken(self, messages: Sequence[str]) -> None:
+        for message in messages:
+            if message not in self._broken:
+                self._broken[message] = None
+                warn_caller(f"left out: {message}")
+        if len(self._broken) > self.max_broken:
+            raise DataError(
+                f"{len(self._broken)} samples cannot be loaded and {self.max_broken} may be left out; the last one: "
+                f"{messages[-1]}"
+            )
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The samples of one batch of one rank, and the position after it."""
+
+    items: tuple[tuple[int, int], ...]
+    """Epoch and sample, each."""
+    position_after: tuple[int, int]
+    """Epoch, and samples of it that are used up by all ranks."""
+
+
+def list_batches(
+    num_samples: int, batch_size: int, *, seed: int, rank: int, world_size: int, epoch: int, index: int
+) -> Iterator[BatchPlan]:
+    """List the batches of one rank without end, from the position (`epoch`, `index`) on.
+
+    >>> first = next(list_batches(5, 4, seed=0, rank=0, world_size=1, epoch=0, index=3))
+    >>> [epoch for epoch, _ in first.items], first.position_after
+    ([0, 0, 1, 1], (1, 2))
+    """
+    order = order_samples(num_samples, seed, epoch)
+    while True:
+        items = []
+        for number in range(batch_size * world_size):
+            if index == num_samples:
+                epoch, index = epoch + 1, 0
+                order = order_samples(num_samples, seed, epoch)
+            if number % world_size == rank:
+                items.append((epoch, int(order[index])))
+            index += 1
+        yield BatchPlan(tuple(items), (epoch, index))
+
+
+def order_samples(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the samples of an epoch in their order, by sorting raw bits, which numpy keeps alike in all versions."""
+    return np.argsort(np.random.PCG64([seed, epoch]).random_raw(num_samples), kind="stable")
+
+
+def evaluation_batches(
+    source: SampleSource[S], batch_size: int, collate: Callable[[list[S]], B], *, rank: int = 0, world_size: int = 1
+) -> Iterator[B]:
+    """One pass over `source` in its own order, without augmentation; over all ranks each sample comes once.
+
+    Raises `BrokenSampleError` for a sample that cannot be loaded: a measurement is of all samples or of none.
+    """
+    mine = range(rank, len(source), world_size)
+    for begin in range(0, len(mine), batch_size):
+        yield collate([source.load(index, None) for index in mine[begin : begin + batch_size]])
+
+
+@dataclass(frozen=True)
+class _Loaded(Generic[B]):
+    batch: B | None
+    """`None` where none of its samples could be loaded."""
+    broken: tuple[str, ...]
+    position_after: tuple[int, int]
+
+
+class _Batches(Dataset[_Loaded[B]], Generic[S, B]):
+    """Loads a batch by its plan; a copy of it is in every worker."""
+
+    def __init__(self, source: SampleSource[S], seed: int, collate: Callable[[list[S]], B]) -> None:
+        self.source, self.seed, self.collate = source, seed, collate
+
+    def __getitem__(self, plan: BatchPlan) -> _Loaded[B]:
+        samples: list[S] = []
+        broken: list[str] = []
+        for epoch, index in plan.items:
+            try:
+                samples.append(self.source.load(index, np.random.Generator(np.random.PCG64([self.seed, epoch, index]))))
+            except BrokenSampleError as error:
+                broken.append(str(error))
+        return _Loaded(self.collate(samples) if samples else None, tuple(broken), plan.position_after)
+
+
+class _Repeatable:
+    """What torch takes for a sampler: something to iterate over."""
+
+    def __init__(self, plan: Iterator[BatchPlan]) -> None:
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return self._plan
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C in a terminal reaches the workers, too; when the run ends is decided by its own process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,321 @@
+"""Everything that lives while a run goes on: built from the config, taken up from a checkpoint, saved into one.
+
+`loop.py` advances it. A checkpoint holds everything the next step depends on, so that a run which was stopped or killed
+becomes bit-equal to one that never was.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from deepseek.checkpoint.activation_budget import checkpoint_within_budget_
+from deepseek.checkpoint.activations import checkpoint_blocks_, find_blocks
+from deepseek.checkpoint.restoring import Checkpoint, load, newest_valid
+from deepseek.checkpoint.rng_state import capture_rng, restore_rng
+from deepseek.checkpoint.saving import save
+from deepseek.core.config import Config
+from deepseek.core.errors import CheckpointError, ConfigError
+from deepseek.mixed_precision.amp_levels import choose_level
+from deepseek.mixed_precision.dynamic import DynamicPrecision
+from deepseek.mixed_precision.forward_precision import Precision, autocast, choose_precision
+from deepseek.optim.clipping import FixedBound, GradientBound
+from deepseek.optim.learning_rates import scale_learning_rate
+from deepseek.optim.optimizers import build_optimizer
+from deepseek.train.config import TrainConfig
+from deepseek.train.events import ActivationsCheckpointed, CheckpointSaved
+from deepseek.train.own_loop import move
+from deepseek.train.stopping import BestMetric
+from deepseek.train.task import Loader, Task, TaskData
+from deepseek.train.weight_average import WeightAverage
+
+CHECKPOINT_FOLDER = "checkpoints"
+# Settings that a resumed run may change without becoming another run.
+_FREE_SETTINGS = (
+    "ds_activation_checkpoint",
+    "folder",
+    "resume_from",
+    "num_steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "evaluate_every",
+    "evaluation_units",
+    "on_bad_step",
+    "max_bad_steps",
+)
+
+
+@dataclass(eq=False)
+class BadSteps:
+    """Steps whose loss or gradient was no number."""
+
+    num_in_a_row: int = 0
+    """Those since the last step that got further than all of them."""
+    last: int = 0
+    """The number of the last one."""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """Positions in the data whose step is left out, by those who went back before it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as JSON values."""
+        return {"num_in_a_row": self.num_in_a_row, "last": self.last, "left_out": list(self.left_out)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.num_in_a_row, self.last = int(state["num_in_a_row"]), int(state["last"])
+        self.left_out = list(state["left_out"])
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything that lives while a run goes on."""
+
+    config: TrainConfig
+    task: Task
+    data: TaskData
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    bound: GradientBound
+    precision: Precision
+    peak_learning_rate: float
+    best: BestMetric
+    """The best evaluation so far, by the metric of `config.stopping`."""
+    average: WeightAverage | None = None
+    """The moving average of the weights, where one is kept."""
+    dynamic: DynamicPrecision | None = None
+    """Chooses the precision of each layer, where that is asked for; `precision` then puts nothing around the model."""
+    checkpointed: ActivationsCheckpointed | None = None
+    """Which blocks are recomputed in the backward pass, if any."""
+    bad_steps: BadSteps = field(default_factory=BadSteps)
+    step: int = 0
+    """Optimizer steps done."""
+    saved_step: int = -1
+    """Steps done when the newest checkpoint was saved; -1 where there is none."""
+
+    @property
+    def loader(self) -> Loader:
+        """The batches that are trained on."""
+        return self.data.loader
+
+    @contextmanager
+    def as_model(self) -> Iterator[None]:
+        """The model has the weights that it would be saved with while the block runs: averages, where they are kept."""
+        with self.average.swapped() if self.average is not None else nullcontext():
+            yield
+
+
+def build(config: TrainConfig, task: Task, folder: Path) -> Run:
+    """Assemble a new run, with the data that `task` prepared in `folder`."""
+    device = open_device(config.device)
+    data = task.open_data(folder)
+    _seed(config.seed)
+    model = task.build_model(data).to(device).train()
+    learning_rate = scale_learning_rate(
+        config.sequences_per_step,
+        base=config.optimizer.base_learning_rate,
+        reference_batch_size=config.optimizer.reference_batch_size,
+    )
+    optimizer = build_optimizer(model, config.optimizer, learning_rate)
+    checkpointed = checkpoint_activations_(model, task, data, device)
+    if config.compile == "blocks":
+        for name in find_blocks(model):
+            model.get_submodule(name).compile()
+    precision, dynamic = open_precision(config, model, device)
+    return Run(
+        config,
+        task,
+        data,
+        model,
+        optimizer,
+        FixedBound(config.optimizer.grad_clip),
+        precision,
+        learning_rate,
+        best=BestMetric(config.stopping.metric in task.lower_is_better, config.stopping.min_change),
+        average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
+        dynamic=dynamic,
+        checkpointed=checkpointed,
+    )
+
+
+def checkpoint_activations_(
+    model: nn.Module, task: Task, data: TaskData, device: torch.device
+) -> ActivationsCheckpointed | None:
+    """Checkpoint the blocks of `model` as `ds_activation_checkpoint` says; `None` where it says nothing.
+
+    A budget is measured on the first micro-batch. Which blocks are chosen does not change what is learned, so that a
+    resumed run may choose others.
+    """
+    config = task.config
+    wanted = config.ds_activation_checkpoint
+    if wanted == "none":
+        return None
+    blocks = find_blocks(model)
+    if not isinstance(wanted, float):
+        checkpoint_blocks_(model, wanted, blocks=blocks)
+        return ActivationsCheckpointed(wanted, len(blocks), tuple(blocks), None, None)
+    position = data.loader.state_dict()
+    inputs = task.inputs(move(data.loader.next_batch(), device))
+    data.loader.load_state_dict(position)
+    is_wide = choose_level(config.ds_amp_level) == "O0"
+    # The dynamic precision keeps activations in bf16 as well.
+    precision: Precision = "fp32" if is_wide else "bf16" if config.precision == "dynamic" else config.precision
+    with autocast(precision, device):
+        plan = checkpoint_within_budget_(model, inputs, memory_budget=wanted, blocks=blocks)
+    chosen = plan.choice.recomputed
+    return ActivationsCheckpointed(
+        "budget", len(chosen), chosen, kept_before_bytes=plan.kept_before_bytes, kept_bytes=plan.choice.peak_bytes
+    )
+
+
+def open_precision(
+    config: TrainConfig, model: nn.Module, device: torch.device
+) -> tuple[Precision, DynamicPrecision | None]:
+    """Build the precision of each forward pass, and the policy that chooses layer by layer where asked for."""
+    level = choose_level(config.ds_amp_level)
+    if level == "O2":
+        raise ConfigError(
+            "level O2 keeps 16-bit weights beside their masters, which the trainer does not; choose O1, "
+            "or use PrecisionManager in a loop of your own"
+        )
+    if level == "O0":
+        return "fp32", None
+    if config.precision == "dynamic":
+        # Measured seconds differ from process to process, and a resumed run must decide as the first one would.
+        return "fp32", DynamicPrecision(model, costs="assumed")
+    return choose_precision(config.precision, device), None
+
+
+def open_device(name: str) -> torch.device:
+    """Return the torch device `name`, tried out; `ConfigError` where this machine or this build of torch has none.
+
+    >>> open_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used here ({reason}); choose cpu, or a device there is"
+        ) from error
+    return device
+
+
+def _seed(seed: int) -> None:
+    """Every generator that a layer or a hook of the user's may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def resume(run: Run) -> None:
+    """Take up the newest valid checkpoint of the run's folder, or else the one that `resume_from` names, if any."""
+    config = run.config
+    checkpoint = newest_valid(Path(config.folder) / CHECKPOINT_FOLDER)
+    if checkpoint is None and config.resume_from is not None:
+        checkpoint = load(config.resume_from)
+    if checkpoint is None:
+        return
+    before, now = checkpoint.state.get("settings", {}), deciding_settings(config)
+    now = {name: value for name, value in now.items() if name in before or not is_default(config, name)}
+    if changed := find_changes(before, now):
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to a run with other settings ({', '.join(changed[:3])}); "
+            "go on with the settings it was started with, or choose another folder"
+        )
+    if checkpoint.step > config.num_steps:
+        raise CheckpointError(
+            f"{checkpoint.path} has done {checkpoint.step} steps and num_steps is {config.num_steps}; "
+            "raise num_steps, or go on from an earlier checkpoint with resume_from in another folder"
+        )
+    restore(run, checkpoint)
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Bring the run to where it was when `checkpoint` was saved."""
+    state = checkpoint.state
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.loader.load_state_dict(state["loader"])
+    run.bound.load_state_dict(state.get("bound", {}))
+    if run.average is not None:
+        run.average.load_state_dict(state["average"])
+    if run.dynamic is not None:
+        run.dynamic.load_state_dict(state["precision"])
+    if "best" in state:
+        run.best.load_state_dict(state["best"])
+        run.bad_steps.load_state_dict(state["bad_steps"])
+    if run.config.precision == "auto" and choose_level(run.config.ds_amp_level) == "O1":
+        # The process that began has measured, maybe on another machine; one run computes in one precision.
+        run.precision = state.get("forward_precision", run.precision)
+    restore_rng(state["rng"])
+    run.step = run.saved_step = checkpoint.step
+
+
+def deciding_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that decide the weights, by dotted name; runs that share them may share checkpoints."""
+    return dict(_flatten({name: value for name, value in config.to_dict().items() if name not in _FREE_SETTINGS}))
+
+
+def is_default(config: Config, name: str) -> bool:
+    """Return whether the setting of this dotted name has its default value.
+
+    A setting that a checkpoint does not know is newer than the checkpoint, which was written under its default.
+    """
+    *parents, last = name.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    field = type(config).model_fields.get(last)
+    return field is not None and field.get_default(call_default_factory=True) == getattr(config, last)
+
+
+def find_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the differences between two flat settings, one phrase for each.
+
+    >>> find_changes({"num_steps": 650, "seed": 0}, {"num_steps": 700, "seed": 0})
+    ['num_steps was 650 and is 700']
+    """
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def save_checkpoint(run: Run) -> CheckpointSaved:
+    """Write everything the next step depends on."""
+    began_s = time.perf_counter()
+    state: dict[str, Any] = {
+        "settings": deciding_settings(run.config),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "loader": run.loader.state_dict(),
+        "bound": run.bound.state_dict(),
+        "best": run.best.state_dict(),
+        "bad_steps": run.bad_steps.state_dict(),
+        "rng": capture_rng(),
+        "forward_precision": run.precision,
+    }
+    if run.average is not None:
+        state["average"] = run.average.state_dict()
+    if run.dynamic is not None:
+        state["precision"] = run.dynamic.state_dict()
+    path = save(Path(run.config.folder) / CHECKPOINT_FOLDER, run.step, state, keep=run.config.keep_checkpoints)
+    run.saved_step = run.step
+    return CheckpointSaved(run.step, str(path), time.perf_counter() - began_s)

@@ -1,0 +1,134 @@
+"""What the training loop does not know: which data, which model, what the loss is, and how good the model is.
+
+    class Rings(Task):
+        unit = "points"
+
+        def open_data(self, folder):
+            return TaskData(loader=SampleLoader(points, batch_size=32), num_train_units=len(points))
+
+        def build_model(self, data):
+            return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+
+        def inputs(self, batch):
+            return (batch["position"],)
+
+        def loss(self, outputs, batch):
+            return F.cross_entropy(outputs, batch["ring"], reduction="sum")
+
+        def count_units(self, batch):
+            return len(batch["ring"])
+
+    for event in train(config, task=Rings): ...
+
+The loop (`loop.py`) calls a task in the order of its methods: data first, then the model, then `inputs`, `forward` and
+`loss` for every batch, and at evaluations `new_metrics`. The loss of a batch is a *sum* over its units (tokens, images,
+...), which the loop divides by the units of the whole step: N micro-batches give the gradient of the one big batch,
+however many units each of them has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from deepseek.artifact.format import Manifest
+from deepseek.core.events import Event
+from deepseek.data.tokenizing import Tokenizer
+from deepseek.models.loading import save_model
+from deepseek.train.config import TrainConfig
+
+LOSS = "heldout_loss"
+"""The metric that every evaluation has: the mean loss per unit over held-out data."""
+
+
+class Loader(Protocol):
+    """Batches without end, with a position that can be saved and restored."""
+
+    def next_batch(self) -> Any:
+        """Return the batch at the position, and move the position on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, as JSON values; after a batch, it points to the next one."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position; raises `DataError` when it was saved in other data or another order."""
+
+
+class Measurements(Protocol):
+    """Measurements over the batches of one evaluation."""
+
+    def update(self, outputs: Any, batch: Any) -> None:
+        """Take in the outputs for one batch."""
+
+    def compute(self) -> dict[str, float]:
+        """Return the measurements over all batches, by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """The data of one run."""
+
+    loader: Loader
+    """Batches to train on."""
+    num_train_units: int
+    """Units of one pass over them."""
+    heldout: Callable[[], Iterable[Any]] | None = None
+    """Batches of one evaluation, always the same; `None` where nothing is held out."""
+    tokenizer: Tokenizer | None = None
+    """The tokenizer that goes into the artifact."""
+
+
+class Task(ABC):
+    """A kind of training; see the file's header for the order of calls."""
+
+    unit: ClassVar[str] = "samples"
+    """What the loss is a mean over, in the plural."""
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({LOSS, "perplexity"})
+    """Measurements that improve by falling; all others improve by rising."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def prepare(self, folder: Path) -> Iterator[Event]:
+        """Make what `open_data` reads in `folder`, and report progress; a finished preparation is taken up."""
+        yield from ()
+
+    @abstractmethod
+    def open_data(self, folder: Path) -> TaskData:
+        """Open the data; `folder` is where `prepare` worked."""
+
+    @abstractmethod
+    def build_model(self, data: Any) -> nn.Module:
+        """Build the model that the run begins with, from the data that `open_data` gave; torch is seeded."""
+
+    def on_step(self, model: nn.Module, step: int, *, is_evaluating: bool = False) -> None:  # noqa: B027 - may do nothing
+        """Tell `model` how many steps are done, where it computes by that; evaluations see it as it will be loaded."""
+
+    @abstractmethod
+    def inputs(self, batch: Any) -> tuple[Any, ...]:
+        """Return what the model is called with for `batch`."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Run `model` on a batch on its device, in the precision of the run."""
+        return model(*self.inputs(batch))
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the () sum of the loss over the units of `batch`, from what `forward` returned."""
+
+    @abstractmethod
+    def count_units(self, batch: Any) -> int:
+        """Count the units of `batch`, which its loss is weighted with."""
+
+    def new_metrics(self) -> Measurements | None:
+        """Return empty measurements for one evaluation; `None` measures the loss alone."""
+        return None
+
+    def save(self, model: nn.Module, data: Any, folder: Path, **record: Any) -> Manifest:
+        """Write the finished model as the artifact `folder`; `record` goes into its manifest."""
+        return save_model(model, folder, tokenizer=data.tokenizer, overwrite=True, **record)

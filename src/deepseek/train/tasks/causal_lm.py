@@ -1,0 +1,72 @@
+"""Predict each next token of a text: a decoder trained from its first weights.
+
+    text -> tokenizer -> token caches -> rows of tokens -> logits -> cross-entropy with the tokens that follow
+
+The loss is in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from deepseek.core.errors import ConfigError
+from deepseek.core.events import Event
+from deepseek.data.batching import IGNORED_TARGET, Batch, BatchLoader, evaluation_batches
+from deepseek.data.corpus import load_data, prepare_data
+from deepseek.models.decoder.model import Decoder
+from deepseek.nn.losses import sum_cross_entropy
+from deepseek.train.task import Task, TaskData
+
+
+class CausalLM(Task):
+    """A decoder on plain text."""
+
+    unit: ClassVar[str] = "tokens"
+
+    def prepare(self, folder: Path) -> Iterator[Event]:
+        """Train or load the tokenizer, and tokenize the text."""
+        return prepare_data(self.config.data, folder)
+
+    def open_data(self, folder: Path) -> TaskData:
+        """Open the token caches."""
+        settings = self.config.data
+        data = load_data(settings, folder, is_verified=True)
+        heldout = data.heldout
+        return TaskData(
+            loader=BatchLoader(data.train, settings),
+            num_train_units=len(data.train.tokens),
+            heldout=None if heldout is None else lambda: evaluation_batches(heldout, settings),
+            tokenizer=data.tokenizer,
+        )
+
+    def build_model(self, data: TaskData) -> nn.Module:
+        """Build the decoder of the config; raises `ConfigError` where the tokenizer has more tokens."""
+        assert data.tokenizer is not None
+        if data.tokenizer.vocab_size > self.config.model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {data.tokenizer.vocab_size} tokens and model.vocab_size is "
+                f"{self.config.model.vocab_size}; make model.vocab_size at least as large"
+            )
+        return Decoder(self.config.model)
+
+    def on_step(self, model: nn.Module, step: int, *, is_evaluating: bool = False) -> None:
+        """Open the mask; evaluations see it wholly in force, however few of its opening steps are done."""
+        if isinstance(model, Decoder):
+            mask = model.config.mask
+            model.set_step(max(step, mask.opening_steps if mask and is_evaluating else 0))
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """(B, T) tokens, to which the model answers with (B, T, V) logits."""
+        return (batch.tokens_BT,)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """() sum of the cross-entropy over the targets, in nats."""
+        return sum_cross_entropy(outputs, batch.targets_BT, ignored_target=IGNORED_TARGET)
+
+    def count_units(self, batch: Batch) -> int:
+        """Targets that count."""
+        return batch.num_target_tokens

@@ -1,0 +1,139 @@
+"""Order and samples depend on the seed alone: not on workers, ranks, or where a run was taken up."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek.core.errors import ConfigError, DataError
+from deepseek.data.samples import BrokenSampleError, SampleLoader, evaluation_batches, list_batches
+
+SIZES = {
+    "num_samples": st.integers(4, 40),
+    "batch_size": st.integers(1, 4),
+    "seed": st.integers(0, 5),
+    "start": st.integers(0, 3),
+}
+
+
+class Numbers:
+    """Sample i is (i, a random number)."""
+
+    digest = "numbers"
+
+    def __init__(self, count: int = 11, broken: tuple[int, ...] = ()) -> None:
+        self.count, self.broken = count, broken
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, index: int, random: np.random.Generator | None) -> tuple[int, float]:
+        if index in self.broken:
+            raise BrokenSampleError(f"number {index} is broken")
+        return index, 0.0 if random is None else random.random()
+
+
+def loader(**changes: Any) -> SampleLoader[Any, Any]:
+    values: dict[str, Any] = {"source": Numbers(), "batch_size": 3, "collate": list, "seed": 1}
+    values |= changes
+    return SampleLoader(values.pop("source"), **values)
+
+
+@settings(deadline=None)
+@given(**SIZES)
+def test_every_epoch_has_every_sample_once(num_samples: int, batch_size: int, seed: int, start: int) -> None:
+    plans = list_batches(num_samples, batch_size, seed=seed, rank=0, world_size=1, epoch=start, index=0)
+    items = [item for _, plan in zip(range(3 * num_samples), plans, strict=False) for item in plan.items]
+    for epoch in range(start, start + 2):
+        mine = [sample for number, sample in items if number == epoch]
+        assert sorted(mine) == list(range(num_samples))
+
+
+@settings(deadline=None)
+@given(**SIZES, world_size=st.integers(1, 3))
+def test_ranks_share_one_order(num_samples: int, batch_size: int, seed: int, start: int, world_size: int) -> None:
+    def read(rank: int, ranks: int, size: int) -> list[tuple[int, int]]:
+        plans = list_batches(num_samples, size, seed=seed, rank=rank, world_size=ranks, epoch=start, index=0)
+        return [item for _, plan in zip(range(6), plans, strict=False) for item in plan.items]
+
+    whole = read(0, 1, batch_size * world_size)
+    apart = [read(rank, world_size, batch_size) for rank in range(world_size)]
+    assert [item for together in zip(*apart, strict=True) for item in together] == whole
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(num_workers: int) -> None:
+    alone, helped = loader(), loader(num_workers=num_workers)
+    assert [alone.next_batch() for _ in range(9)] == [helped.next_batch() for _ in range(9)]
+    assert alone.state_dict() == helped.state_dict()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_saved_position_goes_on_with_the_next_sample_for_any_number_of_workers(num_workers: int) -> None:
+    whole = loader()
+    expected = [whole.next_batch() for _ in range(10)]
+    first = loader(num_workers=2 - num_workers)
+    for _ in range(5):
+        first.next_batch()
+    second = loader(num_workers=num_workers)
+    second.load_state_dict(first.state_dict())
+    assert [second.next_batch() for _ in range(5)] == expected[5:]
+
+
+def test_a_sample_is_another_in_each_epoch_and_the_same_in_any_batch() -> None:
+    small, large = loader(batch_size=1), loader(batch_size=11)
+    apart = [small.next_batch()[0] for _ in range(22)]
+    assert apart == large.next_batch() + large.next_batch()
+    assert Counter(index for index, _ in apart) == dict.fromkeys(range(11), 2)
+    assert len({number for _, number in apart}) == 22
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_sample_is_named_once_and_left_out(num_workers: int) -> None:
+    numbers = loader(source=Numbers(broken=(4,)), num_workers=num_workers, max_broken=1)
+    with pytest.warns(UserWarning, match="left out: number 4 is broken") as caught:
+        batches = [numbers.next_batch() for _ in range(11)]
+    assert len(caught) == 1
+    assert 4 not in {index for batch in batches for index, _ in batch}
+    assert sum(map(len, batches)) == 33 - 3
+
+
+def test_too_many_broken_samples_end_the_run() -> None:
+    numbers = loader(source=Numbers(broken=(1, 2, 3)), max_broken=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match=r"3 samples cannot be loaded and 2 may be left out; the last one: number"):
+            for _ in range(11):
+                numbers.next_batch()
+
+
+def test_evaluation_is_every_sample_once_as_it_is_over_all_ranks() -> None:
+    ranks = [list(evaluation_batches(Numbers(), 2, list, rank=rank, world_size=2)) for rank in range(2)]
+    samples = [sample for batches in ranks for batch in batches for sample in batch]
+    assert sorted(samples) == [(index, 0.0) for index in range(11)]
+    with pytest.raises(BrokenSampleError, match="number 4"):
+        list(evaluation_batches(Numbers(broken=(4,)), 2, list))
+
+
+def test_what_does_not_fit_is_one_sentence() -> None:
+    with pytest.raises(DataError, match="there are 2 samples and a batch takes 3; lower batch_size or add samples"):
+        loader(source=Numbers(2))
+    with pytest.raises(ConfigError, match="rank=2 is not below world_size=2"):
+        loader(rank=2, world_size=2)
+    position = loader().state_dict()
+    with pytest.raises(DataError, match="other samples or another seed"):
+        loader(seed=2).load_state_dict(position)
+    with pytest.raises(DataError, match="has nothing"):
+        loader().load_state_dict({})
+
+
+def test_torch_tensors_come_back_from_workers() -> None:
+    numbers = loader(num_workers=1, collate=torch.tensor)
+    assert numbers.next_batch().shape == (3, 2)

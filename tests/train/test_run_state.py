@@ -1,0 +1,49 @@
+"""Going on: with more steps, from any checkpoint, and not from what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek.artifact.reading import open_artifact
+from deepseek.core.errors import CheckpointError
+from deepseek.train.loop import train
+from tests.train.own_task import Line, configure
+
+
+def run(folder: Path, **changes: object) -> list[int]:
+    return [event.step for event in train(configure(folder, **changes), task=Line) if event.kind == "step_done"]
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    left, right = (open_artifact(folder / "model").tensors() for folder in (one, other))
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    assert run(tmp_path / "parts", num_steps=10) == list(range(1, 11))
+    assert run(tmp_path / "parts", num_steps=30) == list(range(11, 31))
+    assert_same_model(tmp_path / "whole", tmp_path / "parts")  # the rate is constant, so that the schedule is the same
+
+
+def test_a_new_run_goes_on_from_a_checkpoint_of_another(tmp_path: Path) -> None:
+    run(tmp_path / "whole", keep_checkpoints=20)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000012"
+    assert run(tmp_path / "branch", resume_from=str(checkpoint))[0] == 13
+    assert_same_model(tmp_path / "whole", tmp_path / "branch")
+    assert run(tmp_path / "branch", resume_from=str(checkpoint)) == []  # its own checkpoints are newer
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(CheckpointError, match="has done 30 steps and num_steps is 20"):
+        run(tmp_path, num_steps=20)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"optimizer\.weight_decay was 0\.0 and is 0\.5"):
+        run(tmp_path, **{"optimizer.weight_decay": 0.5})
