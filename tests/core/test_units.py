@@ -11,6 +11,7 @@ from deepseek.core.units import (
     format_seconds,
     parse_bytes,
     parse_count,
+    parse_length,
     parse_seconds,
 )
 
@@ -90,3 +91,15 @@ def test_sizes_as_they_are_shown(num_bytes, text):
 )
 def test_durations_as_they_are_shown(duration_s, text):
     assert format_seconds(duration_s) == text
+
+
+@given(st.integers(1, 4096), st.integers(0, 2), st.booleans())
+def test_lengths_are_powers_of_1024(number, power, is_upper):
+    unit = ("", "k", "m")[power]
+    assert parse_length(f"{number}{unit.upper() if is_upper else unit}") == number * 1024**power
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "4kB", "k", "-1", "0.3k", "4b"])
+def test_what_is_no_length_is_refused(text):
+    with pytest.raises(ConfigError, match="4096 or 4k"):
+        parse_length(text)

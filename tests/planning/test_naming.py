@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -29,6 +30,22 @@ def test_a_cluster_is_found_by_the_name_of_its_boxes():
     mixed = find_cluster("h100:2+A100-SXM-40GB:3", gpus_per_node=4)
     assert [node.accelerator.name for node in mixed.nodes] == ["H100-SXM-80GB"] * 2 + ["A100-SXM-40GB"] * 3
     assert find_cluster("h100", network_gbit_per_s=80).network.bandwidth_bytes_per_s == 1e10
+
+
+@pytest.mark.parametrize("name", ["dgx-h100:2+dgx-a100:2", "h100:3", "dgx-h100:1"])
+def test_a_number_of_nodes_that_the_name_has_already_is_refused(name):
+    with pytest.raises(
+        ConfigError, match=f"{re.escape(name)} has its own numbers of nodes, and --nodes 4 was given too"
+    ):
+        find_cluster(name, nodes=4)
+    assert find_cluster("dgx-h100:2+dgx-a100", nodes=4).num_devices == 48
+
+
+@pytest.mark.parametrize("option", ["nodes", "gpus_per_node", "network_gbit_per_s"])
+def test_numbers_beside_a_stored_cluster_are_refused(tmp_path, option):
+    save_cluster(Cluster.of("H100-SXM-80GB"), tmp_path / "cluster.json")
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} 4 was given too; leave it out"):
+        find_cluster(str(tmp_path / "cluster.json"), **{option: 4})
 
 
 def test_a_stored_cluster_comes_back_as_it_was(tmp_path):

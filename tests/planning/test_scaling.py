@@ -99,7 +99,14 @@ def test_a_model_of_ones_own_scales_by_the_published_formula_for_its_operations(
         for _, devices, _, _, step_s, teraflops, efficiency in curve.rows:
             flops = count_model_flops(model, batch or 2 * devices)
             assert teraflops == pytest.approx(flops / step_s / devices / 1e12, rel=1e-3)
-            assert efficiency == pytest.approx(teraflops / curve.rows[0][-2], abs=2e-3)
+            assert efficiency == pytest.approx(teraflops / max(row[-2] for row in curve.rows), abs=2e-3)
+
+
+def test_a_cluster_that_barely_holds_a_model_does_not_make_larger_ones_efficient():
+    curve = scale_model(get_model_shape("Llama2-70B"), accelerator="A100-SXM-80GB", nodes=(2, 4, 8))
+    assert "full" in curve.rows[0][3]  # recomputation, for which there is no room not to
+    assert [row[-1] for row in curve.rows] == pytest.approx([0.52, 1.0, 0.99], abs=0.05)
+    assert "relative to the best rate, at 4" in curve.finding
 
 
 def test_sizes_on_which_a_model_does_not_fit_are_named():

@@ -13,6 +13,7 @@ from deepseek.core.errors import ConfigError
 
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 _COUNT_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_LENGTH_FACTORS = {"": 1, "k": 1024, "m": 1024**2}
 _BYTE_FACTORS = {"": 1, "b": 1} | {
     prefix + ("ib" if binary else "b"): (1024 if binary else 1000) ** power
     for power, prefix in enumerate("kmgtp", start=1)
@@ -37,6 +38,18 @@ def parse_count(text: str) -> int:
     (1200000, 7000000000)
     """
     return round(_parse(text, _COUNT_FACTORS, "count", "1.2M"))
+
+
+def parse_length(text: str) -> int:
+    """Tokens of a sequence, where a K is 1024 of them, as lengths of contexts are written.
+
+    >>> parse_length("4096"), parse_length("128k")
+    (4096, 131072)
+    """
+    length = _parse(text, _LENGTH_FACTORS, "length", "4096 or 4k")
+    if length < 1 or length != int(length):
+        raise ConfigError(f"{text!r} is no whole number of tokens; write for example 4096 or 4k")
+    return int(length)
 
 
 def parse_seconds(text: str) -> float:

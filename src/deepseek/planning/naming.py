@@ -74,21 +74,38 @@ def find_accelerator(name: str) -> Accelerator:
 
 
 def find_cluster(
-    name: str, *, nodes: int = 1, gpus_per_node: int = 8, network_gbit_per_s: float | None = None
+    name: str,
+    *,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    network_gbit_per_s: float | None = None,
 ) -> Cluster:
     """Return the cluster of `nodes` boxes that `name` stands for, or the one that a JSON file of that name holds.
 
-    Several kinds are joined with `+`, each with its own number of nodes: `dgx-h100:2+dgx-a100:4`.
+    Several kinds are joined with `+`, each with its own number of nodes: `dgx-h100:2+dgx-a100:4`. Without numbers it is
+    one node of eight devices. Raises `ConfigError` for a number that nothing in `name` leaves open.
 
     >>> find_cluster("dgx-h100:1+dgx-a100:2").num_devices
     24
     """
     if name.endswith(".json"):
+        said = {"nodes": nodes, "gpus-per-node": gpus_per_node, "network-gbit-per-s": network_gbit_per_s}
+        if given := next((option for option, value in said.items() if value is not None), None):
+            raise ConfigError(
+                f"{name} says what its cluster is, and --{given} {said[given]} was given too; leave it out"
+            )
         return load_cluster(Path(name))
-    parts = [_read_part(part, nodes) for part in name.split("+")]
+    parts = [_read_part(part) for part in name.split("+")]
+    if nodes is not None and all(count is not None for _, count in parts):
+        raise ConfigError(
+            f"{name} has its own numbers of nodes, and --nodes {nodes} was given too; leave one of them out"
+        )
     clusters = [
         Cluster.of(
-            find_accelerator(kind), nodes=count, gpus_per_node=gpus_per_node, network_gbit_per_s=network_gbit_per_s
+            find_accelerator(kind),
+            nodes=(1 if nodes is None else nodes) if count is None else count,
+            gpus_per_node=8 if gpus_per_node is None else gpus_per_node,
+            network_gbit_per_s=network_gbit_per_s,
         )
         for kind, count in parts
     ]
@@ -98,11 +115,11 @@ def find_cluster(
     return joined
 
 
-def _read_part(part: str, nodes: int) -> tuple[str, int]:
+def _read_part(part: str) -> tuple[str, int | None]:
     kind, _, count = part.partition(":")
     if count and not count.isdecimal():
         raise ConfigError(f"{part!r} does not say how many nodes; write for example dgx-a100:4")
-    return kind, int(count) if count else nodes
+    return kind, int(count) if count else None
 
 
 def save_cluster(cluster: Cluster, path: Path, *, measured_on: Mapping[str, Any] | None = None) -> None:

@@ -12,7 +12,7 @@ the figure, and where the model says otherwise the finding says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -135,7 +135,7 @@ _WEAK_HEADER = ("nodes", "devices", "size, B", "plan", "step, s", "TFLOP/s a dev
 def _list_weak_rows(
     points: list[tuple[int, Cluster, ModelShape, EstimatedPlan]], batch: int | None = None
 ) -> list[tuple[float | str, ...]]:
-    first = _rate(*points[0][2:0:-1], points[0][3], batch)
+    rates = [_rate(model, cluster, best, batch) for _, cluster, model, best in points]
     return [
         (
             count,
@@ -143,11 +143,22 @@ def _list_weak_rows(
             round(model.num_parameters / 1e9, 1),
             describe_plan_shortly(best.plan),
             round(best.step_time_s, 3),
-            round(_rate(model, cluster, best, batch) / 1e12, 1),
-            round(_rate(model, cluster, best, batch) / first, 3),
+            round(rate / 1e12, 1),
+            round(rate / max(rates), 3),
         )
-        for count, cluster, model, best in points
+        for rate, (count, cluster, model, best) in zip(rates, points, strict=True)
     ]
+
+
+_EFFICIENCY = (
+    "efficiency: model FLOP/s per device relative to the best of these clusters; the smallest that holds a model may "
+    "hold it only with recomputation, which makes it slow and every larger one look fast"
+)
+
+
+def _find(rows: Sequence[tuple[float | str, ...]]) -> str:
+    best = max(rows, key=lambda row: float(row[-1]))
+    return f"predicted: {rows[-1][-1]:.1%} at {rows[-1][0]} nodes, relative to the best rate, at {best[0]}"
 
 
 def _assume(cluster: Cluster, *more: str) -> tuple[str, ...]:
@@ -160,7 +171,8 @@ def scale_model(
 ) -> ScalingCurve:
     """Build the curve of a model of one's own: a batch that grows with the devices, or always `global_batch`.
 
-    >>> scale_model(get_model_shape("Llama3-8B"), accelerator="H100-SXM-80GB", nodes=(1, 2)).rows[0][-1]
+    >>> curve = scale_model(get_model_shape("Llama3-8B"), accelerator="H100-SXM-80GB", nodes=(1, 2))
+    >>> max(row[-1] for row in curve.rows)
     1.0
     """
     if not nodes or min(nodes) < 1:
@@ -177,11 +189,11 @@ def scale_model(
         f"{kind} scaling of {model.name} on {accelerator}",
         _WEAK_HEADER,
         tuple(rows),
-        f"predicted: {rows[-1][-1]:.1%} at {rows[-1][0]} nodes, relative to {rows[0][0]}",
+        _find(rows),
         _assume(
             Cluster.of(accelerator),
             f"the best plan at every size, {held} of {model.sequence} tokens",
-            "efficiency: model FLOP/s per device relative to the smallest cluster that holds the model",
+            _EFFICIENCY,
             *nothing,
         ),
     )
@@ -195,12 +207,12 @@ def _build_weak(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
         "weak scaling efficiency 92 % at 128 nodes, 1,024 devices",
         _WEAK_HEADER,
         tuple(rows),
-        f"predicted: {rows[-1][-1]:.1%} at {rows[-1][0]} nodes, relative to {rows[0][0]} nodes",
+        _find(rows),
         _assume(
             Cluster.of(accelerator),
             f"model {model.name}, the best plan at every size, {_SEQUENCES_PER_DEVICE} sequences of "
             f"{model.sequence} tokens a device",
-            "efficiency: model FLOP/s per device relative to the smallest cluster that holds the model",
+            _EFFICIENCY,
         ),
     )
 
@@ -218,13 +230,12 @@ def _build_weak_1750b(accelerator: str, nodes: tuple[int, ...]) -> ScalingCurve:
         "weak scaling efficiency 84 % at 1,024 devices for 1.75T parameters",
         _WEAK_HEADER,
         tuple(rows),
-        f"predicted: {rows[-1][-1]:.1%} at {rows[-1][0]} nodes, relative to {rows[0][0]} nodes with "
-        "as many layers a node",
+        f"{_find(rows)} with as many layers a node",
         _assume(
             Cluster.of(accelerator),
             f"{GPT_1750B.layers} layers of width {GPT_1750B.hidden} at {full} nodes, proportionally fewer layers below",
             f"the best plan at every size, {_SEQUENCES_PER_DEVICE} sequences of {GPT_1750B.sequence} tokens a device",
-            "efficiency: model FLOP/s per device relative to the smallest cluster that holds its layers",
+            _EFFICIENCY,
         ),
     )
 

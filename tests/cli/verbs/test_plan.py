@@ -33,6 +33,17 @@ def test_json_is_what_the_planner_returns(call):
     assert json.loads(result.out) == json.loads(json.dumps(found.to_dict()))
 
 
+def test_a_length_is_written_as_contexts_are(call):
+    for said, tokens in (("4k", 4096), ("1.5K", 1536), ("2048", 2048)):
+        assert f"64 of {tokens} tokens" in call(*LLAMA, "--sequence", said, "--top", 0).out
+
+
+def test_days_and_cost_are_said_to_be_floors(call):
+    out = call(*LLAMA, "--tokens", "1T", "--price-per-device-hour", 2, "--top", 0).out
+    assert out.count("at least") == 3
+    assert "without failures, restarts, checkpoints, evaluation and idle devices" in out
+
+
 def test_a_strategy_narrows_the_plan(call):
     strategy = '{"type": "HybridParallel", "tensorParallel": 4, "pipelineParallel": 4}'
     best = json.loads(call(*LLAMA, "--strategy", strategy, "--json").out)["best"]["plan"]
@@ -92,6 +103,11 @@ def test_runs_are_predicted_into_a_file(call, tmp_path):
         ((*LLAMA, "--picture", "timeline.gif"), "choose one of these endings"),
         (("plan", "--predict", "runs.csv"), "--out is missing"),
         (("plan", "Llama3-8B", "--predict", "runs.csv", "--out", "p.csv"), "--predict takes --out and nothing else"),
+        (("plan", "--predict", "runs.csv", "--out", "p.csv", "--nodes", 2), "--predict takes --out and nothing else"),
+        (("plan", "quickstart", "--nodes", 2), "add for example --cluster dgx-h100"),
+        (("plan", "Llama3-8B", "--cluster", "dgx-h100:1", "--nodes", 2, "--global-batch", 8), "leave one of them out"),
+        ((*LLAMA, "--sequence", "4x"), "is not a length"),
+        ((*LLAMA, "--sequence", "0"), "no whole number of tokens"),
         ((*LLAMA, "--out", "plan.json"), "--out belongs to --predict"),
         ((*LLAMA, "--price-per-device-hour", 2), "--price-per-device-hour needs --tokens"),
     ],

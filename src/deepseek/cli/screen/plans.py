@@ -50,7 +50,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def show_result(request: Request[ModelShape], result: PlanningResult, top: int, budget: Budget | None = None) -> None:
-    """Show everything that a search found, as tables; `budget` is what some number of tokens takes."""
+    """Show everything that a search found, as tables; `budget` is what some number of tokens takes at least."""
     best = result.best
     model = request.model
     named = ("model", f"{model.name or 'without a name'}, {format_count(model.num_parameters)} parameters")
@@ -72,7 +72,8 @@ def show_result(request: Request[ModelShape], result: PlanningResult, top: int, 
     title = f"No other plan beats these in time, memory and energy at once ({len(result.front)} in all)"
     show_table(title, ("plan", "step", "memory", "energy"), front)
     _show_rejected(result)
-    for sentence in result.assumptions:
+    floor = ("days and cost: steps alone, without failures, restarts, checkpoints, evaluation and idle devices",)
+    for sentence in (*result.assumptions, *(floor if budget else ())):
         sys.stdout.write(f"{sentence}\n")
 
 
@@ -105,10 +106,10 @@ def _describe_throughput(request: Request[ModelShape], result: PlanningResult) -
 
 def _describe_budget(budget: Budget) -> list[tuple[str, str]]:
     rows = [
-        (f"{format_count(budget.num_tokens)} tokens", f"{budget.days:.1f} days, {budget.num_steps} steps"),
-        ("device hours", format_count(budget.device_hours)),
+        (f"{format_count(budget.num_tokens)} tokens", f"at least {budget.days:.1f} days, {budget.num_steps} steps"),
+        ("device hours", f"at least {format_count(budget.device_hours)}"),
     ]
-    return rows if budget.cost is None else [*rows, ("cost", f"{budget.cost:,.0f}")]
+    return rows if budget.cost is None else [*rows, ("cost", f"at least {budget.cost:,.0f}")]
 
 
 def _format_energy(energy_j: float | None) -> str:

@@ -24,7 +24,7 @@ from deepseek.cli.verbs.plan_measure import find_machine, plan_measure
 from deepseek.cli.verbs.plan_runs import plan_runs, predict_into
 from deepseek.cli.verbs.plan_scaling import plan_scaling
 from deepseek.core.errors import ConfigError
-from deepseek.core.units import parse_count, parse_seconds
+from deepseek.core.units import parse_count, parse_length, parse_seconds
 
 if TYPE_CHECKING:
     from deepseek.planning.models.model_shape import ModelShape
@@ -48,11 +48,11 @@ def plan(
     model: str | None = None,
     *,
     cluster: str | None = None,
-    nodes: int = 1,
-    gpus_per_node: int = 8,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
     network_gbit_per_s: float | None = None,
     global_batch: int | None = None,
-    sequence: int | None = None,
+    sequence: str | None = None,
     precision: str | None = None,
     strategy: str | None = None,
     headroom: float = 0.1,
@@ -80,15 +80,15 @@ def plan(
     cluster
         Box (dgx-h100), accelerator (H100-SXM-80GB), several joined with + (dgx-h100:2+dgx-a100:4), or a JSON file.
     nodes
-        Boxes.
+        Boxes; without it one.
     gpus_per_node
-        Devices in each box.
+        Devices in each box; without it eight.
     network_gbit_per_s
         One device's share of the network cards; without it the usual one of the box.
     global_batch
         Sequences of one step; a recipe brings its own.
     sequence
-        Tokens of one sequence; without it the model's usual length.
+        Tokens of one sequence (4096, 4k); without it the model's usual length.
     precision
         bf16, fp16, fp32, fp8, mxfp8 or fp4; without it the 16 bit format that the devices have.
     strategy
@@ -102,7 +102,7 @@ def plan(
     tokens
         Tokens to train on (300B, 15T): how many days and device hours that takes.
     price_per_device_hour
-        Price of a device for an hour: what the tokens cost.
+        Price of a device for an hour: what the tokens cost at least.
     top
         Runners-up to show.
     picture
@@ -115,7 +115,9 @@ def plan(
         Print JSON.
     """
     if predict is not None or out is not None:
-        _predict(predict, out, has_others=model is not None or picture is not None or json)
+        others = (model, cluster, nodes, gpus_per_node, network_gbit_per_s, global_batch, sequence, precision, strategy)
+        others += (max_step_time, max_energy_j, tokens, price_per_device_hour, picture)
+        _predict(predict, out, has_others=json or any(value is not None for value in others))
         return
     if model is None:
         raise ConfigError("give a model (a known shape, a folder or a recipe), or see deepseek plan --help")
@@ -134,17 +136,23 @@ def plan(
         check_ending(picture)
     if global_batch is None and not _is_recipe(model):
         raise ConfigError("--global-batch is missing; say how many sequences one step takes")
+    if cluster is None and (nodes is not None or gpus_per_node is not None or network_gbit_per_s is not None):
+        raise ConfigError(
+            "--nodes, --gpus-per-node and --network-gbit-per-s describe a --cluster, and without one the plan is for "
+            "this machine; add for example --cluster dgx-h100, or leave them out"
+        )
     machine = (
         find_machine()
         if cluster is None
         else find_cluster(cluster, nodes=nodes, gpus_per_node=gpus_per_node, network_gbit_per_s=network_gbit_per_s)
     )
+    length = None if sequence is None else parse_length(sequence)
     choices = choose_space(machine)
     if strategy:
         asked = read_strategy(_read_json(strategy)).space
         choices = replace(asked, precision=choices.precision, software=choices.software)
     shape, usual_batch, space = _read_model(
-        model, choices, num_devices=machine.num_devices, is_here=cluster is None, sequence=sequence
+        model, choices, num_devices=machine.num_devices, is_here=cluster is None, sequence=length
     )
     batch = usual_batch if global_batch is None else global_batch
     assert batch is not None

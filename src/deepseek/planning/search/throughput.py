@@ -23,7 +23,10 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Budget:
-    """Time and cost of training on a number of tokens; `cost` is in the unit of the price, `None` without one."""
+    """Time and cost of the steps that train on a number of tokens: a floor, since nothing fails, waits or is evaluated.
+
+    `cost` is in the unit of the price, `None` without one.
+    """
 
     num_tokens: int
     num_steps: int
