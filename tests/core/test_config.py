@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Literal, Self
@@ -13,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from deepseek.core.config import Config, parse_overrides, read_settings
 from deepseek.core.errors import ConfigError
+from deepseek.recipes import load_recipe
 
 
 class Rate(Config):
@@ -113,8 +115,39 @@ def test_an_unknown_key_is_refused_at_every_depth_with_the_nearest_name(values, 
 
 
 def test_an_unknown_key_near_no_other_lists_all_of_its_place():
-    with pytest.raises(ConfigError, match=r"^unknown setting 'model.rate.zzz'; .*model.rate.betas, model.rate.peak\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^unknown setting 'model.rate.zzz' \(known: model.rate.betas, model.rate.peak\)$"
+    ):
         Job(model={"rate": {"zzz": 1}})
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("lr", "optimizer.base_learning_rate"),
+        ("learning_rate", "optimizer.base_learning_rate"),
+        ("optimizer.lr", "optimizer.base_learning_rate"),
+        ("wd", "optimizer.weight_decay"),
+        ("bs", "data.batch_size"),
+        ("layers", "model.num_layers"),
+        ("steps", "num_steps"),
+        ("optimizer.type", None),  # not its `eps`, which is spelled like it only with what stands before
+        ("model.name", None),
+        ("name", None),  # not the name of an optimizer
+        ("type", None),
+        ("output", None),
+        ("epochs", None),
+    ],
+)
+def test_names_of_other_programs_lead_to_what_they_mean_or_nowhere(key, nearest):
+    recipe = load_recipe("decoder_tiny")
+    values = recipe.to_dict()
+    *parents, name = key.split(".")
+    (values[parents[0]] if parents else values)[name] = 1
+    hint = f"; did you mean '{nearest}'? (known: " if nearest else " (known: "
+    for give in (lambda: recipe.override({key: 1}), lambda: type(recipe).from_dict(values)):
+        with pytest.raises(ConfigError, match="^" + re.escape(f"unknown setting '{key}'{hint}")):
+            give()
 
 
 @pytest.mark.parametrize(

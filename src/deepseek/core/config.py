@@ -16,7 +16,7 @@ import json
 import re
 import reprlib
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -25,11 +25,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deepseek.core.errors import ConfigError
-from deepseek.core.names import explain_unknown
+from deepseek.core.names import find_initials, find_nearest, word_unknown
 
 # YAML 1.1 takes `1e-3` for a string, where every user means a number.
 _SCIENTIFIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
 _MAX_SETTINGS_BYTES = 5_000_000
+_MAX_DEPTH = 4
+_SAID_OF_EVERYTHING = ("name", "type", "kind")  # one of a lower level is hardly what is meant
 _SHORT = reprlib.Repr()  # takes its limits in the constructor from Python 3.12 on
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxlist = _SHORT.maxdict = 12
@@ -131,11 +133,7 @@ def _parse_value(key: str, text: str) -> Any:
 def _assign(values: dict[str, Any], path: list[str], value: Any, *, whole_key: str) -> None:
     for depth, name in enumerate(path):
         if name not in values:
-            known = [".".join([*path[:depth], setting]) for setting in values]
-            below = [full for full in _list_settings(values, path[:depth]) if full.rpartition(".")[2] == name]
-            if below:
-                raise ConfigError(f"unknown setting {'.'.join(path[: depth + 1])!r}; did you mean {below[0]!r}?")
-            raise ConfigError(explain_unknown("setting", ".".join(path[: depth + 1]), known))
+            raise ConfigError(_explain_unknown(path[:depth], name, values, _list_settings(values, ())))
         if depth == len(path) - 1:
             values[name] = value
         elif isinstance(values[name], dict):
@@ -153,6 +151,41 @@ def _list_settings(values: Mapping[str, Any], above: Sequence[str]) -> Iterator[
         yield ".".join([*above, name])
         if isinstance(value, dict):
             yield from _list_settings(value, [*above, name])
+
+
+def _list_fields(config: type[BaseModel], above: tuple[str, ...]) -> Iterator[str]:
+    """The dotted names of all settings of `config`, which lie below `above`; none of those that hold themselves."""
+    for name, field in config.model_fields.items():
+        yield ".".join([*above, name])
+        for nested in _classes(field.annotation) if len(above) < _MAX_DEPTH else ():
+            yield from _list_fields(nested, (*above, name))
+
+
+def _explain_unknown(parents: Sequence[str], name: str, siblings: Iterable[str], settings: Iterable[str]) -> str:
+    """One sentence for a setting `name` that is none of its `siblings` nor of all `settings` below them.
+
+    Names are compared without what stands above them: `optimizer.lr` is no slip of the pen for `optimizer.eps`.
+    """
+    nested = [setting for setting in settings if "." in setting]
+    exact = [setting for setting in nested if setting.rpartition(".")[2] == name and name not in _SAID_OF_EVERYTHING]
+    siblings = list(siblings)
+    found = next(iter(exact), None) or find_nearest(name, siblings) or find_initials(name, siblings)
+    found = found or _find_below(name, nested)
+    known = [".".join([*parents, sibling]) for sibling in siblings]
+    nearest = ".".join([*parents, found]) if found else None
+    return word_unknown("setting", ".".join([*parents, name]), known, nearest)
+
+
+def _find_below(name: str, nested: Sequence[str]) -> str | None:
+    """Return the setting on the next lower level that `name` stands for: by its words beside `num`, or by initials."""
+    words = set(name.lower().split("_"))
+    for depth in range(1, _MAX_DEPTH + 1):
+        level = {setting.rpartition(".")[2]: setting for setting in nested if setting.count(".") == depth}
+        rest_of = {own: set(own.split("_")) - words for own in level if words <= set(own.split("_"))}
+        fitting = [own for own, rest in rest_of.items() if len(words) > 1 or rest == {"num"}]
+        if found := min(fitting, key=len, default=None) or find_initials(name, level):
+            return level[found]
+    return None
 
 
 def show_value(value: object) -> str:
@@ -176,9 +209,9 @@ def _explain(config: type[BaseModel], problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        *parents, _ = location
+        *parents, name = location
         owner = _owner(config, parents)
-        return explain_unknown("setting", where, [".".join([*parents, name]) for name in owner.model_fields])
+        return _explain_unknown(parents, name, owner.model_fields, _list_fields(owner, ()))
     if problem["type"] == "missing":
         return f"setting {where!r} of {config.__name__} is missing; give it a value"
     if problem["type"] == "value_error":

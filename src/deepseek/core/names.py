@@ -20,7 +20,12 @@ def explain_unknown(noun: str, name: str, known: Iterable[str]) -> str:
     "unknown precision 'bf61'; did you mean 'bf16'? (known: bf16, fp32)"
     """
     names = sorted(known)
-    nearest = find_nearest(name, names)
+    return word_unknown(noun, name, names, find_nearest(name, names))
+
+
+def word_unknown(noun: str, name: str, known: Iterable[str], nearest: str | None) -> str:
+    """The same sentence where the nearest name was found in another way."""
+    names = sorted(known)
     hint = f"; did you mean {nearest!r}?" if nearest else ""
     return f"unknown {noun} {name!r}{hint} (known: {', '.join(names) or 'none'})"
 
@@ -39,6 +44,20 @@ def find_nearest(name: str, known: Iterable[str]) -> str | None:
     if with_all:
         return min(with_all, key=len)
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=_LEAST_LIKENESS)), None)
+
+
+def find_initials(name: str, known: Iterable[str]) -> str | None:
+    """Return the shortest known name of several words whose last ones begin with the letters of `name`.
+
+    >>> find_initials("lr", ["base_learning_rate", "steps"]), find_initials("x", ["x_ray"])
+    ('base_learning_rate', None)
+    """
+    fitting = [
+        other
+        for other in sorted(known)
+        if len(name) > 1 and "".join(word[0] for word in other.split("_") if word).endswith(name.lower())
+    ]
+    return min(fitting, key=len, default=None)
 
 
 def _words(name: str) -> set[str]:

@@ -116,8 +116,9 @@ def plan(
     """
     if predict is not None or out is not None:
         others = (model, cluster, nodes, gpus_per_node, network_gbit_per_s, global_batch, sequence, precision, strategy)
-        others += (max_step_time, max_energy_j, tokens, price_per_device_hour, picture)
-        _predict(predict, out, has_others=json or any(value is not None for value in others))
+        limits_and_outputs = (max_step_time, max_energy_j, tokens, price_per_device_hour, picture)
+        is_said = [value is not None for value in others] + [value is not None for value in limits_and_outputs]
+        _predict(predict, out, has_others=json or any(is_said))
         return
     if model is None:
         raise ConfigError("give a model (a known shape, a folder or a recipe), or see deepseek plan --help")
