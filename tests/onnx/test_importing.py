@@ -349,3 +349,44 @@ def test_a_weight_that_is_text_is_no_damage():
     model = build_model([node], {"i": (INT64, ["n"])}, {"y": TensorProto.STRING}, weights={"labels": labels})
     with pytest.raises(UnsupportedOperatorError, match=r"'labels' cannot be converted to PyTorch: .*type STRING"):
         import_onnx(model)
+
+
+ODD_USES = {
+    "GridSample of a matrix": ("GridSample", {}, [(2, 3), (2, 3)], "inputs of 2 and 2 dimensions"),
+    "GridSample with a word": ("GridSample", {"mode": "foo"}, [(1, 1, 2, 2), (1, 2, 2, 2)], "mode='foo'"),
+    "cubic volumes": ("GridSample", {"mode": "cubic"}, [(1, 1, 2, 2, 2), (1, 2, 2, 2, 3)], "only images"),
+    "Resize with a word": ("Resize", {"mode": "foo"}, [(1, 1, 2, 2)], "mode='foo'"),
+    "a flag of 7": ("ArgMax", {"keepdims": 7}, [(2, 3)], "keepdims=7"),
+    "negative flags": ("IsInf", {"detect_negative": -1}, [(2,)], "detect_negative=-1"),
+    "blocks of nothing": ("DepthToSpace", {"blocksize": 0}, [(1, 4, 2, 2)], "ZeroDivisionError"),
+    "blocks in no order": ("DepthToSpace", {"blocksize": 2, "mode": "foo"}, [(1, 4, 2, 2)], "mode='foo'"),
+    "strides backwards": ("MaxPool", {"kernel_shape": [2], "strides": [-1]}, [(1, 1, 4)], r"strides=\[-1\]"),
+    "too many strides": ("MaxPool", {"kernel_shape": [2], "strides": [1, 1]}, [(1, 1, 4)], r"strides=\[1, 1\]"),
+    "too few pads": ("AveragePool", {"kernel_shape": [2], "pads": [1]}, [(1, 1, 4)], r"pads=\[1\]"),
+    "padding by a word": ("MaxPool", {"kernel_shape": [2], "auto_pad": "foo"}, [(1, 1, 4)], "auto_pad='foo'"),
+    "a norm of power zero": ("LpPool", {"kernel_shape": [2], "p": 0}, [(1, 1, 4)], "p=0"),
+    "no such axis": ("Softmax", {"axis": 7}, [(2, 3)], "axis=7"),
+    "division by zero": ("Celu", {"alpha": 0.0}, [(2, 3)], "alpha=0"),
+    "windows of four dimensions": ("Conv", {}, [(1, 1, 2, 2, 2, 2), (1, 1, 1, 1, 1, 1)], "windows of 4 dimensions"),
+    "an input missing": ("MatMul", {}, [(2, 3)], "TypeError"),
+    "a letter missing": ("Einsum", {"equation": "ij,jk"}, [(2, 3)], "RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("use", ODD_USES)
+def test_a_use_that_nobody_foresaw_is_refused_by_the_name_of_its_operator(use):
+    operator, attributes, shapes, reason = ODD_USES[use]
+    inputs = {f"i{index}": (FLOAT, shape) for index, shape in enumerate(shapes)}
+    node = helper.make_node(operator, [*inputs, *(["", "w"] if operator == "Resize" else [])], ["y"], **attributes)
+    weights = {"w": numpy.ones(4, "f")} if operator == "Resize" else {}
+    model = build_model([node], inputs, {"y": FLOAT}, weights=weights, opset=22)
+    with pytest.raises(UnsupportedOperatorError, match=f"{operator} of opset 22 cannot be converted.*{reason}"):
+        import_onnx(model)
+
+
+@pytest.mark.parametrize("operator", ["Abs", "Floor", "Mish", "HardSwish", "Softplus", "ThresholdedRelu"])
+def test_types_that_onnx_does_not_list_are_refused_where_torch_has_no_such_operator_either(operator):
+    node = helper.make_node(operator, ["x"], ["y"])
+    model = build_model([node], {"x": (TensorProto.BOOL, [2, 3])}, {"y": TensorProto.BOOL}, opset=22)
+    with pytest.raises(UnsupportedOperatorError, match=f"{operator} of opset 22.*not implemented"):
+        import_onnx(model)

@@ -134,3 +134,8 @@ _DTYPES = {
     13: torch.uint64,
     16: torch.bfloat16,
 }
+_ONNX_NAMES = {torch.float32: "float", torch.float64: "double"}
+ONNX_TYPES = {
+    dtype: f"tensor({_ONNX_NAMES.get(dtype, str(dtype).removeprefix('torch.'))})" for dtype in _DTYPES.values()
+}
+"""What ONNX calls tensors of a dtype where it says what its operators take."""

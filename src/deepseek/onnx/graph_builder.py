@@ -51,6 +51,8 @@ class GraphBuilder:
 
     def __init__(self, *, in_float32: bool = False) -> None:
         self.in_float32 = in_float32
+        self.tries_on_zeros = False
+        """Whether calls are tried on zeros: types for which ONNX has no such operator, torch may not have either."""
         self.root = nn.Module()
         self.graph = fx.Graph()
         self._readers: dict[int, tuple[Tensor, fx.Node]] = {}  # the tensor is kept so that its id stays its own
@@ -98,7 +100,7 @@ class GraphBuilder:
         arguments = fx.node.map_aggregate(arguments, self.materialize)
         keywords = fx.node.map_aggregate(keywords, self.materialize)
         sample = function(*fx.node.map_aggregate(arguments, _sample), **fx.node.map_aggregate(keywords, _sample))
-        if _has_wide_unsigned((arguments, keywords)):
+        if self.tries_on_zeros or _has_wide_unsigned((arguments, keywords)):
             function(*fx.node.map_aggregate(arguments, _zeros), **fx.node.map_aggregate(keywords, _zeros))
         node = self.graph.call_function(function, arguments, keywords)
         node.meta["sample"] = sample

@@ -28,7 +28,7 @@ from deepseek.core.errors import ConfigError, CorruptArtifactError, DeepSeekErro
 from deepseek.core.extras import require
 from deepseek.core.names import explain_unknown
 from deepseek.onnx import functions
-from deepseek.onnx.files import UnsupportedOperatorError, opset_of, to_torch, torch_dtype
+from deepseek.onnx.files import ONNX_TYPES, UnsupportedOperatorError, opset_of, to_torch, torch_dtype
 from deepseek.onnx.graph_builder import GraphBuilder, Value
 from deepseek.onnx.operators import OPERATORS
 from deepseek.onnx.operators.node import Operator
@@ -196,20 +196,38 @@ def _translate_node(
     if unset:
         raise CorruptArtifactError(f"{source}: {said.name} reads {unset[0]!r}, which nothing gives; export it again")
     op = Operator(node.op_type, node.name, opset, _attributes(node), len([name for name in node.output if name]))
+    inputs = [values[name] for name in node.input]
+    builder.tries_on_zeros = not _has_usual_types(builder, op, inputs)
     try:
-        given = OPERATORS[node.op_type](builder, op, *(values[name] for name in node.input))
+        given = OPERATORS[node.op_type](builder, op, *inputs)
         _refuse_unread_attributes(op)
     except UnsupportedOperatorError as error:
         raise UnsupportedOperatorError(said.explain(str(error))) from error
     except DeepSeekError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # what a use that nobody foresaw raises in torch or Python has no class below this one
         problem = str(error).strip().partition("\n")[0]
-        raise UnsupportedOperatorError(said.explain(f"{type(error).__name__}, {problem}")) from error
+        raise UnsupportedOperatorError(said.explain(f"{type(error).__name__}, {problem}".rstrip(", "))) from error
     if node.op_type == "Identity" and isinstance(given, Tensor):  # how exporters store equal weights once
         given = builder.name_weight(given.clone(), node.output[0])
     results = given if isinstance(given, tuple) else (given,)
     return {name: result for name, result in zip(node.output, results, strict=False) if name}
+
+
+def _has_usual_types(builder: GraphBuilder, op: Operator, inputs: Sequence[Value]) -> bool:
+    """Return whether ONNX lists the types of these inputs for the operator, equal ones where it wants them equal."""
+    formal = list(require("onnx", extra="compile").defs.get_schema(op.op_type, op.opset).inputs)
+    found: dict[str, torch.dtype] = {}
+    for value, parameter in zip(inputs, [*formal, *formal[-1:] * len(inputs)], strict=False):
+        if not isinstance(value, Tensor | fx.Node):
+            continue
+        dtype = builder.sample(value).dtype
+        if ONNX_TYPES[dtype] not in parameter.types:
+            return False
+        is_shared = parameter.is_homogeneous and parameter.type_str not in parameter.types
+        if is_shared and found.setdefault(parameter.type_str, dtype) is not dtype:
+            return False
+    return True
 
 
 def _refuse_unread_attributes(op: Operator) -> None:

@@ -36,8 +36,15 @@ def _activation(function: Callable[..., Any], **attributes: float) -> Translator
     return translate
 
 
+def _celu(builder: GraphBuilder, op: Operator, x: Value) -> Result:
+    alpha = op.get("alpha", 1.0)
+    if not alpha:
+        raise UnsupportedOperatorError("alpha=0 is not followed, by which its formula divides")
+    return builder.call(F.celu, x, alpha=alpha)
+
+
 def _gelu(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    return builder.call(F.gelu, x, approximate=op.get("approximate", "none"))
+    return builder.call(F.gelu, x, approximate=op.choose("approximate", "none", "tanh"))
 
 
 def _identity(builder: GraphBuilder, op: Operator, x: Value, *_: Value) -> Result:
@@ -142,7 +149,7 @@ def _div(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
 def _mod(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
     if builder.is_lengths(x, y):
         return _by_number(builder, operator.mod, x, y)
-    return builder.call(torch.fmod if op.get("fmod", 0) else torch.remainder, x, y)
+    return builder.call(torch.fmod if op.flag("fmod") else torch.remainder, x, y)
 
 
 def _pow(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
@@ -178,15 +185,18 @@ def _cast_to(builder: GraphBuilder, x: Value, dtype: torch.dtype) -> Result:
 
 
 def _isinf(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    signs = (op.get("detect_negative", 1), op.get("detect_positive", 1))
-    tests = {(1, 1): torch.isinf, (1, 0): torch.isneginf, (0, 1): torch.isposinf}
+    signs = (op.flag("detect_negative", True), op.flag("detect_positive", True))
+    tests = {(True, True): torch.isinf, (True, False): torch.isneginf, (False, True): torch.isposinf}
     return builder.call(tests.get(signs, functions.nowhere), x)
 
 
 def _softmax(function: Callable[..., Any]) -> Translator:
     def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
         if op.opset >= 13:
-            return builder.call(function, x, dim=op.get("axis", -1))
+            axis, rank = op.get("axis", -1), builder.rank(x)
+            if not -max(rank, 1) <= axis < max(rank, 1):
+                raise UnsupportedOperatorError(f"axis={axis} is none of its {rank} dimensions")
+            return builder.call(function, x, dim=axis)
         axis = op.get("axis", 1) % builder.rank(x)
         if axis == builder.rank(x) - 1:
             return builder.call(function, x, dim=-1)
@@ -209,7 +219,7 @@ ELEMENTWISE: dict[str, Translator] = {
     "HardSigmoid": _activation(functions.hard_sigmoid, alpha=0.2, beta=0.5),
     "LeakyRelu": _activation(functions.leaky_relu, alpha=0.01),
     "Elu": _activation(F.elu, alpha=1.0),
-    "Celu": _activation(F.celu, alpha=1.0),
+    "Celu": _celu,
     "Selu": _activation(functions.selu, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875),
     "ThresholdedRelu": _activation(functions.thresholded_relu, alpha=1.0),
     "Gelu": _gelu,

@@ -29,15 +29,15 @@ def _matmul(builder: GraphBuilder, op: Operator, x: Value, y: Value) -> Result:
 
 def _gemm(builder: GraphBuilder, op: Operator, a: Value, b: Value, c: Value = None) -> Result:
     alpha, beta = op.get("alpha", 1.0), op.get("beta", 1.0)
-    a = builder.call(torch.t, a) if op.get("transA", 0) else a
+    a = builder.call(torch.t, a) if op.flag("transA") else a
     is_plain = isinstance(b, Tensor) and b.is_floating_point() and alpha == 1 and isinstance(a, fx.Node)
     fits = c is None or (isinstance(c, Tensor) and c.dim() == 1 and beta == 1)
     if is_plain and fits:
         assert isinstance(b, Tensor)
-        weight = b if op.get("transB", 0) else b.t()
+        weight = b if op.flag("transB") else b.t()
         if c is None or (isinstance(c, Tensor) and c.shape[0] == weight.shape[0]):
             return builder.call_module(_linear(weight, c), builder.name_of(b, op.name or "gemm"), a)
-    b = builder.call(torch.t, b) if op.get("transB", 0) else b
+    b = builder.call(torch.t, b) if op.flag("transB") else b
     return builder.call(functions.gemm, a, b, c, alpha, beta)
 
 
@@ -88,7 +88,7 @@ def _conv_transpose(builder: GraphBuilder, op: Operator, x: Value, weight: Value
     num_spatial = builder.rank(x) - 2
     strides, dilations, group = _window(op, num_spatial)
     op.allow(auto_pad="NOTSET")
-    pads = list(op.get("pads", [0] * 2 * num_spatial))
+    pads = _pads(op, num_spatial)
     before, after = pads[:num_spatial], pads[num_spatial:]
     extra = list(op.get("output_padding", [0] * num_spatial))
     if "output_shape" in op.attributes:
@@ -107,8 +107,25 @@ def _conv_transpose(builder: GraphBuilder, op: Operator, x: Value, weight: Value
 
 
 def _window(op: Operator, num_spatial: int) -> tuple[list[int], list[int], int]:
+    """Return strides, dilations and groups; raise where there are not as many as the window has dimensions."""
+    if num_spatial not in (1, 2, 3):
+        raise UnsupportedOperatorError(f"windows of {num_spatial} dimensions are not followed, only of 1 to 3")
     ones = [1] * num_spatial
-    return list(op.get("strides", ones)), list(op.get("dilations", ones)), op.get("group", 1)
+    strides, dilations, group = list(op.get("strides", ones)), list(op.get("dilations", ones)), op.get("group", 1)
+    for name, numbers in (("strides", strides), ("dilations", dilations)):
+        if len(numbers) != num_spatial or min(numbers) < 1:
+            raise UnsupportedOperatorError(f"{name}={numbers} are not {num_spatial} positive numbers")
+    return strides, dilations, group
+
+
+_AUTO_PADS = ("NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
+
+
+def _pads(op: Operator, num_spatial: int) -> list[int]:
+    pads = list(op.get("pads", [0] * 2 * num_spatial))
+    if len(pads) != 2 * num_spatial:
+        raise UnsupportedOperatorError(f"pads={pads} are not two for each of {num_spatial} dimensions")
+    return pads
 
 
 def _pad_window(
@@ -123,12 +140,12 @@ def _pad_window(
 ) -> tuple[Value, list[int]]:
     """Return the input and the padding that torch adds on both sides; what differs between the sides is added here."""
     num_spatial = len(kernel)
-    auto_pad = op.get("auto_pad", "NOTSET")
+    auto_pad = op.choose("auto_pad", *_AUTO_PADS)
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         is_upper = auto_pad == "SAME_UPPER"
         padded = builder.call(functions.pad_same, x, kernel, strides, dilations, is_upper, fill)
         return padded, [0] * num_spatial
-    pads = [0] * 2 * num_spatial if auto_pad == "VALID" else list(op.get("pads", [0] * 2 * num_spatial))
+    pads = [0] * 2 * num_spatial if auto_pad == "VALID" else _pads(op, num_spatial)
     before, after = pads[:num_spatial], pads[num_spatial:]
     if before == after and (fill == 0 or all(2 * pad <= size for pad, size in zip(before, kernel, strict=True))):
         return x, before
@@ -148,7 +165,7 @@ def _max_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
 
 
 def _average_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    window, counts_padding = _pool_window(op), bool(op.get("count_include_pad", 0))
+    window, counts_padding = _pool_window(op), op.flag("count_include_pad")
     if window.is_plain and set(window.dilations) == {1}:
         function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(window.kernel)]
         plain = (list(window.kernel), list(window.strides), list(window.before))
@@ -157,16 +174,22 @@ def _average_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
 
 
 def _lp_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    return builder.call(pool_windows.lp_pool, x, _pool_window(op), op.get("p", 2))
+    return builder.call(pool_windows.lp_pool, x, _pool_window(op), _norm_power(op))
+
+
+def _norm_power(op: Operator) -> int:
+    power = op.get("p", 2)
+    if power < 1:
+        raise UnsupportedOperatorError(f"p={power} is not followed, only 1 and more")
+    return int(power)
 
 
 def _pool_window(op: Operator) -> pool_windows.PoolWindow:
     kernel = tuple(op.get("kernel_shape", ()))
-    if len(kernel) not in (1, 2, 3):
-        raise UnsupportedOperatorError(f"windows of {len(kernel)} dimensions are not followed, only of 1 to 3")
     strides, dilations, _ = _window(op, len(kernel))
-    pads = tuple(op.get("pads", [0] * 2 * len(kernel)))
-    auto_pad = op.get("auto_pad", "NOTSET")
+    pads, auto_pad = tuple(_pads(op, len(kernel))), op.choose("auto_pad", *_AUTO_PADS)
+    if min(kernel) < 1 or min(pads) < 0:
+        raise UnsupportedOperatorError(f"a window of {list(kernel)} with pads={list(pads)} is not followed")
     pads = pads if auto_pad == "NOTSET" else (0,) * 2 * len(kernel)
     return pool_windows.PoolWindow(
         kernel,
@@ -175,7 +198,7 @@ def _pool_window(op: Operator) -> pool_windows.PoolWindow:
         pads[: len(kernel)],
         pads[len(kernel) :],
         auto_pad if auto_pad.startswith("SAME") else "",
-        bool(op.get("ceil_mode", 0)),
+        op.flag("ceil_mode"),
     )
 
 
@@ -187,7 +210,7 @@ def _global_pool(function: Callable[..., Any]) -> Translator:
 
 
 def _global_lp_pool(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    return builder.call(pool_windows.lp_norm, x, list(range(2, builder.rank(x))), op.get("p", 2))
+    return builder.call(pool_windows.lp_norm, x, list(range(2, builder.rank(x))), _norm_power(op))
 
 
 def _batch_norm(
@@ -244,11 +267,13 @@ def _einsum(builder: GraphBuilder, op: Operator, *values: Value) -> Result:
 
 
 def _grid_sample(builder: GraphBuilder, op: Operator, x: Value, grid: Value) -> Result:
-    names = {"linear": "bilinear", "cubic": "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
-    mode = names.get(op.get("mode", "linear"), "nearest")
-    if mode == "bicubic" and builder.rank(x) != 4:
-        raise UnsupportedOperatorError("cubic sampling is followed for images only")
-    padding, aligned = op.get("padding_mode", "zeros"), bool(op.get("align_corners", 0))
+    mode = op.choose("mode", "linear", "bilinear", "cubic", "bicubic", "nearest")
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    ranks = (builder.rank(x), builder.rank(grid))
+    if ranks not in ((4, 4), (5, 5)) or (mode == "bicubic" and ranks != (4, 4)):
+        kinds = "images" if mode == "bicubic" else "images and volumes"
+        raise UnsupportedOperatorError(f"inputs of {ranks[0]} and {ranks[1]} dimensions are not followed, only {kinds}")
+    padding, aligned = op.choose("padding_mode", "zeros", "border", "reflection"), op.flag("align_corners")
     return builder.call(F.grid_sample, x, grid, mode=mode, padding_mode=padding, align_corners=aligned)
 
 

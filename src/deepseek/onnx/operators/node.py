@@ -30,6 +30,20 @@ class Operator:
         value = self.attributes.get(name, default)
         return value.decode() if isinstance(value, bytes) else value
 
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return an attribute that is 0 or 1; raise for any other number, which readers take for either."""
+        value = self.get(name, int(default))
+        if value not in (0, 1):
+            raise UnsupportedOperatorError(f"{name}={value!r} is not followed, only 0 and 1")
+        return bool(value)
+
+    def choose(self, name: str, *known: str) -> str:
+        """Return an attribute that is one of the words `known`, of which the first is the default."""
+        value = self.get(name, known[0])
+        if value not in known:
+            raise UnsupportedOperatorError(f"{name}={value!r} is not followed, only {', '.join(map(repr, known))}")
+        return str(value)
+
     def allow(self, **followed: Any) -> None:
         """Raise unless each attribute named here is left out or has the one value that is followed."""
         for name, value in followed.items():

@@ -12,7 +12,7 @@ from deepseek.onnx.operators.node import Operator, Result, Translator
 
 def _reduction(function: Callable[..., Any]) -> Translator:
     def translate(builder: GraphBuilder, op: Operator, x: Value, axes: Value = None) -> Result:
-        keeps_dims, is_noop = bool(op.get("keepdims", 1)), bool(op.get("noop_with_empty_axes", 0))
+        keeps_dims, is_noop = op.flag("keepdims", True), op.flag("noop_with_empty_axes")
         dims = op.get("axes", None) if axes is None else builder.numbers(axes, "axes")
         if not dims:
             if is_noop:
@@ -25,8 +25,8 @@ def _reduction(function: Callable[..., Any]) -> Translator:
 
 def _arg(*, is_max: bool) -> Translator:
     def translate(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-        is_last = bool(op.get("select_last_index", 0))
-        return builder.call(functions.arg_extreme, x, op.get("axis", 0), bool(op.get("keepdims", 1)), is_max, is_last)
+        is_last = op.flag("select_last_index")
+        return builder.call(functions.arg_extreme, x, op.get("axis", 0), op.flag("keepdims", True), is_max, is_last)
 
     return translate
 
@@ -34,7 +34,7 @@ def _arg(*, is_max: bool) -> Translator:
 def _running(function: Callable[..., Any]) -> Translator:
     def translate(builder: GraphBuilder, op: Operator, x: Value, axis: Value) -> Result:
         dim = int(builder.numbers(axis, "axis")[0])
-        return builder.call(function, x, dim, bool(op.get("exclusive", 0)), bool(op.get("reverse", 0)))
+        return builder.call(function, x, dim, op.flag("exclusive"), op.flag("reverse"))
 
     return translate
 
@@ -42,7 +42,7 @@ def _running(function: Callable[..., Any]) -> Translator:
 def _top_k(builder: GraphBuilder, op: Operator, x: Value, k: Value) -> Result:
     count = builder.numbers(k, "k")[0]
     op.get("sorted", 1)  # sorted is one of the orders that unsorted allows
-    given = builder.call(functions.top_k, x, count, op.get("axis", -1), bool(op.get("largest", 1)))
+    given = builder.call(functions.top_k, x, count, op.get("axis", -1), op.flag("largest", True))
     return builder.item(given, 0), builder.item(given, 1)
 
 

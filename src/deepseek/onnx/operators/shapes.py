@@ -53,7 +53,7 @@ def _reshape(builder: GraphBuilder, op: Operator, x: Value, shape: Value) -> Res
     lengths = builder.numbers(shape, "shape")
     if isinstance(x, Lengths):
         return Lengths(x.numbers, is_scalar=not lengths)
-    if not op.get("allowzero", 0):
+    if not op.flag("allowzero"):
         lengths = [
             builder.length(x, dim) if isinstance(length, int) and length == 0 else length
             for dim, length in enumerate(lengths)
@@ -173,7 +173,7 @@ def _pad(builder: GraphBuilder, op: Operator, x: Value, pads: Value, value: Valu
     dims = list(range(rank)) if axes is None else [axis % rank for axis in builder.numbers(axes, "axes")]
     widths = builder.numbers(pads, "pads")
     before_after = {dim: (widths[index], widths[index + len(dims)]) for index, dim in enumerate(dims)}
-    mode = op.get("mode", "constant")
+    mode = op.choose("mode", "constant", "reflect", "edge", "wrap")
     if mode == "constant":
         fill = 0 if value is None else builder.numbers(value, "value")[0]
         flat = [width for dim in reversed(range(rank)) for width in before_after.get(dim, (0, 0))]
@@ -186,15 +186,15 @@ def _pad(builder: GraphBuilder, op: Operator, x: Value, pads: Value, value: Valu
 
 def _trilu(builder: GraphBuilder, op: Operator, x: Value, k: Value = None) -> Result:
     diagonal = 0 if k is None else builder.numbers(k, "k")[0]
-    return builder.call(torch.triu if op.get("upper", 1) else torch.tril, x, diagonal)
+    return builder.call(torch.triu if op.flag("upper", True) else torch.tril, x, diagonal)
 
 
 def _depth_to_space(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    return builder.call(functions.depth_to_space, x, op.get("blocksize", 1), op.get("mode", "DCR"))
+    return builder.call(functions.depth_to_space, x, op.get("blocksize", 1), op.choose("mode", "DCR", "CRD"))
 
 
 def _space_to_depth(builder: GraphBuilder, op: Operator, x: Value) -> Result:
-    return builder.call(functions.space_to_depth, x, op.get("blocksize", 1), op.get("mode", "DCR"))
+    return builder.call(functions.space_to_depth, x, op.get("blocksize", 1), op.choose("mode", "DCR", "CRD"))
 
 
 def _gather_elements(builder: GraphBuilder, op: Operator, x: Value, indices: Value) -> Result:
@@ -222,7 +222,8 @@ def _resize(
     builder: GraphBuilder, op: Operator, x: Value, roi: Value = None, scales: Value = None, sizes: Value = None
 ) -> Result:
     op.allow(antialias=0, exclude_outside=0, keep_aspect_ratio_policy="stretch")
-    mode, mapping = op.get("mode", "nearest"), op.get("coordinate_transformation_mode", "half_pixel")
+    mode = op.choose("mode", "nearest", "linear", "cubic")
+    mapping = op.get("coordinate_transformation_mode", "half_pixel")
     if mapping == "tf_crop_and_resize" or mapping not in resizing.MAPPINGS:
         raise UnsupportedOperatorError(f"coordinate_transformation_mode={mapping!r} is not followed")
     has_scales = scales is not None and (not isinstance(scales, Tensor) or scales.numel() > 0)
