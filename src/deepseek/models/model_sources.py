@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ from deepseek.models.vit.model import ViT
 from deepseek.models.weight_loading import PRECISIONS, build_without_values, fill_, is_int8, strip_wrappers
 from deepseek.nn.quantized import replace_with_int8_
 from deepseek.onnx.files import ONNX_SUFFIX, read_onnx
-from deepseek.onnx.importing import import_onnx
-from deepseek.onnx.sample_inputs import InputSpec, build_inputs, describe_inputs
+from deepseek.onnx.open_lengths import import_with_lengths
+from deepseek.onnx.sample_inputs import InputSpec, build_inputs, describe_inputs, list_open
 
 INT8_KEPT = ("gate", "refine", "far_gate")  # routers and gates of the mask: small, and they decide
 """Layers of a decoder that stay in float when the others become int8."""
@@ -405,15 +406,29 @@ def _open_onnx(path: Path, config: LoadConfig, verify: bool) -> Opened:
     proto = read_onnx(path)
     specs = describe_inputs(proto)
 
-    draw = partial(draw_for_specs, specs)
     is_measured = config.backend is not None  # backends are compared in FP32, and choose a precision themselves
-    model = import_onnx(proto, sample_inputs=draw(config), source=str(path), in_float32=is_measured)
+    model, lengths = import_with_lengths(
+        proto,
+        list_open(specs, config.shapes),
+        partial(draw_for_specs, specs, config),
+        source=str(path),
+        in_float32=is_measured,
+    )
+    draw = partial(draw_for_specs, specs, lengths=lengths)
     return Opened(f"{path}, an ONNX file converted to PyTorch", model, draw, str(path))
 
 
-def draw_for_specs(specs: Sequence[InputSpec], config: LoadConfig) -> tuple[Tensor, ...]:
-    """Sample inputs for a file, by what it says of its inputs."""
-    return build_inputs(specs, config.shapes, batch_size=config.batch_size, sequence_length=config.sequence_length)
+def draw_for_specs(
+    specs: Sequence[InputSpec], config: LoadConfig, lengths: Mapping[str, int] = MappingProxyType({})
+) -> tuple[Tensor, ...]:
+    """Sample inputs for a file, by what it says of its inputs; `lengths` are those found for what it leaves open."""
+    return build_inputs(
+        specs,
+        config.shapes,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        lengths=lengths,
+    )
 
 
 def _open_tensorflow(path: Path, config: LoadConfig, verify: bool) -> Opened:

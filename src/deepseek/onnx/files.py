@@ -27,6 +27,11 @@ MIN_OPSET, MAX_OPSET = 11, 28
 class UnsupportedOperatorError(ConfigError):
     """An ONNX graph holds an operator, a use of one, or a type that has no counterpart here; it may run elsewhere."""
 
+    position: int = -1
+    """How many operators were translated before."""
+    numbers: tuple[int, ...] = ()
+    """Lengths that the operator may have asked for, where torch refused those of the sample inputs."""
+
 
 def read_onnx(path: Path) -> Any:
     """Return the `ModelProto` in the file `path`, with its weights.

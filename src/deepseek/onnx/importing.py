@@ -16,6 +16,7 @@ Specification: https://onnx.ai/onnx/operators/. Tested against ONNX's own node t
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Type of an input -> types that are converted to it, since Python's and NumPy's own numbers are of 64 bits.
 _CALLED_WITH = {**dict.fromkeys(_WHOLE, _WHOLE), **dict.fromkeys(_REAL, _REAL)}
+_MAX_LENGTH = 4096  # of a sample input along one dimension
 # Attributes that need not be read: the inputs say the same, or they matter in training alone.
 _SAID_ELSEWHERE = {
     "BatchNormalization": ("momentum", "spatial"),
@@ -80,8 +82,12 @@ def import_onnx(
         values[spec.name] = builder.add_input(spec.name, torch.as_tensor(sample).to(spec.dtype))
     for tensor in model.graph.initializer:
         values[tensor.name] = builder.name_weight(builder.widen(_read_weight(tensor, source)), tensor.name)
-    for node in model.graph.node:
-        values |= _translate_node(builder, node, values, opset, source)
+    for position, node in enumerate(model.graph.node):
+        try:
+            values |= _translate_node(builder, node, values, opset, source)
+        except UnsupportedOperatorError as error:
+            error.position = position
+            raise
     missing = [output.name for output in model.graph.output if output.name not in values]
     if missing:
         raise CorruptArtifactError(f"{source} promises the output {missing[0]!r}, which nothing gives; export it again")
@@ -207,11 +213,33 @@ def _translate_node(
         raise
     except Exception as error:  # what a use that nobody foresaw raises in torch or Python has no class below this one
         problem = str(error).strip().partition("\n")[0]
-        raise UnsupportedOperatorError(said.explain(f"{type(error).__name__}, {problem}".rstrip(", "))) from error
+        refusal = UnsupportedOperatorError(said.explain(f"{type(error).__name__}, {problem}".rstrip(", ")))
+        refusal.numbers = _list_numbers(builder, op, inputs)
+        raise refusal from error
     if node.op_type == "Identity" and isinstance(given, Tensor):  # how exporters store equal weights once
         given = builder.name_weight(given.clone(), node.output[0])
     results = given if isinstance(given, tuple) else (given,)
     return {name: result for name, result in zip(node.output, results, strict=False) if name}
+
+
+def _list_numbers(builder: GraphBuilder, op: Operator, inputs: Sequence[Value]) -> tuple[int, ...]:
+    """List lengths that stand in an operator: in shapes, constants and attributes, their sums and products."""
+    groups: list[Sequence[int]] = []
+    for value in inputs:
+        if value is None:
+            continue
+        sample = builder.sample(value)
+        is_short = isinstance(value, Tensor) and value.numel() <= 8 and not value.is_floating_point()
+        groups += [list(sample.shape), list(sample.shape[1:])]
+        groups += [[int(number) for number in value.reshape(-1).tolist()]] if is_short else []
+    attributes = [value if isinstance(value, list) else [value] for value in op.attributes.values()]
+    groups += [numbers for numbers in attributes if all(isinstance(number, int) for number in numbers)]
+    group = op.attributes.get("group", 1)
+    groups += [[builder.sample(inputs[1]).shape[1] * group]] if op.op_type == "Conv" and inputs[1:] else []
+    found = [number for numbers in groups for number in numbers]
+    found += [number for numbers in groups if numbers for number in (sum(numbers), math.prod(map(abs, numbers)))]
+    found += [number + 1 for number in found]
+    return tuple(dict.fromkeys(number for number in found if 0 < number <= _MAX_LENGTH))
 
 
 def _has_usual_types(builder: GraphBuilder, op: Operator, inputs: Sequence[Value]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,19 @@ class InputSpec:
     shape: tuple[int | None, ...]
     """Its lengths; none where the file leaves one open."""
     dtype: torch.dtype
+    names: tuple[str, ...] = ()
+    """What the file calls its lengths; empty for one that has no name. Equal names are equal lengths."""
+
+    def symbol(self, dim: int) -> str:
+        """Return the name of an open length, or where it stands."""
+        return (self.names[dim] if self.names else "") or f"dimension {dim} of {self.name}"
+
+
+def list_open(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]] | None = None) -> list[str]:
+    """List the lengths that the file leaves open and that `shapes` do not set."""
+    opened = [(spec, dim) for spec in specs for dim, length in enumerate(spec.shape) if length is None]
+    given = {spec.symbol(dim) for spec, dim in opened if spec.name in (shapes or {})}
+    return [name for name in dict.fromkeys(spec.symbol(dim) for spec, dim in opened) if name not in given]
 
 
 def describe_inputs(model: Any) -> list[InputSpec]:
@@ -44,13 +58,14 @@ def build_inputs(
     *,
     batch_size: int = 1,
     sequence_length: int = _FREE_LENGTH,
+    lengths: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Tensor, ...]:
     """Build inputs to try a model with: reals are normal, masks all ones, other integers 0 or 1; the same every time.
 
     0 and 1 are rows of every table; where larger numbers matter, a user gives samples.
 
-    `shapes` sets those of named inputs. Open lengths are `batch_size` in the first dimension,
-    `sequence_length` where there are two or three, 64 for height and width.
+    `shapes` sets those of named inputs, `lengths` open lengths by their names. Others are `batch_size` in the first
+    dimension, `sequence_length` where there are two or three, 64 for height and width; equal names are equal lengths.
     """
     shapes = shapes or {}
     names = [spec.name for spec in specs]
@@ -64,9 +79,12 @@ def build_inputs(
             "export the model with an open batch, or leave batch_size out"
         )
     generator = torch.Generator().manual_seed(0)
-    return tuple(
-        _build(spec, _shape_of(spec, shapes.get(spec.name), batch_size, sequence_length), generator) for spec in specs
-    )
+    known = dict(lengths)
+    for spec in sorted(specs, key=lambda spec: spec.name not in shapes):
+        shape = _shape_of(spec, shapes.get(spec.name), batch_size, sequence_length)
+        for dim, length in enumerate(shape):
+            known.setdefault(spec.symbol(dim), length)
+    return tuple(_build(spec, _shape_with(spec, shapes.get(spec.name), known), generator) for spec in specs)
 
 
 def _describe(value: Any) -> InputSpec:
@@ -76,7 +94,8 @@ def _describe(value: Any) -> InputSpec:
             f"input {value.name!r} is no tensor but a sequence or map; export the model without it"
         )
     lengths = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
-    return InputSpec(value.name, lengths, torch_dtype(tensor.elem_type))
+    names = tuple("" if dim.dim_value > 0 else str(dim.dim_param) for dim in tensor.shape.dim)
+    return InputSpec(value.name, lengths, torch_dtype(tensor.elem_type), names)
 
 
 def _shape_of(spec: InputSpec, wanted: Sequence[int] | None, batch_size: int, sequence_length: int) -> tuple[int, ...]:
@@ -95,6 +114,12 @@ def _shape_of(spec: InputSpec, wanted: Sequence[int] | None, batch_size: int, se
             f"input {spec.name!r} has shape ({expected}) and {tuple(wanted)} was given; give one that fits"
         )
     return tuple(wanted)
+
+
+def _shape_with(spec: InputSpec, wanted: Sequence[int] | None, known: Mapping[str, int]) -> tuple[int, ...]:
+    if wanted is not None:
+        return tuple(wanted)
+    return tuple(known[spec.symbol(dim)] if length is None else length for dim, length in enumerate(spec.shape))
 
 
 def _build(spec: InputSpec, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -225,7 +225,9 @@ def _batch_norm(
         layer = kinds[rank](builder.sample(scale).shape[0], eps=eps, device="meta")
         layer.weight = nn.Parameter(builder.constant(scale, "scale"))
         layer.bias = nn.Parameter(builder.constant(shift, "shift"))
-        layer.running_mean, layer.running_var = mean, variance
+        # Copies: a file may store both once, and buffers that are one tensor are not told apart.
+        layer.running_mean = builder.constant(mean, "mean").clone()
+        layer.running_var = builder.constant(variance, "variance").clone()
         layer.num_batches_tracked = torch.zeros((), dtype=torch.int64)
         return builder.call_module(layer, builder.name_of(scale, op.name or "batch_norm"), x)
     return builder.call(F.batch_norm, x, mean, variance, scale, shift, False, 0.0, eps)
@@ -234,6 +236,7 @@ def _batch_norm(
 def _layer_norm(builder: GraphBuilder, op: Operator, x: Value, scale: Value, shift: Value = None) -> Result:
     axis = op.get("axis", -1) % builder.rank(x)
     eps, shape = op.get("epsilon", 1e-5), builder.sample(x).shape[axis:]
+    _check_broadcast(shape, *(builder.sample(part).shape for part in (scale, shift) if part is not None))
     if op.num_outputs > 1:
         given = builder.call(functions.layer_norm_with_statistics, x, axis, scale, shift, eps)
         return tuple(builder.item(given, index) for index in range(op.num_outputs))
@@ -247,8 +250,16 @@ def _layer_norm(builder: GraphBuilder, op: Operator, x: Value, scale: Value, shi
     return builder.call(functions.layer_norm, x, axis, scale, shift, eps)
 
 
+def _check_broadcast(shape: torch.Size, *others: torch.Size) -> None:
+    """Raise unless `others` are broadcast to `shape`, which torch would broadcast to them, too."""
+    for other in others:
+        if torch.broadcast_shapes(shape, other) != shape:
+            raise ValueError(f"a scale or shift of shape {tuple(other)} does not fit values of shape {tuple(shape)}")
+
+
 def _rms_norm(builder: GraphBuilder, op: Operator, x: Value, scale: Value) -> Result:
     axis = op.get("axis", -1) % builder.rank(x)
+    _check_broadcast(builder.sample(x).shape[axis:], builder.sample(scale).shape)
     return builder.call(functions.rms_norm, x, axis, scale, op.get("epsilon", 1e-5))
 
 

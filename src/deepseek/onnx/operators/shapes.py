@@ -145,6 +145,9 @@ def _gather(builder: GraphBuilder, op: Operator, x: Value, indices: Value) -> Re
         wanted = builder.numbers(indices, "indices")
         return as_lengths((x.numbers[index] for index in wanted), is_scalar=is_scalar_value(indices))
     axis %= builder.rank(x)
+    length = builder.sample(x).shape[axis]
+    if isinstance(indices, Tensor) and indices.numel() and not -length <= indices.min() <= indices.max() < length:
+        raise IndexError(f"its indices reach beyond the {length} slices there are for the sample inputs")
     if isinstance(indices, Tensor) and indices.dim() == 0:
         return builder.call(torch.select, x, axis, int(indices))
     if isinstance(x, Tensor) and x.dim() == 2 and axis == 0 and x.is_floating_point() and isinstance(indices, fx.Node):
