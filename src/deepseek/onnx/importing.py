@@ -229,9 +229,9 @@ def _list_numbers(builder: GraphBuilder, op: Operator, inputs: Sequence[Value]) 
         if value is None:
             continue
         sample = builder.sample(value)
-        is_short = isinstance(value, Tensor) and value.numel() <= 8 and not value.is_floating_point()
         groups += [list(sample.shape), list(sample.shape[1:])]
-        groups += [[int(number) for number in value.reshape(-1).tolist()]] if is_short else []
+        if isinstance(value, Tensor) and value.numel() <= 8 and not value.is_floating_point():
+            groups.append([int(number) for number in value.reshape(-1).tolist()])
     attributes = [value if isinstance(value, list) else [value] for value in op.attributes.values()]
     groups += [numbers for numbers in attributes if all(isinstance(number, int) for number in numbers)]
     group = op.attributes.get("group", 1)
