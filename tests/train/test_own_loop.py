@@ -250,3 +250,83 @@ def test_an_average_a_state_dict_and_a_scaler_follow_the_loop_written_out() -> N
         plain_ema.update_parameters(plain)
     for got, want in zip(ema.state_dict().values(), plain_ema.state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+PAIR_COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "old pickle": lambda pair: pickle.loads(pickle.dumps(pair, protocol=2)),
+    "pickle in Python": lambda pair: pickle._loads(pickle._dumps(pair)),
+    "torch.save": lambda pair: through_a_file(pair),
+    "copied twice": lambda pair: copy.deepcopy(pickle.loads(pickle.dumps(pair))),
+}
+OPTIMIZERS = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
+    "two groups": lambda model: torch.optim.SGD([{"params": [each], "lr": 1.0} for each in model.parameters()]),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1.0),
+}
+
+
+def gradients_after_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """The norm of the gradients that the step saw; the loss makes them large."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 8)).sum() * 1e4
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+
+
+@pytest.mark.parametrize("copy_of", PAIR_COPIES.values(), ids=PAIR_COPIES)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_copied_pair_of_model_and_optimizer_clips_still(
+    copy_of: Callable[[Any], Any], make: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
+    model = Net()
+    optimizer = make(model)
+    ds.prepare(model, optimizer, make_loader(), precision="fp32", grad_clip=0.25)
+    own, own_optimizer = copy_of((model, optimizer))
+    assert type(own_optimizer) is type(optimizer)
+    before = [parameter.clone() for parameter in model.parameters()]
+    torch.testing.assert_close(gradients_after_a_step(own, own_optimizer), torch.tensor(0.25), rtol=1e-4, atol=0)
+    assert all(map(torch.equal, before, model.parameters()))  # the step was the copy's alone
+    torch.testing.assert_close(gradients_after_a_step(model, optimizer), torch.tensor(0.25), rtol=1e-4, atol=0)
+
+
+def test_without_clipping_nothing_is_added_to_an_optimizer() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    names = set(vars(optimizer))
+    ds.prepare(model, optimizer, make_loader(), precision="fp32", grad_clip=None)
+    assert set(vars(optimizer)) == names
+    assert gradients_after_a_step(*copy.deepcopy((model, optimizer))) > 1e4
+
+
+WAYS = {
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "strict export": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+    "trace": lambda model, x: torch.jit.trace(model, (x,)),
+    "compile": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_prepared_model_is_exported_and_traced_under_its_policy(
+    way: Callable[..., nn.Module], precision: str
+) -> None:
+    model = prepared(Net(), precision=precision).eval()
+    x = torch.randn(4, 8)
+    other = way(model, x)
+    assert torch.equal(other(x + 1), model(x + 1))
+    assert other(x).dtype is (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripting_a_prepared_model_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"script the model before ds\.prepare"):
+        torch.jit.script(prepared(Net(), precision="bf16"))

@@ -10,16 +10,19 @@
 The same objects come back, changed in place: the model's forward pass runs under the precision policy (and compiled, if
 asked), the optimizer clips the gradient before each step, and after each evaluation of a closure, and batches arrive on
 the device. Nothing is hidden in a wrapper, so state dicts, hooks and type checks work as before; a deep copy (an EMA)
-runs its own weights, and what could be pickled before can be pickled. torch leaves hooks out of a copied or unpickled
-optimizer, and the clipping with them: prepare such a copy, too.
+runs its own weights and clips its own gradients, and what could be pickled before can be pickled. torch leaves hooks
+out of a copied or unpickled optimizer, so the clipping travels with what rebuilds it. A prepared model can be exported,
+traced and compiled; `torch.jit.script`, which reads source code, would lose the policy and is refused.
 """
 
 from __future__ import annotations
 
 import inspect
+import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +57,10 @@ class DeviceLoader(Generic[B]):
         return getattr(self.loader, name)
 
 
+class ScriptingError(ConfigError, AttributeError):
+    """`torch.jit.script` asked for the source of a forward that runs under a precision policy."""
+
+
 class PolicyForward:
     """The forward of `module` under a precision policy, which stands in its place on the instance.
 
@@ -75,8 +82,23 @@ class PolicyForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        plain = self.plain or type(self.module).forward.__get__(self.module)
-        return inspect.signature(plain)
+        return inspect.signature(self._wrapped())
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """Where the model's own forward stands, by which `torch.export` names what it traced."""
+        code: types.CodeType = self._wrapped().__code__
+        return code
+
+    @property
+    def __globals__(self) -> NoReturn:
+        raise ScriptingError(
+            "the forward of a prepared model runs under a precision policy, which torch.jit.script cannot read from "
+            "its source; script the model before ds.prepare, or use torch.export.export or torch.jit.trace"
+        )
+
+    def _wrapped(self) -> Callable[..., Any]:
+        return self.plain or type(self.module).forward.__get__(self.module)
 
 
 def prepare(
@@ -101,7 +123,7 @@ def prepare(
     if compile:
         model.compile()
     if grad_clip is not None:
-        optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: _clip(optimizer, grad_clip, args, kwargs))
+        _clip_before_steps(optimizer, grad_clip)
     return model, optimizer, DeviceLoader(loader, target)
 
 
@@ -129,6 +151,27 @@ def _check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise ConfigError(
             "the optimizer updates parameters that the model does not have; build it from model.parameters()"
         )
+
+
+def _clip_before_steps(optimizer: O, grad_clip: float) -> O:
+    """Let `optimizer` clip before each step, and so its copies, however they are made (copy, pickle, torch.save)."""
+    plain_reduce = optimizer.__reduce_ex__  # on the instance: the class stays the user's own
+
+    def reduce_with_clipping(protocol: SupportsIndex) -> Any:
+        build, arguments, *rest = plain_reduce(protocol)
+        return _rebuild_clipped, (grad_clip, build, arguments), *rest
+
+    optimizer.__reduce_ex__ = reduce_with_clipping  # type: ignore[method-assign]
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: _clip(optimizer, grad_clip, args, kwargs))
+    return optimizer
+
+
+def _rebuild_clipped(grad_clip: float, build: Callable[..., O], arguments: tuple[Any, ...]) -> O:
+    """Return an optimizer that pickle has yet to give its state, with the clipping."""
+    optimizer = build(*arguments)
+    if "_optimizer_step_pre_hooks" not in vars(optimizer):  # torch adds it with the state, and keeps one that is there
+        vars(optimizer)["_optimizer_step_pre_hooks"] = OrderedDict()
+    return _clip_before_steps(optimizer, grad_clip)
 
 
 def _clip(
