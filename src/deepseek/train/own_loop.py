@@ -158,7 +158,9 @@ def _clip_before_steps(optimizer: O, grad_clip: float) -> O:
     plain_reduce = optimizer.__reduce_ex__  # on the instance: the class stays the user's own
 
     def reduce_with_clipping(protocol: SupportsIndex) -> Any:
-        build, arguments, *rest = plain_reduce(protocol)
+        reduced = plain_reduce(protocol)
+        assert not isinstance(reduced, str)  # the name of a global, which no optimizer is
+        build, arguments, *rest = reduced
         return _rebuild_clipped, (grad_clip, build, arguments), *rest
 
     optimizer.__reduce_ex__ = reduce_with_clipping  # type: ignore[method-assign]
