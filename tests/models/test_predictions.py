@@ -96,14 +96,26 @@ def test_a_fixed_batch_is_filled_up_and_its_copies_are_dropped():
     assert shapes == [(2, 3, 32, 32)] * 2 and len(found) == 3
 
 
-def test_a_detector_by_name_finds_boxes_in_files(tmp_path):
+@pytest.mark.parametrize("name", ["yolov7", "yolov7-tiny"])
+def test_a_detector_by_name_finds_boxes_in_files(name, tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of random weights
-        model = load_model("yolov7", {"overrides": {"width_multiple": 0.125, "image_size": 64}})
+        model = load_model(name, {"overrides": {"width_multiple": 0.125, "image_size": 64}})
     found = model.detect([tmp_path / "red.png"], min_score=0.0)
     assert len(found) == 1
     assert (found[0].boxes_N4 >= 0).all() and (found[0].boxes_N4 <= torch.tensor([40, 30, 40, 30])).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [({"labels": ["cat", "dog"]}, {"cat", "dog"}), ({}, {"class 0", "class 1"})],
+    ids=["named", "numbered"],
+)
+def test_objects_have_the_names_that_the_config_gives_them(settings, names):
+    model = YOLOv7(YOLOv7Config(variant="tiny", width_multiple=0.125, image_size=64, num_classes=2, **settings)).eval()
+    (found,) = detect(Predictor(model, model, None, None), [torch.rand(3, 64, 64)], min_score=0.0, max_overlap=0.45)
+    assert set(found.labels) <= names and len(found.labels) > 0
 
 
 # ---- vectors

@@ -36,7 +36,7 @@ from deepseek.models.transformers_models.pooling import POOLINGS
 from deepseek.models.yolov7.detection import select
 from deepseek.models.yolov7.labels import COCO_LABELS
 from deepseek.models.yolov7.letterbox import letterbox, restore
-from deepseek.models.yolov7.model import YOLOv7
+from deepseek.models.yolov7.model import YOLOv7, YOLOv7Config
 
 Image = str | Path | Tensor
 BATCH_SIZE = 16
@@ -101,13 +101,14 @@ def detect(
     found = []
     for index, (_, how) in enumerate(fitted):
         boxes_N4, scores_N, classes_N = detections.of(index)
-        labels = tuple(_coco_label(int(number), model.config.num_classes) for number in classes_N)
+        labels = tuple(_name_object(int(number), model.config) for number in classes_N)
         found.append(Objects(restore(boxes_N4, how), scores_N, classes_N, labels))
     return found
 
 
-def _coco_label(number: int, num_classes: int) -> str:
-    return COCO_LABELS[number] if num_classes == len(COCO_LABELS) else f"class {number}"
+def _name_object(number: int, config: YOLOv7Config) -> str:
+    labels = config.labels or (COCO_LABELS if config.num_classes == len(COCO_LABELS) else ())
+    return labels[number] if labels else f"class {number}"
 
 
 # ---- vectors

@@ -27,7 +27,7 @@ from deepseek.models.decoder.model import count_parameters
 from deepseek.models.mobilenet_v3.model import MobileNetV3, MobileNetV3Config
 from deepseek.models.resnet.model import ResNet, ResNetConfig
 from deepseek.models.vit.model import ViT, ViTConfig
-from deepseek.models.yolov7.model import YOLOv7, YOLOv7Config
+from deepseek.models.yolov7.model import TINY_ANCHORS, YOLOv7, YOLOv7Config
 
 SAMPLE_SEED = 0
 
@@ -159,6 +159,7 @@ _PUBLISHED = {
     "mobilenet_v3_small": PublishedModel(MobileNetV3Config(variant="small"), MobileNetV3, 224, 2_542_856),
     "vit_b_16": PublishedModel(ViTConfig(), ViT, 224, 86_567_656),
     "yolov7": PublishedModel(YOLOv7Config(), YOLOv7, 640, 37_622_682),
+    "yolov7-tiny": PublishedModel(YOLOv7Config(variant="tiny", anchors=TINY_ANCHORS), YOLOv7, 640, 6_228_762),
 }
 for _name, _entry in _PUBLISHED.items():
     MODELS.add(_name, _entry)

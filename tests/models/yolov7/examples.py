@@ -2,11 +2,10 @@
 
 import torch
 
-from deepseek.models.yolov7.model import (
-    YOLOv7Config,
-)
+from deepseek.models.yolov7.model import TINY_ANCHORS, YOLOv7Config
 
 SMALL = YOLOv7Config(width_multiple=0.125, num_classes=3, image_size=64)
+TINY = YOLOv7Config(variant="tiny", width_multiple=0.125, num_classes=3, image_size=64, anchors=TINY_ANCHORS)
 
 
 def chain(length):

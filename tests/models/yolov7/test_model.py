@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepseek.core.errors import ConfigError
+from deepseek.models import zoo
 from deepseek.models.yolov7.detection import select
 from deepseek.models.yolov7.model import (
     COCO_ANCHORS,
@@ -29,7 +30,7 @@ from tests.models.pictures import (
     noise,
     randomize,
 )
-from tests.models.yolov7.examples import SMALL, chain
+from tests.models.yolov7.examples import SMALL, TINY, chain
 from tests.onnx.onnx_graphs import Graph
 
 EPS = 1e-3
@@ -62,7 +63,28 @@ NETWORK = """
 100 cat 99 98 97 96 95 94; 101 conv 512 1 1 100
 102 rep 256 75; 103 rep 512 88; 104 rep 1024 101
 """
+TINY_NETWORK = """
+0 conv 32 3 2 in; 1 conv 64 3 2 0
+2 conv 32 1 1 1; 3 conv 32 1 1 1; 4 conv 32 3 1 3; 5 conv 32 3 1 4; 6 cat 5 4 3 2; 7 conv 64 1 1 6
+8 pool 7; 9 conv 64 1 1 8; 10 conv 64 1 1 8; 11 conv 64 3 1 10; 12 conv 64 3 1 11; 13 cat 12 11 10 9; 14 conv 128 1 1 13
+15 pool 14; 16 conv 128 1 1 15; 17 conv 128 1 1 15; 18 conv 128 3 1 17; 19 conv 128 3 1 18; 20 cat 19 18 17 16
+21 conv 256 1 1 20
+22 pool 21; 23 conv 256 1 1 22; 24 conv 256 1 1 22; 25 conv 256 3 1 24; 26 conv 256 3 1 25; 27 cat 26 25 24 23
+28 conv 512 1 1 27
+29 conv 256 1 1 28; 30 conv 256 1 1 28; 31 same 5 30; 32 same 9 30; 33 same 13 30; 34 cat 33 32 31 30
+35 conv 256 1 1 34; 36 cat 35 29; 37 conv 256 1 1 36
+38 conv 128 1 1 37; 39 up 38; 40 conv 128 1 1 21; 41 cat 40 39
+42 conv 64 1 1 41; 43 conv 64 1 1 41; 44 conv 64 3 1 43; 45 conv 64 3 1 44; 46 cat 45 44 43 42; 47 conv 128 1 1 46
+48 conv 64 1 1 47; 49 up 48; 50 conv 64 1 1 14; 51 cat 50 49
+52 conv 32 1 1 51; 53 conv 32 1 1 51; 54 conv 32 3 1 53; 55 conv 32 3 1 54; 56 cat 55 54 53 52; 57 conv 64 1 1 56
+58 conv 128 3 2 57; 59 cat 58 47
+60 conv 64 1 1 59; 61 conv 64 1 1 59; 62 conv 64 3 1 61; 63 conv 64 3 1 62; 64 cat 63 62 61 60; 65 conv 128 1 1 64
+66 conv 256 3 2 65; 67 cat 66 37
+68 conv 128 1 1 67; 69 conv 128 1 1 67; 70 conv 128 3 1 69; 71 conv 128 3 1 70; 72 cat 71 70 69 68; 73 conv 256 1 1 72
+74 conv 128 3 1 57; 75 conv 256 3 1 65; 76 conv 512 3 1 73
+"""
 LINES = [line.split() for line in NETWORK.replace("\n", ";").split(";") if line.strip()]
+TINY_LINES = [line.split() for line in TINY_NETWORK.replace("\n", ";").split(";") if line.strip()]
 # (first row, last row, the rows that are read from before)
 PATTERNS = {
     "stem": (0, 3, {"in": 3}),
@@ -75,10 +97,15 @@ PATTERNS = {
 }
 
 
-def conv_norm(graph, x, name, stride=1):
+def leak(graph, x):
+    """The larger of x and a tenth of it."""
+    return graph.add("Max", x, graph.add("Mul", x, graph.constant(0.1)))
+
+
+def conv_norm(graph, x, name, stride=1, activate=Graph.silu):
     if f"{name}.bn.weight" not in graph.weights:
-        return graph.silu(graph.conv(x, f"{name}.conv", stride=stride))
-    return graph.silu(graph.norm(graph.conv(x, f"{name}.conv", stride=stride), f"{name}.bn", EPS))
+        return activate(graph, graph.conv(x, f"{name}.conv", stride=stride))
+    return activate(graph, graph.norm(graph.conv(x, f"{name}.conv", stride=stride), f"{name}.bn", EPS))
 
 
 def sppcspc(graph, x, name):
@@ -104,17 +131,20 @@ def head(graph, x, name, level):
     return graph.add("Mul", graph.conv(shifted, f"{name}.m.{level}"), graph.weight(f"{name}.im.{level}.implicit"))
 
 
-def write_row(graph, values, row):
+def write_row(graph, values, row, activate=Graph.silu):
     number, kind, *numbers = row
     name = f"model.{number}"
     if kind == "conv":
         _, kernel, stride, read = numbers
         assert graph.weights[f"{name}.conv.weight"].shape[-1] == int(kernel)
-        return conv_norm(graph, values[read], name, int(stride))
+        return conv_norm(graph, values[read], name, int(stride), activate)
     if kind == "cat":
         return graph.add("Concat", *(values[read] for read in numbers), axis=1)
     if kind == "pool":
         return graph.max_pool(values[numbers[0]], 2, 2, 0)
+    if kind == "same":
+        kernel, read = numbers
+        return graph.max_pool(values[read], int(kernel), 1, int(kernel) // 2)
     if kind == "up":
         return graph.double_size(values[numbers[0]])
     return {"spp": sppcspc, "rep": repconv}[kind](graph, values[numbers[-1]], name)
@@ -187,6 +217,36 @@ def test_the_whole_network_computes_what_its_numbers_say(model):
         for ours, theirs in zip(model.predict_raw(pictures), expected, strict=True):
             batch, _, height, width = theirs.shape
             check_equal(ours, torch.from_numpy(theirs).reshape(batch, 3, 8, height, width).permute(0, 1, 3, 4, 2))
+
+
+def test_the_whole_tiny_network_computes_what_its_numbers_say():
+    network = settle_(randomize(YOLOv7(TINY)), noise(16, 3, 64, 96, seed=3))
+    pictures = noise(1, 3, 64, 96)
+    graph = Graph(arrays(network))
+    values = {"in": "pictures"}
+    for row in TINY_LINES:
+        values[row[0]] = write_row(graph, values, row, leak)
+    outputs = [head(graph, values[str(74 + level)], "model.77", level) for level in range(3)]
+    expected = graph.run(outputs, pictures=pictures)
+    with torch.inference_mode():
+        for ours, theirs in zip(network.predict_raw(pictures), expected, strict=True):
+            check_equal(ours, torch.from_numpy(theirs).unflatten(1, (3, 8)).permute(0, 1, 3, 4, 2))
+
+
+def test_channels_and_names_of_the_tiny_network_are_those_of_its_numbers():
+    with torch.device("meta"):
+        full = zoo.build("yolov7-tiny")
+    for number, kind, *numbers in TINY_LINES:
+        if kind == "conv":
+            assert full.model[int(number)].conv.out_channels == int(numbers[0])
+    assert [conv.weight.shape for conv in full.head.m] == [(255, size, 1, 1) for size in (128, 256, 512)]
+    with_weights = {name.split(".")[1] for name in full.state_dict()}
+    assert with_weights == {row[0] for row in TINY_LINES if row[1] == "conv"} | {"77"}
+    assert "model.77.m.0.weight" in full.state_dict() and "model.37.bn.running_var" in full.state_dict()
+    # Of the 6,219,709 that the authors' summary counts once it is fused, training has a factor for each channel more
+    # (a norm has two numbers and a bias one) and the offsets and factors of the head.
+    num_channels = sum(int(numbers[0]) for _, kind, *numbers in TINY_LINES if kind == "conv")
+    assert sum(each.numel() for each in full.parameters()) == 6_219_709 + num_channels + (128 + 256 + 512) + 3 * 255
 
 
 def test_channels_of_the_published_network_are_those_of_its_numbers():
@@ -270,13 +330,18 @@ def test_an_untrained_head_expects_few_objects():
 
 
 @pytest.mark.parametrize(
-    ("is_folded", "num_classes", "count"),
-    [(False, 80, 37_622_682), (True, 80, 36_905_341), (False, 1, 37_196_556)],  # the authors' model summaries
-    ids=["training", "folded", "one class"],
+    ("variant", "is_folded", "num_classes", "count"),
+    [
+        ("base", False, 80, 37_622_682),
+        ("base", True, 80, 36_905_341),
+        ("base", False, 1, 37_196_556),
+        ("tiny", True, 80, 6_219_709),
+    ],  # the authors' model summaries
+    ids=["training", "folded", "one class", "folded tiny"],
 )
-def test_published_counts_are_met(is_folded, num_classes, count):
+def test_published_counts_are_met(variant, is_folded, num_classes, count):
     with torch.device("meta"):
-        network = YOLOv7(YOLOv7Config(is_folded=is_folded, num_classes=num_classes))
+        network = YOLOv7(YOLOv7Config(variant=variant, is_folded=is_folded, num_classes=num_classes))
     assert sum(each.numel() for each in network.parameters()) == count
 
 
@@ -327,6 +392,7 @@ def test_a_picture_that_does_not_fit_the_strides_is_refused(model):
         ({"anchors": [[[1, 2]], [[1, 0]], [[3, 4]]]}, "without area"),
         ({"image_size": 100}, "image_size"),
         ({"num_classes": 0}, "num_classes"),
+        ({"labels": ["cat", "dog"]}, "labels has 2 names"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(change, message):

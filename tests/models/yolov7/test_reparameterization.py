@@ -13,11 +13,12 @@ from deepseek.models.yolov7.model import (
     YOLOv7,
 )
 from deepseek.models.yolov7.reparameterization import fold_
+from deepseek.models.zoo import settle_
 from tests.models.pictures import (
     noise,
     randomize,
 )
-from tests.models.yolov7.examples import SMALL
+from tests.models.yolov7.examples import SMALL, TINY
 
 
 def test_a_folded_network_answers_the_same_with_fewer_parameters(model):
@@ -28,6 +29,13 @@ def test_a_folded_network_answers_the_same_with_fewer_parameters(model):
     assert not any(isinstance(each, nn.BatchNorm2d) for each in folded.modules())
     assert not any("implicit" in name or "rbr_1x1" in name for name in folded.state_dict())
     assert folded.config.is_folded and not model.config.is_folded
+
+
+def test_a_folded_tiny_network_answers_the_same():
+    network = settle_(randomize(YOLOv7(TINY)), noise(16, 3, 64, 64, seed=3))
+    pictures = noise(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(fold_(copy.deepcopy(network))(pictures), network(pictures), rtol=1e-10, atol=1e-10)
 
 
 def test_a_folded_network_in_float32_is_off_by_rounding_only(model):

@@ -1,4 +1,4 @@
-"""YOLOv7 (the base network) on one device, under the state-dict names of its authors' repository.
+"""YOLOv7, base and tiny, on one device, under the state-dict names of its authors' repository.
 
     images -> backbone of ELAN blocks, strides 2 to 32 -> SPPCSPC -> up and down again beside shortcuts
            -> three maps (strides 8, 16, 32) -> RepConv each -> head -> boxes
@@ -11,18 +11,22 @@ A network is a list of rows, each a layer and the rows it reads. The position of
     shrink   half the size in two ways, pooled and strided, joined
     grow     twice the size, joined with an older map
 
+The tiny network has patterns of its own: `lean_elan` with two 3x3 and all four maps joined, the pooling of the SPPCSPC as
+rows (`lean_spp`), a strided 3x3 alone for `shrink`, and leaky ReLU instead of SiLU.
+
 Batch norms, the branches of a RepConv and the head's learned offset and factor (Wang et al. 2021, "You Only Learn One
 Representation") are of use in training; `reparameterization.fold_` moves them into the convolutions.
 
 Shapes: B images, C channels, H x W image, A anchors a level, K classes, N = A * (cells of all levels) boxes; a box is
 centre x, centre y, width, height in pixels of the input, objectness, and K class probabilities.
-Source: Wang, Bochkovskiy and Liao 2022, "YOLOv7", figures 2 and 4 and section 4.2.
+Source: Wang, Bochkovskiy and Liao 2022, "YOLOv7", figures 2 and 4 and section 4.2; the rows of the tiny network, its
+anchors and its activation are those of the authors' repository (cfg/training/yolov7-tiny.yaml).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Self, cast
 
 import torch
@@ -37,21 +41,31 @@ STRIDES = (8, 16, 32)
 NUM_BOX = 5  # centre, size, objectness
 POOL_KERNELS = (5, 9, 13)
 CHANNEL_STEP = 8
+NEGATIVE_SLOPE = 0.1
 Anchors = tuple[tuple[tuple[float, float], ...], ...]
 COCO_ANCHORS: Anchors = (
     ((12.0, 16.0), (19.0, 36.0), (40.0, 28.0)),
     ((36.0, 75.0), (76.0, 55.0), (72.0, 146.0)),
     ((142.0, 110.0), (192.0, 243.0), (459.0, 401.0)),
 )
+TINY_ANCHORS: Anchors = (
+    ((9.0, 6.0), (13.0, 16.0), (29.0, 11.0)),
+    ((29.0, 28.0), (66.0, 26.0), (51.0, 62.0)),
+    ((115.0, 54.0), (134.0, 119.0), (308.0, 147.0)),
+)
 
 
 class YOLOv7Config(Config):
     """Shape of a YOLOv7."""
 
+    variant: Literal["base", "tiny"] = "base"
+    """Which network of the paper: `tiny` has a sixth of the parameters of `base`."""
     image_size: int = Field(default=640, ge=32, multiple_of=32)
     """Height and width of an image in training, in pixels; others work if 32 divides them."""
     num_classes: int = Field(default=80, ge=1)
     """Kinds of objects."""
+    labels: tuple[str, ...] = ()
+    """Names of the kinds in their order; none numbers them, and 80 unnamed kinds are those of COCO."""
     in_channels: int = Field(default=3, ge=1)
     """Channels of an image: 3 for colour, 1 for grey."""
     width_multiple: float = Field(default=1.0, gt=0)
@@ -72,6 +86,8 @@ class YOLOv7Config(Config):
             raise ConfigError(f"anchors has {counts} boxes a level; give each of the strides {STRIDES} as many")
         if min(size for level in self.anchors for anchor in level for size in anchor) <= 0:
             raise ConfigError(f"anchors={self.anchors} has a box without area; give sizes in pixels above 0")
+        if self.labels and len(self.labels) != self.num_classes:
+            raise ConfigError(f"labels has {len(self.labels)} names and num_classes={self.num_classes}; name each class")
         return self
 
     @property
@@ -95,7 +111,7 @@ class YOLOv7Config(Config):
 class LayerSpec(NamedTuple):
     """One layer and what it reads: rows before it as -1, -2, ..., or rows by number."""
 
-    kind: Literal["conv", "pool", "upsample", "concat", "sppcspc", "repconv"]
+    kind: Literal["conv", "pool", "surround", "upsample", "concat", "sppcspc", "repconv"]
     num_out: int = 0
     """Channels; layers that only move values have as many as they read."""
     kernel: int = 1
@@ -174,6 +190,60 @@ NECK = [
 ROWS = [*BACKBONE, *NECK]
 
 
+def lean_elan(num_inner: int, num_out: int) -> list[LayerSpec]:
+    """Mix what passed through zero, one and two 3x3 convolutions, and a shortcut."""
+    return [
+        LayerSpec("conv", num_inner),
+        LayerSpec("conv", num_inner, sources=(-2,)),
+        LayerSpec("conv", num_inner, kernel=3),
+        LayerSpec("conv", num_inner, kernel=3),
+        LayerSpec("concat", sources=(-1, -2, -3, -4)),
+        LayerSpec("conv", num_out),
+    ]
+
+
+def lean_spp(num_out: int) -> list[LayerSpec]:
+    """The surroundings of each cell at four sizes, mixed, beside what passes by."""
+    pools = [LayerSpec("surround", kernel=kernel, sources=(-1 - number,)) for number, kernel in enumerate(POOL_KERNELS)]
+    return [
+        LayerSpec("conv", num_out),
+        LayerSpec("conv", num_out, sources=(-2,)),
+        *pools,
+        LayerSpec("concat", sources=(-1, -2, -3, -4)),
+        LayerSpec("conv", num_out),
+        LayerSpec("concat", sources=(-1, -7)),
+        LayerSpec("conv", num_out),
+    ]
+
+
+TINY_ROWS = [
+    LayerSpec("conv", 32, 3, 2),
+    LayerSpec("conv", 64, 3, 2),
+    *lean_elan(32, 64),  # row 7, stride 4
+    LayerSpec("pool"),
+    *lean_elan(64, 128),  # row 14, stride 8
+    LayerSpec("pool"),
+    *lean_elan(128, 256),  # row 21, stride 16
+    LayerSpec("pool"),
+    *lean_elan(256, 512),  # row 28, stride 32
+    *lean_spp(256),  # row 37
+    *grow(128, 21),
+    *lean_elan(64, 128),  # row 47, stride 16
+    *grow(64, 14),
+    *lean_elan(32, 64),  # row 57, stride 8
+    LayerSpec("conv", 128, 3, 2),
+    LayerSpec("concat", sources=(-1, 47)),
+    *lean_elan(64, 128),  # row 65, stride 16
+    LayerSpec("conv", 256, 3, 2),
+    LayerSpec("concat", sources=(-1, 37)),
+    *lean_elan(128, 256),  # row 73, stride 32
+    LayerSpec("conv", 128, 3, sources=(57,)),
+    LayerSpec("conv", 256, 3, sources=(65,)),
+    LayerSpec("conv", 512, 3, sources=(73,)),
+]
+ROWS_OF = {"base": ROWS, "tiny": TINY_ROWS}
+
+
 def find_sources(rows: list[LayerSpec]) -> list[tuple[int, ...]]:
     """Return the rows that each row reads, by number; -1 is the image.
 
@@ -192,17 +262,23 @@ def find_last_reads(sources: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 # ---- layers
 
 
+def leak(x: Tensor) -> Tensor:
+    """Return `x`, with a tenth of what is negative."""
+    return F.leaky_relu(x, NEGATIVE_SLOPE)
+
+
 class ConvNorm(nn.Module):
-    """Convolution, batch norm and SiLU; folded, a convolution with a bias and SiLU."""
+    """Convolution, batch norm and activation; folded, a convolution with a bias and the activation."""
 
     def __init__(self, config: YOLOv7Config, num_in: int, num_out: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(num_in, num_out, kernel, stride, padding=kernel // 2, bias=config.is_folded)
         self.bn: nn.BatchNorm2d | None = None if config.is_folded else build_norm(config, num_out)
+        self.activate: Callable[[Tensor], Tensor] = leak if config.variant == "tiny" else F.silu
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = self.conv(x_BCHW)
-        return F.silu(y_BCHW if self.bn is None else self.bn(y_BCHW))
+        return self.activate(y_BCHW if self.bn is None else self.bn(y_BCHW))
 
 
 class RepConv(nn.Module):
@@ -322,13 +398,14 @@ class YOLOv7(nn.Module):
     def __init__(self, config: YOLOv7Config) -> None:
         super().__init__()
         self.config = config
-        self.sources = find_sources(ROWS)
-        heads = tuple(range(len(ROWS) - len(STRIDES), len(ROWS)))
+        rows = ROWS_OF[config.variant]
+        self.sources = find_sources(rows)
+        heads = tuple(range(len(rows) - len(STRIDES), len(rows)))
         self.last_reads = find_last_reads([*self.sources, heads])
         self.heads = heads
         sizes: list[int] = []
         layers: list[nn.Module] = []
-        for row, reads in zip(ROWS, self.sources, strict=True):
+        for row, reads in zip(rows, self.sources, strict=True):
             num_read = [config.in_channels if read < 0 else sizes[read] for read in reads]
             layers.append(build_layer(config, row, num_read))
             sizes.append(config.scale(row.num_out) if row.num_out else sum(num_read))
@@ -336,7 +413,11 @@ class YOLOv7(nn.Module):
         initialize_(self)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        levels = zip(self.predict_raw(images_BCHW), self.head.anchor_grid, STRIDES, strict=True)
+        return self.decode(self.predict_raw(images_BCHW))
+
+    def decode(self, raw: Sequence[Tensor]) -> Tensor:
+        """Decode what `predict_raw` returned to the boxes of all levels, (B, N, 5 + K)."""
+        levels = zip(raw, self.head.anchor_grid, STRIDES, strict=True)
         return torch.cat([decode(raw_BAHWO, anchors, stride) for raw_BAHWO, anchors, stride in levels], dim=1)
 
     def predict_raw(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
@@ -344,7 +425,7 @@ class YOLOv7(nn.Module):
         height, width = images_BCHW.shape[-2:]
         if height % STRIDES[-1] or width % STRIDES[-1]:
             raise ConfigError(
-                f"the images are {height}x{width} and {STRIDES[-1]} must divide both; use letterboxing.letterbox"
+                f"the images are {height}x{width} and {STRIDES[-1]} must divide both; fit them with letterbox"
             )
         values: dict[int, Tensor] = {-1: images_BCHW}
         for index, (layer, reads) in enumerate(zip(self.model, self.sources, strict=False)):
@@ -366,6 +447,7 @@ def build_layer(config: YOLOv7Config, row: LayerSpec, num_read: list[int]) -> nn
     layers: dict[str, Callable[[], nn.Module]] = {
         "conv": lambda: ConvNorm(config, num_in, num_out, row.kernel, row.stride),
         "pool": lambda: nn.MaxPool2d(2, 2),
+        "surround": lambda: nn.MaxPool2d(row.kernel, 1, padding=row.kernel // 2),
         "upsample": lambda: nn.Upsample(scale_factor=2, mode="nearest"),
         "concat": Concat,
         "sppcspc": lambda: SPPCSPC(config, num_in, num_out),
