@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from deepseek.core.errors import ConfigError, CorruptArtifactError
 from deepseek.data.images import read_image
+from deepseek.data.letterbox import letterbox, restore
 from deepseek.data.tokenizing import TOKENIZER_FILE, read_tokenizer_file
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.models.transformers_models.pooling import POOLINGS
 from deepseek.models.yolov7.detection import select
 from deepseek.models.yolov7.labels import COCO_LABELS
-from deepseek.models.yolov7.letterbox import letterbox, restore
 from deepseek.models.yolov7.model import YOLOv7, YOLOv7Config
 
 Image = str | Path | Tensor

@@ -11,8 +11,8 @@ A network is a list of rows, each a layer and the rows it reads. The position of
     shrink   half the size in two ways, pooled and strided, joined
     grow     twice the size, joined with an older map
 
-The tiny network has patterns of its own: `lean_elan` with two 3x3 and all four maps joined, the pooling of the SPPCSPC as
-rows (`lean_spp`), a strided 3x3 alone for `shrink`, and leaky ReLU instead of SiLU.
+The tiny network has patterns of its own: `lean_elan` with two 3x3 and all four maps joined, the pooling of the SPPCSPC
+as rows (`lean_spp`), a strided 3x3 alone for `shrink`, and leaky ReLU instead of SiLU.
 
 Batch norms, the branches of a RepConv and the head's learned offset and factor (Wang et al. 2021, "You Only Learn One
 Representation") are of use in training; `reparameterization.fold_` moves them into the convolutions.
@@ -87,7 +87,9 @@ class YOLOv7Config(Config):
         if min(size for level in self.anchors for anchor in level for size in anchor) <= 0:
             raise ConfigError(f"anchors={self.anchors} has a box without area; give sizes in pixels above 0")
         if self.labels and len(self.labels) != self.num_classes:
-            raise ConfigError(f"labels has {len(self.labels)} names and num_classes={self.num_classes}; name each class")
+            raise ConfigError(
+                f"labels has {len(self.labels)} names and there are {self.num_classes} classes; name each of them"
+            )
         return self
 
     @property

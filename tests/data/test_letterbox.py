@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
-from deepseek.models.yolov7.letterbox import GREY, letterbox, restore
+from deepseek.data.letterbox import GREY, letterbox, restore
 
 
 @given(

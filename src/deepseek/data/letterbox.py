@@ -1,7 +1,8 @@
 """Fitting an image of any size into the square that a detector takes, and boxes back onto the image.
 
 An image is scaled by one factor, so that nothing is distorted, and what is left of the square on two sides is grey.
-The factor and the margins come back with it; `restore` undoes them. Called before and after `YOLOv7`.
+The factor and the margins come back with it; `restore` undoes them. Called when samples with boxes are loaded, and
+before and after a detector runs.
 
 Shapes: C channels, H x W image; boxes (..., 4) are left, top, right, bottom in pixels.
 """
