@@ -40,7 +40,9 @@ def test_replaced_places_are_those_that_the_codec_reports(content: bytes) -> Non
 def test_jsonl_takes_the_chosen_field_and_skips_blank_lines_and_nulls(tmp_path: Path) -> None:
     path = _write_jsonl(tmp_path / "a.jsonl", [{"body": "one", "text": "no"}, {"body": None}, {"body": "two"}])
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert list(Corpus((str(path),), text_field="body")) == [Document("a.jsonl:1", "one"), Document("a.jsonl:3", "two")]
+    with pytest.warns(UserWarning, match=r"left out of .*a\.jsonl: 1 row with a null in 'body'$"):
+        documents = list(Corpus((str(path),), text_field="body"))
+    assert documents == [Document("a.jsonl:1", "one"), Document("a.jsonl:3", "two")]
 
 
 def test_half_a_surrogate_in_json_is_replaced_and_counted(tmp_path: Path) -> None:
@@ -70,7 +72,41 @@ def test_a_malformed_json_line_is_named_by_its_number(tmp_path: Path, line: str,
 def test_parquet_rows_are_documents_and_nulls_are_left_out(tmp_path: Path) -> None:
     table = pa.table({"text": ["one", None, "three"], "label": [1, 2, 3]})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    assert list(Corpus((str(tmp_path),))) == [Document("a.parquet:0", "one"), Document("a.parquet:2", "three")]
+    with pytest.warns(UserWarning, match=r"left out of .*a\.parquet: 1 row with a null in 'text'$"):
+        documents = list(Corpus((str(tmp_path),)))
+    assert documents == [Document("a.parquet:0", "one"), Document("a.parquet:2", "three")]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_rows_with_a_null_are_counted_once_however_often_and_in_parts_a_corpus_is_read(
+    tmp_path: Path, name: str
+) -> None:
+    rows = [{"text": None if number % 4 == 0 else f"text {number}"} for number in range(12)]
+    content = json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(content)
+    with pytest.warns(UserWarning) as warned:
+        parts = Corpus((str(tmp_path),)).split(0.5)
+        texts = [document.text for _ in range(2) for part in parts for document in part]
+    assert sorted(texts) == sorted(2 * [row["text"] for row in rows if row["text"]])
+    assert [str(warning.message) for warning in warned] == [
+        f"left out of {tmp_path / name}: 3 rows with a null in 'text'"
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'id;text\n1;a, b\n2;"c; d"\n',
+        'text;id\r\na, b;1\r\n"c; d";2\r\n',
+        'sep=;\ntext;id\na, b;1\n"c; d";2\n',
+        '\ufeff"id";"text"\n1;"a, b"\n2;"c; d"\n',
+        "id\ttext\n1\ta, b\n2\tc; d\n",
+        "id|text\n1|a, b\n2|c; d\n",
+    ],
+)
+def test_cells_between_other_signs_than_commas_are_cells(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8", newline="")
+    assert [document.text for document in read(tmp_path / "a.csv")] == ["a, b", "c; d"]
 
 
 def test_a_missing_parquet_column_lists_the_columns(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_one_document_cannot_be_split(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("text", encoding="utf-8")
     parts = Corpus((str(tmp_path),)).split(0.05)
     empty = next(part for part in parts if part.part == (TRAIN if is_heldout("only.txt", 0.05) else HELDOUT))
-    with pytest.raises(DataError, match="document_separator"):
+    with pytest.raises(DataError, match=r"\(0 trains on all of it\), cut long files with document_separator"):
         list(empty)
 
 
@@ -214,6 +214,16 @@ def test_an_image_among_text_is_left_out_and_named_and_alone_it_is_refused(tmp_p
     for name, seen in (("b.png", "NUL bytes"), ("c", "places that are not UTF-8")):
         with pytest.raises(DataError, match=rf"{name} is no text: it has \d+ {seen}"):
             list(Corpus((str(tmp_path / name),)))
+
+
+def test_what_is_left_out_is_named_once_however_often_a_corpus_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\0\0")
+    os.mkfifo(tmp_path / "pipe")
+    corpus = Corpus((str(tmp_path),))
+    with pytest.warns(UserWarning) as warned:
+        assert [[document.name for document in corpus] for _ in range(3)] == [["a.txt"]] * 3
+    assert len(warned) == 2
 
 
 def test_hard_links_and_sources_that_overlap_are_read_once(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ r"""What a file holds, as documents: plain text, JSON Lines, JSON arrays, CSV an
   more than two control characters in a hundred, or with three tenths of its characters replaced, is no text (an image,
   another encoding), and `NotTextError` says so; so is an archive of several files.
 - JSON and CSV files are tables where they have the text field: an array of JSON objects, or one after the other, in
-  a `.json`; CSV and TSV with a line of names. Others are the text they are, as in a folder of code; where a
-  table was probably meant, a warning says which fields there are, or, where the file was named as a source, an error.
+  a `.json`; CSV and TSV with a line of names, also between semicolons. Others are the text they are, as in a folder
+  of code; where a table was probably meant, a warning says which fields there are, or, where the file was named as a
+  source, an error. Rows with a null instead of a text are left out, and counted in a warning.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -61,6 +62,8 @@ class Document:
     text: str
     num_undecodable: int = 0
     """Places where bytes that are not UTF-8 were replaced by U+FFFD."""
+    is_null: bool = False
+    """Whether its row holds a null instead of a text."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,14 @@ class SourceFile:
     """The fsspec filesystem that opens `path`."""
     is_named: bool = False
     """Whether the source is this very file, and not a folder or a glob that has it."""
+    said: set[str] = field(default_factory=set, compare=False, repr=False)
+    """Warnings that were given, which a corpus that is read several times gives once."""
+
+    def warn(self, message: str) -> None:
+        """Warn with `message`, unless that was said."""
+        if message not in self.said:
+            self.said.add(message)
+            warn_caller(message)
 
     @property
     def identity(self) -> str:
@@ -101,7 +112,13 @@ def read_documents(file: SourceFile, *, text_field: str, separator: str | None) 
     """Yield the documents of `file`; raises `DataError` where it is damaged, and `NotTextError` where it is no text."""
     with _explained_reading(file), _open(file) as stream:
         if file.kind in _TABLE_READERS:
-            yield from _TABLE_READERS[file.kind](file, stream, text_field)
+            num_nulls = 0
+            for document in _TABLE_READERS[file.kind](file, stream, text_field):
+                num_nulls += document.is_null
+                yield document
+            if num_nulls:
+                rows = "1 row" if num_nulls == 1 else f"{num_nulls} rows"
+                file.warn(f"left out of {file.path}: {rows} with a null in {text_field!r}")
         else:
             yield from _read_text(file, stream.read(), separator)
 
@@ -253,8 +270,9 @@ def _read_csv(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[
     _refuse_binary(file, decoded)
     limit = csv.field_size_limit(len(decoded.text) + 1)
     try:
-        delimiter = "\t" if file.kind == ".tsv" else ","
-        table = csv.DictReader(io.StringIO(decoded.text, newline=""), delimiter=delimiter, strict=True)
+        lines = io.StringIO(decoded.text, newline="")
+        delimiter = _find_delimiter(lines, text_field, "\t" if file.kind == ".tsv" else ",")
+        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
         names = list(table.fieldnames or ())
         if names.count(text_field) > 1:
             raise csv.Error(f"it has {names.count(text_field)} columns {text_field!r}")
@@ -270,6 +288,21 @@ def _read_csv(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[
     for number, row in enumerate(rows):
         document = _document_of(f"{file.name}:{number}", row, text_field, f"{file.path} row {number}")
         yield replace(document, num_undecodable=decoded.num_undecodable if number == 0 else 0)
+
+
+def _find_delimiter(lines: io.StringIO, text_field: str, usual: str) -> str:
+    """Return what separates the cells: of a line `sep=;`, which is passed, else whatever makes `text_field` a name.
+
+    Spreadsheets write semicolons where a comma is the decimal point.
+    """
+    head = lines.readline()
+    if stated := re.fullmatch(r'"?sep=([^\w\s]|\t)"?\s*', head):
+        return stated[1]
+    lines.seek(0)
+    for delimiter in (usual, ",", ";", "\t", "|"):
+        if text_field in next(csv.reader([head], delimiter=delimiter), []):
+            return delimiter
+    return usual
 
 
 def _require_whole(row: dict[str | None, Any], number: int) -> dict[str, Any]:
@@ -289,7 +322,7 @@ def _report_table(file: SourceFile, problem: str) -> None:
     """Warn of a table that is read as the text it is; one that was named is refused."""
     if file.is_named:
         raise DataError(f"{file.path}: {problem}")
-    warn_caller(f"{file.path} is read as plain text, and it may be a table: {problem}")
+    file.warn(f"{file.path} is read as plain text, and it may be a table: {problem}")
 
 
 def _read_parquet(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
@@ -302,14 +335,15 @@ def _read_parquet(file: SourceFile, stream: IO[bytes], text_field: str) -> Itera
             _text_of(columns, text_field, file.path)
         values = (value.as_py() for batch in table.iter_batches(columns=[text_field]) for value in batch.column(0))
         for row, value in enumerate(values):
-            yield Document(f"{file.name}:{row}", _text_of({text_field: value}, text_field, f"{file.path} row {row}"))
+            yield _document_of(f"{file.name}:{row}", {text_field: value}, text_field, f"{file.path} row {row}")
     except arrow.ArrowException as error:
         raise DataError(f"{file.path} cannot be read as Parquet ({error}); write it again or leave it out") from error
 
 
 def _document_of(name: str, values: dict[str, Any], text_field: str, where: str) -> Document:
     # JSON can spell half a surrogate pair (\ud800), which no UTF-8 text holds; it goes the way of other broken bytes.
-    return decode(name, _text_of(values, text_field, where).encode("utf-8", "surrogatepass"))
+    document = decode(name, _text_of(values, text_field, where).encode("utf-8", "surrogatepass"))
+    return replace(document, is_null=values[text_field] is None)
 
 
 def _text_of(values: dict[str, Any], text_field: str, where: str) -> str:

@@ -33,7 +33,7 @@ import posixpath
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Corpus:
     """Which documents this is: `all`, `train` or `held-out`."""
     excluded: frozenset[str] = frozenset()
     """Identities of files that are not read."""
+    said: set[str] = field(default_factory=set, compare=False, repr=False)
+    """Warnings that this corpus and its parts gave, each of them once."""
 
     def split(self, heldout_fraction: float) -> tuple[Corpus, Corpus]:
         """Split into the training part and the held-out part; together they are this corpus."""
@@ -88,9 +90,9 @@ class Corpus:
         """Return the files that have to be read for this part, without reading them."""
         firsts: dict[str, SourceFile] = {}
         for source in self.sources:
-            for file in list_source(source):
+            for file in list_source(source, self.said):
                 firsts.setdefault(file.identity, file)
-        files = [file for identity, file in firsts.items() if identity not in self.excluded]
+        files = [replace(file, said=self.said) for identity, file in firsts.items() if identity not in self.excluded]
         return [file for file in files if not self._is_one_document(file) or self.has_part(file.name)]
 
     def num_bytes(self) -> int:
@@ -111,7 +113,7 @@ class Corpus:
                     raise
                 no_texts.append(file.path)
         if no_texts:
-            warn_caller(f"no text is in {name_some(no_texts)}, which is left out")
+            _warn_once(f"no text is in {name_some(no_texts)}, which is left out", self.said)
         if num_documents == 0:
             raise DataError(self._explain_emptiness())
 
@@ -124,7 +126,8 @@ class Corpus:
             return f"there is no text in {where}; name a folder, a glob or a file that holds some"
         return (
             f"no document of {where} falls into the {self.part} part at heldout_fraction={self.heldout_fraction}; "
-            "change the fraction, cut long files with document_separator, or name heldout_sources"
+            "change the fraction (0 trains on all of it), cut long files with document_separator, or name "
+            "heldout_sources"
         )
 
 
@@ -139,11 +142,15 @@ def is_heldout(name: str, fraction: float) -> bool:
     )
 
 
-def list_source(source: str) -> list[SourceFile]:
-    """Return the files of one source, sorted by name; raises `DataError` when there is none."""
+def list_source(source: str, said: set[str] | None = None) -> list[SourceFile]:
+    """Return the files of one source, sorted by name; raises `DataError` when there is none.
+
+    Warnings that are in `said` are not given again.
+    """
+    said = set() if said is None else said
     if not source.strip():
         raise DataError("a source is an empty text; name a folder, a glob or a file, '.' for the folder you are in")
-    files = _list_stdlib() if source == STDLIB else _list_url(source)
+    files = _list_stdlib() if source == STDLIB else _list_url(source, said)
     if not files:
         raise DataError(
             f"source {source!r} holds no file; check the path, it counts from {Path.cwd()} if it is relative"
@@ -166,14 +173,14 @@ def _list_stdlib() -> list[SourceFile]:
     return files
 
 
-def _list_url(source: str) -> list[SourceFile]:
+def _list_url(source: str, said: set[str]) -> list[SourceFile]:
     import fsspec
     from fsspec.implementations.local import LocalFileSystem
 
     try:
         filesystem, path = fsspec.url_to_fs(source)
         if isinstance(filesystem, LocalFileSystem):
-            return _list_local(filesystem, path)
+            return _list_local(filesystem, path, said)
         root, found = _find(filesystem, path)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"source {source!r} cannot be opened ({error}); check the path or URL") from error
@@ -204,7 +211,7 @@ def _fixed_part(pattern: str) -> str:
     return "/".join(parts[: next(depth for depth, part in enumerate(parts) if glob.has_magic(part))]) or "/"
 
 
-def _list_local(filesystem: Any, path: str) -> list[SourceFile]:
+def _list_local(filesystem: Any, path: str, said: set[str]) -> list[SourceFile]:
     """Like `_find`, and through links, which fsspec leaves out without a word."""
     from fsspec.utils import glob_translate
 
@@ -220,7 +227,7 @@ def _list_local(filesystem: Any, path: str) -> list[SourceFile]:
     found = list(_walk(root, depth, above=frozenset())) if Path(root).is_dir() else []
     found = [(path, is_file) for path, is_file in found if matches.match(path)]
     if strange := sorted(path for path, is_file in found if not is_file):
-        warn_caller(f"neither a file nor a folder is {name_some(strange)}, which is left out")
+        _warn_once(f"neither a file nor a folder is {name_some(strange)}, which is left out", said)
     return [
         SourceFile(posixpath.relpath(path, root), path, Path(path).stat().st_size, filesystem)
         for path, is_file in found
@@ -255,6 +262,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         if error.errno == errno.ELOOP:
             return False
         raise
+
+
+def _warn_once(message: str, said: set[str]) -> None:
+    if message not in said:
+        said.add(message)
+        warn_caller(message)
 
 
 def name_some(paths: list[str]) -> str:
