@@ -31,7 +31,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
 import deepseek
 from deepseek.core.errors import ConfigError, DeepSeekError, InfeasibleError
@@ -165,6 +165,8 @@ def _explain(error: BaseException) -> str:
             f"{' '.join(error.unused_tokens)!r} is not expected here; options are written --name value, text with "
             "spaces is quoted, and --help lists what there is"
         )
+    if isinstance(error, UnknownOptionError) and error.command_chain and error.command_chain[0] == "train":
+        return f"{error} Settings of a run are given as --set KEY=VALUE, and --show lists them."
     if isinstance(error, CycloptsError | DeepSeekError | Stopped):
         return str(error)
     if isinstance(error, KeyboardInterrupt):

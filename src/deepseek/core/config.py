@@ -32,6 +32,8 @@ _SCIENTIFIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
 _MAX_SETTINGS_BYTES = 5_000_000
 _MAX_DEPTH = 4
 _SAID_OF_EVERYTHING = ("name", "type", "kind")  # one of a lower level is hardly what is meant
+SETTINGS_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+"""Endings of the files that settings are read from."""
 _SHORT = reprlib.Repr()  # takes its limits in the constructor from Python 3.12 on
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxlist = _SHORT.maxdict = 12

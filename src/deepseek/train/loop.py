@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from deepseek.artifact.reading import RUN_MODEL_NAME, read_manifest
@@ -34,7 +35,7 @@ from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError, TrainingError
 from deepseek.core.events import Event
 from deepseek.core.folder_lock import locked_folder
-from deepseek.core.storage import new_folder
+from deepseek.core.storage import new_folder, write_file
 from deepseek.models.decoder.model import count_parameters
 from deepseek.optim.learning_rates import schedule_factor
 from deepseek.optim.optimizers import set_learning_rate
@@ -47,6 +48,8 @@ from deepseek.train.task import LOSS, Task
 from deepseek.train.tasks import find_task
 
 DATA_FOLDER, MODEL_FOLDER, BEST_FOLDER = "data", RUN_MODEL_NAME, "best"
+CONFIG_FILE = "config.yaml"
+"""Settings that the run in a folder was last started with."""
 
 
 class RunEvents(Generator[Event, None, None]):
@@ -102,6 +105,7 @@ def train_in_locked_folder(config: TrainConfig, *, task: type[Task] | None = Non
     yield from learned.prepare(folder)
     run = build(config, learned, folder)
     resume(run)
+    write_file(Path(config.folder) / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
     yield RunStarted(
         num_parameters=count_parameters(run.model),
         task=type(learned).__name__ if task else config.task.kind,

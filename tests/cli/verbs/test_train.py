@@ -39,7 +39,13 @@ def test_events_file_holds_what_was_shown(trained: Finished) -> None:
 
 
 def test_a_folder_holds_the_run_and_nothing_else(trained: Finished) -> None:
-    assert {path.name for path in trained.folder.iterdir()} == {"data", "checkpoints", "events.jsonl", "model"}
+    assert {path.name for path in trained.folder.iterdir()} == {
+        "data",
+        "checkpoints",
+        "config.yaml",
+        "events.jsonl",
+        "model",
+    }
     assert not [path for path in trained.folder.rglob("*") if path.name.startswith(".")]
 
 
@@ -77,21 +83,64 @@ def test_a_finished_run_is_written_again_without_a_step(call: Call, tiny: dict[s
     assert (copy / "model" / "model.safetensors").read_bytes() == before
 
 
-def test_another_number_of_steps_in_the_same_folder_says_what_changed_and_what_to_do(
+def test_another_learning_rate_in_the_same_folder_says_what_changed_and_what_to_do(
     call: Call, tiny: dict[str, Any], copy: Path
 ) -> None:
     before = newest_valid(copy / "checkpoints")
-    changes = tiny | {"num_steps": 30}
+    changes = tiny | {"optimizer.weight_decay": 0.5}
     result = call("train", "decoder_tiny", "--set", f"folder={copy}", *as_options(changes), "--json")
-    assert_one_sentence(result, 1, "num_steps was 20 and is 30", "choose another folder")
+    assert_one_sentence(result, 1, "optimizer.weight_decay was ", "choose another folder")
     after = newest_valid(copy / "checkpoints")
     assert before is not None
     assert after is not None
     assert (before.step, before.path) == (after.step, after.path)
 
 
+def test_the_folder_of_a_run_goes_on_with_more_steps_wherever_it_lies(call: Call, copy: Path) -> None:
+    result = call("train", str(copy), "--set", "num_steps=22", "--json")
+    assert result.status == 0
+    steps = [json.loads(line)["step"] for line in result.out.splitlines() if '"step_done"' in line]
+    assert steps[-1] == 22 and min(steps) > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{tmp}",), "deepseek train decoder_tiny --set 'data.sources=["),
+        (("{tmp}/run.yaml",), "write --config "),
+        (("decoder_tiny", "--folder", "x"), "Settings of a run are given as --set KEY=VALUE"),
+        (("decoder_tiny", "--steps", "5"), "Settings of a run are given as --set KEY=VALUE"),
+        (("--task", "casual_lm"), "causal_lm"),
+        (
+            ("--task", "no_such_module:Task"),
+            "named 'no_such_module'); write MODULE:CLASS",
+        ),
+        (("--task", "json:JSONDecoder"), "is no class of deepseek.train.Task"),
+        (("decoder_tiny", "--task", "causal_lm"), "give either a recipe"),
+        ((), "give either a recipe"),
+    ],
+)
+def test_what_is_no_recipe_names_the_way_out(
+    call: Call, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "run.yaml").write_text("num_steps: 3")
+    result = call("train", *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result.status != 0
+    assert message in result.err and result.err.count("\n") == 1
+
+
+def test_a_task_of_ones_own_is_trained_from_the_command_line(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+    options = ("--set", f"folder={tmp_path}", "--set", "num_steps=3", "--set", "data.batch_size=4")
+    result = call("train", "--task", "tests.train.own_task:Line", *options, "--json")
+    assert result.status == 0, result.err
+    assert (tmp_path / "model" / "manifest.json").exists()
+
+
 def test_settings_that_decide_nothing_may_change(call: Call, tiny: dict[str, Any], copy: Path) -> None:
-    changes = tiny | {"log_every": 7, "checkpoint_every": 9, "evaluation_tokens": 100}
+    changes = tiny | {"log_every": 7, "checkpoint_every": 9, "evaluation_units": 100}
     result = call("train", "decoder_tiny", "--set", f"folder={copy}", *as_options(changes), "--json")
     assert result.status == 0
 

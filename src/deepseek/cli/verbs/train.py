@@ -1,7 +1,8 @@
-"""`deepseek train`: from a recipe or a config file, with overrides, to an artifact."""
+"""`deepseek train`: from a recipe, a config file, a task or an earlier run, with overrides, to an artifact."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from deepseek.core.allocator import keep_freed_memory
-from deepseek.core.config import parse_overrides, read_settings
-from deepseek.core.errors import ConfigError
+from deepseek.core.config import SETTINGS_SUFFIXES, parse_overrides, read_settings
+from deepseek.core.errors import ConfigError, first_line
 from deepseek.core.extras import has_library
 from deepseek.recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
     from deepseek.train.config import TrainConfig
+    from deepseek.train.task import Task
 
 EVENTS_FILE = "events.jsonl"
 
@@ -24,6 +26,7 @@ def train(
     recipe: str | None = None,
     *,
     config: Path | None = None,
+    task: str | None = None,
     set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,
     show: bool = False,
     json: bool = False,
@@ -37,10 +40,13 @@ def train(
     Parameters
     ----------
     recipe
-        Name of a recipe: quickstart, decoder_tiny or decoder_120m.
+        Name of a recipe: quickstart, decoder_tiny or decoder_120m; or the folder of an earlier run, which goes on.
     config
         YAML, TOML or JSON file with the settings of a run, instead of a recipe. Files of every generation are read, as
         `deepseek migrate` writes them, and a note says what their keys became.
+    task
+        Task whose default settings the run begins with, instead of a recipe; or MODULE:CLASS, a task of your own in a
+        module that can be imported from here, with the settings of the recipe or file if there is one.
     set
         One setting to change, as KEY=VALUE with dots between levels; may be given several times.
     show
@@ -48,7 +54,8 @@ def train(
     json
         Print events as JSON lines instead of progress bars, and settings as JSON.
     """
-    settings = choose_config(recipe, config).override(parse_overrides(set or []))
+    own_task = import_task(task) if task is not None and ":" in task else None
+    settings = choose_config(recipe, config, task).override(parse_overrides(set or []))
     if show:
         _print_settings(settings, as_json=json)
         return
@@ -57,7 +64,7 @@ def train(
 
     keep_freed_memory()
     events_file = Path(settings.folder) / EVENTS_FILE
-    follow(run(settings), file=events_file, as_json=json)
+    follow(run(settings, task=own_task), file=events_file, as_json=json)
     if not json and has_library("plotext"):
         _draw_loss(events_file)
 
@@ -80,19 +87,60 @@ def _print_settings(settings: TrainConfig, *, as_json: bool) -> None:
     print(settings.model_dump_json() if as_json else yaml.safe_dump(settings.to_dict(), sort_keys=False).rstrip())
 
 
-def choose_config(recipe: str | None, config: Path | None) -> TrainConfig:
-    """The settings of a recipe or of a file; exactly one of them is given."""
-    if (recipe is None) == (config is None):
-        raise ConfigError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE")
+def choose_config(recipe: str | None, config: Path | None, task: str | None = None) -> TrainConfig:
+    """The settings of a recipe, of a file, of a task or of an earlier run; exactly one of them is given.
+
+    A task of one's own, MODULE:CLASS, may stand beside a recipe or a file.
+    """
+    is_own = task is not None and ":" in task
+    num_given = (recipe is not None) + (config is not None) + (task is not None and not is_own)
+    if num_given > 1 or (num_given == 0 and not is_own):
+        raise ConfigError(f"give either a recipe ({', '.join(RECIPES)}), --config FILE or --task NAME")
+    if recipe is not None and recipe not in RECIPES and Path(recipe).exists():
+        return _read_run(Path(recipe))
     if recipe is not None:
         return load_recipe(recipe)
-    from deepseek.compat.generation_configs import read_generation_config
     from deepseek.train.config import TrainConfig
 
-    assert config is not None
+    if config is None:
+        return TrainConfig() if is_own else TrainConfig.from_dict({"task": task})
+    from deepseek.compat.generation_configs import read_generation_config
+
     values = read_settings(config)
     reading = read_generation_config(values)
     if reading is None:
         return TrainConfig.from_dict(values)
     sys.stderr.write(f"deepseek: note: {config} is {reading}\n")
     return TrainConfig.from_dict(reading.settings)
+
+
+def _read_run(path: Path) -> TrainConfig:
+    """The settings of the run in the folder `path`, wherever it lies now."""
+    from deepseek.train.config import TrainConfig
+    from deepseek.train.loop import CONFIG_FILE
+
+    if path.suffix in SETTINGS_SUFFIXES and path.is_file():
+        raise ConfigError(f"{path} is a file and a recipe was expected; write --config {path}")
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{path} holds no run (no {CONFIG_FILE}) and a recipe was expected ({', '.join(RECIPES)}); to train on its "
+            f"text, write for example: deepseek train decoder_tiny --set 'data.sources=[{path}]'"
+        )
+    return TrainConfig.from_file(path / CONFIG_FILE).override({"folder": str(path)})
+
+
+def import_task(name: str) -> type[Task]:
+    """Import the task MODULE:CLASS, from the folder one stands in as well."""
+    from deepseek.train.task import Task
+
+    module, _, kind = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--task {name} cannot be imported ({first_line(error)}); write MODULE:CLASS") from error
+    finally:
+        sys.path.pop(0)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"--task {name} is no class of deepseek.train.Task; derive it from Task")
+    return found
