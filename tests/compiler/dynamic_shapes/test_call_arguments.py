@@ -142,3 +142,23 @@ def test_a_mask_without_positions_leaves_nothing_out():
     for rows, length in ((3, 6), (3, 7), (3, 0), (0, 5), (3, 8)):
         x, mask = torch.randn(rows, length), torch.ones(rows, length, dtype=torch.int64)
         assert torch.equal(function(x, mask), x.relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.int64])
+def test_a_mask_of_zeros_and_ones_may_have_any_type(dtype):
+    torch.manual_seed(0)
+    plain, compiled = Stack().eval(), dynamic_graph(Stack().eval(), mask="mask", backend="eager", cache=False)
+    compiled.load_state_dict(plain.state_dict())
+    for length in (5, 7, 9, 6):
+        x, mask = torch.randn(3, length, 8), (torch.arange(length) < torch.tensor([[2], [3], [length]])).to(dtype)
+        torch.testing.assert_close(compiled(x, mask) * mask[..., None], plain(x, mask) * mask[..., None])
+
+
+@pytest.mark.parametrize("numbers", [[0.0, -torch.inf], [0.0, 0.0], [0.0, -1e9], [1.0, 0.5], [1.0, torch.nan]])
+def test_a_mask_that_is_added_to_scores_is_refused(numbers):
+    @dynamic_graph(mask="mask", backend="eager", cache=False)
+    def function(x, mask):
+        return x + mask
+
+    with pytest.raises(ConfigError, match=r"the mask 'mask' .*float32 of numbers from .*; expected \(rows, length\)"):
+        function(torch.randn(2, 2), torch.tensor([numbers, numbers]))

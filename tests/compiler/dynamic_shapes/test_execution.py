@@ -286,7 +286,9 @@ def test_threads_share_what_is_compiled():
         torch.testing.assert_close(answers[index][mask], plain(tokens, mask)[mask])
 
 
-@pytest.mark.parametrize("mask", [torch.ones(3), torch.ones(2, 5), torch.ones(2, 5, 5, dtype=torch.bool), 1])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(3), torch.zeros(2, 5), torch.full((2, 5), 0.5), torch.ones(2, 5, 5, dtype=torch.bool), 1]
+)
 def test_a_mask_that_is_none_is_refused(mask):
     model, _ = build_pair(Encoder(), mask="mask")
     with pytest.raises(ConfigError, match="zeros and ones"):

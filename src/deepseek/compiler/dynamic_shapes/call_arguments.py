@@ -94,9 +94,14 @@ class CallReader:
         mask = call.leaves[call.names.index(name)] if name in call.names else None
         if mask is None:
             return None
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_complex():
             seen = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ConfigError(f"the mask {name!r} of {self._name} is {seen}; expected (rows, length) of zeros and ones")
+        if mask.is_floating_point() and mask.numel() > 0 and not _is_zeros_and_ones(mask):
+            raise ConfigError(
+                f"the mask {name!r} of {self._name} is {mask.dtype} of numbers from {mask.min():g} to {mask.max():g}; "
+                "expected (rows, length) of zeros and ones: ones where positions count, and not what is added to scores"
+            )
         return mask if mask.numel() > 0 else None
 
     def find_input_roles(self, call: Call) -> list[InputRole] | None:
@@ -139,6 +144,11 @@ class CallReader:
                     wanted = [dims] if isinstance(dims, int) else dims
                     given[index] = tuple(_check_dim(dim, len(shape), name) for dim in wanted)
         return given
+
+
+def _is_zeros_and_ones(mask: Tensor) -> bool:
+    """Return whether a mask of reals says which positions count; zeros alone may as well be what is added to scores."""
+    return bool(((mask == 0) | (mask == 1)).all() & (mask == 1).any())
 
 
 def _check_dim(dim: int, rank: int, name: str) -> int:
