@@ -85,3 +85,15 @@ def test_a_failing_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="beyond the range"):
         convert_files(VersionConverter("2.0", "3.5", dtype="fp16"), tmp_path / "in.safetensors", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_phi3_folder_is_left_alone_by_its_config(tmp_path: Path) -> None:
+    weights = {name: tensor.clone() for name, tensor in build("phi3").state_dict().items()}
+    (tmp_path / "old").mkdir()
+    save_file(weights, tmp_path / "old" / "model.safetensors")
+    (tmp_path / "old" / "config.json").write_text('{"model_type": "phi3"}')
+    report = convert_files(VersionConverter("4.0", "5.0"), tmp_path / "old", tmp_path / "new")
+    assert "transformers holds" in report.notes[0]
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    assert set(new) == set(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in new.items())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -315,3 +317,46 @@ def test_every_architecture_of_transformers_goes_round_or_is_left_alone() -> Non
             print(f"{model_type:24} {source} -> {target}  {reason}")
     assert not problems
     assert num_forms > 500
+
+
+def _build_phi3(**sizes: int) -> transformers.PreTrainedModel:
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} | sizes
+    config = transformers.Phi3Config(**settings, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    return transformers.Phi3ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "is_plain", "model_type"), [(64, False, None), (64, True, "phi3"), (32064, True, None)]
+)
+@pytest.mark.parametrize(("source", "target"), [("4.0", "5.0"), ("3.0", "5.0"), ("3.5", "2.0")])
+def test_a_phi3_is_left_alone_and_that_is_said(
+    source: str, target: str, vocab_size: int, is_plain: bool, model_type: str | None
+) -> None:
+    weights = _build_phi3(vocab_size=vocab_size, intermediate_size=16).state_dict()
+    given = dict(weights) if is_plain else weights
+    with pytest.warns(
+        UserWarning, match=r"left as they are: transformers holds .*(qkv|gate_up)_proj.weight of phi3 joined"
+    ):
+        converted = VersionConverter(source, target).convert(given, model_type=model_type)
+    assert list(converted) == list(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in converted.items())
+
+
+_LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+_BART = _LAYERS | {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+_OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 16}
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("opt", _OPT), ("bart", _BART), ("whisper", _BART)])
+@pytest.mark.filterwarnings("ignore:the (names and groups|weights)")
+def test_values_of_other_families_come_back_bit_by_bit_from_every_generation(kind: str, sizes: dict[str, int]) -> None:
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=64, max_position_embeddings=32, **sizes, **ids)
+    torch.manual_seed(0)
+    state = transformers.AutoModel.from_config(config).state_dict()
+    weights = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+    for source, target in itertools.permutations(["1.0", "1.3", "2.0", "3.0", "3.5", "4.0", "5.0"], 2):
+        there = VersionConverter(source, target).convert(weights)
+        back = VersionConverter(target, source).convert(there)
+        assert set(back) == set(weights)
+        assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())

@@ -155,7 +155,9 @@ def test_provenance_is_kept(tmp_path, model):
 
 def test_saving_over_something_needs_to_be_asked_for(tmp_path, model):
     save_model(model, tmp_path / "model")
-    with pytest.raises(ArtifactError, match="overwrite=True"):
+    with pytest.raises(
+        ArtifactError, match="holds an artifact already; give another folder, or ask for it to be overwritten"
+    ):
         save_model(model, tmp_path / "model")
     save_model(model, tmp_path / "model", overwrite=True)
 

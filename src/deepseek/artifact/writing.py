@@ -156,7 +156,7 @@ def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         raise ArtifactError(f"{folder} holds files that are not an artifact, and is left alone; give another folder")
     if not overwrite:
-        raise ArtifactError(f"{folder} holds an artifact already; give another folder or pass overwrite=True")
+        raise ArtifactError(f"{folder} holds an artifact already; give another folder, or ask for it to be overwritten")
 
 
 def _refuse_names(files: Mapping[str, bytes]) -> None:

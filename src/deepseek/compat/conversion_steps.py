@@ -100,6 +100,9 @@ RENAME_RESNET = Rename(
 )
 QUANTIZE = Quantize("int8 weights")
 
+FUSED_FAMILIES = ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "dia", "zamba2", "hrm_text")
+"""Model types that `transformers` itself holds with joined projections, so that nothing is to be split."""
+
 _FUSING = (FUSE_LLAMA, FUSE_BERT, FUSE_GPT2, FUSE_GATE_UP, STACK_GATE_UP, STACK_DOWN, RENAME_ROUTER, DROP_BUFFERS)
 
 

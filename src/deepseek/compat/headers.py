@@ -26,6 +26,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 # The library's own limit; a longer header is an attack or a broken length.
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_CONFIG_BYTES = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -142,3 +143,16 @@ def _read_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, 
     raise CorruptArtifactError(
         f"{path}: the entry of {name} is {str(entry)[:80]}; expected a known dtype, a shape and offsets"
     )
+
+
+def read_model_type(path: Path) -> str | None:
+    """Return the architecture's name in the Hugging Face config beside a file or in a folder, if there is one."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        if not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
+            return None
+        settings = json.loads(config.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        # The scan of a migration reports a broken config by itself; the weights are judged without it.
+        return None
+    return str(settings["model_type"]) if isinstance(settings, dict) and "model_type" in settings else None

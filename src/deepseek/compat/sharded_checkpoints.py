@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepseek.compat.headers import INDEX_NAME, read_checkpoint
+from deepseek.compat.headers import INDEX_NAME, read_checkpoint, read_model_type
 from deepseek.compat.tensors import ITEM_BYTES, TensorSpec
 from deepseek.compat.version_converter import ConversionReport, VersionConverter
 from deepseek.core.errors import ConfigError
@@ -46,7 +46,7 @@ def convert_files(
     if target.exists():
         raise ConfigError(f"{target} exists; a conversion never writes over anything, choose another folder")
     stored = read_checkpoint(source)
-    plan, report = converter.plan({name: tensor.spec for name, tensor in stored.items()})
+    plan, report = converter.plan({name: tensor.spec for name, tensor in stored.items()}, read_model_type(source))
     layout = converter.target.layout
     is_single = layout is not None and layout.container == "single"
     shards = _divide(plan.specs, None if is_single else max_shard_bytes)

@@ -13,12 +13,13 @@ files.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deepseek.compat.conversion_paths import Action, ConversionPlan, Stage, make_plan
 from deepseek.compat.conversion_steps import (
+    FUSED_FAMILIES,
     STEPS,
     DirectedTransform,
     Step,
@@ -120,11 +121,17 @@ class VersionConverter:
         """List the generations on the way, both ends included."""
         return (self.source.name, *(step.target for step in self.steps))
 
-    def plan(self, specs: Specs) -> tuple[ConversionPlan, ConversionReport]:
-        """Plan what `convert` would do to tensors of these names, dtypes and shapes."""
+    def plan(self, specs: Specs, model_type: str | None = None) -> tuple[ConversionPlan, ConversionReport]:
+        """Plan what `convert` would do to tensors of these names, dtypes and shapes.
+
+        `model_type` is that of the Hugging Face config, where there is one: Phi-3 holds the joined names of generation
+        3.0 to 4.0 itself, and is left as it is.
+        """
         changes = net_changes(self.steps)
         notes: list[str] = []
-        doubt = _judge_forms(specs, [change for step in changes for change in step], self, notes)
+        doubt = _doubt_fused(specs, changes, model_type)
+        if doubt is None:
+            doubt = _judge_forms(specs, [change for step in changes for change in step], self, notes)
         if doubt is None:
             plan = make_plan(specs, changes, self.dtypes, self.dtype)
             doubt = _explain_doubt(specs, plan, changes)
@@ -136,19 +143,50 @@ class VersionConverter:
             notes.append(f"dropped {', '.join(dropped)}: models of generation {self.target.name} compute them")
         return plan, ConversionReport(self.path, plan.actions, tuple(notes))
 
-    def convert(self, weights: Mapping[str, Tensor], *, optimizer: Mapping[str, Any] | None = None) -> ConvertedWeights:
+    def convert(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        optimizer: Mapping[str, Any] | None = None,
+        model_type: str | None = None,
+    ) -> ConvertedWeights:
         """Return the same model as `weights` in the destination's form, with a report of the changes.
 
         `weights` is a flat state dict and stays as it is. `optimizer` is `{"state": {name: {...}}, "param_groups": []}`
         keyed by parameter names, as torch.distributed.checkpoint.state_dict gives it; its entries follow their
-        parameters and are dropped with a warning where they cannot. Raises `ArtifactError` for half converted weights.
+        parameters and are dropped with a warning where they cannot. `model_type` as in `plan`; without it Phi-3 is
+        known by the modules that a state dict of torch names, or by the sizes of its published vocabularies. Raises
+        `ArtifactError` for half converted weights.
         """
-        plan, report = self.plan({name: describe(name, tensor) for name, tensor in weights.items()})
+        specs = {name: describe(name, tensor) for name, tensor in weights.items()}
+        plan, report = self.plan(specs, model_type or _recognize_phi3(specs, getattr(weights, "_metadata", ())))
         for note in report.notes:
             warnings.warn(note, stacklevel=2)
         converted = dict(plan.run(weights.__getitem__))
         moments = None if optimizer is None else _convert_optimizer(optimizer, plan)
         return ConvertedWeights(converted, report, moments)
+
+
+# Of Phi-3 and 3.5, of Phi-4, and of Phi-4-mini.
+_PHI3_VOCABULARIES = (32064, 100352, 200064)
+
+
+def _recognize_phi3(specs: Specs, modules: Iterable[str]) -> str | None:
+    """Return `phi3` where the weights are known to be of one: names and shapes alone could be a joined Llama."""
+    rows = {spec.shape[0] for name, spec in specs.items() if name.endswith("embed_tokens.weight")}
+    is_phi3 = bool(rows) and rows.issubset(_PHI3_VOCABULARIES)
+    return "phi3" if is_phi3 or any(name.endswith(".resid_attn_dropout") for name in modules) else None
+
+
+def _doubt_fused(specs: Specs, changes: Sequence[Sequence[DirectedTransform]], model_type: str | None) -> str | None:
+    """Say why the joined projections of a family that has them itself are not split; `None` where none would be."""
+    if model_type not in FUSED_FAMILIES:
+        return None
+    splits = [change for step in changes for change in step if change.direction == "backward"]
+    names = [name for change in splits for op in change.transform.plan(specs, "backward") for name in op.sources]
+    if not names:
+        return None
+    return f"transformers holds {names[0]} of {model_type} joined, as it is; give another model_type if it is none"
 
 
 def _explain_doubt(specs: Specs, plan: ConversionPlan, changes: Sequence[Sequence[DirectedTransform]]) -> str | None:

@@ -28,15 +28,17 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from deepseek.artifact.format import CONFIG_NAME, Description, Manifest
+from deepseek.artifact.reading import is_artifact, read_manifest
 from deepseek.artifact.writing import MAX_SHARD_BYTES, write_artifact
 from deepseek.compiler.runtimes.selection import SelectionEvent
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError
+from deepseek.core.model_folder import GENERATION_FILE, ModelFolder
 from deepseek.data.tokenizing import Tokenizer, save_tokenizer
 from deepseek.models.architectures import DECODER, TRANSFORMERS, name_architecture
 from deepseek.models.backend_loading import has_half_arithmetic, run_on_backend
-from deepseek.models.decoder.keymap import FAMILIES, Family, export_config, export_tensors, find_family
-from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.models.decoder.keymap import FAMILIES, export_config, export_tensors, find_family
+from deepseek.models.decoder.model import Decoder
 from deepseek.models.loaded_model import LoadedModel, LoadedModule, Origin, RunModel, plain_module
 from deepseek.models.model_sources import INT8_KEPT, LoadConfig, open_source
 from deepseek.models.programs import Program
@@ -145,19 +147,22 @@ def save_model(
     parent_digest: str | None = None,
     config_digest: str | None = None,
     data_position: Mapping[str, JsonValue] | None = None,
+    origin: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Manifest:
     """Write `model` and its `tokenizer` as the artifact `folder`; `precision` converts the weights on the way.
 
-    `model` is a `Decoder`, a model of the zoo, or one of `transformers` that `load_model` gave. The other arguments go
-    into the manifest as they are. Raises `ArtifactError` for another model and where `folder` holds something already,
+    `model` is a `Decoder`, a model of the zoo, or one of `transformers` that `load_model` gave. `origin` is the model
+    folder that it came from, whose family and settings of generation are kept. The other arguments go into the manifest
+    as they are. Raises `ArtifactError` for another model and where `folder` holds something already,
     and `StorageError` for what the disk refuses; either way `folder` is as it was.
     """
     model = plain_module(model)
     architecture = name_architecture(model)
+    from_origin = None if origin is None else _open_folder(Path(origin))
     tensors, settings, files, is_foreign = _WRITERS.get(architecture, _write_plain)(
-        model, dtype_of(precision), tokenizer
+        model, dtype_of(precision), tokenizer, from_origin
     )
     description = Description(
         architecture=architecture,
@@ -171,6 +176,9 @@ def save_model(
         metrics=dict(metrics or {}),
     )
     files = _tokenizer_files(tokenizer) | files
+    if from_origin is not None and from_origin.generation:
+        written = json.loads(files.get(GENERATION_FILE, b"{}"))
+        files[GENERATION_FILE] = json.dumps({**from_origin.generation, **_drop_missing(written)}, indent=2).encode()
     return write_artifact(
         folder, tensors, description, files=files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
     )
@@ -243,7 +251,13 @@ def _cast_parameters_(model: Decoder, dtype: torch.dtype) -> Decoder:
 _Written = tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes], bool]
 
 
-def _write_plain(model: nn.Module, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> _Written:
+def _open_folder(folder: Path) -> ModelFolder:
+    return ModelFolder(folder, listed=read_manifest(folder).files if is_artifact(folder) else None)
+
+
+def _write_plain(
+    model: nn.Module, dtype: torch.dtype | None, tokenizer: Tokenizer | None, origin: ModelFolder | None
+) -> _Written:
     """Under our own names; every float of a vision model has one dtype, running statistics too."""
     settings: Any = model.config
     tensors = {
@@ -253,25 +267,30 @@ def _write_plain(model: nn.Module, dtype: torch.dtype | None, tokenizer: Tokeniz
     return tensors, settings.to_dict(), {}, False
 
 
-def _write_decoder(model: Decoder, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> _Written:
-    """Write `model` under the names of its Hugging Face counterpart, where it has one."""
+def _write_decoder(
+    model: Decoder, dtype: torch.dtype | None, tokenizer: Tokenizer | None, origin: ModelFolder | None
+) -> _Written:
+    """Write `model` under the names of its Hugging Face counterpart, where it has one; its origin's, where that can."""
     tensors = stored_tensors(model, dtype)
-    family = None if is_int8(tensors) else find_family(model.config)
+    preferred = None if origin is None else origin.config.get("model_type")
+    family = None if is_int8(tensors) else find_family(model.config, preferred)
     if family is None:
         return tensors, model.config.to_dict(), {}, False
     tensors = export_tensors(tensors, family)
-    config_json = _config_json(model.config, family, main_dtype(tensors), tokenizer)
-    return tensors, model.config.to_dict(), {CONFIG_NAME: config_json}, True
+    values = export_config(model.config, family, main_dtype(tensors)) | _token_ids(tokenizer, origin)
+    return tensors, model.config.to_dict(), {CONFIG_NAME: json.dumps(values, indent=1).encode()}, True
 
 
-def _write_transformers(model: TransformersModel, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> _Written:
+def _write_transformers(
+    model: TransformersModel, dtype: torch.dtype | None, tokenizer: Tokenizer | None, origin: ModelFolder | None
+) -> _Written:
     """Write `model` as `transformers` writes it."""
     tensors = stored_tensors(model.model, dtype)
     settings = model.config | {"dtype": str(main_dtype(tensors)).removeprefix("torch.")}
     return tensors, settings, {CONFIG_NAME: json.dumps(settings, indent=1).encode()}, True
 
 
-_WRITERS: dict[str, Callable[[Any, torch.dtype | None, Tokenizer | None], _Written]] = {
+_WRITERS: dict[str, Callable[[Any, torch.dtype | None, Tokenizer | None, ModelFolder | None], _Written]] = {
     DECODER: _write_decoder,
     TRANSFORMERS: _write_transformers,
 }
@@ -285,8 +304,15 @@ def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def _config_json(config: DecoderConfig, family: Family, dtype: torch.dtype, tokenizer: Tokenizer | None) -> bytes:
-    values = export_config(config, family, dtype)
+def _token_ids(tokenizer: Tokenizer | None, origin: ModelFolder | None) -> dict[str, Any]:
+    """Return the numbers of the tokens that begin, end and fill texts: the tokenizer's, else those of the origin."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    stored = {} if origin is None else {**_drop_missing(origin.config), **_drop_missing(origin.generation)}
+    ids = {name: stored[name] for name in names if name in stored}
     if tokenizer is not None:
-        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return json.dumps(values, indent=1).encode()
+        ids |= _drop_missing({"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    return ids
+
+
+def _drop_missing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}

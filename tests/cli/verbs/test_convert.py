@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -62,3 +64,41 @@ def test_nothing_is_written_over_the_model_another_artifact_or_for_an_unknown_pr
     assert call("convert", model, tmp_path / "out").status == 0
     assert_one_sentence(call("convert", model, tmp_path / "out"), 1, "holds an artifact already")
     assert call("convert", model, tmp_path / "out", "--overwrite").status == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "mistral", "gpt2"])
+@pytest.mark.parametrize("has_tokenizer", [False, True], ids=["no tokenizer", "tokenizer"])
+def test_family_token_ids_and_settings_of_generation_are_those_of_the_source(
+    call: Call, tmp_path: Path, kind: str, has_tokenizer: bool
+) -> None:
+    ids = {"bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 3}
+    sizes: dict[str, Any] = _MORE
+    if kind == "gpt2":
+        sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **ids)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.generation_config.update(temperature=0.7, do_sample=True, eos_token_id=[5, 7])
+    theirs.save_pretrained(tmp_path / "source")
+    if has_tokenizer:
+        words = tokenizers.models.WordLevel({f"w{number}": number for number in range(64)}, unk_token="w2")
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(words), eos_token="w5"
+        ).save_pretrained(tmp_path / "source")
+    for folder, out in (("source", "out"), ("out", "again")):
+        assert call("convert", tmp_path / folder, tmp_path / out).status == 0
+        settings = json.loads((tmp_path / out / "config.json").read_text())
+        assert settings["model_type"] == kind
+        ends = 5 if has_tokenizer else [5, 7]
+        assert {name: settings[name] for name in ids} == ids | {"eos_token_id": ends}
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / out).eval()
+        generation = again.generation_config
+        assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, [5, 7], 3)
+        assert (generation.temperature, generation.do_sample) == (0.7, True)
+        weights = again.state_dict()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in theirs.state_dict().items())
+
+
+def test_what_stands_in_the_way_names_an_option_of_the_command(call: Call, model: Path, tmp_path: Path) -> None:
+    call("convert", model, tmp_path / "out")
+    assert "or ask for it to be overwritten" in call("convert", model, tmp_path / "out").err

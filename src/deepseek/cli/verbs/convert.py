@@ -11,8 +11,8 @@ def convert(
 ) -> None:
     """Write MODEL, a Hugging Face folder, an artifact or a training run's folder, to OUT as an artifact.
 
-    Families of Hugging Face keep their names and `config.json`, so that `transformers` opens OUT as well. The
-    tokenizer goes along. MODEL stays as it is.
+    Families of Hugging Face keep their names, `config.json` and settings of generation, so that `transformers` opens
+    OUT as well. The tokenizer goes along. MODEL stays as it is.
 
     Example: deepseek convert downloads/qwen my-model --precision bf16
 
@@ -53,6 +53,7 @@ def convert(
         metrics=original.metrics if original else None,
         parent_digest=original.digest if original else None,
         config_digest=original.config_digest if original else None,
+        origin=folder,
         overwrite=overwrite,
     )
     if json:

@@ -6,12 +6,11 @@ A pickle is read by its opcodes (`pickles.py`) and never run.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from deepseek.compat.conversion_steps import FUSE_LLAMA, identify, is_half_converted
+from deepseek.compat.conversion_steps import FUSE_LLAMA, FUSED_FAMILIES, identify, is_half_converted
 from deepseek.compat.generations import FrameworkGeneration
-from deepseek.compat.headers import read_checkpoint
+from deepseek.compat.headers import read_checkpoint, read_model_type
 from deepseek.compat.migration.findings import Finding, find, unreadable
 from deepseek.compat.migration.pickles import looks_like_pickle, read_pickle
 from deepseek.compat.migration.rules import MigrationRules
@@ -21,13 +20,7 @@ from deepseek.core.errors import ArtifactError, CorruptArtifactError
 
 # Families that `transformers` itself writes with fused projections, or with experts under the names that Mixtral began
 # with, so that their names say nothing about a generation.
-_AS_TRANSFORMERS_WRITES = (
-    *("phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "dia", "zamba2", "hrm_text"),
-    *("mixtral", "phimoe", "minimax", "minimax_m2", "minimax_m3", "minimax_m3_vl"),
-)
-
-
-_MAX_CONFIG_BYTES = 5_000_000
+_AS_TRANSFORMERS_WRITES = (*FUSED_FAMILIES, "mixtral", "phimoe", "minimax", "minimax_m2", "minimax_m3", "minimax_m3_vl")
 
 
 def check_weights(path: Path, shown: str, rules: MigrationRules, target: FrameworkGeneration) -> list[Finding]:
@@ -36,7 +29,7 @@ def check_weights(path: Path, shown: str, rules: MigrationRules, target: Framewo
         specs = {name: tensor.spec for name, tensor in read_checkpoint(path).items()}
     except (CorruptArtifactError, OSError) as error:
         return [_unreadable(shown, error)]
-    model_type = _model_type(path)
+    model_type = read_model_type(path)
     if model_type in _AS_TRANSFORMERS_WRITES:
         return []
     found = _judge(specs, model_type, shown, rules, target)
@@ -78,19 +71,6 @@ def check_pickle(path: Path, shown: str, rules: MigrationRules) -> list[Finding]
     if content.foreign:
         return [find(by_id["checkpoint-malicious"], shown, 1, 1, detail=f"it names {', '.join(content.foreign[:5])}")]
     return [find(by_id["checkpoint-pickle"], shown, 1, 1)] if "checkpoint-pickle" in by_id else []
-
-
-def _model_type(path: Path) -> str | None:
-    """Return the architecture's name in the Hugging Face config beside the weights, if there is one."""
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        if not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
-            return None
-        settings = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        # The scan reports a broken config by itself; the weights are judged without it.
-        return None
-    return str(settings["model_type"]) if isinstance(settings, dict) and "model_type" in settings else None
 
 
 def _unreadable(shown: str, error: Exception) -> Finding:

@@ -71,13 +71,14 @@ class Family:
     """How their config says which layers see all tokens; none where there are no sliding windows."""
 
 
-def find_family(config: DecoderConfig) -> Family | None:
-    """Return the family that can express `config`, or None.
+def find_family(config: DecoderConfig, preferred: str | None = None) -> Family | None:
+    """Return the family that can express `config`, or None; of several the `preferred` model type, else the first.
 
-    >>> find_family(DecoderConfig()).model_type
-    'llama'
+    >>> find_family(DecoderConfig()).model_type, find_family(DecoderConfig(), "phi3").model_type
+    ('llama', 'phi3')
     """
-    return next((family for family in FAMILIES.values() if _is_member(config, family)), None)
+    families = sorted(FAMILIES.values(), key=lambda family: family.model_type != preferred)
+    return next((family for family in families if _is_member(config, family)), None)
 
 
 def import_config(values: Mapping[str, Any]) -> tuple[DecoderConfig, Family]:
