@@ -12,8 +12,10 @@ from PIL import Image
 from torch import nn
 
 from deepseek.core.errors import ConfigError, CorruptArtifactError
-from deepseek.models.loading import load_model
-from deepseek.models.predictions import Predictor, classify, detect, embed, prepare_images
+from deepseek.data.tokenizing import save_tokenizer, train_tokenizer
+from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.models.loading import load_model, save_model
+from deepseek.models.predictions import Predictor, classify, detect, embed, find_task, prepare_images
 from deepseek.models.yolov7.model import YOLOv7, YOLOv7Config
 from tests.models import minilm
 
@@ -151,6 +153,58 @@ def test_the_files_beside_the_weights_say_how_tokens_become_a_vector(tmp_path, s
     folder = changed_folder(tmp_path, "1_Pooling/config.json", {"word_embedding_dimension": 384} | settings)
     ours = load_model(folder).embed(TEXTS)
     torch.testing.assert_close(ours, reference_vectors(TEXTS, folder, pool), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "mistral"])
+@pytest.mark.parametrize(
+    ("mode", "pool"),
+    [
+        ("lasttoken", lambda hidden: hidden[-1]),
+        ("mean_tokens", lambda hidden: hidden.mean(0)),
+        ("cls_token", lambda hidden: hidden[0]),
+    ],
+)
+@torch.no_grad()
+def test_a_decoder_that_was_trained_to_embed_texts_pools_as_its_folder_says(tmp_path, model_type, mode, pool):
+    config = transformers.AutoConfig.for_model(
+        model_type,
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        tie_word_embeddings=True,
+    )
+    theirs = transformers.AutoModel.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["architectures"] = [values["architectures"][0].replace("Model", "ForCausalLM")]  # as Qwen3-Embedding has it
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    tokenizer = train_tokenizer([], vocab_size=257)
+    save_tokenizer(tokenizer, tmp_path)
+    model = load_model(tmp_path)
+    tokens = [torch.tensor([tokenizer.encode(text, add_special_tokens=True)]) for text in TEXTS]
+    hidden = [theirs(row_1T).last_hidden_state[0] for row_1T in tokens]
+    expected = torch.stack([pool(states_TD) for states_TD in hidden])
+    torch.testing.assert_close(model.embed(TEXTS, normalize=False), expected, rtol=1e-4, atol=1e-5)
+    expected = torch.nn.functional.normalize(expected, dim=-1)
+    torch.testing.assert_close(model.embed(TEXTS), expected, rtol=1e-4, atol=1e-5)
+    assert find_task(model.module) == "embed"
+
+
+def test_a_decoder_without_pooling_says_why_it_embeds_no_text(tmp_path):
+    save_model(Decoder(DecoderConfig(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2)), tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    for texts in ("a text", ["a text", "another"], []):
+        with pytest.raises(ConfigError, match="gives no vector for a text; load a text encoder"):
+            model.embed(texts)
+    assert model.embed(torch.tensor([[1, 2]])).shape == (1, 2, 16)
 
 
 def test_a_prompt_that_an_encoder_was_trained_with_is_put_before_each_text(tmp_path, encoder):

@@ -56,6 +56,7 @@ from deepseek.models.programs import SAVED_MODEL_NAME, Program, find_tensorflow,
 from deepseek.models.resnet import keymap as resnet_keymap
 from deepseek.models.resnet.model import ResNet
 from deepseek.models.transformers_models.model import TransformersModel, is_transformers_class, read_transformers
+from deepseek.models.transformers_models.pooling import POOLING_CONFIG_NAME
 from deepseek.models.vit import keymap as vit_keymap
 from deepseek.models.vit.model import ViT
 from deepseek.models.weight_loading import PRECISIONS, build_without_values, fill_, is_int8, strip_wrappers
@@ -321,7 +322,9 @@ def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
     values = ModelFolder(folder).config
     if (folder / _ADAPTER_CONFIG_NAME).exists():
         warn_caller(f"{folder} holds an adapter as well, which is not applied; merge it into the weights first")
-    if is_decoder(values):
+    if is_decoder(values) and (folder / POOLING_CONFIG_NAME).is_file():  # trained to embed texts, not to go on
+        values = {**values, "architectures": [name_body(values)]}
+    elif is_decoder(values):
         try:
             settings, family = import_config(values)
         except ConfigError as error:
@@ -341,6 +344,12 @@ def is_decoder(values: Mapping[str, Any]) -> bool:
     names = values.get("architectures") or []
     named = str(names[0]) if isinstance(names, list) and names else ""
     return family is not None and (named in ("", family.class_name) or not is_transformers_class(named))
+
+
+def name_body(values: Mapping[str, Any]) -> str:
+    """Return the class of transformers that is the decoder of a `config.json` without its head."""
+    named = FAMILIES[str(values["model_type"])].class_name
+    return named.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
 
 
 def _open_decoder(folder: Path, settings: DecoderConfig, tensors: Tensors) -> Opened:

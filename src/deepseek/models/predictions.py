@@ -33,7 +33,7 @@ from deepseek.data.letterbox import letterbox, restore
 from deepseek.data.tokenizing import TOKENIZER_FILE, read_tokenizer_file
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.transformers_models.model import TransformersModel
-from deepseek.models.transformers_models.pooling import POOLINGS
+from deepseek.models.transformers_models.pooling import POOLING_CONFIG_NAME, POOLINGS
 from deepseek.models.yolov7.detection import select
 from deepseek.models.yolov7.labels import COCO_LABELS
 from deepseek.models.yolov7.model import YOLOv7, YOLOv7Config
@@ -157,7 +157,7 @@ def _read_recipe(folder: Path | None) -> _Recipe:
         raise ConfigError(
             f"{folder / 'modules.json'} has a {unknown[0]}, which is not followed here; load another encoder"
         )
-    pooling = _read_beside(folder, "1_Pooling/config.json") or {}
+    pooling = _read_beside(folder, POOLING_CONFIG_NAME) or {}
     modes = {
         name.removeprefix("pooling_mode_").removesuffix("s").removesuffix("_token"): pooling[name] for name in pooling
     }

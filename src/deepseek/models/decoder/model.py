@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, H head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -196,6 +197,18 @@ class Block(nn.Module):
         return y_BTD
 
 
+class TokenEmbedding(nn.Embedding):
+    """A table of rows by token; texts, which `embed` of text encoders takes, are refused with the way out."""
+
+    def forward(self, tokens_BT: Tensor | str | Sequence[str]) -> Tensor:
+        if not isinstance(tokens_BT, Tensor):
+            raise ConfigError(
+                "`embed` of a decoder is its table of tokens and gives no vector for a text; load a text encoder, or a "
+                "decoder whose folder says how texts are pooled (modules.json and 1_Pooling/config.json)"
+            )
+        return super().forward(tokens_BT)
+
+
 class Decoder(nn.Module):
     """Next-token logits for sequences of tokens.
 
@@ -212,7 +225,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embed = (
             nn.Embedding(config.max_length, config.hidden_size) if config.position == "learned" else None
         )

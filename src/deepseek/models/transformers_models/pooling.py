@@ -20,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+POOLING_CONFIG_NAME = "1_Pooling/config.json"
+"""Where `sentence-transformers` writes how tokens become a vector; a folder with it is of a text encoder."""
+
 
 def pool_mean(hidden_BTD: Tensor, mask_BT: Tensor, *, normalize: bool = True) -> Tensor:
     """Average the tokens whose mask is 1, (B, D); of length one with `normalize`.
