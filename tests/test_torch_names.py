@@ -27,6 +27,13 @@ FEATURES = {
         "torch._dynamo.utils.graph_break_reasons",
         "torch._dynamo.utils.get_compilation_metrics",
     ),
+    "ds.jit: no graph runs beside hooks on all modules, and a number that Python needs is refused with its line": (
+        "torch._guards.TracingContext.extract_stack",
+        "torch.nn.modules.module._global_backward_hooks",
+        "torch.nn.modules.module._global_backward_pre_hooks",
+        "torch.nn.modules.module._global_forward_hooks",
+        "torch.nn.modules.module._global_forward_pre_hooks",
+    ),
     "ds.jit: what tracing reads of modules is guarded, and errors are translated": (
         "torch._dynamo.config.skip_nnmodule_hook_guards",
         "torch._dynamo.exc.BackendCompilerFailed",

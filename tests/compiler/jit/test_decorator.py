@@ -2,6 +2,7 @@
 """`jit` as a user meets it: what it takes and refuses, errors with their places, breaks, explanations, modules."""
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -13,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.modules.module as hooks
 from torch import nn
 
 import deepseek as ds
@@ -545,6 +547,62 @@ def test_hooks_that_come_and_go_later_are_noticed(child):
         torch.testing.assert_close(compiled(x), module(x))
 
 
+GLOBAL_HOOKS = {
+    "forward": (hooks.register_module_forward_hook, lambda _, args, output: output * 3),
+    "forward_pre": (hooks.register_module_forward_pre_hook, lambda _, args: (args[0] * 3,)),
+    "backward": (hooks.register_module_full_backward_hook, lambda _, inputs, outputs: (inputs[0] * 3,)),
+    "backward_pre": (hooks.register_module_full_backward_pre_hook, lambda _, outputs: (outputs[0] * 3,)),
+}
+
+
+def value_and_gradient(function):
+    x = torch.ones(2, requires_grad=True)
+    result = function(x)
+    return result.detach(), torch.autograd.grad(result.sum(), x)[0]
+
+
+@pytest.mark.filterwarnings("ignore::deepseek.compiler.jit.tracing.sites.GraphBreakWarning")
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
+def test_hooks_on_all_modules_that_come_later_are_refused_or_run_by_python(kind):
+    module = Outer()
+    compiled, breaking = (ds.jit(module, backend="eager", fullgraph=fullgraph) for fullgraph in (True, False))
+    before = value_and_gradient(module)
+    torch.testing.assert_close(value_and_gradient(compiled), before)
+    torch.testing.assert_close(value_and_gradient(breaking), before)
+    register, hook = GLOBAL_HOOKS[kind]
+    added = register(hook)
+    try:
+        with pytest.raises(ControlFlowError, match=r"hooks on all modules are registered .* fullgraph=False"):
+            compiled(torch.ones(2))
+        with pytest.raises(ControlFlowError, match="hooks on all modules"):
+            compiled.explain(torch.ones(2))
+        expected = value_and_gradient(module)
+        assert not all(map(torch.equal, expected, before))
+        torch.testing.assert_close(value_and_gradient(breaking), expected)
+    finally:
+        added.remove()
+    torch.testing.assert_close(value_and_gradient(compiled), before)
+    torch.testing.assert_close(value_and_gradient(breaking), before)
+
+
+@pytest.mark.filterwarnings("ignore::deepseek.compiler.jit.tracing.sites.GraphBreakWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the tracer
+@pytest.mark.parametrize("name", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_a_module_that_come_later_are_refused_or_run_by_python(name):
+    module = Outer()
+    compiled, breaking = (ds.jit(module, backend="eager", fullgraph=fullgraph) for fullgraph in (True, False))
+    before = value_and_gradient(module)
+    torch.testing.assert_close(value_and_gradient(compiled), before)
+    getattr(module.inner, name)(lambda _, *gradients: (gradients[0][0] * 3,))
+    expected = value_and_gradient(module)
+    assert not torch.equal(expected[1], before[1])
+    with pytest.raises(ControlFlowError, match="hooks"):
+        compiled(torch.ones(2, requires_grad=True))
+    torch.testing.assert_close(value_and_gradient(breaking), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(torch.ones(2)), module(torch.ones(2)))
+
+
 def test_attributes_and_keys_that_appear_later_are_noticed():
     module = Outer()
     compiled = ds.jit(module, backend="eager")
@@ -591,6 +649,182 @@ def test_python_that_wants_a_number_is_refused_with_its_line_or_breaks_the_graph
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphBreakWarning)
             assert torch.equal(ds.jit(function, backend="eager", fullgraph=False)(x), function(x))
+
+
+def count(x):
+    n = 1
+    if x.sum() > 0:
+        n = 3
+    return n
+
+
+def searches_to_the_length(x):
+    i = 0
+    while i < len(x):
+        if x[i] > 2:
+            return x[i] + i
+        i += 1
+    return x.sum() * i
+
+
+def chooses_by_the_length(x):
+    n = count(x)
+    return x * n if len(x) > n else x - min(n, x.size(0))
+
+
+def finds_in_known_items(x):
+    n = count(x)
+    first = x * 2 if n in range(9, 0, -2) else x
+    second = first + 1 if n not in {1, 5} else first
+    third = second * 3 if float(x[0]) in [1.0, 2.0] else second
+    return third - 1 if n in range(2) else third
+
+
+def sorts_numbers(x):
+    ordered = sorted([count(x), 2, True], reverse=True)
+    numbers = [float(x[0]), 0.5, float(x[1])]
+    numbers.sort()
+    return x * ordered[0] + ordered[1] * 10 + numbers[1] + max([count(x), 2]) + min([float(x[0]), 2.0])
+
+
+def asks_for_whole_numbers(x):
+    return x * 2 if float(x[0]).is_integer() else x
+
+
+@functools.lru_cache(maxsize=4)
+def double(n):
+    return 2 * n
+
+
+def calls_a_cached_function(x):
+    if x.sum() > 0:
+        return x * double(3)
+    return x
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(
+    "function",
+    [
+        searches_to_the_length,
+        chooses_by_the_length,
+        finds_in_known_items,
+        sorts_numbers,
+        asks_for_whole_numbers,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_numbers_of_the_graph_are_compared_found_and_sorted_at_every_length(function, fullgraph):
+    compiled = ds.jit(function, backend="eager", fullgraph=fullgraph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GraphBreakWarning)
+        for length in (4, 3, 2, 5):
+            for sign in (1, -1, 0.5):
+                x = sign * torch.arange(1.0, length + 1)
+                torch.testing.assert_close(torch.as_tensor(compiled(x)), torch.as_tensor(function(x)))
+
+
+PYTHON_NEEDS_THE_NUMBER = [
+    "x[slice(n)].sum()",
+    "x * len(range(n))",
+    "x * sum(list(range(n)))",
+    "x * range(n)[0]",
+    "x * sum(i * j for i, j in enumerate(range(n)))",
+    "{1: x, 3: -x}[n]",
+    "{True: x, False: x * 2}[n > 2]",
+    "[x, x * 2, x * 3, x * 4][n]",
+    "x * math.trunc(n * 1.5)",
+    "x * math.floor(n * 1.5)",
+    "x * math.ceil(n * 1.5)",
+    "x * pow(n, 3, 5)",
+    "x * pow(2, n, 5)",
+    "x * len(hex(n))",
+    "x * n.bit_length()",
+    "x * len(repr(n))",
+    "x * complex(n, 1).real",
+    "x * sorted([n, 2], key=lambda value: -value)[0]",
+]
+
+
+@pytest.mark.parametrize("expression", PYTHON_NEEDS_THE_NUMBER)
+def test_python_that_needs_a_number_breaks_the_graph_and_gives_eagers_result(expression, tmp_path):
+    file = tmp_path / "needing.py"
+    file.write_text(f"def function(x):\n    n = 3 if x.sum() > 0 else 1\n    return {expression}\n")
+    names = {"math": math}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    function = names["function"]
+    with pytest.raises(ControlFlowError, match=rf"{file}:3: "):
+        ds.jit(function, backend="eager")(torch.ones(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphBreakWarning)
+        compiled = ds.jit(function, backend="eager", fullgraph=False)
+        for x in (torch.arange(4.0) + 1, -torch.arange(4.0) - 1):
+            torch.testing.assert_close(compiled(x), function(x))
+
+
+def test_a_function_in_a_cache_is_refused_with_the_way_out():
+    with pytest.raises(ControlFlowError, match=r"functools.lru_cache.*__wrapped__"):
+        ds.jit(calls_a_cached_function, backend="eager")(torch.ones(2))
+
+
+def put(found, value):
+    found.append(value)
+
+
+def lets_a_helper_write(x):
+    found = []
+    if x.sum() > 0:
+        put(found, x)
+    else:
+        put(found, -x)
+    return found[0]
+
+
+def test_a_helper_that_writes_on_the_callers_list_is_refused_with_the_way_out_or_breaks_the_graph():
+    with pytest.raises(ControlFlowError, match=r"calls this one holds found, too; copy it before with found = list\("):
+        ds.jit(lets_a_helper_write, backend="eager")(torch.ones(2))
+    with pytest.warns(GraphBreakWarning):
+        got = ds.jit(lets_a_helper_write, backend="eager", fullgraph=False)(-torch.ones(2))
+    assert torch.equal(got, torch.ones(2))
+
+
+def writes_into_a_selected_row(m, mask):
+    m = m.clone()
+    m[mask][0] = 7.0
+    return m
+
+
+def test_a_row_of_an_empty_selection_is_an_index_error_as_in_python():
+    compiled = ds.jit(writes_into_a_selected_row, backend="eager")
+    some, none = torch.tensor([True, False, True]), torch.zeros(3, dtype=torch.bool)
+    assert torch.equal(compiled(torch.eye(3), some), torch.eye(3))
+    for function in (writes_into_a_selected_row, compiled):
+        with pytest.raises(IndexError, match="index"):
+            function(torch.eye(3), none)
+
+
+class Box:
+    def __init__(self, value):
+        self.value = value
+
+    def __lt__(self, other):
+        return self.value < other
+
+
+def compares_an_object_with_a_length(x):
+    return x * 2 if Box(3) < len(x) else x
+
+
+def test_where_the_tracer_itself_fails_python_runs_the_function_if_that_is_allowed():
+    compiled = ds.jit(compares_an_object_with_a_length, backend="eager", fullgraph=False)
+    assert torch.equal(compiled(torch.ones(4)), torch.full((4,), 2.0))
+    with pytest.warns(GraphBreakWarning, match="no graph runs: .*test_decorator.py"):
+        assert torch.equal(compiled(torch.ones(3)), torch.ones(3))
+    torch._dynamo.reset()
+    refusing = ds.jit(compares_an_object_with_a_length, backend="eager")
+    refusing(torch.ones(4))
+    with pytest.raises(ControlFlowError, match=r"test_decorator.py"):
+        refusing(torch.ones(3))
 
 
 # ---- random numbers

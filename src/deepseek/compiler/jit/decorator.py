@@ -22,15 +22,19 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
 import torch
 import torch._dynamo.config as dynamo
+import torch.nn.modules.module as hooks
 from torch import nn
 from torch._dynamo.utils import graph_break_reasons
 from torch._higher_order_ops.utils import setup_compilation_env
@@ -48,6 +52,7 @@ from deepseek.compiler.jit.tracing.sites import (
     GraphBreakWarning,
     Site,
     Trace,
+    explain_reason,
     find_refusal,
     last_own_frame,
     recording,
@@ -58,6 +63,9 @@ from deepseek.core.errors import ConfigError, DeepSeekError
 Target = TypeVar("Target")
 MAX_FRAMES = 10_000
 TRACING_FAILURES = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
+TORCH_FILES = str(Path(torch.__file__).parent)
+RESUMED = "torch_dynamo_resume_in"  # how the tracer calls what follows a graph break
+FAILED_CHECK = re.compile(r"^(Runtime assertion failed for expression )?u\d+ >= (?P<size>\d+)( on node .*)?$")
 MAX_BREAKS = 64  # places that one function may be broken at before something else must be wrong
 MAX_KINDS = 64  # of arguments that one function is compiled for: types, Python values, shapes of different rank
 
@@ -223,6 +231,9 @@ class Jitted(Rewritable):
         """Run the function; the first call with new types of arguments compiles it."""
         if self.owner is not None:
             args = (self.owner, *args)
+        if has_global_hooks():
+            self._pass_over_graph()
+            return self.function(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return self.counterpart(ENTRY, *args, **kwargs)
         if torch.compiler.is_compiling():
@@ -236,8 +247,35 @@ class Jitted(Rewritable):
             except ControlFlowError as error:
                 self._break_at(error)
             except Exception as error:  # noqa: BLE001 - raised again, in our words where they help
-                self._break_at(_explain_failure(error, self.function))
+                failure = _explain_failure(error, self.function)
+                if not self._may_start_in_python(error, failure):
+                    self._break_at(failure)
+                    continue
+                warnings.warn(f"no graph runs: {failure}", GraphBreakWarning, stacklevel=2)
+                return self.function(*args, **kwargs)
         raise ControlFlowError(f"{describe(self.function)} breaks at more than {MAX_BREAKS} places; split it")
+
+    def _may_start_in_python(self, error: Exception, failure: ControlFlowError) -> bool:
+        """Return whether Python may run the function after the tracer failed at no statement: nothing ran before."""
+        is_backend = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
+        if not self.trace.may_break or failure.sites or is_backend:
+            return False
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+        return all(
+            frame.f_code.co_filename.startswith((OWN_FILES, TORCH_FILES))
+            and not frame.f_code.co_name.startswith(RESUMED)
+            for frame in frames
+        )
+
+    def _pass_over_graph(self) -> None:
+        """Refuse to run beside hooks on all modules, or warn that Python runs the function instead of a graph."""
+        seen = (
+            f"{describe(self.function)}: hooks on all modules are registered (register_module_forward_hook or one like"
+            " it), which no graph runs; remove them, or register them on the modules that they are for"
+        )
+        if self.options.fullgraph:
+            raise ControlFlowError(f"{seen}, or let Python run the function then with fullgraph=False")
+        warnings.warn(f"no graph runs: {seen}", GraphBreakWarning, stacklevel=3)
 
     def _trace_for_export(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run inside an export that traces Python as it runs: the tracer's graph stands for the function there."""
@@ -289,6 +327,8 @@ class Jitted(Rewritable):
         """
         if self.owner is not None:
             args = (self.owner, *args)
+        if has_global_hooks():
+            self._pass_over_graph()
         captured = Captured()
         trace = Trace(breaks=self.trace.breaks, may_break=self.trace.may_break)
         with recording(trace), tracing(), self._reporting_breaks():
@@ -307,6 +347,16 @@ class Jitted(Rewritable):
                 self._break_at(_explain_failure(error, self.function))
             else:
                 return
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks are registered that run for every module, those of captured graphs among them."""
+    return bool(
+        hooks._global_forward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_backward_pre_hooks
+        or hooks._global_backward_hooks
+    )
 
 
 @contextmanager
@@ -354,10 +404,16 @@ def _explain_failure(error: Exception, function: Any) -> ControlFlowError:
             f"{describe(function)} is compiled for {MAX_KINDS} kinds of arguments already, and these are another"
             f"{_last_difference()}; give it numbers that change often as tensors, or call it without jit"
         ) from error
+    unmet = FAILED_CHECK.search(str(error)) if isinstance(error, RuntimeError) else None
+    if unmet is not None:
+        raise IndexError(
+            f"{describe(function)}: an index is out of bounds: a size that depends on a tensor's values is less than"
+            f" {unmet['size']}"
+        ) from error
     if not isinstance(error, TRACING_FAILURES):
         raise error
     place = _user_place(error)
-    reason = str(error).strip().partition("\n")[0]
+    reason = explain_reason(error)
     if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
         told = getattr(error, "inner_exception", error.__cause__)
         if isinstance(told, DeepSeekError):  # a backend said what it cannot do

@@ -107,7 +107,11 @@ class Expressions(ast.NodeTransformer):
                 found = call(self.operators, "is_truth", self.visit(node.left), node.comparators[0])
                 return at(call(self.operators, "not_", found, site) if isinstance(op, ast.IsNot) else found, node)
         names = [type(op).__name__ for op in node.ops]
-        if len(names) == 1 or any(name not in COMPARISONS for name in names) or has_walrus(node):
+        if names in (["In"], ["NotIn"]) and not has_walrus(node):
+            found = call(self.operators, "is_in", self.visit(node.left), self.visit(node.comparators[0]))
+            site = self.position.site(node, "a comparison")
+            return at(found if names == ["In"] else call(self.operators, "not_", found, site), node)
+        if any(name not in COMPARISONS for name in names) or has_walrus(node):
             return self._generic(node)
         site = self.position.site(node, "a comparison")
         rights = ast.Tuple([thunk(self.visit(right)) for right in node.comparators], ast.Load())
@@ -121,7 +125,7 @@ class Expressions(ast.NodeTransformer):
         keywords = [keyword_of(keyword.arg, self.visit(keyword.value)) for keyword in node.keywords]
         return at(self._call_of(node, arguments, keywords), node)
 
-    def _call_of(self, node: ast.Call, arguments: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:  # noqa: PLR0911 - a table
+    def _call_of(self, node: ast.Call, arguments: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:  # noqa: PLR0911, PLR0912 - a table
         function, operators = node.func, self.operators
         context = self.position.context
         match function:
@@ -139,6 +143,12 @@ class Expressions(ast.NodeTransformer):
                 self._is_builtin(kind) and (kind, len(arguments), len(keywords)) in TYPE_QUESTIONS
             ):
                 return call(operators, TYPE_QUESTIONS[kind, len(arguments), len(keywords)], *arguments)
+            case ast.Name(id="slice") if self._is_builtin("slice") and not keywords and not has_star(node):
+                bounds = [ast.Constant(None), *arguments] if len(arguments) == 1 else arguments
+                bounds += [ast.Constant(None)] * (3 - len(bounds))
+                return call(operators, "slice", *bounds, self.position.site(node, "a slice"))
+            case ast.Name(id="sorted") if self._is_builtin("sorted"):
+                return ast.Call(attribute(operators, "sorted"), arguments, keywords)
             case ast.Name(id="min" | "max" as kind) if self._is_builtin(kind) and not keywords:
                 return call(operators, "choose", ast.Constant(kind), *arguments)
             case ast.Attribute() if arguments and self._is_torch_tensor(function):

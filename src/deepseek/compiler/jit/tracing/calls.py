@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deepseek.compiler.jit.tracing.conditions import ConditionOperators
@@ -96,6 +97,8 @@ class Calls(ConditionOperators):
         counterpart = find_counterpart(forward, self.make_counterpart)  # a container may hold the user's modules
         if counterpart is None:
             return module
+        if torch.is_grad_enabled() and (module._backward_hooks or module._backward_pre_hooks):
+            return module  # the tracer refuses them, or breaks the graph here
         run = functools.partial(counterpart, self.inner, module)
         if module._forward_hooks or module._forward_pre_hooks:
             return functools.partial(call_with_hooks, module, run)

@@ -9,9 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.shared_names import COMPARISONS
 from deepseek.compiler.jit.tracing.merging import UNDEFINED, describe, is_traced
-from deepseek.compiler.jit.tracing.python_numbers import Number
+from deepseek.compiler.jit.tracing.python_numbers import Number, is_number, relate
 from deepseek.compiler.jit.tracing.sites import Site, enter, note, refuse
 
 HINT = "move the condition out of it, or compute both sides and choose with torch.where"
@@ -20,6 +19,7 @@ HINTS = {
     "try": "move the condition out of the try block",
     "a condition with :=": "assign to the variable in a statement of its own before the condition",
 }
+COLLECTIONS = (builtins.range, list, tuple, set, frozenset, dict)
 DEPTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OUTSIDE = DEPTHS[0]
 MAX_DEPTH = len(DEPTHS) - 1  # tensor conditions inside one another
@@ -91,12 +91,30 @@ class ConditionOperators:
         result: Any = True
         for index in builtins.range(len(names)):
             right = rights[index]()
-            holds = COMPARISONS[names[index]](left, right)
+            holds = relate(names[index], left, right)
             result = self._join(result, holds, site) if index > 0 else holds
             if index + 1 < len(names) and not is_traced(result) and not result:
                 return result
             left = right
         return result
+
+    def is_in(self, value: Any, items: Any) -> Any:
+        """`value in items`; of a number of the graph among known items, a bool of the graph."""
+        if not is_traced(value) or isinstance(value, Tensor) or not isinstance(items, COLLECTIONS):
+            return value in items
+        if isinstance(items, builtins.range):
+            steps: Any = (value - items.start) // items.step
+            is_met = relate("Eq", items.start + steps * items.step, value).tensor
+            is_ahead = relate("GtE", steps, 0).tensor
+            return Number(is_met & is_ahead & relate("Lt", steps, len(items)).tensor)
+        if any(isinstance(item, Tensor) for item in items):
+            return value in items
+        found: Any = False
+        for item in items:
+            if is_number(item):
+                holds = relate("Eq", value, item)
+                found = Number(torch.logical_or(found.tensor, holds.tensor)) if isinstance(found, Number) else holds
+        return found
 
     def _join(self, left: Any, right: Any, site: Site) -> Any:
         return self.and_(left, lambda: right, site)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from deepseek.compiler.jit.tracing.merging import (
     rebuild,
 )
 from deepseek.compiler.jit.tracing.probing import Part, converge
-from deepseek.compiler.jit.tracing.python_numbers import PYTHON_NUMBERS, Number, as_number
+from deepseek.compiler.jit.tracing.python_numbers import PYTHON_NUMBERS, Number, as_number, relate
 from deepseek.compiler.jit.tracing.sites import Site, note, refuse
 
 UNROLLED_ITERATIONS = 8  # a counted loop with a tensor-valued exit is unrolled up to here, and a graph loop beyond
@@ -32,12 +32,38 @@ UNROLLED_ROWS = 16  # a loop over a tensor's rows is unrolled up to here
 
 
 class TensorRange:
-    """`range` with a tensor among its bounds, while it is traced."""
+    """`range` with a tensor among its bounds, while it is traced; where Python needs its items, the graph breaks."""
 
     def __init__(self, start: Any, stop: Any, step: Any) -> None:
         self.start = start
         self.stop = stop
         self.step = step
+
+    def known(self) -> builtins.range:
+        """Return the range itself; one graph has no place for it."""
+        bounds = [bound.known() if isinstance(bound, Number) else bound for bound in (self.start, self.stop, self.step)]
+        return builtins.range(*bounds)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.known())
+
+    def __len__(self) -> int:
+        return len(self.known())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.known()[index]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.known()
+
+    def __reversed__(self) -> Iterator[int]:
+        return reversed(self.known())
+
+    def __eq__(self, other: object) -> bool:
+        return self.known() == (other.known() if isinstance(other, TensorRange) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.known())
 
 
 class Loop:
@@ -180,9 +206,9 @@ class Loops(Branches):
 
         def test(_: Loops, counter: Any, *__: Any) -> Any:
             if isinstance(items.step, PYTHON_NUMBERS):
-                return counter < items.stop if items.step > 0 else counter > items.stop
+                return relate("Lt" if items.step > 0 else "Gt", counter, items.stop)
             is_up = self.as_condition(items.step > 0, loop.site)
-            ahead, behind = counter < items.stop, counter > items.stop
+            ahead, behind = relate("Lt", counter, items.stop), relate("Gt", counter, items.stop)
             return Number(torch.where(is_up, self.as_condition(ahead, loop.site), self.as_condition(behind, loop.site)))
 
         def iterate(operators: Loops, counter: Any, *values: Any) -> Any:
@@ -192,7 +218,7 @@ class Loops(Branches):
 
     def _walk_rows(self, rows: Tensor, values: Sequence[Any], loop: Loop) -> Any:
         def test(_: Loops, counter: Any, *__: Any) -> Any:
-            return counter < rows.shape[0]
+            return relate("Lt", counter, rows.shape[0])
 
         def iterate(operators: Loops, counter: Any, *values: Any) -> Any:
             row = values[-1].index_select(0, counter.tensor.reshape(1)).squeeze(0)
@@ -204,6 +230,8 @@ class Loops(Branches):
     def iterate(self, items: Any, site: Site) -> Any:
         """Return the items of a loop that stays Python; a range of tensors is refused."""
         if isinstance(items, TensorRange):
+            if site.is_native:
+                return items.known()
             refuse(site.key, self.depth, "a range of tensors is walked in a loop that cannot become a graph", HINT)
         return items
 

@@ -12,6 +12,7 @@ tensor in it, and takes the number out (`__bool__`, `__index__`, `__float__`).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.compiler.jit.shared_names import Operation
+from deepseek.compiler.jit.shared_names import COMPARISONS, Operation
+from deepseek.compiler.jit.tracing.sites import need_value
 
 PYTHON_NUMBERS = (bool, int, float)
 LOGICAL = (operator.and_, operator.or_, operator.xor)
+MIRRORED = {"Lt": "Gt", "LtE": "GtE", "Gt": "Lt", "GtE": "LtE", "Eq": "Eq", "NotEq": "NotEq"}
 FILLED = (torch.full, torch.full_like, Tensor.new_full, Tensor.fill_)
 
 
@@ -74,6 +77,60 @@ class Number:
     def __round__(self, digits: int | None = None) -> Any:
         return round(self.tensor.item(), digits)
 
+    def __trunc__(self) -> int:
+        number: float = self.known()
+        return math.trunc(number)
+
+    def __floor__(self) -> int:
+        number: float = self.known()
+        return math.floor(number)
+
+    def __ceil__(self) -> int:
+        number: float = self.known()
+        return math.ceil(number)
+
+    def __complex__(self) -> complex:
+        return complex(self.known())
+
+    def __repr__(self) -> str:
+        return repr(self.known())
+
+    def __reduce__(self) -> tuple[type, tuple[float]]:
+        return type(self.tensor.item()), (self.tensor.item(),)
+
+    def bit_length(self) -> int:
+        return operator.index(self.known()).bit_length()
+
+    def as_integer_ratio(self) -> tuple[int, int]:
+        ratio: tuple[int, int] = self.known().as_integer_ratio()
+        return ratio
+
+    def hex(self) -> str:
+        return float(self.known()).hex()
+
+    def known(self) -> Any:
+        """Return the Python number itself; one graph has no place for it."""
+        if torch.compiler.is_compiling():
+            need_value()
+            torch._dynamo.graph_break()
+        return self.tensor.item()
+
+    # ---- what both kinds of numbers are asked
+
+    def is_integer(self) -> Number:
+        return Number(torch.isfinite(self.tensor) & (self.tensor == torch.floor(self.tensor)))
+
+    def conjugate(self) -> Number:
+        return +self
+
+    @property
+    def real(self) -> Number:
+        return +self
+
+    @property
+    def imag(self) -> Number:
+        return Number(torch.zeros_like(_widen(self.tensor)))
+
     # ---- arithmetic
 
     def __add__(self, other: Any) -> Any:
@@ -112,8 +169,10 @@ class Number:
     def __rmod__(self, other: Any) -> Any:
         return calculate(operator.mod, other, self)
 
-    def __pow__(self, other: Any) -> Any:
-        return calculate(operator.pow, self, other)
+    def __pow__(self, other: Any, modulus: Any = None) -> Any:
+        if modulus is None:
+            return calculate(operator.pow, self, other)
+        return pow(self.known(), *(side.known() if isinstance(side, Number) else side for side in (other, modulus)))
 
     def __rpow__(self, other: Any) -> Any:
         return calculate(operator.pow, other, self)
@@ -262,6 +321,15 @@ def compare(operation: Operation, left: Number, right: Any) -> Any:
         return NotImplemented
     is_real = _is_real(left) or _is_real(right)
     return Number(operation(_convert(left, is_real=is_real), _convert(right, is_real=is_real)))
+
+
+def relate(name: str, left: Any, right: Any) -> Any:
+    """Compare as Python's operator `name` does; the tracer leaves out numbers of the graph beside symbols of shapes."""
+    if isinstance(left, Number) and is_number(right):
+        return compare(COMPARISONS[name], left, right)
+    if isinstance(right, Number) and is_number(left):
+        return compare(COMPARISONS[MIRRORED[name]], right, left)
+    return COMPARISONS[name](left, right)
 
 
 def find_tensors(values: Any) -> list[Tensor]:

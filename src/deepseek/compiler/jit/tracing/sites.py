@@ -197,6 +197,21 @@ def refuse(key: str, depth: str | None, seen: str, hint: str) -> bool:
     raise give_up(make_refusal(key, depth, seen, hint))
 
 
+@runs_while_tracing
+def need_value() -> bool:
+    """Note that Python needs the value of a number that the graph computes: the graph breaks, where it may."""
+    if _TRACES and not _TRACES[-1].may_break:
+        frame = last_own_frame(torch._guards.TracingContext.extract_stack())
+        assert frame is not None
+        place = f"{frame.filename}:{frame.lineno}"
+        raise ControlFlowError(
+            f"{place}: Python needs the value of a number that the graph computes; calculate with tensors, or let the"
+            f" graph break there with fullgraph=False (in {frame.name}: `{line_at(place)}`)",
+            place=place,
+        )
+    return True
+
+
 def give_up(error: ControlFlowError) -> ControlFlowError | StartOver:
     """Return what to raise in a trace: the refusal, or, where graphs may break, the wish to trace again without it.
 
@@ -225,6 +240,29 @@ def find_refusal(error: BaseException | None) -> ControlFlowError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+REASONS = {
+    "assume_constant_result argument conversion failed": (
+        "a function kept in functools.lru_cache, or in another wrapper without Python source, is called; call what it"
+        " wraps, for example f.__wrapped__(x)"
+    ),
+    "Unsupported context manager": (
+        "a context manager made outside of the function is entered; make it in the with statement"
+    ),
+    "Failed to convert args/kwargs to proxy": "Python needs the value of a number that the graph computes",
+    "Failed to trace builtin operator": "Python needs a value that only the graph computes",
+    "sort with non-constant keys": "a list of values that only the graph computes is sorted",
+}
+"""The tracer's words for what users do often -> ours."""
+
+
+def explain_reason(error: BaseException) -> str:
+    """Return in one sentence why a tracer failed, in our words where they tell more than its own."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if "data-dependent expression" in reason:
+        return "Python needs a value that only the graph computes"
+    return REASONS.get(reason, reason)
 
 
 def last_own_frame(stack: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:

@@ -47,6 +47,7 @@ from deepseek.compiler.jit.tracing.sites import (
     CHANGES_OUTSIDE,
     CHANGES_OUTSIDE_HINT,
     ControlFlowError,
+    explain_reason,
     find_refusal,
     give_up,
     last_own_frame,
@@ -335,7 +336,7 @@ def explain_failure(error: Exception, key: str, depth: str) -> ControlFlowError:
     place = "" if frame is None else f"{frame.filename}:{frame.lineno}"
     if any(effect in text for effect in EFFECTS):
         return make_refusal(key, depth, CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT, place=place)
-    reason = text.partition("\n")[0] or type(error).__name__
+    reason = explain_reason(error)
     return make_refusal(
         key,
         depth,

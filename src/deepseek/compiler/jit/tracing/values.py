@@ -19,7 +19,7 @@ from deepseek.compiler.jit.shared_names import BINARY
 from deepseek.compiler.jit.tracing.conditions import OUTSIDE, ConditionOperators
 from deepseek.compiler.jit.tracing.indexing import as_indices, is_index, is_plain_index
 from deepseek.compiler.jit.tracing.merging import UNDEFINED, is_traced
-from deepseek.compiler.jit.tracing.python_numbers import Number, as_number, as_tensor, beside
+from deepseek.compiler.jit.tracing.python_numbers import Number, as_number, as_tensor, beside, is_number, number_dtype
 from deepseek.compiler.jit.tracing.sites import CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT, Site, note_write, refuse
 from deepseek.compiler.jit.tracing.speculation import HOLDER, OUTSIDE_OF_FUNCTION
 
@@ -66,6 +66,10 @@ class Values(ConditionOperators):
     def choose(self, name: str, *values: Any) -> Any:
         """`min` and `max` of values among which there may be numbers of the graph."""
         plain, of_tensors = CHOOSERS[name]
+        if len(values) == 1 and type(values[0]) in (list, tuple):
+            values = tuple(values[0])
+            if len(values) == 0:
+                return plain(values)
         if len(values) == 1 or not any(isinstance(value, Number) and is_traced(value) for value in values):
             return plain(*values)
         result = values[0]
@@ -81,6 +85,22 @@ class Values(ConditionOperators):
                 result = Number(of_tensors(left.tensor, right.tensor))
         return result
 
+    def sorted(self, values: Any, *, key: Any = None, reverse: bool = False) -> Any:
+        """`sorted(values)`; numbers of the graph of one kind (whole or not) are sorted in the graph."""
+        is_plain = not isinstance(values, (list, tuple)) or not any(isinstance(value, Number) for value in values)
+        if is_plain or not torch.compiler.is_compiling():
+            return builtins.sorted(values, key=key, reverse=reverse)
+        numbers = [value + 0 for value in values if is_number(value)]  # a bool is the number that it is
+        is_of_one_kind = len({number_dtype(number) for number in numbers}) == 1 and len(numbers) == len(values)
+        if key is not None or not is_of_one_kind:
+            known = [value.known() if isinstance(value, Number) else value for value in values]
+            return builtins.sorted(known, key=key, reverse=reverse)
+        device = next(value.tensor.device for value in values if isinstance(value, Number))
+        dtype = number_dtype(numbers[0])
+        ordered = torch.stack([as_tensor(number, dtype, device) for number in numbers])
+        ordered = torch.sort(ordered, stable=True, descending=reverse).values
+        return [Number(ordered[index]) for index in builtins.range(len(numbers))]
+
     def tensor(self, function: Callable[..., Tensor], value: Any, *args: Any, **options: Any) -> Tensor:
         """`torch.tensor(value)` of one number of the graph; of anything else, torch's."""
         if not (isinstance(value, Number) and is_traced(value)):
@@ -94,6 +114,8 @@ class Values(ConditionOperators):
 
     def get(self, value: Any, index: Any) -> Any:
         """`value[index]`, where the index may be a traced number."""
+        if isinstance(value, (list, tuple, dict, str)):
+            return value[index.known() if isinstance(index, Number) else index]
         index = _lower_index(index)
         if isinstance(value, Tensor) and is_traced(index) and is_index(index):
             return torch.ops.aten.index.Tensor(value, [index])
@@ -205,7 +227,10 @@ class Values(ConditionOperators):
             self.method(value, method)(*args, **options)
             return value
         value = self._own(value, name, site)
-        getattr(value, method)(*args, **options)
+        if type(value) is list and method == "sort":
+            value[:] = self.sorted(value, **options)
+        else:
+            getattr(value, method)(*args, **options)
         return value
 
     def augment(self, operation: str, value: Any, other: Any, name: str, site: Site) -> Any:
@@ -228,12 +253,20 @@ class Values(ConditionOperators):
         holder = HOLDER(value, name) if self.is_probing else ""
         if holder == OUTSIDE_OF_FUNCTION:
             refuse(site.key, self.depth, CHANGES_OUTSIDE, CHANGES_OUTSIDE_HINT)
+        copied = f"{name}.clone()" if isinstance(value, Tensor) else f"{type(value).__name__}({name})"
+        if holder == name:  # of the function that calls this one
+            refuse(
+                site.key,
+                self.depth,
+                f"{CHANGES_OUTSIDE}: the function that calls this one holds {name}, too",
+                f"copy it before with {name} = {copied}, return it, and assign what the call gives",
+            )
         if holder != "":
             refuse(
                 site.key,
                 self.depth,
                 f"{CHANGES_OUTSIDE}: {holder} holds it beside {name}",
-                f"copy it before, for example {name} = {name}.clone(), or {name} = list({name})",
+                f"copy it before with {name} = {copied}",
             )
         return value.clone() if isinstance(value, Tensor) else copy_container(value)
 
