@@ -111,7 +111,8 @@ class Expressions(ast.NodeTransformer):
             found = call(self.operators, "is_in", self.visit(node.left), self.visit(node.comparators[0]))
             site = self.position.site(node, "a comparison")
             return at(found if names == ["In"] else call(self.operators, "not_", found, site), node)
-        if any(name not in COMPARISONS for name in names) or has_walrus(node):
+        is_beside_constant = len(names) == 1 and isinstance(node.comparators[0], ast.Constant)
+        if is_beside_constant or any(name not in COMPARISONS for name in names) or has_walrus(node):
             return self._generic(node)
         site = self.position.site(node, "a comparison")
         rights = ast.Tuple([thunk(self.visit(right)) for right in node.comparators], ast.Load())
@@ -147,6 +148,8 @@ class Expressions(ast.NodeTransformer):
                 bounds = [ast.Constant(None), *arguments] if len(arguments) == 1 else arguments
                 bounds += [ast.Constant(None)] * (3 - len(bounds))
                 return call(operators, "slice", *bounds, self.position.site(node, "a slice"))
+            case ast.Name(id="pow") if self._is_builtin("pow") and len(arguments) == 3 and not keywords:
+                return call(operators, "power", *arguments)
             case ast.Name(id="sorted") if self._is_builtin("sorted"):
                 return ast.Call(attribute(operators, "sorted"), arguments, keywords)
             case ast.Name(id="min" | "max" as kind) if self._is_builtin(kind) and not keywords:

@@ -169,10 +169,8 @@ class Number:
     def __rmod__(self, other: Any) -> Any:
         return calculate(operator.mod, other, self)
 
-    def __pow__(self, other: Any, modulus: Any = None) -> Any:
-        if modulus is None:
-            return calculate(operator.pow, self, other)
-        return pow(self.known(), *(side.known() if isinstance(side, Number) else side for side in (other, modulus)))
+    def __pow__(self, other: Any) -> Any:
+        return calculate(operator.pow, self, other)
 
     def __rpow__(self, other: Any) -> Any:
         return calculate(operator.pow, other, self)

@@ -85,6 +85,10 @@ class Values(ConditionOperators):
                 result = Number(of_tensors(left.tensor, right.tensor))
         return result
 
+    def power(self, *values: Any) -> Any:
+        """`pow(base, exponent, modulus)`, which Python computes: a graph has no such power."""
+        return pow(*(value.known() if isinstance(value, Number) else value for value in values))
+
     def sorted(self, values: Any, *, key: Any = None, reverse: bool = False) -> Any:
         """`sorted(values)`; numbers of the graph of one kind (whole or not) are sorted in the graph."""
         is_plain = not isinstance(values, (list, tuple)) or not any(isinstance(value, Number) for value in values)
