@@ -36,3 +36,20 @@ def test_a_step_learns_from_the_rows_of_all_its_micro_batches() -> None:
     assert TrainConfig.from_dict(packed).sequences_per_step == 30
     budget = {"batching": "token_budget", "max_tokens": 100, "max_len": 30, "sequence_length": 32}
     assert TrainConfig.from_dict({"data": budget, "accum_steps": 2}).sequences_per_step == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"init_weights": "a.safetensors"}, "belong to a model that init names; give init, too"),
+        ({"init_settings": {"width": 8}}, "belong to a model that init names; give init, too"),
+        ({"init": "gpt2", "model": {"num_layers": 2}}, "init=gpt2 brings the model's shape, and model is set as well"),
+    ],
+)
+def test_init_that_contradicts_other_settings_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values)
+
+
+def test_the_length_of_a_model_of_init_is_not_known_before_it_is_open() -> None:
+    TrainConfig.from_dict({"init": "gpt2", "data": {"sequence_length": 5000}})

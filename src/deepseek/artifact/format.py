@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -90,8 +91,7 @@ class Manifest(Description):
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the file table: the same for the same model, whenever and wherever it was written."""
-        table = {name: record.to_dict() for name, record in self.files.items()}
-        return hashlib.sha256(_canonical(table)).hexdigest()
+        return digest_files(self.files)
 
     def to_json(self) -> bytes:
         """Serialize to the bytes of `manifest.json`, sealed with their own SHA-256."""
@@ -124,6 +124,11 @@ class Manifest(Description):
             return cls.from_dict(values)
         except ConfigError as error:
             raise CorruptArtifactError(f"{source} is not a manifest ({error}); write the artifact again") from error
+
+
+def digest_files(files: Mapping[str, FileRecord]) -> str:
+    """Return the hex SHA-256 of a file table, which names the model in these files."""
+    return hashlib.sha256(_canonical({name: record.to_dict() for name, record in files.items()})).hexdigest()
 
 
 def is_plain_name(name: str) -> bool:

@@ -10,7 +10,7 @@ in a pickle is refused by its name or by its first bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from deepseek.artifact.format import INDEX_NAME, MANIFEST_NAME, FileRecord
@@ -25,9 +25,9 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _ADVICE = "convert it with `safetensors` in an environment you trust, and give the folder with the .safetensors file"
 
 
-def measure_files(folder: Path) -> dict[str, FileRecord]:
-    """Record size and checksum of every file in `folder`, by name."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+def measure_files(folder: Path, names: Collection[str] | None = None) -> dict[str, FileRecord]:
+    """Record size and checksum of every file in `folder`, or of those called `names`, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and (names is None or path.name in names))
     return {path.name: FileRecord(sha256=sha256_of(path), num_bytes=path.stat().st_size) for path in files}
 
 

@@ -44,8 +44,8 @@ def list_architectures() -> Registry[Architecture]:
     """Return all architectures with a config of ours, by name."""
     known: Registry[Architecture] = Registry("architecture")
     known.add(DECODER, Architecture(DECODER, DecoderConfig, Decoder))
-    for entry in zoo.MODELS.values():
-        family = entry.assemble.__module__.split(".")[-2]
+    for name, entry in zoo.MODELS.items():
+        family = zoo.family_of(name)
         if family not in known:
             known.add(family, Architecture(family, type(entry.config), entry.assemble))
     return known

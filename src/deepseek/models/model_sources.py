@@ -146,7 +146,7 @@ def open_source(source: str | Path, config: LoadConfig, *, verify: bool = True) 
     for is_kind, read in _KINDS:
         if is_kind(path):
             return read(path, config, verify)
-    raise _explain_nothing(source, path)
+    raise explain_nothing(source, path)
 
 
 def refuse_named_settings(path: Path, config: LoadConfig) -> None:
@@ -185,14 +185,14 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     Face (ResNet, ViT) and of timm (MobileNetV3); what wrappers of torch put before them is taken off. Raises
     `ArtifactError` where one is missing, left over or of another shape.
     """
-    tensors = _read_weights(path)
+    tensors = read_weights(path)
     if isinstance(model, TransformersModel):
         tensors = _fit_names(model, strip_wrappers(tensors, set(model.model.state_dict()), source=path))
     else:
         known = set(model.state_dict())
         tensors = strip_wrappers(tensors, known, source=path)
         if not set(tensors) <= known:
-            tensors = _import_names(model, tensors)
+            tensors = import_names(model, tensors)
     if isinstance(model, Decoder):
         model.config = tie_as_stored(model.config, tensors)
         if model.config.tie_embeddings:
@@ -200,7 +200,7 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     fill_(model, tensors, None, source=path)
 
 
-def _import_names(model: nn.Module, tensors: Tensors) -> Tensors:
+def import_names(model: nn.Module, tensors: Tensors) -> Tensors:
     """Rename tensors of another library to our names."""
     config: Any = getattr(model, "config", None)
     if isinstance(model, Decoder):
@@ -219,7 +219,8 @@ _IMPORTERS: dict[type[nn.Module], Callable[[Tensors, Any], Tensors]] = {
 }
 
 
-def _read_weights(path: Path) -> Tensors:
+def read_weights(path: Path) -> Tensors:
+    """Read the tensors of a safetensors file or a model folder, under the names that stand there."""
     refuse_pickles(path)
     if is_artifact(path):
         return open_artifact(path).tensors()
@@ -468,7 +469,8 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, LoadConfig, bool], O
 )
 
 
-def _explain_nothing(source: str | Path, path: Path) -> Exception:
+def explain_nothing(source: str | Path, path: Path) -> Exception:
+    """Return the error for a source where no model is."""
     if (path / _ADAPTER_CONFIG_NAME).exists():
         return ArtifactError(
             f"{path} holds an adapter and no model; merge it into its base model (`merge_and_unload` of peft) and give "

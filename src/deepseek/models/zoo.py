@@ -82,6 +82,15 @@ def configure(name: str, **overrides: Any) -> Config:
     return MODELS[name].config.override(overrides)
 
 
+def family_of(name: str) -> str:
+    """Return the architecture of the model `name`, by which artifacts call it.
+
+    >>> family_of("resnet50")
+    'resnet'
+    """
+    return MODELS[name].assemble.__module__.split(".")[-2]
+
+
 def sample_inputs(name: str, batch_size: int, **overrides: Any) -> tuple[Tensor, ...]:
     """Sample a batch of normal noise that the model takes: one tensor (batch_size, C, H, W), the same in every call.
 

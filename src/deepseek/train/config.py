@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from deepseek.checkpoint.activations import Policy
 from deepseek.compiler.passes.memory.recomputation import check_budget
@@ -46,8 +46,15 @@ class TrainConfig(Config):
     resume_from: str | None = None
     """Checkpoint of another run, runs/a/checkpoints/step-00000500 for example, that a run without checkpoints goes on
     from."""
+    init: str | None = None
+    """What training begins with, `model` aside: the folder of an artifact or of Hugging Face, or the name of a model,
+    which has random weights unless `init_weights` leads to others. None begins with `model` and random weights."""
+    init_weights: str | None = None
+    """A safetensors file or a model folder with weights for a model that `init` names, torchvision's for example."""
+    init_settings: dict[str, JsonValue] = Field(default_factory=dict)
+    """Settings of a model that `init` names which are changed: {"width": 16}."""
     model: DecoderConfig = DecoderConfig()
-    """Shape of the model."""
+    """Shape of a decoder that begins with random weights; not read where `init` is given."""
     data: DataConfig = DataConfig()
     """Text, tokenizer and batches."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -100,18 +107,34 @@ class TrainConfig(Config):
         return check_budget(float(value)) if isinstance(value, int | float) else value
 
     @model_validator(mode="after")
+    def _check_init(self) -> Self:
+        if self.init is None and (self.init_weights is not None or self.init_settings):
+            raise ConfigError("init_weights and init_settings belong to a model that init names; give init, too")
+        if self.init is not None and self.model != DecoderConfig():
+            raise ConfigError(
+                f"init={self.init} brings the model's shape, and model is set as well; leave model out, or leave init "
+                "out to begin with random weights"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_lengths(self) -> Self:
+        if self.init is None:  # its lengths are known when it is open
+            self.check_lengths(self.model.max_length, "model.max_length is", "raise model.max_length")
+        return self
+
+    def check_lengths(self, max_length: int, seen: str, way_out: str = "choose another model") -> None:
+        """Raise `ConfigError` where a row of the data is longer than `max_length`, which `seen` introduces."""
         is_packed = self.data.batching == "packed"
         lengths = {} if is_packed else {"max_len": self.data.max_len}
         if is_packed or self.data.has_heldout:  # held-out text is always read in packed rows
             lengths["sequence_length"] = self.data.sequence_length
         name = max(lengths, key=lambda key: lengths[key])
-        if lengths[name] > self.model.max_length:
+        if lengths[name] > max_length:
             raise ConfigError(
-                f"data.{name} makes rows of {lengths[name]} tokens and model.max_length is {self.model.max_length}; "
-                "shorten the rows or raise model.max_length"
+                f"data.{name} makes rows of {lengths[name]} tokens and {seen} {max_length}; "
+                f"shorten the rows or {way_out}"
             )
-        return self
 
     @model_validator(mode="after")
     def _check_stopping(self) -> Self:

@@ -34,6 +34,18 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True)
+class InitLoaded(Event):
+    """Training begins with the model that `init` names."""
+
+    summary: str
+    """The model and the source of its weights, random ones above all."""
+    new_tensors: tuple[str, ...]
+    """Tensors of its head that are new, since the weights have none of that size."""
+    parent_digest: str | None
+    """Digest of what the weights came from; none for random ones."""
+
+
+@dataclass(frozen=True)
 class ActivationsCheckpointed(Event):
     """Blocks compute again in the backward pass what they do not keep."""
 
@@ -140,7 +152,8 @@ class ModelSaved(Event):
 
 
 TrainEvent = (
-    RunStarted
+    InitLoaded
+    | RunStarted
     | ActivationsCheckpointed
     | StepDone
     | StepSkipped

@@ -41,7 +41,16 @@ from deepseek.optim.learning_rates import schedule_factor
 from deepseek.optim.optimizers import set_learning_rate
 from deepseek.train.config import TrainConfig
 from deepseek.train.evaluation import evaluate
-from deepseek.train.events import Evaluated, ModelSaved, RunRewound, RunStarted, StepDone, StepSkipped, StoppedEarly
+from deepseek.train.events import (
+    Evaluated,
+    InitLoaded,
+    ModelSaved,
+    RunRewound,
+    RunStarted,
+    StepDone,
+    StepSkipped,
+    StoppedEarly,
+)
 from deepseek.train.run_state import CHECKPOINT_FOLDER, Run, build, open_device, restore, resume, save_checkpoint
 from deepseek.train.steps import StepResult, take_step
 from deepseek.train.task import LOSS, Task
@@ -104,6 +113,8 @@ def train_in_locked_folder(config: TrainConfig, *, task: type[Task] | None = Non
     learned = (task or find_task(config.task.kind))(config)
     yield from learned.prepare(folder)
     run = build(config, learned, folder)
+    if learned.start is not None:
+        yield InitLoaded(learned.start.summary, learned.start.new_tensors, learned.start.parent_digest)
     resume(run)
     write_file(Path(config.folder) / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
     yield RunStarted(
@@ -301,5 +312,6 @@ def _save_model(run: Run, name: str, metrics: dict[str, float]) -> None:
             Path(run.config.folder) / name,
             metrics=metrics,
             config_digest=run.config.digest,
+            parent_digest=None if run.task.start is None else run.task.start.parent_digest,
             data_position=run.loader.state_dict(),
         )

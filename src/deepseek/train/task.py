@@ -37,9 +37,11 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from deepseek.artifact.format import Manifest
+from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.loading import save_model
+from deepseek.models.starting_weights import HeadSpec, StartingModel, open_start
 from deepseek.train.config import TrainConfig
 
 LOSS = "heldout_loss"
@@ -93,6 +95,8 @@ class Task(ABC):
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self.start: StartingModel | None = None
+        """What `open_init` opened; the finished model names it as its parent."""
 
     def prepare(self, folder: Path) -> Iterator[Event]:
         """Make what `open_data` reads in `folder`, and report progress; a finished preparation is taken up."""
@@ -105,6 +109,21 @@ class Task(ABC):
     @abstractmethod
     def build_model(self, data: Any) -> nn.Module:
         """Build the model that the run begins with, from the data that `open_data` gave; torch is seeded."""
+
+    def open_init(self, head: HeadSpec, *, allow_int8: bool = False) -> nn.Module:
+        """Open the model that `config.init` names, with the head that the task needs, for `build_model`.
+
+        Raises `ConfigError` where nothing is named, and what `open_start` raises.
+        """
+        config = self.config
+        if config.init is None:
+            raise ConfigError(
+                f"task {config.task.kind} begins with a model, and init is not given; give a folder or a name as init"
+            )
+        self.start = open_start(
+            config.init, head, weights=config.init_weights, settings=config.init_settings, allow_int8=allow_int8
+        )
+        return self.start.model
 
     def on_step(self, model: nn.Module, step: int, *, is_evaluating: bool = False) -> None:  # noqa: B027 - may do nothing
         """Tell `model` how many steps are done, where it computes by that; evaluations see it as it will be loaded."""

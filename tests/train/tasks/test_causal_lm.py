@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch.nn import functional as F
 
+from deepseek.artifact.reading import read_manifest
+from deepseek.core.errors import ConfigError
 from deepseek.data.batching import IGNORED_TARGET, Batch
+from deepseek.data.tokenizing import load_tokenizer
 from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.models.loading import load_model
 from deepseek.train.config import TrainConfig
+from deepseek.train.events import InitLoaded, StepDone
+from deepseek.train.loop import train
 from deepseek.train.tasks.causal_lm import CausalLM
 
 SHAPE = {"vocab_size": 32, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_length": 16}
@@ -39,3 +50,88 @@ def test_evaluation_sees_the_mask_wholly_in_force() -> None:
     task.on_step(model, 100)
     assert torch.equal(closed, model(tokens))
     assert not torch.equal(opening, closed)
+
+
+def write_text(folder: Path) -> Path:
+    folder.mkdir()
+    source = random.Random(0)
+    words = ["def", "return", "import", "class", "self", "value", "for", "in", "range", "print"]
+    for number in range(6):
+        lines = [" ".join(source.choices(words, k=8)) for _ in range(40)]
+        (folder / f"text{number}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def configure(text: Path, folder: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "folder": str(folder),
+        "data": {
+            "sources": [str(text)],
+            "heldout_fraction": 0.3,
+            "vocab_size": 280,
+            "sequence_length": 16,
+            "batch_size": 4,
+        },
+        "num_steps": 3,
+        "log_every": 1,
+        "precision": "fp32",
+    }
+    return TrainConfig.from_dict(values | changes)
+
+
+TINY = {"vocab_size": 280, "num_layers": 2, "hidden_size": 16, "num_heads": 2, "ffn_size": 32, "max_length": 32}
+
+
+def test_training_goes_on_with_the_weights_and_the_tokenizer_of_init(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text")
+    first = list(train(configure(text, tmp_path / "first", model=TINY)))
+    parent = read_manifest(tmp_path / "first" / "model")
+    config = configure(text, tmp_path / "second", init=str(tmp_path / "first"))
+    events = list(train(config))
+    (loaded,) = [event for event in events if isinstance(event, InitLoaded)]
+    assert loaded.parent_digest == parent.digest
+    assert loaded.new_tensors == ()
+    tokenizers = [load_tokenizer(tmp_path / name / "model") for name in ("first", "second")]
+    assert tokenizers[0].digest == tokenizers[1].digest
+    assert read_manifest(tmp_path / "second" / "model").parent_digest == parent.digest
+    # The first step's loss is that of the model it begins with, on the first rows.
+    task = CausalLM(config)
+    data = task.open_data(tmp_path / "second" / "data")
+    batch = data.loader.next_batch()
+    model = load_model(tmp_path / "first").module
+    with torch.no_grad():
+        expected = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.targets_BT.flatten())
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert steps[0].loss == pytest.approx(expected.item(), rel=1e-5)
+    assert steps[0].loss < next(event for event in first if isinstance(event, StepDone)).loss
+
+
+def test_a_named_decoder_begins_with_random_weights(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text")
+    events = list(train(configure(text, tmp_path / "run", init="gpt2", init_settings=TINY)))
+    (loaded,) = [event for event in events if isinstance(event, InitLoaded)]
+    assert loaded.summary == "gpt2 with random weights"
+    assert read_manifest(tmp_path / "run" / "model").parent_digest is None
+
+
+def test_another_vocabulary_is_said_or_refused(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text")
+    for vocab_size, message in ((300, "300, of which the others are never learned"), (270, "take the tokenizer")):
+        config = configure(
+            text, tmp_path / f"run{vocab_size}", init="gpt2", init_settings=TINY | {"vocab_size": vocab_size}
+        )
+        task = CausalLM(config)
+        list(task.prepare(tmp_path / f"data{vocab_size}"))
+        data = task.open_data(tmp_path / f"data{vocab_size}")
+        if vocab_size == 300:
+            with pytest.warns(UserWarning, match=message):
+                task.build_model(data)
+        else:
+            with pytest.raises(ConfigError, match=message):
+                task.build_model(data)
+
+
+def test_rows_longer_than_the_model_of_init_takes_are_refused(tmp_path: Path) -> None:
+    config = configure(write_text(tmp_path / "text"), tmp_path, init="gpt2", init_settings=TINY | {"max_length": 8})
+    with pytest.raises(ConfigError, match=r"rows of 16 tokens and the model of init=gpt2 takes 8; shorten"):
+        list(train(config))

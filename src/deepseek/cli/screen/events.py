@@ -261,6 +261,7 @@ _ENDS = {
 _LINES = {
     "tokenizer_ready": "tokenizer: {vocab_size} tokens",
     "cache_ready": "text: {num_documents} documents, {num_tokens} tokens in {folder}",
+    "init_loaded": "begins with {summary}{new_tensors}",
     "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
     "activations_checkpointed": "activations: {policy}, {num_blocks} blocks computed again in the backward pass",
     "step_done": "step {step} of {num_steps}: loss {loss:.3f}, {units_per_s} {unit}/s",
@@ -295,6 +296,7 @@ _SHOWN: dict[str, Callable[[Any], str]] = {
     "num_bytes": format_bytes,
     "units_per_s": _show_rate,
     "metrics": _show_metrics,
+    "new_tensors": lambda names: f"; new: {', '.join(names)}" if names else "",
 }
 
 

@@ -14,10 +14,10 @@ Shapes: B batch, T tokens, D hidden.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,28 @@ from deepseek.core.extras import require
 from deepseek.core.names import explain_unknown
 from deepseek.models.weight_loading import PRECISIONS, main_dtype, strip_wrappers
 
+Purpose = Literal[
+    "causal_lm",
+    "masked_lm",
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "hidden_states",
+    "image_classification",
+]
+"""What a model of `transformers` can be trained for; the library has a class with a head of its own for each."""
+# The library's tables of classes, by what they are for.
+_CLASS_TABLES: dict[Purpose, str] = {
+    "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked_lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "sequence_classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "token_classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "question_answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "hidden_states": "MODEL_MAPPING_NAMES",
+    "image_classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
 _ANSWERS = ("logits", "last_hidden_state", "start_logits")
+_POOLER = "pooler."  # models that were trained without one are common, and a classifier's may need it
 _TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
@@ -168,6 +189,78 @@ def read_transformers(folder: Path, values: Mapping[str, Any], tensors: Mapping[
             ) from error
     _check_report(report, folder)
     return TransformersModel(model).eval()
+
+
+def start_transformers(
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None,
+    purpose: str,
+    num_outputs: int | None,
+    labels: Sequence[str] = (),
+    *,
+    source: Path | str,
+) -> tuple[TransformersModel, tuple[str, ...]]:
+    """Build the model of a `config.json` to be trained for `purpose`, in training mode and in float32.
+
+    What `tensors` lack of its head is new, drawn from torch's global generator and returned by name; all is without
+    tensors. Raises `ConfigError` where the library has no such class, and `ArtifactError` for weights that do not fit.
+    """
+    name = _find_class_name(values, purpose, source)
+    values = dict(values) | {"architectures": [name]}
+    if num_outputs is not None:
+        known = values.get("id2label")
+        if known is None or len(known) != num_outputs:
+            values = {key: value for key, value in values.items() if key not in ("id2label", "label2id")}
+            values["num_labels"] = num_outputs
+    if labels:
+        values |= {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+    kind, config = _find_class(values)
+    with quiet():
+        if tensors is None:
+            model = TransformersModel(kind(config).float()).train()
+            return model, tuple(model.state_dict())
+        try:
+            model, report = kind.from_pretrained(
+                None,
+                config=config,
+                dtype=torch.float32,
+                state_dict={name: tensor.clone() for name, tensor in tensors.items()},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except Exception as error:  # whatever its checks and torch raise
+            raise ConfigError(
+                f"transformers cannot build the {kind.__name__} of {source} ({first_line(error)}); "
+                f"mend its {CONFIG_NAME} or download it again"
+            ) from error
+    new = sorted({str(key) for key in report["missing_keys"]} | {_first_of(key) for key in report["mismatched_keys"]})
+    prefix = f"{model.base_model_prefix}."
+    lacking = [key for key in new if key.startswith(prefix) and _POOLER not in key]
+    if lacking or (model.base_model is model and any(_POOLER not in key for key in new)):
+        raise ArtifactError(
+            f"the weights of {source} come without {', '.join((lacking or new)[:3])}, or with other shapes there; "
+            f"download them again or mend the {CONFIG_NAME}"
+        )
+    return TransformersModel(model).train(), tuple(f"model.{key}" for key in new)
+
+
+def _find_class_name(values: Mapping[str, Any], purpose: str, source: Path | str) -> str:
+    """Return the library's class for a model type and a purpose."""
+    tables = _require_transformers().models.auto.modeling_auto
+    model_type = str(values.get("model_type"))
+    table = getattr(tables, _CLASS_TABLES[purpose]) if purpose in _CLASS_TABLES else {}
+    if model_type not in table:
+        raise ConfigError(
+            f"{source} is a {model_type} model, and transformers has none of that type for {purpose}; "
+            "choose another model or another task"
+        )
+    name = table[model_type]
+    return str(name[0] if isinstance(name, list | tuple) else name)
+
+
+def _first_of(key: Any) -> str:
+    """Return the name of a tensor of another shape, which some versions list together with the shapes."""
+    return str(key[0] if isinstance(key, tuple) else key)
 
 
 def is_transformers_class(name: str) -> bool:

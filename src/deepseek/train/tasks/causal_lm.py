@@ -1,4 +1,4 @@
-"""Predict each next token of a text: a decoder trained from its first weights.
+"""Predict each next token of a text: a decoder trained from its first weights, or from those of `init`.
 
     text -> tokenizer -> token caches -> rows of tokens -> logits -> cross-entropy with the tokens that follow
 
@@ -13,11 +13,16 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
 from deepseek.data.batching import IGNORED_TARGET, Batch, BatchLoader, evaluation_batches
+from deepseek.data.config import DataConfig
 from deepseek.data.corpus import load_data, prepare_data
+from deepseek.data.tokenizing import Tokenizer
+from deepseek.models.decoder.keymap import FAMILIES
 from deepseek.models.decoder.model import Decoder
+from deepseek.models.starting_weights import CAUSAL_LM, find_tokenizer
 from deepseek.nn.losses import sum_cross_entropy
 from deepseek.train.task import Task, TaskData
 
@@ -29,11 +34,20 @@ class CausalLM(Task):
 
     def prepare(self, folder: Path) -> Iterator[Event]:
         """Train or load the tokenizer, and tokenize the text."""
-        return prepare_data(self.config.data, folder)
+        return prepare_data(self.data_settings, folder)
+
+    @property
+    def data_settings(self) -> DataConfig:
+        """The settings of the data, with the tokenizer of the model that training begins with unless they name one."""
+        config = self.config
+        folder = find_tokenizer(config.init, config.init_weights)
+        if config.data.tokenizer is not None or folder is None:
+            return config.data
+        return config.data.override({"tokenizer": str(folder)})
 
     def open_data(self, folder: Path) -> TaskData:
         """Open the token caches."""
-        settings = self.config.data
+        settings = self.data_settings
         data = load_data(settings, folder, is_verified=True)
         heldout = data.heldout
         return TaskData(
@@ -44,14 +58,41 @@ class CausalLM(Task):
         )
 
     def build_model(self, data: TaskData) -> nn.Module:
-        """Build the decoder of the config; raises `ConfigError` where the tokenizer has more tokens."""
+        """Build the decoder of the config, or open that of `init`; raises `ConfigError` where the data do not fit it.
+
+        The tokenizer may not have more tokens than the model, nor a row be longer than it takes.
+        """
         assert data.tokenizer is not None
+        if self.config.init is not None:
+            return self._open_decoder(data.tokenizer)
         if data.tokenizer.vocab_size > self.config.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {data.tokenizer.vocab_size} tokens and model.vocab_size is "
                 f"{self.config.model.vocab_size}; make model.vocab_size at least as large"
             )
         return Decoder(self.config.model)
+
+    def _open_decoder(self, tokenizer: Tokenizer) -> nn.Module:
+        model = self.open_init(CAUSAL_LM)
+        source = self.config.init
+        if not isinstance(model, Decoder):
+            raise ConfigError(
+                f"init={source} is no decoder of ours nor of the Hugging Face families {', '.join(FAMILIES)}, which "
+                "causal_lm trains; give one of them"
+            )
+        config = model.config
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model of init={source} {config.vocab_size}; "
+                "take the tokenizer that the model was made with"
+            )
+        if tokenizer.vocab_size < config.vocab_size:
+            warn_caller(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model of init={source} {config.vocab_size}, "
+                "of which the others are never learned"
+            )
+        self.config.check_lengths(config.max_length, f"the model of init={source} takes")
+        return model
 
     def on_step(self, model: nn.Module, step: int, *, is_evaluating: bool = False) -> None:
         """Open the mask; evaluations see it wholly in force, however few of its opening steps are done."""
