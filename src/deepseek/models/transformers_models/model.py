@@ -165,16 +165,17 @@ def read_transformers(folder: Path, values: Mapping[str, Any], tensors: Mapping[
     """
     kind, config = _find_class(values)
     plain = strip_wrappers(tensors, (), source=folder)
+    is_as_stored = plain.keys() == tensors.keys()
     floats = {
         name: tensor for name, tensor in plain.items() if tensor.dtype in PRECISIONS and tensor.is_floating_point()
     }
     with quiet():
         try:
             model, report = kind.from_pretrained(
-                str(folder) if plain.keys() == tensors.keys() else None,
+                str(folder) if is_as_stored else None,
                 config=config,
                 dtype=main_dtype(floats) if floats else "auto",
-                state_dict=None if plain.keys() == tensors.keys() else plain,
+                state_dict=None if is_as_stored else plain,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
