@@ -71,3 +71,8 @@ def test_errors_do_not_repeat_a_long_input() -> None:
     with pytest.raises(RequestError) as caught:
         parse(CompletionBody, content)
     assert len(str(caught.value)) < 200
+
+
+def test_a_byte_order_mark_before_a_body_is_passed_over():
+    content = b'{"model": "m", "prompt": "def "}'
+    assert parse(CompletionBody, b"\xef\xbb\xbf" + content) == parse(CompletionBody, content)

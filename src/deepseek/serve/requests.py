@@ -10,6 +10,7 @@ a chat template may ask for, `enable_thinking` above all), named as in vLLM.
 
 from __future__ import annotations
 
+import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
@@ -273,7 +274,7 @@ def parse(body: type[B], content: bytes) -> B:
     ['def ']
     """
     try:
-        values = from_json(content, allow_inf_nan=False)
+        values = from_json(content.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)  # as RFC 8259 lets a reader do
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(values, dict):
