@@ -113,7 +113,7 @@ def test_a_run_is_trained_from_a_migrated_config(
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.yaml").write_text(CONFIG)
     assert run(tmp_path / "old", apply=True, out=tmp_path / "new") == 0
-    options = as_options(tiny | {"folder": str(tmp_path / "run"), "num_steps": 2, "evaluation_tokens": 32})
+    options = as_options(tiny | {"folder": str(tmp_path / "run"), "num_steps": 2, "evaluation_units": 32})
     result = call("train", "--config", tmp_path / "new" / "config.yaml", *options, "--json")
     assert (result.status, result.kinds[-1]) == (0, "model_saved")
     assert "ds_grad_clip=0.5 is optimizer.grad_clip=0.5" in result.err
