@@ -28,7 +28,7 @@ from deepseek.compat.generations import load_table
 from deepseek.compat.migration.rules import load_rules
 from deepseek.compress.quality import Comparison
 from deepseek.core.config import Config
-from deepseek.data.config import DataConfig
+from deepseek.data.config import AugmentationConfig, DataConfig, ImagesConfig, SamplesConfig
 from deepseek.data.token_cache import CacheManifest, StoredFile
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.models.mobilenet_v3.model import MobileNetV3Config
@@ -41,7 +41,8 @@ from deepseek.nn.moe import MoEConfig
 from deepseek.nn.rotary import RopeScaling
 from deepseek.optim.optimizers import OptimizerConfig
 from deepseek.serve.config import EngineConfig, ServeConfig
-from deepseek.train.config import TrainConfig
+from deepseek.train.config import StoppingConfig, TrainConfig
+from deepseek.train.task_settings import CausalLMSettings, ImageClassificationSettings
 
 # Its neighbor is found also when this file is loaded by its path, as a test does.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,7 +61,13 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("A MobileNetV3 of the zoo", MobileNetV3Config, ""),
     ("A vision transformer of the zoo", ViTConfig, ""),
     ("A YOLOv7 of the zoo", YOLOv7Config, ""),
-    ("The data", DataConfig, "data."),
+    ("Its end", StoppingConfig, "stopping."),
+    ("Text as data", DataConfig, "data."),
+    ("Samples as data", SamplesConfig, "data."),
+    ("Images as data", ImagesConfig, "data."),
+    ("Their augmentation", AugmentationConfig, "data.augmentation."),
+    ("The task of language models", CausalLMSettings, "task."),
+    ("The task of image classifiers", ImageClassificationSettings, "task."),
     ("The optimizer", OptimizerConfig, "optimizer."),
     ("Loading a model", LoadConfig, ""),
     ("A benchmark", BenchConfig, ""),

@@ -4,15 +4,15 @@ import os
 import re
 import subprocess
 import sys
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from deepseek.core.config import Config, parse_overrides, read_settings
+from deepseek.core.config import Config, list_kinds, name_kind, parse_overrides, read_settings
 from deepseek.core.errors import ConfigError
 from deepseek.recipes import load_recipe
 
@@ -55,6 +55,29 @@ class Job(Config):
 class Needy(Config):
     path: str
     """No default."""
+
+
+class Square(Config):
+    kind: Literal["square"] = "square"
+    """Which shape."""
+    side: int
+    """Without a default."""
+
+
+class Circle(Config):
+    kind: Literal["circle"] = "circle"
+    """Which shape."""
+    radius: int = 1
+    """Of one kind alone."""
+    pen: Rate = Rate()
+    """Nested."""
+
+
+class Drawing(Config):
+    shape: Annotated[Square | Circle, Field(discriminator="kind"), BeforeValidator(name_kind("circle"))] = Circle()
+    """Of several kinds."""
+    frame: Annotated[Square | Circle | None, Field(discriminator="kind")] = None
+    """Of several kinds, or none."""
 
 
 rates = st.builds(Rate, peak=st.floats(1e-9, 1e9), betas=st.tuples(st.floats(0, 1), st.floats(0, 1)))
@@ -217,6 +240,42 @@ def test_an_override_of_nothing_is_refused(key, message):
 def test_an_override_is_validated_like_everything_else():
     with pytest.raises(ConfigError, match=r"setting 'model.depth' is 'x'"):
         Job().override({"model.depth": "x"})
+
+
+def test_a_change_of_kind_begins_with_the_defaults_of_that_kind_whatever_its_order():
+    drawing = Drawing.from_dict({"shape": {"radius": 5}})
+    assert drawing == Drawing(shape=Circle(radius=5))
+    square = drawing.override({"shape.side": 3, "shape.kind": "square"})
+    assert square == Drawing(shape=Square(side=3)) == drawing.override({"shape": "square", "shape.side": 3})
+    assert square.override({"shape": "circle", "shape.pen.peak": 0.3}) == Drawing(shape=Circle(pen=Rate(peak=0.3)))
+    assert drawing.override({"frame": "square", "frame.side": 2}).frame == Square(side=2)
+
+
+def test_a_change_to_the_kind_there_is_keeps_the_other_settings():
+    drawing = Drawing(shape=Circle(radius=5))
+    assert drawing.override({"shape.kind": "circle"}) == drawing == drawing.override({"shape": "circle"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shape": "squire"}, "unknown kind of shape 'squire'; did you mean 'square'?"),
+        ({"shape": {"kind": 3}}, "unknown kind of shape '3'"),
+        ({"shape": {"radios": 3}}, "unknown setting 'shape.radios'; did you mean 'shape.radius'?"),
+        ({"shape": {"pen": {"peek": 3}}}, "unknown setting 'shape.pen.peek'; did you mean 'shape.pen.peak'?"),
+        ({"shape": {"kind": "square", "radius": 3}}, "(known: shape.kind, shape.side)"),
+        ({"shape": "square"}, "setting 'shape.side' of Drawing is missing"),
+        ({"shape": 3}, "setting 'shape' is 3"),
+    ],
+)
+def test_a_setting_of_several_kinds_is_refused_without_a_word_of_how_they_are_told_apart(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Drawing.from_dict(values)
+
+
+def test_settings_of_one_kind_alone_have_no_list_of_kinds():
+    assert list_kinds(Drawing, "shape") == {"square": Square, "circle": Circle}
+    assert list_kinds(Job, "kind") == {} == list_kinds(Job, "absent")
 
 
 @pytest.mark.parametrize(

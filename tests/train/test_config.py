@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from deepseek.core.errors import ConfigError
+from deepseek.data.config import DataConfig, ImagesConfig
 from deepseek.train.config import TrainConfig
+from deepseek.train.run_state import deciding_settings
 
 
 @pytest.mark.parametrize(
@@ -53,3 +55,33 @@ def test_init_that_contradicts_other_settings_is_refused(values: dict[str, Any],
 
 def test_the_length_of_a_model_of_init_is_not_known_before_it_is_open() -> None:
     TrainConfig.from_dict({"init": "gpt2", "data": {"sequence_length": 5000}})
+
+
+@pytest.mark.parametrize("task", ["image_classification", {"kind": "image_classification", "label_smoothing": 0.0}])
+def test_data_without_a_kind_is_of_the_kind_that_the_task_asks_for(task: Any) -> None:
+    config = TrainConfig.from_dict({"task": task, "data": {"source": "birds"}})
+    assert config.data == ImagesConfig(source="birds")
+    assert TrainConfig.from_dict({}).data == DataConfig() == TrainConfig.from_dict({"data": {}}).data
+
+
+def test_another_task_brings_its_kind_of_data_unless_one_is_chosen() -> None:
+    text = TrainConfig.from_dict({"data": {"sequence_length": 32}})
+    images = text.override({"task": "image_classification", "data.source": "birds", "data.augmentation.flip": 0})
+    assert images.data == ImagesConfig.from_dict({"source": "birds", "augmentation": {"flip": 0}})
+    assert images.override({"task.kind": "image_classification"}) == images
+    assert images.override({"task": "causal_lm"}).data == DataConfig()
+    assert text.override({"task": "causal_lm"}).data == text.data
+    mixed = text.override({"task": "image_classification", "data.kind": "text"})
+    assert mixed.data == text.data
+    with pytest.raises(ConfigError, match=r"learns from data of the kind images and data\.kind is text; set"):
+        mixed.data_of(ImagesConfig)
+
+
+def test_rows_longer_than_the_decoders_say_nothing_of_another_model() -> None:
+    TrainConfig.from_dict({"task": "image_classification", "model": {"max_length": 64}, "data": {"source": "birds"}})
+
+
+def test_another_number_of_workers_is_no_other_run() -> None:
+    images = TrainConfig.from_dict({"task": "image_classification", "data": {"source": "birds"}})
+    assert deciding_settings(images) == deciding_settings(images.override({"data.num_workers": 3}))
+    assert deciding_settings(images) != deciding_settings(images.override({"data.seed": 3}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from deepseek.data.config import DataConfig
 from deepseek.distributed.plan import Precision
 from deepseek.mixed_precision.forward_precision import choose_precision
 from deepseek.planning.machines.software import SOFTWARE
@@ -16,7 +17,7 @@ from deepseek.train.run_state import open_device
 
 def read_recipe_shape(recipe: TrainConfig, name: str, *, sequence: int | None) -> ModelShape:
     """Read the shape of a recipe's model; without `sequence` its rows are as long as the recipe's data."""
-    shape = read_config(recipe.model.to_dict(), sequence=sequence or recipe.data.sequence_length)
+    shape = read_config(recipe.model.to_dict(), sequence=sequence or recipe.data_of(DataConfig).sequence_length)
     return replace(shape, name=name)
 
 

@@ -7,6 +7,12 @@
 A config comes from keywords, a dict, or a YAML, TOML or JSON file, and is varied by copies: `config.override(
 {"optimizer.weight_decay": 0.1})`. A key that does not exist is refused together with the nearest one that does. The
 string under a field is its documentation; the reference pages and `--help` are made from it.
+
+A setting of several kinds is a union of configs that pydantic tells apart by their field `kind`, a `Literal`:
+
+    data: Annotated[TextConfig | ImagesConfig, Field(discriminator="kind"), BeforeValidator(name_kind("text"))]
+
+When an override changes the kind, what is below begins with that kind's defaults.
 """
 
 from __future__ import annotations
@@ -23,9 +29,10 @@ from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticUndefined
 
 from deepseek.core.errors import ConfigError
-from deepseek.core.names import find_initials, find_nearest, word_unknown
+from deepseek.core.names import explain_unknown, find_initials, find_nearest, word_unknown
 
 # YAML 1.1 takes `1e-3` for a string, where every user means a number.
 _SCIENTIFIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
@@ -69,15 +76,64 @@ class Config(BaseModel):
 
     def override(self, changes: Mapping[str, Any]) -> Self:
         """A copy with dotted keys changed: `config.override({"model.num_layers": 4})`."""
+        kinds = _find_kinds(type(self), changes)
         values = self.to_dict()
+        for name, kind in kinds.items():
+            if not isinstance(values[name], dict) or values[name]["kind"] != kind:
+                values[name] = _list_defaults(list_kinds(type(self), name)[kind])
         for key, value in changes.items():
-            _assign(values, key.split("."), value, whole_key=key)
-        return type(self).from_dict(values)
+            if key.removesuffix(".kind") not in kinds or not isinstance(value, str):
+                _assign(values, key.split("."), value, whole_key=key)
+        return type(self).from_dict(_drop_undefined(values))
 
     @property
     def digest(self) -> str:
         """SHA-256 of the settings, the same in every process: two runs with one digest were configured alike."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def list_kinds(config: type[BaseModel], name: str) -> dict[str, type[BaseModel]]:
+    """List the configs that the setting `name` may be, by their `kind`; none where it is of one kind only."""
+    field = config.model_fields.get(name)
+    classes = _classes(field.annotation) if field and field.discriminator == "kind" else []
+    return {found.model_fields["kind"].get_default(): found for found in classes}
+
+
+def _find_kinds(config: type[BaseModel], changes: Mapping[str, Any]) -> dict[str, str]:
+    """The kinds that `changes` choose, by setting: `data.kind` or `data` alone to the name of one."""
+    chosen = {}
+    for key, kind in changes.items():
+        name = key.removesuffix(".kind")
+        if isinstance(kind, str) and (known := list_kinds(config, name)):
+            if kind not in known:
+                raise ConfigError(explain_unknown(f"kind of {name}", kind, known))
+            chosen[name] = kind
+    return chosen
+
+
+def _list_defaults(config: type[BaseModel]) -> dict[str, Any]:
+    """The settings of `config` as they are if nobody sets them; `PydanticUndefined` where somebody has to."""
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in config.model_fields.items()}
+    return {name: value.to_dict() if isinstance(value, Config) else value for name, value in defaults.items()}
+
+
+def _drop_undefined(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _drop_undefined(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not PydanticUndefined
+    }
+
+
+def name_kind(default: str) -> Callable[[Any], Any]:
+    """Return a validator that reads a name alone as a kind, and settings without a kind as those of `default`."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        return {"kind": default} | value if isinstance(value, dict) else value
+
+    return read
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -208,26 +264,38 @@ def _explained(config: type[BaseModel]) -> Iterator[None]:
 
 def _explain(config: type[BaseModel], problem: dict[str, Any]) -> str:
     """One sentence for one problem; the first thing a user should read is which key is wrong."""
-    location = [str(part) for part in problem["loc"]]
+    location, owner = _find_place(config, [str(part) for part in problem["loc"]])
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
         *parents, name = location
-        owner = _owner(config, parents)
         return _explain_unknown(parents, name, owner.model_fields, _list_fields(owner, ()))
     if problem["type"] == "missing":
         return f"setting {where!r} of {config.__name__} is missing; give it a value"
+    if problem["type"] == "union_tag_invalid":
+        return explain_unknown(f"kind of {where}", str(problem["ctx"]["tag"]), list_kinds(owner, location[-1]))
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"setting {where!r} is {show_value(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _owner(config: type[BaseModel], parents: list[str]) -> type[BaseModel]:
-    """The config at the end of the path `parents`, on which a place in a list has a number."""
-    for name in parents:
-        field = config.model_fields.get(name)
+def _find_place(config: type[BaseModel], location: Sequence[str]) -> tuple[list[str], type[BaseModel]]:
+    """The dotted path of a setting, and the config that it is a setting of.
+
+    A place in a list has a number, and in a setting of several kinds pydantic puts the kind after its name.
+    """
+    path: list[str] = []
+    owner = below = config
+    kinds: dict[str, type[BaseModel]] = {}
+    for part in location:
+        if part in kinds:
+            below, kinds = kinds[part], {}
+            continue
+        path.append(part)
+        owner, kinds = below, list_kinds(below, part)
+        field = owner.model_fields.get(part)
         nested = _classes(field.annotation) if field else []
-        config = nested[0] if nested else config
-    return config
+        below = nested[0] if nested else owner
+    return path, owner
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:

@@ -1,17 +1,23 @@
-"""The settings of the data: which text, which tokenizer, and how tokens become batches."""
+"""The settings of the data, one class for each kind: `kind` in a config says which of them it is.
+
+A kind that is loaded sample by sample (`samples.py`) inherits from `SamplesConfig`. Every kind says how many rows one
+micro-batch has (`rows_per_batch`), which decides the learning rate, and whether anything is held out (`has_heldout`).
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from deepseek.core.config import Config
+from deepseek.core.config import Config, name_kind
 
 
 class DataConfig(Config):
     """Where the text comes from and how it is cut into batches."""
 
+    kind: Literal["text"] = "text"
+    """Kind of the data."""
     sources: tuple[str, ...] = Field(default=("stdlib",), min_length=1)
     """Folders, globs, text, JSONL or Parquet files or URLs; `stdlib` is Python's own source code."""
     heldout_sources: tuple[str, ...] = ()
@@ -46,6 +52,11 @@ class DataConfig(Config):
         return (value,) if isinstance(value, str) else value
 
     @property
+    def rows_per_batch(self) -> int:
+        """Rows of one batch of one rank; a token budget counts as its number of longest rows."""
+        return self.batch_size if self.batching == "packed" else max(1, self.max_tokens // self.max_len)
+
+    @property
     def has_heldout(self) -> bool:
         """Whether some text is kept from training."""
         return bool(self.heldout_sources) or self.heldout_fraction > 0
@@ -58,3 +69,81 @@ class DataConfig(Config):
                 "lower max_len or raise max_tokens"
             )
         return self
+
+
+class SamplesConfig(Config):
+    """How samples that are loaded one by one become batches."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Samples of one batch of one rank."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the order of the samples and their random changes, on any number of workers and ranks."""
+    num_workers: int | None = Field(default=None, ge=0)
+    """Processes that load samples ahead; 0 loads in the training process, none takes as many as there are free cores.
+    The samples are the same with any number."""
+    max_broken: int = Field(default=100, ge=0)
+    """Samples that may be left out because they cannot be read, before the run ends."""
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Samples of one batch of one rank."""
+        return self.batch_size
+
+
+class AugmentationConfig(Config):
+    """What training images go through, each with random numbers of its own; held-out images are left as they are."""
+
+    min_area: float = Field(default=0.25, gt=0, le=1)
+    """Least share of an image's area that is cut out and scaled to `image_size`; 1 only crops the middle."""
+    max_stretch: float = Field(default=1.33, ge=1)
+    """Largest ratio of the sides of what is cut out, width to height or height to width."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Share of images that are mirrored left to right; 0 where the sides mean something, as in digits and letters."""
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+    """Largest change of the brightness, as a share of it."""
+    contrast: float = Field(default=0.0, ge=0, lt=1)
+    """Largest change of the contrast, as a share of it."""
+    saturation: float = Field(default=0.0, ge=0, lt=1)
+    """Largest change of the saturation, as a share of it."""
+
+
+class ImagesConfig(SamplesConfig):
+    """Labelled images: a folder for each class, or a table with a column of images and a column of labels."""
+
+    kind: Literal["images"] = "images"
+    """Kind of the data."""
+    source: str
+    """Folder with a folder for each class, below `train` and `val` or not, or a CSV, JSONL or Parquet table."""
+    heldout_source: str | None = None
+    """Folder or table of the held-out images; none takes the folder `val` of `source`, or a share of its images."""
+    heldout_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of images that are held out, chosen by a hash of their names, where nothing else is held out."""
+    image_column: str = "image"
+    """Column of a table with the path of each image, from the table's folder on, or with its file's bytes."""
+    label_column: str = "label"
+    """Column of a table with the class of each image."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes in their order; none takes those that occur, sorted."""
+    image_size: int = Field(default=224, ge=1)
+    """Height and width of the images as the model sees them, in pixels."""
+    crop_share: float = Field(default=0.875, gt=0, le=1)
+    """Share of the shorter side that an evaluation sees, in the middle."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Red, green and blue that are taken from every pixel, of values from 0 to 1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Red, green and blue that every pixel is then divided by."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """Random changes of the training images."""
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether some images are kept from training, as far as the settings say."""
+        return self.heldout_source is not None or self.heldout_fraction > 0
+
+
+DataSettings = Annotated[
+    DataConfig | ImagesConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(name_kind("text")),
+]
+"""The settings of any kind of data; without a kind they are those of text."""

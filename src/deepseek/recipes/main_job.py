@@ -26,6 +26,7 @@ from deepseek.core.folder_lock import locked_folder
 from deepseek.core.machine import describe_machine, describe_versions
 from deepseek.core.storage import write_file
 from deepseek.data.batching import evaluation_batches
+from deepseek.data.config import DataConfig
 from deepseek.data.corpus import load_data
 from deepseek.data.ngrams import NgramLosses, measure_ngrams
 from deepseek.recipes.server_probe import Completion, probe_server
@@ -93,7 +94,7 @@ def run_main_job(config: TrainConfig) -> Generator[Event, None, None]:
     Raises `ConfigError` where no text is held out, since every number of the report is a comparison on such text, and
     what the phases raise.
     """
-    if not config.data.has_heldout:
+    if not config.data_of(DataConfig).has_heldout:
         raise ConfigError(
             "data.heldout_fraction is 0 and the job compares on held-out text; set it to 0.05, for example"
         )
@@ -148,7 +149,7 @@ def build_report(events: list[dict[str, Any]], *, wall_s: float) -> dict[str, An
 
 
 def _measure_baselines(config: TrainConfig) -> Iterator[Event]:
-    data = load_data(config.data, Path(config.folder) / DATA_FOLDER, is_verified=True)
+    data = load_data(config.data_of(DataConfig), Path(config.folder) / DATA_FOLDER, is_verified=True)
     assert data.heldout is not None
     losses: NgramLosses = measure_ngrams(data.train.tokens, data.heldout.tokens, data.tokenizer.vocab_size)
     yield BaselinesMeasured(losses.unigram, losses.bigram, losses.bigram_discounted)
@@ -156,9 +157,9 @@ def _measure_baselines(config: TrainConfig) -> Iterator[Event]:
 
 def _quantize(config: TrainConfig) -> Iterator[Event]:
     folder = Path(config.folder)
-    data = load_data(config.data, folder / DATA_FOLDER, is_verified=True)
+    data = load_data(config.data_of(DataConfig), folder / DATA_FOLDER, is_verified=True)
     assert data.heldout is not None
-    batches = evaluation_batches(data.heldout, config.data)
+    batches = evaluation_batches(data.heldout, config.data_of(DataConfig))
     comparison: Comparison = quantize(folder / MODEL_FOLDER, folder / INT8_FOLDER, batches, overwrite=True)
     yield ModelQuantized(
         path=str(folder / INT8_FOLDER),

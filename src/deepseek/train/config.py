@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from deepseek.checkpoint.activations import Policy
 from deepseek.compiler.passes.memory.recomputation import check_budget
-from deepseek.core.config import Config
+from deepseek.core.config import Config, list_kinds
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
-from deepseek.data.config import DataConfig
+from deepseek.data.config import DataConfig, DataSettings
 from deepseek.mixed_precision.amp_levels import Level
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.optim.optimizers import OptimizerConfig
-from deepseek.train.task_settings import CausalLMSettings, TaskSettings
+from deepseek.train.task_settings import AnyTaskSettings, CausalLMSettings, TaskSettings
+
+D = TypeVar("D", bound=Config)
 
 
 class StoppingConfig(Config):
@@ -55,8 +58,8 @@ class TrainConfig(Config):
     """Settings of a model that `init` names which are changed: {"width": 16}."""
     model: DecoderConfig = DecoderConfig()
     """Shape of a decoder that begins with random weights; not read where `init` is given."""
-    data: DataConfig = DataConfig()
-    """Text, tokenizer and batches."""
+    data: DataSettings = DataConfig()
+    """What is learned from, and how it becomes batches; without a `kind`, of the kind that the task asks for."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule and learning rate."""
     num_steps: int = Field(default=1000, ge=1)
@@ -98,6 +101,40 @@ class TrainConfig(Config):
     log_every: int = Field(default=10, ge=1)
     """Optimizer steps between two `StepDone` events."""
 
+    def override(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with dotted keys changed; another task brings its kind of data, unless one is chosen as well."""
+        kind = changes.get("task", changes.get("task.kind"))
+        settings = list_kinds(type(self), "task").get(kind) if isinstance(kind, str) else None
+        if settings is not None and not changes.keys() & {"data", "data.kind"}:
+            assert issubclass(settings, AnyTaskSettings)
+            if self.data.kind not in settings.data_kinds:
+                changes = {"data.kind": settings.data_kinds[0]} | dict(changes)
+        return super().override(changes)
+
+    def data_of(self, kind: type[D]) -> D:
+        """Return the settings of the data, which have to be a `kind`; raises `ConfigError` where they are another."""
+        if not isinstance(self.data, kind):
+            wanted = kind.model_fields["kind"].get_default()
+            raise ConfigError(
+                f"the task {self.task.kind} learns from data of the kind {wanted} and data.kind is {self.data.kind}; "
+                f"set data.kind={wanted}, or choose another task"
+            )
+        return self.data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_data_kind(cls, values: Any) -> Any:
+        """Data without a kind is of the kind that the task asks for."""
+        if not isinstance(values, dict):
+            return values
+        task, data = values.get("task"), values.get("data", {})
+        kind = task.get("kind") if isinstance(task, dict) else getattr(task, "kind", task)
+        settings = list_kinds(cls, "task").get(kind) if isinstance(kind, str) else None
+        if settings is None or not isinstance(data, dict):
+            return values
+        assert issubclass(settings, AnyTaskSettings)
+        return values | {"data": {"kind": settings.data_kinds[0]} | data}
+
     @field_validator("ds_activation_checkpoint", mode="before")
     @classmethod
     def _check_activation_checkpoint(cls, value: object) -> object:
@@ -119,12 +156,15 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        if self.init is None:  # its lengths are known when it is open
+        # The lengths of a model that init names are known when it is open; other tasks do not learn from rows.
+        if self.init is None and isinstance(self.task, CausalLMSettings):
             self.check_lengths(self.model.max_length, "model.max_length is", "raise model.max_length")
         return self
 
     def check_lengths(self, max_length: int, seen: str, way_out: str = "choose another model") -> None:
         """Raise `ConfigError` where a row of the data is longer than `max_length`, which `seen` introduces."""
+        if not isinstance(self.data, DataConfig):
+            return
         is_packed = self.data.batching == "packed"
         lengths = {} if is_packed else {"max_len": self.data.max_len}
         if is_packed or self.data.has_heldout:  # held-out text is always read in packed rows
@@ -148,7 +188,5 @@ class TrainConfig(Config):
 
     @property
     def sequences_per_step(self) -> int:
-        """Rows that one optimizer step learns from; a token budget counts as its number of longest rows."""
-        if self.data.batching == "packed":
-            return self.data.batch_size * self.accum_steps
-        return max(1, self.data.max_tokens // self.data.max_len) * self.accum_steps
+        """Rows that one optimizer step learns from: sequences, images, ..."""
+        return self.data.rows_per_batch * self.accum_steps

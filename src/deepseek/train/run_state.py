@@ -52,6 +52,8 @@ _FREE_SETTINGS = (
     "evaluation_units",
     "on_bad_step",
     "max_bad_steps",
+    "data.num_workers",
+    "data.max_broken",
 )
 
 
@@ -265,7 +267,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide the weights, by dotted name; runs that share them may share checkpoints."""
-    return dict(_flatten({name: value for name, value in config.to_dict().items() if name not in _FREE_SETTINGS}))
+    settings = dict(_flatten(config.to_dict()))
+    return {name: value for name, value in settings.items() if name not in _FREE_SETTINGS}
 
 
 def is_default(config: Config, name: str) -> bool:

@@ -55,7 +55,8 @@ def train(
         Print events as JSON lines instead of progress bars, and settings as JSON.
     """
     own_task = import_task(task) if task is not None and ":" in task else None
-    settings = choose_config(recipe, config, task).override(parse_overrides(set or []))
+    chosen = {} if task is None or own_task else {"task": task}
+    settings = choose_config(recipe, config, task).override(chosen | parse_overrides(set or []))
     if show:
         _print_settings(settings, as_json=json)
         return
@@ -88,7 +89,7 @@ def _print_settings(settings: TrainConfig, *, as_json: bool) -> None:
 
 
 def choose_config(recipe: str | None, config: Path | None, task: str | None = None) -> TrainConfig:
-    """The settings of a recipe, of a file, of a task or of an earlier run; exactly one of them is given.
+    """The settings of a recipe, of a file or of an earlier run, or those that a task changes; exactly one is given.
 
     A task of one's own, MODULE:CLASS, may stand beside a recipe or a file.
     """
@@ -103,7 +104,7 @@ def choose_config(recipe: str | None, config: Path | None, task: str | None = No
     from deepseek.train.config import TrainConfig
 
     if config is None:
-        return TrainConfig() if is_own else TrainConfig.from_dict({"task": task})
+        return TrainConfig()
     from deepseek.compat.generation_configs import read_generation_config
 
     values = read_settings(config)

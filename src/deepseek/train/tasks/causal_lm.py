@@ -39,11 +39,11 @@ class CausalLM(Task):
     @property
     def data_settings(self) -> DataConfig:
         """The settings of the data, with the tokenizer of the model that training begins with unless they name one."""
-        config = self.config
-        folder = find_tokenizer(config.init, config.init_weights)
-        if config.data.tokenizer is not None or folder is None:
-            return config.data
-        return config.data.override({"tokenizer": str(folder)})
+        settings = self.config.data_of(DataConfig)
+        folder = find_tokenizer(self.config.init, self.config.init_weights)
+        if settings.tokenizer is not None or folder is None:
+            return settings
+        return settings.override({"tokenizer": str(folder)})
 
     def open_data(self, folder: Path) -> TaskData:
         """Open the token caches."""
