@@ -159,6 +159,7 @@ FEATURES = {
         "torch.nn.modules.batchnorm._NormBase",
     ),
     "clipping many gradients in one call": ("torch._foreach_mul_",),
+    "averaging many weights in one call": ("torch._foreach_lerp_",),
 }
 # Named in a string or a keyword, or a method of a value, where the walk below does not see them.
 SETTINGS = {

@@ -131,7 +131,8 @@ def load_decoder(
         kind = type(module.model if isinstance(module, TransformersModel) else module).__name__
         raise ConfigError(
             f"{source} holds a {kind}, and what generates text, serves and quantizes takes decoders of ours or of the "
-            f"Hugging Face families {', '.join(FAMILIES)}; give one of them, or run this one with load_model"
+            f"Hugging Face families {', '.join(FAMILIES)}; give one of them, or run this one with "
+            "deepseek predict or load_model"
         )
     return pack_(module) if packed else module
 

@@ -312,3 +312,12 @@ def test_a_sequence_that_is_too_long_is_refused():
         read(model, cache, 0, make_tokens(1, 1), 32)
     with pytest.raises(ConfigError, match=message):
         model(make_tokens(1, 33), cache=cache.view(0, 1, 8))
+
+
+def test_a_decoder_is_exported_by_torch() -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "num_layers": 2, "hidden_size": 32, "num_heads": 2, "ffn_size": 64}
+    model = Decoder(DecoderConfig.from_dict(shape)).eval()
+    tokens = torch.randint(0, 64, (2, 8))
+    exported = torch.export.export(model, (tokens,)).module()
+    torch.testing.assert_close(exported(tokens), model(tokens))

@@ -234,10 +234,12 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        for name, table in build_rotary_tables(config).items():
-            self.register_buffer(name, table, persistent=False)
         scale = torch.tensor(config.hidden_size**0.5) if config.scale_embeddings else None
-        self.register_buffer("embed_scale", scale, persistent=False)
+        for name, table in (build_rotary_tables(config) | {"embed_scale": scale}).items():
+            if table is None:
+                setattr(self, name, None)  # torch.export counts a buffer that is None, and loses it
+            else:
+                self.register_buffer(name, table, persistent=False)
         self.register_buffer("mask_openness", torch.ones(()), persistent=False)
         self.apply(self._initialize)
 
