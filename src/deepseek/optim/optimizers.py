@@ -19,6 +19,7 @@ from torch import nn
 
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
+from deepseek.optim.layer_depths import find_depths
 from deepseek.optim.learning_rates import BASE_LEARNING_RATE, REFERENCE_BATCH_SIZE, Schedule
 
 
@@ -37,6 +38,9 @@ class OptimizerConfig(Config):
     """Decay of AdamW's first and second moment per step."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to AdamW's denominator."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor on the learning rate from each block to the one before it: the head learns at the full rate, the last of
+    L blocks at `layer_decay`, the embedding at its power L + 1. 1 gives all the same rate."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of SGD."""
     grad_clip: float | None = Field(default=1.0, gt=0)
@@ -52,14 +56,19 @@ class OptimizerConfig(Config):
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """Build a torch optimizer over all trainable parameters of `model`."""
-    return _BUILDERS[config.name](model, config, learning_rate)
+    """Build a torch optimizer over all trainable parameters of `model`.
+
+    Raises `ConfigError` for a model without blocks where learning rates depend on them.
+    """
+    optimizer = _BUILDERS[config.name](model, config, learning_rate)
+    set_learning_rate(optimizer, learning_rate)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Use `learning_rate` in every parameter group from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(_SCALE, 1.0)
 
 
 class JointOptimizer(torch.optim.Optimizer):
@@ -105,8 +114,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def _build_adamw(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
-    decayed, kept = split_parameters(model)
-    return _adamw(decayed, kept, config, learning_rate)
+    return _adamw(_groups(model, *split_parameters(model), config), config, learning_rate)
 
 
 def _build_muon(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
@@ -121,10 +129,8 @@ def _build_muon(model: nn.Module, config: OptimizerConfig, learning_rate: float)
         raise ConfigError("muon is for matrices and this model has none between its embedding and head; choose 'adamw'")
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in decayed if id(parameter) not in chosen]
-    muon = torch.optim.Muon(
-        matrices, lr=learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return JointOptimizer(muon, _adamw(others, kept, config, learning_rate))
+    muon = torch.optim.Muon(_groups(model, matrices, [], config), lr=learning_rate, adjust_lr_fn="match_rms_adamw")
+    return JointOptimizer(muon, _adamw(_groups(model, others, kept, config), config, learning_rate))
 
 
 def _is_head(path: str) -> bool:
@@ -132,22 +138,36 @@ def _is_head(path: str) -> bool:
 
 
 def _build_sgd(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
-    decayed, kept = split_parameters(model)
-    return torch.optim.SGD(_groups(decayed, kept, config), lr=learning_rate, momentum=config.momentum)
+    groups = _groups(model, *split_parameters(model), config)
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum)
 
 
-def _adamw(
-    decayed: list[nn.Parameter], kept: list[nn.Parameter], config: OptimizerConfig, learning_rate: float
-) -> torch.optim.Optimizer:
-    groups = _groups(decayed, kept, config)
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _groups(decayed: list[nn.Parameter], kept: list[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+def _groups(
+    model: nn.Module, decayed: list[nn.Parameter], kept: list[nn.Parameter], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Group the parameters by their decay and, with `layer_decay`, by the depth of their block."""
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    if config.layer_decay != 1:
+        depths, last = find_depths(model)
+        depth_of = {id(parameter): depths[name] for name, parameter in model.named_parameters()}
+        groups = [
+            {"params": [parameter for parameter in group["params"] if depth_of[id(parameter)] == depth]}
+            | {"weight_decay": group["weight_decay"], _SCALE: config.layer_decay ** (last - depth)}
+            for group in groups
+            for depth in range(last + 1)
+        ]
     return [group for group in groups if group["params"]]
 
 
+# Key of a parameter group: what the learning rate of the run is multiplied by.
+_SCALE = "learning_rate_scale"
 # A narrower matrix (a router, a gate) is a handful of vectors; there is nothing to orthogonalize.
 _SMALLEST_MATRIX = 16
 _BUILDERS = {"adamw": _build_adamw, "muon": _build_muon, "sgd": _build_sgd}

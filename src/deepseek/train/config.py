@@ -56,6 +56,9 @@ class TrainConfig(Config):
     """A safetensors file or a model folder with weights for a model that `init` names, torchvision's for example."""
     init_settings: dict[str, JsonValue] = Field(default_factory=dict)
     """Settings of a model that `init` names which are changed: {"width": 16}."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters, or of modules, that stay as they are: [embed, "layers.[0-3]"]; batch norms in them keep
+    their statistics."""
     model: DecoderConfig = DecoderConfig()
     """Shape of a decoder that begins with random weights; not read where `init` is given."""
     data: DataSettings = DataConfig()

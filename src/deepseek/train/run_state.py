@@ -28,6 +28,7 @@ from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.mixed_precision.amp_levels import choose_level
 from deepseek.mixed_precision.dynamic import DynamicPrecision
 from deepseek.mixed_precision.forward_precision import Precision, autocast, choose_precision
+from deepseek.nn.freezing import freeze_
 from deepseek.optim.clipping import FixedBound, GradientBound
 from deepseek.optim.learning_rates import scale_learning_rate
 from deepseek.optim.optimizers import build_optimizer
@@ -121,7 +122,10 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
     device = open_device(config.device)
     data = task.open_data(folder)
     _seed(config.seed)
-    model = task.build_model(data).to(device).train()
+    model = task.build_model(data)
+    if config.freeze:
+        freeze_(model, config.freeze)
+    model.to(device).train()
     learning_rate = scale_learning_rate(
         config.sequences_per_step,
         base=config.optimizer.base_learning_rate,
