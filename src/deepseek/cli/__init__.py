@@ -166,7 +166,9 @@ def _explain(error: BaseException) -> str:
             "spaces is quoted, and --help lists what there is"
         )
     if isinstance(error, UnknownOptionError) and error.command_chain and error.command_chain[0] == "train":
-        return f"{error} Settings of a run are given as --set KEY=VALUE, and --show lists them."
+        from deepseek.cli.verbs.train import explain_option
+
+        return explain_option(error.token.keyword or str(error.token.value))
     if isinstance(error, CycloptsError | DeepSeekError | Stopped):
         return str(error)
     if isinstance(error, KeyboardInterrupt):

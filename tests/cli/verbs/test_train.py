@@ -108,8 +108,12 @@ def test_the_folder_of_a_run_goes_on_with_more_steps_wherever_it_lies(call: Call
     [
         (("{tmp}",), "deepseek train decoder_tiny --set 'data.sources=["),
         (("{tmp}/run.yaml",), "write --config "),
-        (("decoder_tiny", "--folder", "x"), "Settings of a run are given as --set KEY=VALUE"),
-        (("decoder_tiny", "--steps", "5"), "Settings of a run are given as --set KEY=VALUE"),
+        (("decoder_tiny", "--folder", "x"), "--folder is a setting of the run; write --set folder=VALUE"),
+        (
+            ("decoder_tiny", "--steps", "5"),
+            "settings are given as --set KEY=VALUE: unknown setting 'steps'; did you mean",
+        ),
+        (("decoder_tiny", "--accum-steps=5"), "write --set accum_steps=VALUE"),
         (("--task", "casual_lm"), "causal_lm"),
         (
             ("--task", "no_such_module:Task"),
