@@ -182,3 +182,33 @@ def steps_by_number(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Return the optimizer steps among `events`, in order; of one that a killed process had done already, the later."""
     steps = {event["step"]: event for event in events if event["kind"] == "step_done"}
     return dict(sorted(steps.items()))
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """What a run has measured, by step."""
+
+    unit: str
+    """What losses are a mean over, in the plural."""
+    losses: dict[int, float]
+    """Mean training loss per unit."""
+    heldout_losses: dict[int, float]
+    metrics: dict[str, dict[int, float]]
+    """What the task measures besides, by name."""
+
+
+def read_curves(events: list[dict[str, Any]]) -> RunCurves:
+    """Read the curves of a run from its events; of steps that were done twice, the later ones."""
+    started = [event for event in events if event["kind"] == "run_started"]
+    evaluations = {event["step"]: event for event in events if event["kind"] == "evaluated"}
+    evaluations = dict(sorted(evaluations.items()))
+    names = dict.fromkeys(name for event in evaluations.values() for name in event["metrics"])
+    return RunCurves(
+        unit=started[-1]["unit"] if started else "units",
+        losses={step: event["loss"] for step, event in steps_by_number(events).items()},
+        heldout_losses={step: event["heldout_loss"] for step, event in evaluations.items()},
+        metrics={
+            name: {step: event["metrics"][name] for step, event in evaluations.items() if name in event["metrics"]}
+            for name in names
+        },
+    )

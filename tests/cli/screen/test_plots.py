@@ -8,7 +8,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from deepseek.cli.screen.plots import plot_loss, print_loss
+from deepseek.cli.screen.plots import plot_curves, plot_loss, print_curves
+from deepseek.train.events import RunCurves
 
 REPORT: dict[str, Any] = {
     "train": {"heldout_loss": 3.7},
@@ -28,9 +29,21 @@ def test_the_image_changes_with_the_losses_and_only_with_them(tmp_path: Path) ->
 
 @pytest.mark.parametrize("width", [40, 200])
 def test_the_curve_fits_its_terminal_and_names_its_ends(capsys: pytest.CaptureFixture[str], width: int) -> None:
-    print_loss({1: 8.25, 50: 4.5, 100: 3.75}, width=width)
+    print_curves(RunCurves("tokens", {1: 8.25, 50: 4.5, 100: 3.75}, {}, {}), width=width)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= min(width, 78)
     assert lines[1].startswith("8.25")
     assert "3.75" in "".join(line[:6] for line in lines)
     assert any("100.0" in line for line in lines[-3:])
+
+
+def test_metrics_are_drawn_below_the_losses_and_beside_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    losses, heldout = {1: 8.25, 50: 4.5, 100: 3.75}, {50: 5.0, 100: 4.0}
+    curves = RunCurves("images", losses, heldout, {"accuracy": {50: 0.5, 100: 0.75}})
+    print_curves(curves, width=78)
+    text = capsys.readouterr().out
+    assert "held out" in text and "mean over images" in text and "accuracy" in text and "0.75" in text
+    plot_curves(curves, tmp_path / "with.png")
+    plot_curves(RunCurves("images", losses, heldout, {}), tmp_path / "without.png")
+    sizes = [matplotlib.image.imread(tmp_path / name).shape[:2] for name in ("with.png", "without.png")]
+    assert sizes == [(540, 1440), (540, 840)]

@@ -43,6 +43,7 @@ def test_a_folder_holds_the_run_and_nothing_else(trained: Finished) -> None:
         "data",
         "checkpoints",
         "config.yaml",
+        "curves.png",
         "events.jsonl",
         "model",
     }

@@ -1,4 +1,4 @@
-"""The loss of a run as an image and as characters, and the timeline of a pipeline as an image."""
+"""The curves of a run as an image and as characters, and the timeline of a pipeline as an image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from deepseek.core.storage import write_file
 if TYPE_CHECKING:
     from deepseek.planning.estimate.simulation import Timeline
     from deepseek.planning.scaling import ScalingCurve
+    from deepseek.train.events import RunCurves
 
 # The passes of a pipeline's timeline.
 COLORS = {"forward": "#4c78a8", "backward": "#f58518", "weight": "#54a24b"}
@@ -39,16 +40,49 @@ def plot_loss(losses: dict[int, float], report: dict[str, Any], path: Path) -> N
     write_file(path, image.getvalue())
 
 
-def print_loss(losses: dict[int, float], *, width: int) -> None:
-    """Print the training loss by step in a terminal of `width` columns."""
+def print_curves(curves: RunCurves, *, width: int) -> None:
+    """Print the losses by step in a terminal of `width` columns, and the metrics where there is more than one value."""
+    loss = {"training": curves.losses, "held out": curves.heldout_losses}
+    _print_lines(loss, f"loss, mean over {curves.unit}", width=width)
+    metrics = {name: values for name, values in curves.metrics.items() if len(values) > 1}
+    if metrics:
+        _print_lines(metrics, "held out", width=width)
+
+
+def _print_lines(lines: dict[str, dict[int, float]], label: str, *, width: int) -> None:
     plot = require("plotext", extra="train")
     plot.clear_figure()
     plot.theme("clear")
-    plot.plot(list(losses), list(losses.values()), marker="braille")
+    shown = {name: values for name, values in lines.items() if len(values) > 1}
+    # Each line has a marker of its own, since there are no colors; one alone needs no legend.
+    for (name, values), marker in zip(shown.items(), ("braille", "*", "o", "+", "x") * len(shown), strict=False):
+        plot.plot(list(values), list(values.values()), marker=marker, label=name if len(shown) > 1 else None)
     plot.plotsize(min(78, width), 16)
     plot.xlabel("optimizer step")
-    plot.ylabel("training loss, nats per token")
+    plot.ylabel(label if len(shown) > 1 else f"{next(iter(shown))} {label}")
     sys.stdout.write(plot.uncolorize(plot.build()) + "\n")
+
+
+def plot_curves(curves: RunCurves, path: Path) -> None:
+    """Write a PNG of the losses by step and, beside them, of the metrics that were measured."""
+    require("matplotlib", extra="train")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12 if curves.metrics else 7, 4.5), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if curves.metrics else 1, squeeze=False)[0]
+    axes.plot(list(curves.losses), list(curves.losses.values()), linewidth=1, label="training")
+    axes.plot(list(curves.heldout_losses), list(curves.heldout_losses.values()), marker="o", label="held out")
+    axes.set(xlabel="optimizer step", ylabel=f"loss, mean over {curves.unit}")
+    for other in beside:
+        for name, values in curves.metrics.items():
+            other.plot(list(values), list(values.values()), marker="o", label=name)
+        other.set(xlabel="optimizer step", ylabel="held out")
+    for panel in (axes, *beside):
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False)
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_file(path, image.getvalue())
 
 
 def plot_scaling(curves: Sequence[ScalingCurve], path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from deepseek.cli.screen.plots import plot_loss, print_loss
+from deepseek.cli.screen.plots import plot_loss, print_curves
 from deepseek.cli.screen.tables import show_table
 from deepseek.core.units import format_count, format_seconds
+from deepseek.train.events import RunCurves
 
 
 def show_summary(report: dict[str, Any], losses: dict[int, float], folder: Path, *, as_json: bool) -> None:
@@ -18,7 +19,7 @@ def show_summary(report: dict[str, Any], losses: dict[int, float], folder: Path,
     plot_loss(losses, report, folder / "loss.png")
     if as_json:
         return
-    print_loss(losses, width=Console().width)
+    print_curves(RunCurves("tokens", losses, {}, {}), width=Console().width)
     first_step = report["train"]["first_step"]
     wall_time = f"wall time, from step {first_step} on" if first_step else "wall time"
     train, baseline, int8, serve = report["train"], report["baseline"], report["int8"], report["serve"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deepseek.train.task import Task
 
 EVENTS_FILE = "events.jsonl"
+CURVES_FILE = "curves.png"
 
 
 def train(
@@ -66,20 +67,23 @@ def train(
     keep_freed_memory()
     events_file = Path(settings.folder) / EVENTS_FILE
     follow(run(settings, task=own_task), file=events_file, as_json=json)
-    if not json and has_library("plotext"):
-        _draw_loss(events_file)
+    _draw_curves(events_file, is_shown=not json)
 
 
-def _draw_loss(events_file: Path) -> None:
-    """The loss of the whole run in the terminal, whichever processes did its steps."""
+def _draw_curves(events_file: Path, *, is_shown: bool) -> None:
+    """The losses and metrics of the whole run, whichever processes did its steps: in its folder and on the screen."""
     from rich.console import Console
 
-    from deepseek.cli.screen.plots import print_loss
-    from deepseek.train.events import read_events, steps_by_number
+    from deepseek.cli.screen.plots import plot_curves, print_curves
+    from deepseek.train.events import read_curves, read_events
 
-    losses = {number: step["loss"] for number, step in steps_by_number(read_events(events_file)).items()}
-    if len(losses) > 1:
-        print_loss(losses, width=Console().width)
+    curves = read_curves(read_events(events_file))
+    if len(curves.losses) < 2:
+        return
+    if has_library("matplotlib"):
+        plot_curves(curves, events_file.parent / CURVES_FILE)
+    if is_shown and has_library("plotext"):
+        print_curves(curves, width=Console().width)
 
 
 def _print_settings(settings: TrainConfig, *, as_json: bool) -> None:
