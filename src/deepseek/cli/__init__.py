@@ -166,7 +166,7 @@ def _explain(error: BaseException) -> str:
             "spaces is quoted, and --help lists what there is"
         )
     if isinstance(error, UnknownOptionError) and error.command_chain and error.command_chain[0] == "train":
-        from deepseek.cli.verbs.train import explain_option
+        from deepseek.cli.run_options import explain_option
 
         return explain_option(error.token.keyword or str(error.token.value))
     if isinstance(error, CycloptsError | DeepSeekError | Stopped):
