@@ -10,7 +10,6 @@ import torch
 from deepseek.artifact.reading import open_artifact
 from deepseek.core.errors import ConfigError
 from deepseek.train import train
-from deepseek.train.events import read_curves
 from deepseek.train.tasks import TASKS, find_task
 from tests.train.own_task import NUM_POINTS, Line, configure
 
@@ -44,13 +43,3 @@ def test_a_task_is_named_in_a_config_with_or_without_settings() -> None:
     assert config.override({"task": "causal_lm"}) == config.override({"task": {"kind": "causal_lm"}}) == config
     with pytest.raises(ConfigError, match="task"):
         config.override({"task": "causal"})
-
-
-def test_the_curves_of_a_run_are_read_from_its_events(tmp_path: Path) -> None:
-    events = [event.to_dict() for event in train(configure(tmp_path, evaluate_every=10), task=Line)]
-    curves = read_curves(events)
-    assert curves.unit == "points"
-    assert list(curves.losses) == list(range(1, 31))
-    evaluated = [event for event in events if event["kind"] == "evaluated"]
-    assert curves.heldout_losses == {event["step"]: event["heldout_loss"] for event in evaluated}
-    assert list(curves.metrics["distance"]) == [10, 20, 30]
