@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import pytest
 import yaml
@@ -394,3 +394,34 @@ def test_an_error_shows_no_more_of_a_value_than_one_reads(tmp_path):
     with pytest.raises(ConfigError) as caught:
         Small.from_dict({"number": many})
     assert len(str(caught.value)) < 10_000
+
+
+class Clipped(Config):
+    class Below(Config):
+        bound: float = 1.0
+        name: str = "a"
+
+    other_names: ClassVar = {"old_bound": "below.bound"}
+    below: Below = Below()
+
+
+def test_another_name_of_a_setting_is_read_in_every_way_a_config_is_made(tmp_path):
+    (tmp_path / "a.yaml").write_text("old_bound: 3\nbelow: {name: b}\n")
+    read = Clipped.from_file(tmp_path / "a.yaml")
+    assert (read.below.bound, read.below.name) == (3.0, "b")
+    assert Clipped(old_bound=3.0, below=Clipped.Below(name="b")) == read
+    assert Clipped.from_dict(read.to_dict()) == read and "old_bound" not in read.to_dict()
+    assert read.override({"old_bound": 4}).below == Clipped.Below(bound=4, name="b")
+
+
+@pytest.mark.parametrize("below", [{"bound": 2.0}, Clipped.Below(bound=2.0), Clipped.Below(bound=1.0)])
+def test_both_names_of_one_setting_are_refused(below):
+    with pytest.raises(ConfigError, match=r"old_bound and below\.bound are two names of one setting"):
+        Clipped(old_bound=3.0, below=below)
+    with pytest.raises(ConfigError, match="two names of one setting"):
+        Clipped().override({"old_bound": 1, "below.bound": 1})
+
+
+def test_a_value_under_another_name_is_checked_like_any():
+    with pytest.raises(ConfigError, match=r"setting 'below\.bound' is 'wide'"):
+        Clipped(old_bound="wide")

@@ -1,13 +1,15 @@
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deepseek.core.errors import TrainingError
-from deepseek.optim.clipping import clip_gradients_
+from deepseek.core.errors import ConfigError, TrainingError
+from deepseek.optim.clipping import AdaptiveBound, FixedBound, build_bound, clip_gradients_
 
 
 def make_parameters(sizes, scale=1.0, seed=0):
@@ -75,3 +77,45 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_is_left_to_be_looked_at(
         clip_gradients_(parameters, max_norm)
     for each, other in zip(parameters, before, strict=True):
         torch.testing.assert_close(each.grad, other, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(deadline=None)
+@given(
+    norms=st.lists(st.floats(0, 1e3), min_size=1, max_size=40),
+    percentile=st.floats(1, 100),
+    window=st.integers(1, 12),
+    max_norm=st.none() | st.floats(0.1, 10),
+)
+def test_an_adaptive_bound_is_numpys_percentile_of_the_last_norms(norms, percentile, window, max_norm):
+    bound = build_bound(max_norm, percentile, window)
+    for number, norm in enumerate(norms, start=1):
+        last = norms[max(0, number - window) : number]
+        limit = float(np.percentile(last, percentile, method="inverted_cdf"))
+        limit = min(limit or math.inf, math.inf if max_norm is None else max_norm)
+        assert norm * bound.factor(1.0, norm) == pytest.approx(min(norm, limit), rel=1e-9)
+
+
+def test_an_adaptive_bound_goes_on_from_its_state():
+    whole, begun = AdaptiveBound(80, window=5), AdaptiveBound(80, window=5)
+    norms = [1.0, 4.0, 2.0, 8.0, 1.0, 0.5, 3.0, 9.0]
+    expected = [whole.factor(1.0, norm) for norm in norms]
+    first = [begun.factor(1.0, norm) for norm in norms[:4]]
+    resumed = AdaptiveBound(80, window=5)
+    resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    assert first + [resumed.factor(1.0, norm) for norm in norms[4:]] == expected
+    resumed.load_state_dict(FixedBound(1.0).state_dict())
+    assert resumed.factor(1.0, 100.0) == 1.0
+
+
+def test_without_a_percentile_the_bound_is_fixed():
+    assert build_bound(2.0, None).factor(1.0, 8.0) == 0.25
+    assert build_bound(None, None).factor(1.0, 8.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("percentile", "window", "reason"),
+    [(0, 5, "percentile is 0"), (101, 5, "percentile is 101"), (50, 0, "window is 0")],
+)
+def test_an_adaptive_bound_refuses_what_is_no_percentile_or_window(percentile, window, reason):
+    with pytest.raises(ConfigError, match=reason):
+        AdaptiveBound(percentile, window=window)

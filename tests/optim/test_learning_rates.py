@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek.core.errors import ConfigError
 from deepseek.optim.learning_rates import scale_learning_rate, schedule_factor
+from deepseek.optim.optimizers import OptimizerConfig
 
 runs = {
     "num_steps": st.integers(1, 200),
@@ -75,3 +77,9 @@ def test_the_rule_is_linear_in_the_batch(batch_size, base, reference):
 
 def test_the_usual_rule_is_5e_4_for_256_sequences():
     assert [scale_learning_rate(size) for size in (128, 256, 1024)] == pytest.approx([2.5e-4, 5e-4, 2e-3])
+
+
+def test_wsd_is_the_trapezoid():
+    assert OptimizerConfig(schedule="wsd") == OptimizerConfig(schedule="trapezoid")
+    with pytest.raises(ConfigError, match="schedule"):
+        OptimizerConfig(schedule="wsdd")

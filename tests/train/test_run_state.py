@@ -47,3 +47,26 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(CheckpointError, match=r"optimizer\.weight_decay was 0\.0 and is 0\.5"):
         run(tmp_path, **{"optimizer.weight_decay": 0.5})
+
+
+# Settings whose features keep something from step to step.
+FEATURES = {
+    "adaptive clipping": {"optimizer.adaptive_clip": 60, "optimizer.adaptive_clip_window": 5},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_run_that_was_stopped_becomes_equal_with_everything_that_has_a_memory(feature: str, tmp_path: Path) -> None:
+    common = {"evaluate_every": 7, "optimizer.grad_clip": None}
+    changes = common | FEATURES[feature]
+    run(tmp_path / "plain", **common)
+    run(tmp_path / "whole", **changes)
+    for last in (6, 7, 13):  # within a window, at an evaluation, and after one
+        for event in (events := train(configure(tmp_path / "parts", **changes), task=Line)):
+            if event.kind == "step_done" and event.step == last:
+                events.close()
+                break
+    run(tmp_path / "parts", **changes)
+    assert_same_model(tmp_path / "whole", tmp_path / "parts")
+    plain, whole = (open_artifact(tmp_path / name / "model").tensors() for name in ("plain", "whole"))
+    assert not torch.equal(plain["2.weight"], whole["2.weight"])  # the feature is at work

@@ -25,10 +25,10 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
 from deepseek.core.errors import ConfigError
@@ -52,12 +52,35 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Names that settings have elsewhere, each with the dotted name it stands for; they are read and never written."""
+
     def __init__(self, **values: Any) -> None:
         with _explained(type(self)):
             super().__init__(**values)
 
     # pydantic then validates nested configs itself, so that an error deep inside knows the whole path to its key.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_other_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not cls.other_names.keys() & values.keys():
+            return values
+        read = {name: value for name, value in values.items() if name not in cls.other_names}
+        for other in cls.other_names.keys() & values.keys():
+            *parents, last = cls.other_names[other].split(".")
+            holder = read
+            for parent in parents:
+                below = holder.get(parent, {})
+                holder[parent] = below.to_dict() if isinstance(below, Config) else dict(below)
+                if isinstance(below, Config) and last not in below.model_fields_set:
+                    holder[parent].pop(last, None)
+                holder = holder[parent]
+            if last in holder:
+                raise ConfigError(_explain_twice(other, cls.other_names[other]))
+            holder[last] = values[other]
+        return read
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -76,6 +99,10 @@ class Config(BaseModel):
 
     def override(self, changes: Mapping[str, Any]) -> Self:
         """A copy with dotted keys changed: `config.override({"model.num_layers": 4})`."""
+        for other in self.other_names.keys() & changes.keys():
+            if self.other_names[other] in changes:
+                raise ConfigError(_explain_twice(other, self.other_names[other]))
+        changes = {self.other_names.get(key, key): value for key, value in changes.items()}
         kinds = _find_kinds(type(self), changes)
         values = self.to_dict()
         for name, kind in kinds.items():
@@ -109,6 +136,10 @@ def _find_kinds(config: type[BaseModel], changes: Mapping[str, Any]) -> dict[str
                 raise ConfigError(explain_unknown(f"kind of {name}", kind, known))
             chosen[name] = kind
     return chosen
+
+
+def _explain_twice(other: str, name: str) -> str:
+    return f"{other} and {name} are two names of one setting and both are given; give one of them"
 
 
 def _list_defaults(config: type[BaseModel]) -> dict[str, Any]:

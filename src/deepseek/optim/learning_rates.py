@@ -15,6 +15,14 @@ REFERENCE_BATCH_SIZE = 256
 Schedule = Literal["constant", "linear", "cosine", "trapezoid"]
 
 
+_OTHER_NAMES = {"wsd": "trapezoid"}
+
+
+def read_schedule(name: object) -> object:
+    """Return the name of a schedule as it is known here: warm-up, stable, decay (`wsd`) is a trapezoid."""
+    return _OTHER_NAMES.get(name, name) if isinstance(name, str) else name
+
+
 def scale_learning_rate(
     batch_size: int, *, base: float = BASE_LEARNING_RATE, reference_batch_size: int = REFERENCE_BATCH_SIZE
 ) -> float:

@@ -11,16 +11,17 @@ On the quickstart's run it is worth more than twice the steps: see docs/log.md.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import nn
 
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
+from deepseek.optim.clipping import CLIP_WINDOW
 from deepseek.optim.layer_depths import find_depths
-from deepseek.optim.learning_rates import BASE_LEARNING_RATE, REFERENCE_BATCH_SIZE, Schedule
+from deepseek.optim.learning_rates import BASE_LEARNING_RATE, REFERENCE_BATCH_SIZE, Schedule, read_schedule
 
 
 class OptimizerConfig(Config):
@@ -44,9 +45,15 @@ class OptimizerConfig(Config):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of SGD."""
     grad_clip: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient; none does not clip."""
-    schedule: Schedule = "cosine"
-    """Shape of the learning rate over the run."""
+    """Largest norm of the whole gradient, 0.5 to 2.0 as a rule; none does not clip. A run also reads it as
+    `ds_grad_clip`."""
+    adaptive_clip: float | None = Field(default=None, gt=0, le=100)
+    """Percentile of the last norms that a larger gradient is scaled to, 90 for example; `grad_clip` stays the upper
+    bound. None clips by `grad_clip` alone."""
+    adaptive_clip_window: int = Field(default=CLIP_WINDOW, ge=1)
+    """Steps whose norms count as the last ones."""
+    schedule: Annotated[Schedule, BeforeValidator(read_schedule)] = "cosine"
+    """Shape of the learning rate over the run; `wsd` (warm-up, stable, decay) is another name for `trapezoid`."""
     warmup_steps: int = Field(default=20, ge=0)
     """Optimizer steps of linear warm-up."""
     final_factor: float = Field(default=0.0, ge=0, le=1)

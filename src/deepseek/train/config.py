@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -41,6 +41,8 @@ class StoppingConfig(Config):
 
 class TrainConfig(Config):
     """One training run."""
+
+    other_names: ClassVar[Mapping[str, str]] = {"ds_grad_clip": "optimizer.grad_clip"}
 
     folder: str = "runs/train"
     """Folder of the run; data caches, checkpoints, events and the finished model go there."""

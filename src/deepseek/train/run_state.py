@@ -29,7 +29,7 @@ from deepseek.mixed_precision.amp_levels import choose_level
 from deepseek.mixed_precision.dynamic import DynamicPrecision
 from deepseek.mixed_precision.forward_precision import Precision, autocast, choose_precision
 from deepseek.nn.freezing import freeze_
-from deepseek.optim.clipping import FixedBound, GradientBound
+from deepseek.optim.clipping import GradientBound, build_bound
 from deepseek.optim.learning_rates import scale_learning_rate
 from deepseek.optim.optimizers import build_optimizer
 from deepseek.train.config import TrainConfig
@@ -143,7 +143,7 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
         data,
         model,
         optimizer,
-        FixedBound(config.optimizer.grad_clip),
+        build_bound(config.optimizer.grad_clip, config.optimizer.adaptive_clip, config.optimizer.adaptive_clip_window),
         precision,
         learning_rate,
         best=BestMetric(config.stopping.metric in task.lower_is_better, config.stopping.min_change),
