@@ -28,7 +28,7 @@ from deepseek.compat.generations import load_table
 from deepseek.compat.migration.rules import load_rules
 from deepseek.compress.quality import Comparison
 from deepseek.core.config import Config
-from deepseek.data.config import AugmentationConfig, DataConfig, ImagesConfig, SamplesConfig
+from deepseek.data.config import AugmentationConfig, DataConfig, ImagesConfig, SamplesConfig, TableConfig
 from deepseek.data.token_cache import CacheManifest, StoredFile
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.models.mobilenet_v3.model import MobileNetV3Config
@@ -42,7 +42,15 @@ from deepseek.nn.rotary import RopeScaling
 from deepseek.optim.optimizers import OptimizerConfig
 from deepseek.serve.config import EngineConfig, ServeConfig
 from deepseek.train.config import StoppingConfig, TrainConfig
-from deepseek.train.task_settings import CausalLMSettings, ImageClassificationSettings
+from deepseek.train.task_settings import (
+    CausalLMSettings,
+    DistillationSettings,
+    ImageClassificationSettings,
+    MaskedLMSettings,
+    QuestionAnsweringSettings,
+    SentenceEmbeddingSettings,
+    SequenceClassificationSettings,
+)
 
 # Its neighbor is found also when this file is loaded by its path, as a test does.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -65,8 +73,14 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("Text as data", DataConfig, "data."),
     ("Samples as data", SamplesConfig, "data."),
     ("Images as data", ImagesConfig, "data."),
+    ("Tables as data", TableConfig, "data."),
     ("Their augmentation", AugmentationConfig, "data.augmentation."),
     ("The task of language models", CausalLMSettings, "task."),
+    ("The task of masked language models", MaskedLMSettings, "task."),
+    ("The task of text classifiers", SequenceClassificationSettings, "task."),
+    ("The task of question answering", QuestionAnsweringSettings, "task."),
+    ("The task of sentence encoders", SentenceEmbeddingSettings, "task."),
+    ("A task with a teacher", DistillationSettings, "task."),
     ("The task of image classifiers", ImageClassificationSettings, "task."),
     ("The optimizer", OptimizerConfig, "optimizer."),
     ("Loading a model", LoadConfig, ""),

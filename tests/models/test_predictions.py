@@ -277,6 +277,25 @@ def test_a_text_classifier_names_its_classes_with_the_probabilities_of_transform
         assert classes[0][1] >= classes[1][1]
 
 
+def test_a_regression_estimates_the_number_of_transformers_and_no_class(tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=30522, num_labels=1, problem_type="regression", **shape)
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "bert")
+    shutil.copy(minilm.find_folder() / "tokenizer.json", tmp_path / "bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm.find_folder())
+    loaded = load_model(tmp_path / "bert")
+    assert find_task(loaded.module) == "estimate"
+    for text, number in zip(TEXTS, loaded.estimate(TEXTS), strict=True):
+        with torch.inference_mode():
+            assert number == pytest.approx(float(model(**tokenizer(text, return_tensors="pt")).logits), abs=1e-5)
+    with pytest.raises(ConfigError, match="knows no classes; call estimate"):
+        loaded.classify(TEXTS)
+    with pytest.raises(ConfigError, match="estimates no number"):
+        load_model(minilm.find_folder()).estimate(TEXTS)
+
+
 class Mean(nn.Module):
     """One score for each channel: its mean over the image."""
 

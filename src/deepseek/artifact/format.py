@@ -5,6 +5,7 @@
       model.safetensors                 or model-00001-of-0000N.safetensors + model.safetensors.index.json
       config.json                       the Hugging Face config, where the architecture has one there
       tokenizer.json                    as the library `tokenizers` writes it
+      1_Pooling/config.json             how a sentence encoder pools, where sentence-transformers has it
 
 `write_artifact` makes one, `open_artifact` verifies and opens it. The manifest carries its own sha256, so one flipped
 byte anywhere in the folder is seen. `digest` names the model by its files alone: two folders with one digest hold the
@@ -32,6 +33,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.json"
+POOLING_NAME = "1_Pooling/config.json"
+"""Where sentence-transformers writes how an encoder pools, the one file below the folder."""
 
 _CHECKSUM_KEY = "manifest_sha256"
 
@@ -84,7 +87,7 @@ class Manifest(Description):
     @classmethod
     def _names_stay_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         for name in files:
-            if not is_plain_name(name):
+            if not is_inner_name(name):
                 raise ValueError(f"file name {name!r} leaves the artifact's folder; use a plain file name")
         return files
 
@@ -138,6 +141,15 @@ def is_plain_name(name: str) -> bool:
     (True, False, False)
     """
     return name not in ("", ".", "..") and PurePath(name).name == name and "\\" not in name and "\0" not in name
+
+
+def is_inner_name(name: str) -> bool:
+    """Return whether an artifact may have a file of that name: directly inside its folder, or `POOLING_NAME`.
+
+    >>> is_inner_name("1_Pooling/config.json"), is_inner_name("../model.safetensors"), is_inner_name("a/b")
+    (True, False, False)
+    """
+    return name == POOLING_NAME or is_plain_name(name)
 
 
 def _parse(content: bytes, source: str) -> dict[str, Any]:

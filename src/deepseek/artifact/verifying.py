@@ -26,9 +26,10 @@ _ADVICE = "convert it with `safetensors` in an environment you trust, and give t
 
 
 def measure_files(folder: Path, names: Collection[str] | None = None) -> dict[str, FileRecord]:
-    """Record size and checksum of every file in `folder`, or of those called `names`, by name."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and (names is None or path.name in names))
-    return {path.name: FileRecord(sha256=sha256_of(path), num_bytes=path.stat().st_size) for path in files}
+    """Record size and checksum of every file in `folder` and one folder below, or of those called `names`, by name."""
+    found = [*folder.iterdir(), *folder.glob("*/*")] if names is None else [folder / name for name in names]
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}
+    return {name: FileRecord(sha256=sha256_of(path), num_bytes=path.stat().st_size) for name, path in files.items()}
 
 
 def verify_files(folder: Path, records: Mapping[str, FileRecord]) -> None:

@@ -24,7 +24,7 @@ from deepseek.artifact.format import (
     WEIGHTS_NAME,
     Description,
     Manifest,
-    is_plain_name,
+    is_inner_name,
 )
 from deepseek.artifact.verifying import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, measure_files
 from deepseek.core.errors import ArtifactError, ConfigError
@@ -62,6 +62,7 @@ def write_artifact(
     with new_folder(folder) as temporary:
         _write_weights(temporary, tensors, max_shard_bytes)
         for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
         manifest = Manifest(
             **description.to_dict(),
@@ -161,7 +162,7 @@ def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
 
 def _refuse_names(files: Mapping[str, bytes]) -> None:
     for name in files:
-        if not is_plain_name(name):
+        if not is_inner_name(name):
             raise ArtifactError(f"file name {name!r} leaves the artifact's folder; give a plain file name")
         if name in (MANIFEST_NAME, INDEX_NAME) or name.endswith((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)):
             raise ArtifactError(f"file name {name!r} is kept for weights and the manifest; choose another name")

@@ -29,7 +29,10 @@ class DataConfig(Config):
     document_separator: str | None = Field(default=None, min_length=1)
     """Cuts plain text files into several documents, for example `<|endoftext|>`; a file is one document without it."""
     tokenizer: str | None = None
-    """A `tokenizer.json` or a folder that holds one; without it a byte-level BPE is trained on the training text."""
+    """A `tokenizer.json` or a folder that holds one; without it one is trained on the training text."""
+    tokenizer_kind: Literal["bpe", "wordpiece", "encoder_bpe"] = "bpe"
+    """Kind of the tokenizer that is trained: byte-level BPE for decoders (`bpe`), BERT's WordPiece in lower case
+    (`wordpiece`), or byte-level BPE with BERT's special tokens (`encoder_bpe`)."""
     vocab_size: int = Field(default=4096, ge=257)
     """Tokens of the tokenizer that is trained; unused when `tokenizer` is given."""
     batching: Literal["packed", "token_budget"] = "packed"
@@ -141,8 +144,44 @@ class ImagesConfig(SamplesConfig):
         return self.heldout_source is not None or self.heldout_fraction > 0
 
 
+class TableConfig(SamplesConfig):
+    """Rows with named columns, of texts and what is to be said about them; the task says which columns it reads."""
+
+    kind: Literal["table"] = "table"
+    """Kind of the data."""
+    sources: tuple[str, ...] = Field(min_length=1)
+    """CSV, TSV, JSONL, JSON or Parquet files, folders or globs of them, or URLs."""
+    heldout_sources: tuple[str, ...] = ()
+    """The same for the held-out rows; when empty, rows of `sources` are held out."""
+    heldout_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of rows that are held out, chosen by a hash of file and row number; unused with `heldout_sources`."""
+    tokenizer: str | None = None
+    """A `tokenizer.json` or a folder that holds one; without it that of the folder which training begins with, or one
+    that is trained on the training rows."""
+    tokenizer_kind: Literal["wordpiece", "encoder_bpe"] = "wordpiece"
+    """Kind of the tokenizer that is trained: BERT's WordPiece in lower case, or byte-level BPE with BERT's special
+    tokens."""
+    vocab_size: int = Field(default=4096, ge=6)
+    """Tokens of the tokenizer that is trained; unused where there is another."""
+    max_len: int = Field(default=128, ge=3)
+    """Tokens after which a text or pair is cut off."""
+    num_workers: int | None = Field(default=0, ge=0)
+    """Processes that put batches together; texts are tokenized before, so that this rarely pays."""
+
+    @field_validator("sources", "heldout_sources", mode="before")
+    @classmethod
+    def _list_one(cls, value: Any) -> Any:
+        """One source may be written without brackets."""
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether some rows are kept from training."""
+        return bool(self.heldout_sources) or self.heldout_fraction > 0
+
+
 DataSettings = Annotated[
-    DataConfig | ImagesConfig,
+    DataConfig | ImagesConfig | TableConfig,
     Field(discriminator="kind"),
     BeforeValidator(name_kind("text")),
 ]

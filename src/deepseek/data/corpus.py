@@ -16,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import DataError
@@ -34,8 +34,10 @@ from deepseek.data.tokenizing import (
     SETTINGS_FILE,
     TOKENIZER_FILE,
     Tokenizer,
+    TokenizerKind,
     load_tokenizer,
     save_tokenizer,
+    train_encoder_tokenizer,
     train_tokenizer,
 )
 
@@ -67,7 +69,7 @@ def prepare_data(config: DataConfig, folder: Path) -> Iterator[Event]:
     The held-out part comes first: it is small, and where it turns out empty no hours were spent before that is said.
     """
     train, heldout = open_corpora(config)
-    tokenizer, is_reused = _provide_tokenizer(config, train, folder / TOKENIZER_FOLDER)
+    tokenizer, is_reused = provide_tokenizer(config, train, folder / TOKENIZER_FOLDER)
     yield TokenizerReady(tokenizer.vocab_size, is_reused)
     held_out: set[bytes] = set()
     trained_on: dict[str, None] = {}
@@ -120,6 +122,16 @@ def _exclude_files(corpus: Corpus, heldout: Corpus) -> Corpus:
 
 
 @dataclass(frozen=True, eq=False)
+class _Texts:
+    """The texts of documents, to be read as often as needed."""
+
+    documents: Iterable[Document]
+
+    def __iter__(self) -> Iterator[str]:
+        return (document.text for document in self.documents)
+
+
+@dataclass(frozen=True, eq=False)
 class _Watched:
     """A corpus whose documents are shown to `watch` as they are read."""
 
@@ -136,16 +148,39 @@ def _digest(document: Document) -> bytes:
     return hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _provide_tokenizer(config: DataConfig, train: Corpus, folder: Path) -> tuple[Tokenizer, bool]:
+class TokenizerSettings(Protocol):
+    """Which tokenizer data have."""
+
+    @property
+    def tokenizer(self) -> str | None:
+        """A `tokenizer.json` or a folder that holds one; `None` has one trained."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the one that is trained."""
+
+    @property
+    def tokenizer_kind(self) -> TokenizerKind:
+        """Kind of the one that is trained."""
+
+
+def provide_tokenizer(config: TokenizerSettings, documents: Iterable[Document], folder: Path) -> tuple[Tokenizer, bool]:
     """Return the tokenizer that `config` names or wants trained, kept in `folder`, and whether it was there already."""
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         _keep(tokenizer, folder, origin={})
         return tokenizer, True
-    origin = {"documents_digest": digest_documents(train), "vocab_size": config.vocab_size}
+    kind = config.tokenizer_kind
+    origin = {"documents_digest": digest_documents(documents), "vocab_size": config.vocab_size}
+    if kind != "bpe":  # which is what folders without an entry hold
+        origin["kind"] = kind
     if kept := _find_kept(folder, origin):
         return kept, True
-    tokenizer = train_tokenizer((document.text for document in train), vocab_size=config.vocab_size)
+    texts = _Texts(documents)
+    if kind == "bpe":
+        tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
+    else:
+        tokenizer = train_encoder_tokenizer(texts, vocab_size=config.vocab_size, kind=kind)
     _keep(tokenizer, folder, origin)
     return tokenizer, False
 

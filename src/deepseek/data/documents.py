@@ -110,7 +110,7 @@ class SourceFile:
 
 def read_documents(file: SourceFile, *, text_field: str, separator: str | None) -> Iterator[Document]:
     """Yield the documents of `file`; raises `DataError` where it is damaged, and `NotTextError` where it is no text."""
-    with _explained_reading(file), _open(file) as stream:
+    with explained_reading(file), open_file(file) as stream:
         if file.kind in _TABLE_READERS:
             num_nulls = 0
             for document in _TABLE_READERS[file.kind](file, stream, text_field):
@@ -124,7 +124,7 @@ def read_documents(file: SourceFile, *, text_field: str, separator: str | None) 
 
 
 @contextmanager
-def _open(file: SourceFile) -> Iterator[IO[bytes]]:
+def open_file(file: SourceFile) -> Iterator[IO[bytes]]:
     """Open `file` without its compression; `NotTextError` for a zip of several files, which would lose all but one."""
     if file.path.lower().endswith(".zst"):
         arrow = require("pyarrow", extra="data")
@@ -267,20 +267,7 @@ def _inside(value: Any) -> Iterable[Any]:
 def _read_csv(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
     content = stream.read()
     decoded = decode(file.name, content)
-    _refuse_binary(file, decoded)
-    limit = csv.field_size_limit(len(decoded.text) + 1)
-    try:
-        lines = io.StringIO(decoded.text, newline="")
-        delimiter = _find_delimiter(lines, text_field, "\t" if file.kind == ".tsv" else ",")
-        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        names = list(table.fieldnames or ())
-        if names.count(text_field) > 1:
-            raise csv.Error(f"it has {names.count(text_field)} columns {text_field!r}")
-        rows = [_require_whole(row, number) for number, row in enumerate(table)] if text_field in names else []
-    except csv.Error as error:
-        raise DataError(f"{file.path} cannot be read as a table ({error}); mend it or leave it out") from error
-    finally:
-        csv.field_size_limit(limit)
+    names, rows = parse_csv(file, decoded, (text_field,))
     if text_field not in names:
         if names:
             _report_missing_field(file, names, text_field)
@@ -290,8 +277,32 @@ def _read_csv(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[
         yield replace(document, num_undecodable=decoded.num_undecodable if number == 0 else 0)
 
 
-def _find_delimiter(lines: io.StringIO, text_field: str, usual: str) -> str:
-    """Return what separates the cells: of a line `sep=;`, which is passed, else whatever makes `text_field` a name.
+def parse_csv(file: SourceFile, document: Document, columns: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns of a CSV or TSV file and its rows; no rows where one of `columns` is not among them.
+
+    Raises `DataError` for a row with too few or too many cells and for a column of `columns` that stands there twice.
+    """
+    _refuse_binary(file, document)
+    limit = csv.field_size_limit(len(document.text) + 1)
+    try:
+        lines = io.StringIO(document.text, newline="")
+        delimiter = _find_delimiter(lines, next(iter(columns), None), "\t" if file.kind == ".tsv" else ",")
+        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        names = list(table.fieldnames or ())
+        for column in columns:
+            if names.count(column) > 1:
+                raise csv.Error(f"it has {names.count(column)} columns {column!r}")
+        if not set(columns) <= set(names):
+            return names, []
+        return names, [_require_whole(row, number) for number, row in enumerate(table)]
+    except csv.Error as error:
+        raise DataError(f"{file.path} cannot be read as a table ({error}); mend it or leave it out") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _find_delimiter(lines: io.StringIO, column: str | None, usual: str) -> str:
+    """Return what separates the cells: of a line `sep=;`, which is passed, else whatever makes `column` a name.
 
     Spreadsheets write semicolons where a comma is the decimal point.
     """
@@ -300,7 +311,7 @@ def _find_delimiter(lines: io.StringIO, text_field: str, usual: str) -> str:
         return stated[1]
     lines.seek(0)
     for delimiter in (usual, ",", ";", "\t", "|"):
-        if text_field in next(csv.reader([head], delimiter=delimiter), []):
+        if column in next(csv.reader([head], delimiter=delimiter), []):
             return delimiter
     return usual
 
@@ -326,16 +337,35 @@ def _report_table(file: SourceFile, problem: str) -> None:
 
 
 def _read_parquet(file: SourceFile, stream: IO[bytes], text_field: str) -> Iterator[Document]:
+    names, rows = open_parquet(file, stream, (text_field,))
+    if text_field not in names:
+        _text_of(dict.fromkeys(names), text_field, file.path)
+    for number, row in enumerate(rows):
+        yield _document_of(f"{file.name}:{number}", row, text_field, f"{file.path} row {number}")
+
+
+def open_parquet(
+    file: SourceFile, stream: IO[bytes], columns: Sequence[str]
+) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    """Return the columns of a Parquet file, and its rows with those of `columns` that it has."""
     parquet = require("pyarrow.parquet", extra="data")
+    with _explained_parquet(file):
+        table = parquet.ParquetFile(stream)
+        names = list(table.schema_arrow.names)
+    return names, _iterate_parquet(file, table, [column for column in columns if column in names])
+
+
+def _iterate_parquet(file: SourceFile, table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    with _explained_parquet(file):
+        for batch in table.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def _explained_parquet(file: SourceFile) -> Iterator[None]:
     arrow = require("pyarrow", extra="data")
     try:
-        table = parquet.ParquetFile(stream)
-        columns = dict.fromkeys(table.schema_arrow.names)
-        if text_field not in columns:
-            _text_of(columns, text_field, file.path)
-        values = (value.as_py() for batch in table.iter_batches(columns=[text_field]) for value in batch.column(0))
-        for row, value in enumerate(values):
-            yield _document_of(f"{file.name}:{row}", {text_field: value}, text_field, f"{file.path} row {row}")
+        yield
     except arrow.ArrowException as error:
         raise DataError(f"{file.path} cannot be read as Parquet ({error}); write it again or leave it out") from error
 
@@ -359,7 +389,8 @@ def _text_of(values: dict[str, Any], text_field: str, where: str) -> str:
 
 
 @contextmanager
-def _explained_reading(file: SourceFile) -> Iterator[None]:
+def explained_reading(file: SourceFile) -> Iterator[None]:
+    """Raise `DataError` with the name of `file` for whatever reading it runs into."""
     try:
         yield
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, RecursionError) as error:

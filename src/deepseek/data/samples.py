@@ -57,6 +57,21 @@ class SampleSource(Protocol[S_co]):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class SampleList(Generic[S]):
+    """Samples that are in memory, and are not augmented."""
+
+    samples: Sequence[S]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int, random: np.random.Generator | None) -> S:
+        """Return the sample."""
+        return self.samples[index]
+
+
 class SampleLoader(Generic[S, B]):
     """Batches without end, with a position that can be saved and restored."""
 

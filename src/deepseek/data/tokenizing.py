@@ -21,14 +21,14 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from deepseek.artifact.reading import is_artifact, read_manifest
 from deepseek.core.errors import ConfigError, DataError
@@ -36,17 +36,27 @@ from deepseek.core.model_folder import GENERATION_FILE, TOKENIZER_SETTINGS_FILE,
 from deepseek.core.storage import write_file
 
 END_OF_TEXT = "<|endoftext|>"
+ENCODER_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+"""Special tokens of the tokenizers that are trained for encoders, numbered from 0 in this order, as BERT's are."""
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = TOKENIZER_SETTINGS_FILE
 TEMPLATE_FILE = "chat_template.jinja"
 
+EncoderKind = Literal["wordpiece", "encoder_bpe"]
+TokenizerKind = Literal["bpe", EncoderKind]
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _MAX_TOKENIZER_BYTES = 512 << 20  # the largest vocabularies in use take about 40 MB
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # How tokenizers were saved before there was tokenizer.json.
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
 # Asked in this order of a tokenizer.json that lies alone, without the settings that would name its end token.
-_USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>")
+_USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "[SEP]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +245,68 @@ def train_tokenizer(
             f"the texts yield {found} tokens, not vocab_size={vocab_size}; more text finds more", stacklevel=2
         )
     return Tokenizer(backend, eos_token=special_tokens[0])
+
+
+def train_encoder_tokenizer(texts: Iterable[str], *, vocab_size: int, kind: EncoderKind = "wordpiece") -> Tokenizer:
+    """Train a tokenizer with BERT's special tokens, which puts `[CLS] text [SEP]` or `[CLS] text [SEP] pair [SEP]`.
+
+    `wordpiece` is BERT's (Devlin et al. 2018): lower case, without accents, words cut into pieces that `##` continues.
+    `encoder_bpe` is the byte-level BPE of `train_tokenizer`, which loses nothing of a text. Raises `ConfigError` where
+    `vocab_size` has no room for the special tokens and the letters, and warns when `texts` are too few for it.
+
+    >>> tokenizer = train_encoder_tokenizer(["walk walking walked"] * 9, vocab_size=28)
+    >>> [tokenizer.backend.id_to_token(number) for number in tokenizer.encode("Walked", add_special_tokens=True)]
+    ['[CLS]', 'walk', '##ed', '[SEP]']
+    """
+    names = list(ENCODER_TOKENS.values())
+    if kind == "encoder_bpe":
+        backend = train_tokenizer(texts, vocab_size=vocab_size, special_tokens=names).backend
+    else:
+        if vocab_size <= len(names):
+            raise ConfigError(f"vocab_size={vocab_size} has no room beside {len(names)} special tokens; raise it")
+        backend = _train_wordpiece(texts, vocab_size, names)
+        if (found := backend.get_vocab_size()) < vocab_size:
+            warnings.warn(
+                f"the texts yield {found} tokens, not vocab_size={vocab_size}; more text finds more", stacklevel=2
+            )
+    begin, end = ENCODER_TOKENS["cls_token"], ENCODER_TOKENS["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        pair=f"{begin} $A {end} $B:1 {end}:1",
+        special_tokens=[(token, names.index(token)) for token in (begin, end)],
+    )
+    return Tokenizer(backend, eos_token=end, bos_token=begin, special_tokens=ENCODER_TOKENS)
+
+
+def _train_wordpiece(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> tokenizers.Tokenizer:
+    """Train BERT's WordPiece, the same every time.
+
+    The library numbers the letters that continue a word in the order of a hash table, another in every run, and among
+    pairs that are equally frequent the numbers decide. So it is asked twice: for the letters alone, and, with these in
+    a fixed order as if they were special tokens, for the pieces.
+    """
+    again = texts if not isinstance(texts, Iterator) else list(texts)
+    letters = _wordpiece_vocabulary(again, 0, special_tokens).keys() - set(special_tokens)
+    fixed = [*special_tokens, *sorted(letters)]
+    model = models.WordPiece(_wordpiece_vocabulary(again, vocab_size, fixed), unk_token=ENCODER_TOKENS["unk_token"])
+    backend = _wordpiece_backend(model)
+    backend.add_special_tokens(special_tokens)
+    return backend
+
+
+def _wordpiece_vocabulary(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> dict[str, int]:
+    backend = _wordpiece_backend(models.WordPiece(unk_token=ENCODER_TOKENS["unk_token"]))
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return backend.get_vocab()
+
+
+def _wordpiece_backend(model: models.WordPiece) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -134,6 +134,11 @@ class LoadedModel(nn.Module):
         """
         return predictions.classify(self._predictor(), inputs)
 
+    @yields_to_layer
+    def estimate(self, texts: str | Sequence[str]) -> list[float]:
+        """Estimate the number of each text; raises `ConfigError` for a model that was not trained for one."""
+        return predictions.estimate(self._predictor(), texts)
+
     def _predictor(self) -> Predictor:
         return Predictor(self.module, self, None, self.origin.folder)
 

@@ -149,20 +149,21 @@ def save_model(
     config_digest: str | None = None,
     data_position: Mapping[str, JsonValue] | None = None,
     origin: str | Path | None = None,
+    files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Manifest:
     """Write `model` and its `tokenizer` as the artifact `folder`; `precision` converts the weights on the way.
 
     `model` is a `Decoder`, a model of the zoo, or one of `transformers` that `load_model` gave. `origin` is the model
-    folder that it came from, whose family and settings of generation are kept. The other arguments go into the manifest
-    as they are. Raises `ArtifactError` for another model and where `folder` holds something already,
-    and `StorageError` for what the disk refuses; either way `folder` is as it was.
+    folder that it came from, whose family and settings of generation are kept, and `files` are further ones by name.
+    The other arguments go into the manifest as they are. Raises `ArtifactError` for another model and where `folder`
+    holds something already, and `StorageError` for what the disk refuses; either way `folder` is as it was.
     """
     model = plain_module(model)
     architecture = name_architecture(model)
     from_origin = None if origin is None else _open_folder(Path(origin))
-    tensors, settings, files, is_foreign = _WRITERS.get(architecture, _write_plain)(
+    tensors, settings, written_files, is_foreign = _WRITERS.get(architecture, _write_plain)(
         model, dtype_of(precision), tokenizer, from_origin
     )
     description = Description(
@@ -176,12 +177,12 @@ def save_model(
         data_position=dict(data_position or {}),
         metrics=dict(metrics or {}),
     )
-    files = _tokenizer_files(tokenizer) | files
+    all_files = _tokenizer_files(tokenizer) | written_files | dict(files or {})
     if from_origin is not None and from_origin.generation:
-        written = json.loads(files.get(GENERATION_FILE, b"{}"))
-        files[GENERATION_FILE] = json.dumps({**from_origin.generation, **_drop_missing(written)}, indent=2).encode()
+        written = json.loads(all_files.get(GENERATION_FILE, b"{}"))
+        all_files[GENERATION_FILE] = json.dumps({**from_origin.generation, **_drop_missing(written)}, indent=2).encode()
     return write_artifact(
-        folder, tensors, description, files=files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+        folder, tensors, description, files=all_files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
     )
 
 

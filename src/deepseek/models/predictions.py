@@ -214,6 +214,33 @@ def classify(predictor: Predictor, inputs: Image | str | Sequence[Image | str]) 
     model = predictor.module
     if model is None or isinstance(model, YOLOv7 | Decoder):
         raise ConfigError(f"this is {predictor.name}, which predicts no classes; load a classifier")
+    if is_regression(model):
+        raise ConfigError(f"this is {predictor.name} that estimates a number and knows no classes; call estimate")
+    scores = _score(predictor, model, inputs)
+    labels = _read_labels(model, scores.shape[1])
+    best = scores.float().softmax(dim=1).topk(min(NUM_TOP, scores.shape[1]), dim=1)
+    return [
+        [(labels[int(number)], float(share)) for number, share in zip(numbers, shares, strict=True)]
+        for numbers, shares in zip(best.indices, best.values, strict=True)
+    ]
+
+
+def estimate(predictor: Predictor, texts: str | Sequence[str]) -> list[float]:
+    """Return the number that a regression estimates for each text."""
+    model = predictor.module
+    if model is None or not is_regression(model):
+        raise ConfigError(f"this is {predictor.name}, which estimates no number; load a model trained for regression")
+    return [float(number) for number in _score(predictor, model, texts)[:, 0]]
+
+
+def is_regression(module: nn.Module | None) -> bool:
+    """Return whether a model answers a text with one number and not with classes."""
+    is_text = isinstance(module, TransformersModel) and module.is_text
+    return is_text and module.config.get("problem_type") == "regression"  # type: ignore[union-attr, operator]
+
+
+def _score(predictor: Predictor, model: nn.Module, inputs: Image | str | Sequence[Image | str]) -> Tensor:
+    """Return one score for each input and class, (N, K)."""
     if isinstance(model, TransformersModel) and model.is_text:
         texts = [inputs] if isinstance(inputs, str) else [str(text) for text in _as_list(inputs)]
         scores = _run_text(predictor, model, *_tokenize(predictor, model, texts, None)) if texts else torch.zeros(0, 1)
@@ -225,12 +252,7 @@ def classify(predictor: Predictor, inputs: Image | str | Sequence[Image | str]) 
             f"this is {predictor.name}, which answers {tuple(scores.shape)} instead of one score for each class; "
             "load a classifier"
         )
-    labels = _read_labels(model, scores.shape[1])
-    best = scores.float().softmax(dim=1).topk(min(NUM_TOP, scores.shape[1]), dim=1)
-    return [
-        [(labels[int(number)], float(share)) for number, share in zip(numbers, shares, strict=True)]
-        for numbers, shares in zip(best.indices, best.values, strict=True)
-    ]
+    return scores
 
 
 def _read_labels(model: nn.Module, num_classes: int) -> list[str]:
@@ -367,9 +389,9 @@ def _read_beside(folder: Path, name: str) -> Any:
 
 
 def find_task(module: nn.Module | None) -> str:
-    """Name what is asked of a model unless one says otherwise: `detect`, `embed` or `classify`."""
+    """Name what is asked of a model unless one says otherwise: `detect`, `embed`, `estimate` or `classify`."""
     if isinstance(module, YOLOv7):
         return "detect"
     if isinstance(module, TransformersModel) and module.is_text and not module.has_head:
         return "embed"
-    return "classify"
+    return "estimate" if is_regression(module) else "classify"

@@ -133,6 +133,8 @@ class TrainConfig(Config):
         if not isinstance(values, dict):
             return values
         task, data = values.get("task"), values.get("data", {})
+        while isinstance(task, dict) and isinstance(task.get("of"), str | dict):
+            task = task["of"]  # what a teacher teaches decides
         kind = task.get("kind") if isinstance(task, dict) else getattr(task, "kind", task)
         settings = list_kinds(cls, "task").get(kind) if isinstance(kind, str) else None
         if settings is None or not isinstance(data, dict):

@@ -144,6 +144,12 @@ class Task(ABC):
     def count_units(self, batch: Any) -> int:
         """Count the units of `batch`, which its loss is weighted with."""
 
+    def class_logits(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the (N, K) scores of the classes, or tokens, of each unit, by which it learns from a teacher, too."""
+        raise ConfigError(
+            f"the task {self.config.task.kind} has no classes or tokens that a teacher could have probabilities for"
+        )
+
     def new_metrics(self) -> Measurements | None:
         """Return empty measurements for one evaluation; `None` measures the loss alone."""
         return None

@@ -13,6 +13,7 @@ from deepseek.cli import build_app, run
 from deepseek.data.images import read_image
 from deepseek.models import zoo
 from deepseek.models.loading import load_model, save_model
+from deepseek.models.transformers_models.model import build_transformers
 from tests.models import minilm
 
 
@@ -47,6 +48,18 @@ def test_boxes_are_printed_as_json_and_drawn(capsys, tmp_path, detector):
 def test_an_image_in_which_nothing_is_found_is_a_row_that_says_so(capsys, tmp_path, detector):
     status, out, _ = predict(capsys, detector, tmp_path / "red.png", "--min-score", 1.0)
     assert status == 0 and "nothing" in out
+
+
+def test_a_regression_gives_a_number_for_each_text(capsys, tmp_path):
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    values = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "num_labels": 1}
+    save_model(build_transformers(values | settings | {"problem_type": "regression"}), tmp_path / "model")
+    shutil.copy(minilm.find_folder() / "tokenizer.json", tmp_path / "model")
+    status, out, _ = predict(capsys, tmp_path / "model", "a cat", "a dog", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [line["input"] for line in lines] == ["a cat", "a dog"]
+    assert [line["number"] for line in lines] == load_model(tmp_path / "model").estimate(["a cat", "a dog"])
+    assert "number" in predict(capsys, tmp_path / "model", "a cat")[1]
 
 
 def test_an_encoder_gives_vectors_of_texts(capsys):

@@ -71,6 +71,8 @@ def predict(
             _draw(given, found, out)
     elif task == "embed":
         _show_vectors(given, loaded.embed(given), as_json=json)
+    elif task == "estimate":
+        _show_numbers(given, loaded.estimate(given), as_json=json)
     else:
         _show_classes(given, loaded, as_json=json)
 
@@ -96,6 +98,15 @@ def _show_classes(inputs: list[str], loaded: LoadedModel, *, as_json: bool) -> N
         rows += [(name, label, f"{share:.1%}") for label, share in classes]
     if not as_json:
         _show_table("Classes", ("input", "class", "probability"), rows)
+
+
+def _show_numbers(inputs: list[str], numbers: list[float], *, as_json: bool) -> None:
+    if as_json:
+        for name, number in zip(inputs, numbers, strict=True):
+            _print({"input": name, "number": number})
+    else:
+        rows: list[tuple[str, ...]] = [(name, f"{number:.4g}") for name, number in zip(inputs, numbers, strict=True)]
+        _show_table("Numbers", ("input", "number"), rows)
 
 
 def _show_vectors(inputs: list[str], vectors_ND: Tensor, *, as_json: bool) -> None:

@@ -90,6 +90,10 @@ class TransformersModel(nn.Module):
                 return getattr(answer, name)  # type: ignore[no-any-return]
         raise ConfigError(f"{type(self.model).__name__} answers with none of {', '.join(_ANSWERS)}; load another class")
 
+    def describe_(self, *, problem_type: str) -> None:
+        """Set what the scores of a classifier are, in place: `regression`, or `single_label_classification`."""
+        self._settings.problem_type = problem_type
+
     def draw_inputs(self, batch_size: int, sequence_length: int) -> tuple[Tensor, ...]:
         """Draw random inputs of that many rows and tokens, always the same; images have the size of the config."""
         generator = torch.Generator().manual_seed(0)
@@ -104,6 +108,12 @@ class TransformersModel(nn.Module):
     def has_head(self) -> bool:
         """Whether it answers something else than the hidden states of its tokens."""
         return self.model.base_model is not self.model
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether its answers are one score for each token of the vocabulary."""
+        model: Any = self.model
+        return model.get_output_embeddings() is not None
 
     @property
     def max_length(self) -> int | None:

@@ -10,6 +10,11 @@ from deepseek.train.task import Task
 TASKS: Registry[str] = Registry("task")
 """Name of a task -> file and class, which are imported on first use."""
 TASKS.add("causal_lm", "causal_lm:CausalLM")
+TASKS.add("masked_lm", "masked_lm:MaskedLM")
+TASKS.add("sequence_classification", "sequence_classification:SequenceClassification")
+TASKS.add("question_answering", "question_answering:QuestionAnswering")
+TASKS.add("sentence_embedding", "sentence_embedding:SentenceEmbedding")
+TASKS.add("distillation", "distillation:Distillation")
 
 
 def find_task(kind: str) -> type[Task]:

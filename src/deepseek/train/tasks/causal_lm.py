@@ -108,6 +108,10 @@ class CausalLM(Task):
         """() sum of the cross-entropy over the targets, in nats."""
         return sum_cross_entropy(outputs, batch.targets_BT, ignored_target=IGNORED_TARGET)
 
+    def class_logits(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """(N, V) logits for the targets that count."""
+        return outputs[batch.targets_BT != IGNORED_TARGET]
+
     def count_units(self, batch: Batch) -> int:
         """Targets that count."""
         return batch.num_target_tokens
