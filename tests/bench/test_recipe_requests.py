@@ -1,6 +1,7 @@
 import pytest
 
 from deepseek.bench.recipe_requests import choose_recipe_precision, narrow_space, read_recipe_shape
+from deepseek.core.errors import ConfigError
 from deepseek.mixed_precision.forward_precision import choose_precision
 from deepseek.planning.search.request import Space
 from deepseek.recipes import load_recipe
@@ -14,6 +15,12 @@ def test_the_shape_of_a_recipe_is_that_of_its_model_on_rows_of_its_data():
     assert (shape.layers, shape.hidden) == (TINY.model.num_layers, TINY.model.hidden_size)
     assert shape.sequence == TINY.data.sequence_length
     assert read_recipe_shape(TINY, "decoder_tiny", sequence=64).sequence == 64
+
+
+@pytest.mark.parametrize("sequence", [None, 64])
+def test_a_recipe_that_trains_no_decoder_is_not_planned_as_one(sequence):
+    with pytest.raises(ConfigError, match="resnet_digits trains for image_classification, and recipes are"):
+        read_recipe_shape(load_recipe("resnet_digits"), "resnet_digits", sequence=sequence)
 
 
 @pytest.mark.parametrize(("asked", "elsewhere"), [("auto", "bf16"), ("dynamic", "bf16"), ("fp32", "fp32")])

@@ -7,7 +7,7 @@ from PIL import Image
 
 from deepseek.core.errors import DataError, DeepSeekError
 from deepseek.data import images
-from deepseek.data.images import read_image, save_with_boxes
+from deepseek.data.images import cut, read_image, read_rgb, save_with_boxes
 
 
 def write(tmp_path, image, name="image.png", **options):
@@ -88,3 +88,30 @@ def test_a_box_is_drawn_on_its_edges_and_nowhere_else(tmp_path):
 def test_an_image_that_is_not_there_is_not_called_unwritable(tmp_path):
     with pytest.raises(DataError, match=r"street\.jpg does not exist; give the path of an image"):
         read_image(tmp_path / "street.jpg")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
+def test_bytes_are_read_as_the_file_is_and_as_floats_are(tmp_path, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert("RGB" if mode == "I;16" else mode)
+    image = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image
+    path = write(tmp_path, image)
+    read = np.asarray(read_rgb(path))
+    np.testing.assert_array_equal(np.asarray(read_rgb(path.read_bytes(), "row 3")), read)
+    np.testing.assert_array_equal(read, (read_image(path) * 255).round().permute(1, 2, 0).numpy())
+
+
+def test_bytes_that_are_no_image_are_refused_by_their_name():
+    with pytest.raises(DataError, match=r"^row 3 cannot be read as an image"):
+        read_rgb(b"no image", "row 3")
+
+
+def test_a_part_is_cut_out_and_scaled_as_torch_does_it(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    found = cut(Image.fromarray(pixels), (10, 5, 40, 35), (10, 15))
+    part = torch.from_numpy(pixels[5:35, 10:40]).permute(2, 0, 1).float()
+    expected = torch.nn.functional.interpolate(part[None], (10, 15), mode="bilinear", antialias=True)[0]
+    assert found.shape == (10, 15, 3) and found.flags.writeable
+    difference = np.abs(found - expected.permute(1, 2, 0).numpy())
+    assert difference[1:-1, 1:-1].max() <= 1
+    assert difference.mean() < 3  # at the edges, Pillow also sees what lies beside the box

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from typing import Any
@@ -13,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError, DataError
-from deepseek.data.samples import BrokenSampleError, SampleLoader, evaluation_batches, list_batches
+from deepseek.data.samples import (
+    MAX_WORKERS,
+    BrokenSampleError,
+    SampleLoader,
+    choose_num_workers,
+    evaluation_batches,
+    list_batches,
+)
 
 SIZES = {
     "num_samples": st.integers(4, 40),
@@ -137,3 +145,8 @@ def test_what_does_not_fit_is_one_sentence() -> None:
 def test_torch_tensors_come_back_from_workers() -> None:
     numbers = loader(num_workers=1, collate=torch.tensor)
     assert numbers.next_batch().shape == (3, 2)
+
+
+def test_half_of_the_cores_load_samples_unless_a_number_is_asked_for() -> None:
+    assert [choose_num_workers(asked) for asked in (0, 1, 9)] == [0, 1, 9]
+    assert choose_num_workers(None) == min(MAX_WORKERS, len(os.sched_getaffinity(0)) // 2)

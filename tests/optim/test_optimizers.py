@@ -13,6 +13,7 @@ from deepseek.optim.optimizers import (
     JointOptimizer,
     OptimizerConfig,
     build_optimizer,
+    load_optimizer_state,
     set_learning_rate,
     split_parameters,
 )
@@ -259,3 +260,31 @@ def test_a_learning_rate_reaches_every_part_also_after_loading(name):
 def test_settings_without_a_meaning_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         OptimizerConfig(**values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_from_a_file_goes_on_where_channels_lie_last(name):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Linear(16, 16)).to(memory_format=torch.channels_last)
+        return model, build_optimizer(model, OptimizerConfig(name=name), 0.1)
+
+    def step(model, optimizer, seed):
+        set_gradients(model, seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        optimizer.step()
+
+    whole, whole_optimizer = build()
+    for seed in range(3):
+        step(whole, whole_optimizer, seed)
+    model, optimizer = build()
+    for seed in range(2):
+        step(model, optimizer, seed)
+    rows = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.contiguous().clone(), optimizer.state_dict())
+    again, again_optimizer = build()
+    again.load_state_dict(model.state_dict())
+    load_optimizer_state(again_optimizer, rows)
+    step(again, again_optimizer, 2)
+    for found, expected in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, expected)

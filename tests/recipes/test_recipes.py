@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from deepseek.core.errors import ConfigError
+from deepseek.data.config import DataConfig
+from deepseek.models import zoo
 from deepseek.models.decoder.model import Decoder
 from deepseek.recipes import RECIPES, load_recipe
 from deepseek.train.config import TrainConfig
+
+DECODERS = [name for name in RECIPES if load_recipe(name).init is None]
 
 
 def count_by_formula(config: TrainConfig) -> int:
@@ -33,7 +37,7 @@ def count_by_formula(config: TrainConfig) -> int:
     return model.vocab_size * hidden + model.num_layers * (attention + feedforward + 2 * hidden) + hidden + gates
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DECODERS)
 def test_the_model_has_the_parameters_that_the_docstring_claims(name: str) -> None:
     config = load_recipe(name)
     with torch.device("meta"):
@@ -54,7 +58,15 @@ def test_a_recipe_is_one_config_with_a_folder_of_its_own(name: str) -> None:
     assert config.folder == f"runs/{name}"
     assert config == load_recipe(name)
     assert TrainConfig.from_dict(config.to_dict()) == config
-    assert config.data.vocab_size == config.model.vocab_size
+    if name in DECODERS:
+        assert config.data_of(DataConfig).vocab_size == config.model.vocab_size
+
+
+def test_the_digits_are_read_by_as_many_parameters_as_it_says() -> None:
+    config = load_recipe("resnet_digits")
+    model = zoo.build(str(config.init), **config.init_settings, num_classes=10)
+    assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M" in RECIPES["resnet_digits"]
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
 
 
 def test_the_quickstart_sees_as_many_tokens_as_it_says() -> None:

@@ -59,15 +59,15 @@ def test_the_length_of_a_model_of_init_is_not_known_before_it_is_open() -> None:
 
 @pytest.mark.parametrize("task", ["image_classification", {"kind": "image_classification", "label_smoothing": 0.0}])
 def test_data_without_a_kind_is_of_the_kind_that_the_task_asks_for(task: Any) -> None:
-    config = TrainConfig.from_dict({"task": task, "data": {"source": "birds"}})
-    assert config.data == ImagesConfig(source="birds")
+    config = TrainConfig.from_dict({"task": task, "data": {"sources": "birds"}})
+    assert config.data == ImagesConfig(sources=("birds",))
     assert TrainConfig.from_dict({}).data == DataConfig() == TrainConfig.from_dict({"data": {}}).data
 
 
 def test_another_task_brings_its_kind_of_data_unless_one_is_chosen() -> None:
     text = TrainConfig.from_dict({"data": {"sequence_length": 32}})
-    images = text.override({"task": "image_classification", "data.source": "birds", "data.augmentation.flip": 0})
-    assert images.data == ImagesConfig.from_dict({"source": "birds", "augmentation": {"flip": 0}})
+    images = text.override({"task": "image_classification", "data.sources": "birds", "data.augmentation.flip": 0})
+    assert images.data == ImagesConfig.from_dict({"sources": "birds", "augmentation": {"flip": 0}})
     assert images.override({"task.kind": "image_classification"}) == images
     assert images.override({"task": "causal_lm"}).data == DataConfig()
     assert text.override({"task": "causal_lm"}).data == text.data
@@ -78,10 +78,10 @@ def test_another_task_brings_its_kind_of_data_unless_one_is_chosen() -> None:
 
 
 def test_rows_longer_than_the_decoders_say_nothing_of_another_model() -> None:
-    TrainConfig.from_dict({"task": "image_classification", "model": {"max_length": 64}, "data": {"source": "birds"}})
+    TrainConfig.from_dict({"task": "image_classification", "model": {"max_length": 64}, "data": {"sources": "birds"}})
 
 
 def test_another_number_of_workers_is_no_other_run() -> None:
-    images = TrainConfig.from_dict({"task": "image_classification", "data": {"source": "birds"}})
+    images = TrainConfig.from_dict({"task": "image_classification", "data": {"sources": "birds"}})
     assert deciding_settings(images) == deciding_settings(images.override({"data.num_workers": 3}))
     assert deciding_settings(images) != deciding_settings(images.override({"data.seed": 3}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from deepseek.core.errors import ConfigError
 from deepseek.data.config import DataConfig
 from deepseek.distributed.plan import Precision
 from deepseek.mixed_precision.forward_precision import choose_precision
@@ -16,7 +17,15 @@ from deepseek.train.run_state import open_device
 
 
 def read_recipe_shape(recipe: TrainConfig, name: str, *, sequence: int | None) -> ModelShape:
-    """Read the shape of a recipe's model; without `sequence` its rows are as long as the recipe's data."""
+    """Read the shape of a recipe's model; without `sequence` its rows are as long as the recipe's data.
+
+    Raises `ConfigError` for a recipe that trains another model than a decoder of its own.
+    """
+    if recipe.task.kind != "causal_lm" or recipe.init is not None:
+        raise ConfigError(
+            f"the recipe {name} trains for {recipe.task.kind}, and recipes are planned for causal_lm from random "
+            "weights; choose another recipe, or give a model or its config"
+        )
     shape = read_config(recipe.model.to_dict(), sequence=sequence or recipe.data_of(DataConfig).sequence_length)
     return replace(shape, name=name)
 

@@ -28,10 +28,15 @@ def describe_machine() -> dict[str, Any]:
         "processor": facts.get("model name") or platform.processor() or platform.machine(),
         "processor_generation": ", ".join(f"{name} {facts[name]}" for name in _GENERATION if name in facts),
         "architecture": platform.machine(),
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cores": count_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.system(),
     }
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_free_bytes() -> int:

@@ -111,20 +111,24 @@ class AugmentationConfig(Config):
 
 
 class ImagesConfig(SamplesConfig):
-    """Labelled images: a folder for each class, or a table with a column of images and a column of labels."""
+    """Labelled images: folders with a folder for each class, or tables with a column of images and one of labels."""
 
     kind: Literal["images"] = "images"
     """Kind of the data."""
-    source: str
-    """Folder with a folder for each class, below `train` and `val` or not, or a CSV, JSONL or Parquet table."""
-    heldout_source: str | None = None
-    """Folder or table of the held-out images; none takes the folder `val` of `source`, or a share of its images."""
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Folders with a folder for each class, or CSV, TSV, JSONL, JSON or Parquet tables; `digits` are the 1,797 digits
+    of 8 x 8 pixels that scikit-learn brings."""
+    heldout_sources: tuple[str, ...] = ()
+    """The same for the held-out images; when empty, folders `train` and `val` below a source part it, and a share of
+    the images is held out where there are none."""
     heldout_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of images that are held out, chosen by a hash of their names, where nothing else is held out."""
+    """Share of images that are held out, chosen by a hash of their names; unused where held-out ones are named."""
     image_column: str = "image"
-    """Column of a table with the path of each image, from the table's folder on, or with its file's bytes."""
+    """Column of a table with the path of each image, or with the bytes of its file."""
+    image_folder: str | None = None
+    """Folder that paths in a table begin from; none takes the table's own."""
     label_column: str = "label"
-    """Column of a table with the class of each image."""
+    """Column of a table with the class of each image, as a text or an integer."""
     classes: tuple[str, ...] = ()
     """Names of the classes in their order; none takes those that occur, sorted."""
     image_size: int = Field(default=224, ge=1)
@@ -138,10 +142,16 @@ class ImagesConfig(SamplesConfig):
     augmentation: AugmentationConfig = AugmentationConfig()
     """Random changes of the training images."""
 
+    @field_validator("sources", "heldout_sources", mode="before")
+    @classmethod
+    def _list_one(cls, value: Any) -> Any:
+        """One source may be written without brackets."""
+        return (value,) if isinstance(value, str) else value
+
     @property
     def has_heldout(self) -> bool:
         """Whether some images are kept from training, as far as the settings say."""
-        return self.heldout_source is not None or self.heldout_fraction > 0
+        return bool(self.heldout_sources) or self.heldout_fraction > 0
 
 
 class TableConfig(SamplesConfig):

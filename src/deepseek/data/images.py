@@ -1,6 +1,8 @@
 """Images from files, and onto files with boxes drawn: the only door to Pillow.
 
     image_CHW = read_image("street.jpg")                       floats in [0, 1], red, green, blue
+    image = read_rgb("street.jpg")                             the same as Pillow has it, a byte for each color
+    pixels_HWC = cut(image, (left, top, right, bottom), 224)   a part of it, scaled to a square
     save_with_boxes(image_CHW, boxes, ["dog 0.93"], "out.png")
 
 An image is turned the way its camera says, and one with transparency is put on white. Files are read up to
@@ -11,18 +13,24 @@ Shapes: C channels, H x W image; boxes are left, top, right, bottom in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek.core.errors import DataError
 from deepseek.core.extras import require
 from deepseek.core.storage import explained_storage
 
+T = TypeVar("T")
+Pixels = NDArray[np.uint8]
+"""Bytes (H, W, 3) of red, green and blue, unless said otherwise."""
 MAX_PIXELS = 2**28
 """A file that holds more is refused: 3 GB as floats."""
 _LINE_SHARE = 400  # of the shorter side: the thickness of a box's line
@@ -34,23 +42,54 @@ def read_image(path: str | Path) -> Tensor:
 
     Raises `DataError` for a file that is no image, a damaged one, and one of more than `MAX_PIXELS`.
     """
+    return torch.from_numpy(_decode(path, str(path), _as_floats)).permute(2, 0, 1).contiguous()
+
+
+def read_rgb(source: str | Path | bytes, name: str | None = None) -> Any:
+    """Read a file, or its bytes, as a Pillow image in RGB; `name` is what errors call it. Raises as `read_image`."""
+    return _decode(source, name or str(source), _as_rgb)
+
+
+def cut(image: Any, box: tuple[float, float, float, float], size: tuple[int, int]) -> Pixels:
+    """Cut the box (left, top, right, bottom) out of a Pillow image and scale it to height and width `size`.
+
+    The pixels are bytes (H, W, 3), each the mean of what it covers, by a filter that grows with the scale and also sees
+    what lies right beside the box.
+    """
+    bilinear = require("PIL.Image", extra="models").Resampling.BILINEAR
+    # The array is copied, since Pillow lends memory that torch may not write to.
+    return np.array(image.resize((size[1], size[0]), bilinear, box=box))
+
+
+def write_pixels(pixels: Pixels, path: Path) -> None:
+    """Write bytes (H, W) of grey or (H, W, 3) of red, green and blue to the image file `path`."""
+    with explained_storage(path):
+        require("PIL.Image", extra="models").fromarray(pixels).save(path)
+
+
+def _decode(source: str | Path | bytes, name: str, convert: Callable[[Any, Any], T]) -> T:
+    """Open an image, turn it the way its camera says, and return what `convert` makes of it."""
     library = require("PIL.Image", extra="models")
     ops = require("PIL.ImageOps", extra="models")
-    if not Path(path).exists():
-        raise DataError(f"{path} does not exist; give the path of an image")
-    with explained_storage(Path(path)), Path(path).open("rb") as file:
+    if not isinstance(source, bytes) and not Path(source).exists():
+        raise DataError(f"{name} does not exist; give the path of an image")
+    with ExitStack() as stack:
+        if isinstance(source, bytes):
+            file: IO[bytes] = io.BytesIO(source)
+        else:
+            stack.enter_context(explained_storage(Path(source)))
+            file = stack.enter_context(Path(source).open("rb"))
         try:
             image = library.open(file)
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
-                    f"{path} is {image.width} x {image.height} and {MAX_PIXELS} pixels are the limit; make it smaller"
+                    f"{name} is {image.width} x {image.height} and {MAX_PIXELS} pixels are the limit; make it smaller"
                 )
-            upright = ops.exif_transpose(image)
-            return torch.from_numpy(_as_array(library, upright)).permute(2, 0, 1).contiguous()
+            return convert(library, ops.exif_transpose(image))
         except DataError:
             raise
         except Exception as error:  # Pillow's readers raise whatever their format's code runs into
-            raise DataError(f"{path} cannot be read as an image ({error}); give a PNG, JPEG or WebP file") from error
+            raise DataError(f"{name} cannot be read as an image ({error}); give a PNG, JPEG or WebP file") from error
 
 
 def save_with_boxes(
@@ -73,12 +112,19 @@ def save_with_boxes(
         image.save(path)
 
 
-def _as_array(library: Any, image: Any) -> Any:
-    """RGB floats (H, W, 3) of any mode, 16-bit ones scaled by their own range and transparent ones on white."""
+def _as_floats(library: Any, image: Any) -> NDArray[np.float32]:
+    """RGB floats (H, W, 3) of any mode, 16-bit ones scaled by their own range."""
     if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float32) / 65535
+        grey = np.asarray(image, dtype=np.float32) / np.float32(65535)
         return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(_as_rgb(library, image), dtype=np.float32) / np.float32(255)
+
+
+def _as_rgb(library: Any, image: Any) -> Any:
+    """A Pillow image in RGB of any mode, transparent ones on white."""
+    if image.mode.startswith("I"):
+        return library.fromarray((_as_floats(library, image) * 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         colored = image.convert("RGBA")
         image = library.alpha_composite(library.new("RGBA", colored.size, "white"), colored)
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return image.convert("RGB")

@@ -29,10 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError, DataError
+from deepseek.core.machine import count_cores
 
 S_co = TypeVar("S_co", covariant=True)
 S = TypeVar("S")
 B = TypeVar("B")
+MAX_WORKERS = 4
+"""Processes that load samples, unless told otherwise."""
 MAX_BROKEN = 100
 """Samples that may be left out because they cannot be loaded, unless told otherwise."""
 
@@ -171,6 +174,14 @@ class SampleLoader(Generic[S, B]):
                 f"{len(self._broken)} samples cannot be loaded and {self.max_broken} may be left out; the last one: "
                 f"{messages[-1]}"
             )
+
+
+def choose_num_workers(asked: int | None) -> int:
+    """Return how many processes load samples: what is asked for, else one for each two cores and four at most.
+
+    The other cores compute. With a single core, the training process loads as well.
+    """
+    return min(count_cores() // 2, MAX_WORKERS) if asked is None else asked
 
 
 @dataclass(frozen=True)

@@ -256,8 +256,11 @@ def _score(predictor: Predictor, model: nn.Module, inputs: Image | str | Sequenc
 
 
 def _read_labels(model: nn.Module, num_classes: int) -> list[str]:
-    names = model.config.get("id2label") if isinstance(model, TransformersModel) else None
-    known = {int(number): str(label) for number, label in (names or {}).items()}
+    if isinstance(model, TransformersModel):
+        names = model.config.get("id2label") or {}
+    else:
+        names = dict(enumerate(getattr(getattr(model, "config", None), "labels", ())))
+    known = {int(number): str(label) for number, label in names.items()}
     return [known.get(number, f"class {number}") for number in range(num_classes)]
 
 

@@ -1,7 +1,7 @@
 """From a model and a config to a torch optimizer.
 
 Weights that multiply (two or more dims, embeddings aside) are decayed; norms, biases and embeddings are not. AdamW runs
-torch's fused kernel. SGD is there for gradient comparisons, since Adam hides a wrong scale.
+torch's fused kernel. SGD is for convolutions and for comparing gradients, since Adam hides a wrong scale.
 
 `muon` orthogonalizes the updates of the matrices between the embedding and the head (Jordan et al. 2024; torch's
 `Muon`) and leaves everything else to AdamW, stacked experts too. A head is known by its name, `head` or `lm_head`.
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
-from torch import nn
+from torch import Tensor, nn
 
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
@@ -76,6 +76,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Use `learning_rate` in every parameter group from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get(_SCALE, 1.0)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give `optimizer` a saved state, each tensor of it laid out in memory as its parameter is.
+
+    Files hold tensors row by row, and torch's fused kernels walk the memory of a parameter and its moments in step:
+    where a convolution has its channels last, they would pair the wrong numbers.
+    """
+    optimizer.load_state_dict(state)
+    for part in optimizer.parts if isinstance(optimizer, JointOptimizer) else (optimizer,):
+        for parameter, values in part.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class JointOptimizer(torch.optim.Optimizer):

@@ -31,7 +31,7 @@ from deepseek.mixed_precision.forward_precision import Precision, autocast, choo
 from deepseek.nn.freezing import freeze_
 from deepseek.optim.clipping import GradientBound, build_bound
 from deepseek.optim.learning_rates import scale_learning_rate
-from deepseek.optim.optimizers import build_optimizer
+from deepseek.optim.optimizers import build_optimizer, load_optimizer_state
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import ActivationsCheckpointed, CheckpointSaved
 from deepseek.train.own_loop import move
@@ -252,7 +252,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Bring the run to where it was when `checkpoint` was saved."""
     state = checkpoint.state
     run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(run.optimizer, state["optimizer"])
     run.loader.load_state_dict(state["loader"])
     run.bound.load_state_dict(state.get("bound", {}))
     if run.average is not None:

@@ -13,14 +13,15 @@ Source: Howard et al. 2019, "Searching for MobileNetV3", tables 1 and 2, figure 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from deepseek.core.config import Config
+from deepseek.models.class_labels import check_labels
 
 
 class BlockSpec(NamedTuple):
@@ -89,12 +90,19 @@ class MobileNetV3Config(Config):
     """Channels of an image: 3 for colour, 1 for grey."""
     num_classes: int = Field(default=1000, ge=1)
     """Logits of an image."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in their order; none numbers them."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of the classifier's inputs that is dropped in training."""
     norm_eps: float = Field(default=1e-3, gt=0)
     """Added to the variance before the root."""
     norm_momentum: float = Field(default=0.01, gt=0, le=1)
     """Share of a batch in the running statistics."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_labels(self.labels, self.num_classes)
+        return self
 
     def scale(self, num_channels: int) -> int:
         """Scale a number of channels by the width."""

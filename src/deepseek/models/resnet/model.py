@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
+from deepseek.models.class_labels import check_labels
 
 EXPANSIONS = {"basic": 1, "bottleneck": 4}
 
@@ -45,11 +46,14 @@ class ResNetConfig(Config):
     """Channels of an image: 3 for colour, 1 for grey."""
     num_classes: int = Field(default=1000, ge=1)
     """Logits of an image."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in their order; none numbers them."""
     zero_init_residual: bool = False
     """Whether every block starts as the identity, which helps with large batches."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_labels(self.labels, self.num_classes)
         if not self.depths or min(self.depths) < 1:
             raise ConfigError(f"depths={self.depths} has a stage without blocks; give each stage one block or more")
         return self

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
+from deepseek.models.class_labels import check_labels
 
 
 class ViTConfig(Config):
@@ -44,6 +45,8 @@ class ViTConfig(Config):
     """Hidden units of an MLP."""
     num_classes: int = Field(default=1000, ge=1)
     """Logits of an image."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in their order; none numbers them."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of embeddings and of MLP outputs that is dropped in training."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -53,6 +56,7 @@ class ViTConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_labels(self.labels, self.num_classes)
         if self.hidden_size % self.num_heads:
             choices = [n for n in range(1, self.num_heads * 2 + 1) if self.hidden_size % n == 0]
             raise ConfigError(

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
+from deepseek.models.class_labels import check_labels
 
 STRIDES = (8, 16, 32)
 NUM_BOX = 5  # centre, size, objectness
@@ -86,10 +87,7 @@ class YOLOv7Config(Config):
             raise ConfigError(f"anchors has {counts} boxes a level; give each of the strides {STRIDES} as many")
         if min(size for level in self.anchors for anchor in level for size in anchor) <= 0:
             raise ConfigError(f"anchors={self.anchors} has a box without area; give sizes in pixels above 0")
-        if self.labels and len(self.labels) != self.num_classes:
-            raise ConfigError(
-                f"labels has {len(self.labels)} names and there are {self.num_classes} classes; name each of them"
-            )
+        check_labels(self.labels, self.num_classes)
         return self
 
     @property

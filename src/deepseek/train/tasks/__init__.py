@@ -15,6 +15,7 @@ TASKS.add("sequence_classification", "sequence_classification:SequenceClassifica
 TASKS.add("question_answering", "question_answering:QuestionAnswering")
 TASKS.add("sentence_embedding", "sentence_embedding:SentenceEmbedding")
 TASKS.add("distillation", "distillation:Distillation")
+TASKS.add("image_classification", "image_classification:ImageClassification")
 
 
 def find_task(kind: str) -> type[Task]:
