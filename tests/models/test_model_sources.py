@@ -632,7 +632,7 @@ def test_an_adapter_beside_a_model_is_warned_about_and_alone_is_explained(qwen, 
         load_model(folder)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="holds an adapter and no model; merge it into its base model"):
+    with pytest.raises(ArtifactError, match="is an adapter of type None, and LORA is read only"):
         load_model(tmp_path / "adapter")
 
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.nn import quantized
-from deepseek.nn.moe import MoERouter, SwiGLUExperts
+from deepseek.nn.moe import MoEConfig, MoERouter, SwiGLUExperts
 from deepseek.nn.quantized import (
     Int8Embedding,
     Int8Experts,
@@ -18,6 +19,7 @@ from deepseek.nn.quantized import (
     activation_levels,
     quantize_rows,
     replace_with_int8_,
+    widen_,
 )
 
 sizes = {
@@ -304,3 +306,19 @@ def test_a_new_layer_has_the_shapes_that_a_file_of_another_has():
     ):
         shapes = [{name: (each.shape, each.dtype) for name, each in one.state_dict().items()} for one in (empty, full)]
         assert shapes[0] == shapes[1]
+
+
+def test_widened_layers_hold_the_values_that_int8_stands_for():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_length": 8}
+    model = Decoder(DecoderConfig(**shape, moe=MoEConfig(num_experts=2, ffn_size=8), attention_bias=True))
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    replace_with_int8_(model, ("gate",))
+    widen_(model)
+    widened = dict(model.named_parameters(remove_duplicate=False))
+    assert expected.keys() <= widened.keys()
+    for name, tensor in expected.items():
+        # Half a step of each row of weights: the scale is the largest of its values over 127.
+        largest = tensor.abs().amax(dim=-2 if ".experts." in name else -1, keepdim=True) if tensor.ndim > 1 else 0
+        assert ((widened[name] - tensor).abs() <= largest / 127 / 2 + 1e-6).all(), name
+    assert model(torch.zeros(1, 4, dtype=torch.long)).requires_grad

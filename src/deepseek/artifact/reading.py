@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek.artifact.format import MANIFEST_NAME, Manifest
+from deepseek.artifact.format import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Manifest,
+)
 from deepseek.artifact.verifying import (
     SAFETENSORS_SUFFIX,
     is_pickle,
@@ -87,6 +94,14 @@ def read_manifest(folder: str | Path) -> Manifest:
 def is_artifact(folder: str | Path) -> bool:
     """Return whether `folder` holds a manifest; a Hugging Face folder holds none."""
     return (Path(folder) / MANIFEST_NAME).is_file()
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Return whether `folder` holds an adapter and no model."""
+    folder = Path(folder)
+    return (folder / ADAPTER_CONFIG_NAME).is_file() and not any(
+        (folder / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME)
+    )
 
 
 def find_model_folder(folder: str | Path) -> Path:

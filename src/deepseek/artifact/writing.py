@@ -45,14 +45,15 @@ def write_artifact(
     description: Description,
     *,
     files: Mapping[str, bytes] | None = None,
+    weights_name: str = WEIGHTS_NAME,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Manifest:
     """Write `tensors` and `files` (`config.json`, `tokenizer.json`, ...) as the artifact `folder`.
 
-    Weights above `max_shard_bytes` are split over several files. An existing artifact is replaced with `overwrite`
-    only, and a folder that holds anything else never. Raises `ArtifactError` for tensors that share memory or cannot be
-    stored, and `StorageError` for what the disk refuses.
+    Weights above `max_shard_bytes` are split over several files; otherwise their file is called `weights_name`. An
+    existing artifact is replaced with `overwrite` only, and a folder that holds anything else never. Raises
+    `ArtifactError` for tensors that share memory or cannot be stored, and `StorageError` for what the disk refuses.
     """
     folder = Path(folder)
     files = files or {}
@@ -60,7 +61,7 @@ def write_artifact(
     _refuse_names(files)
     _refuse_shared(tensors)
     with new_folder(folder) as temporary:
-        _write_weights(temporary, tensors, max_shard_bytes)
+        _write_weights(temporary, tensors, weights_name, max_shard_bytes)
         for name, content in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
@@ -110,11 +111,11 @@ def split(sizes_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str
     return shards
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor], name: str, max_shard_bytes: int) -> None:
     sizes_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     shards = split(sizes_bytes, max_shard_bytes)
     if len(shards) == 1:
-        write_tensor_file(folder / WEIGHTS_NAME, tensors)
+        write_tensor_file(folder / name, tensors)
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):

@@ -5,6 +5,7 @@
     deepseek train RECIPE ...           ->  an artifact
     deepseek quantize MODEL OUT         ->  a smaller artifact
     deepseek convert MODEL OUT          ->  an artifact of a Hugging Face folder, or in another precision
+    deepseek merge-adapter ADAPTER OUT  ->  an artifact of an adapter and its base
     deepseek generate MODEL PROMPT      ->  text
     deepseek predict MODEL INPUT...     ->  classes, boxes or vectors of images and texts
     deepseek serve MODEL                ->  an HTTP server (also as `deepseek-serve`)
@@ -46,6 +47,7 @@ VERBS = {
     "train": "Train a model from a recipe or a config file.",
     "quantize": "Make an int8 version of a model, and say what it costs.",
     "convert": "Make an artifact of a Hugging Face folder, or of an artifact in another precision.",
+    "merge-adapter": "Make one model of an adapter and the model it was trained on.",
     "generate": "Continue a text with a model.",
     "predict": "Say what a model finds in images or texts: classes, boxes, vectors.",
     "serve": "Serve a model over HTTP, with the OpenAI API.",

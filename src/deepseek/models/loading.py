@@ -27,23 +27,25 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from deepseek.artifact.format import CONFIG_NAME, Description, Manifest
-from deepseek.artifact.reading import is_artifact, read_manifest
+from deepseek.artifact.format import CONFIG_NAME, TOKENIZER_NAME, Description, Manifest
+from deepseek.artifact.reading import find_model_folder, is_adapter, is_artifact, read_manifest
 from deepseek.artifact.writing import MAX_SHARD_BYTES, write_artifact
 from deepseek.compiler.runtimes.selection import SelectionEvent
 from deepseek.core.caller_warnings import warn_caller
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.model_folder import GENERATION_FILE, ModelFolder
 from deepseek.data.tokenizing import Tokenizer, save_tokenizer
+from deepseek.models.adapters import open_adapter
 from deepseek.models.architectures import DECODER, TRANSFORMERS, name_architecture
 from deepseek.models.backend_loading import has_half_arithmetic, run_on_backend
 from deepseek.models.decoder.keymap import FAMILIES, export_config, export_tensors, find_family
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.loaded_model import LoadedModel, LoadedModule, Origin, RunModel, plain_module
-from deepseek.models.model_sources import INT8_KEPT, LoadConfig, open_source
+from deepseek.models.model_sources import INT8_KEPT, KNOWN_NAMES, LoadConfig, Opened, draw_for, open_source
 from deepseek.models.programs import Program
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.models.weight_loading import dtype_of, is_int8, main_dtype, name_precision, stored_tensors
+from deepseek.nn.lora import find_adapted
 from deepseek.nn.packed import pack_
 from deepseek.nn.quantized import replace_with_int8_
 
@@ -93,13 +95,22 @@ def load_model(
     torch.Size([1, 10])
     """
     settings = _settings_of(config, precision=precision, weights=weights)
+    folder = find_model_folder(source)
+    has_adapter = source not in KNOWN_NAMES and is_adapter(folder)
+    if has_adapter and settings.backend is not None:
+        raise ConfigError(
+            f"{folder} is an adapter and a backend was asked for, which takes whole models; make one with `deepseek "
+            "merge-adapter`"
+        )
     if settings.backend is not None:
         if packed:
             raise ConfigError(
                 "a packed model has a layout of its own and a backend was asked for; leave one of them out"
             )
         return run_on_backend(source, settings, verify=verify, on_event=on_event)
-    opened = open_source(source, settings, verify=verify)
+    opened = (
+        _open_adapter(folder, settings, verify=verify) if has_adapter else open_source(source, settings, verify=verify)
+    )
     draw = partial(opened.draw_inputs, settings)
     if isinstance(opened.model, Program):
         program = opened.model
@@ -108,6 +119,13 @@ def load_model(
     if packed:
         module = _as_packed(module, source)
     return LoadedModule(module, Origin(opened.summary, draw, _PLAIN, "torch", opened.folder))
+
+
+def _open_adapter(folder: Path, settings: LoadConfig, *, verify: bool) -> Opened:
+    """Open an adapter on its base, as one model."""
+    start = open_adapter(folder, settings.base, verify=verify)
+    with_tokenizer = folder if (folder / TOKENIZER_NAME).is_file() else start.folder
+    return Opened(start.summary, start.model, partial(draw_for, start.model), str(folder), with_tokenizer)
 
 
 _PLAIN = "as it was loaded, by torch; give a backend, for example auto, to have what is fastest here"
@@ -161,6 +179,10 @@ def save_model(
     holds something already, and `StorageError` for what the disk refuses; either way `folder` is as it was.
     """
     model = plain_module(model)
+    if find_adapted(model):
+        raise ArtifactError(
+            "this model has adapters beside its weights; save_adapter writes them alone, and merge_lora_ makes them one"
+        )
     architecture = name_architecture(model)
     from_origin = None if origin is None else _open_folder(Path(origin))
     tensors, settings, written_files, is_foreign = _WRITERS.get(architecture, _write_plain)(
@@ -177,7 +199,7 @@ def save_model(
         data_position=dict(data_position or {}),
         metrics=dict(metrics or {}),
     )
-    all_files = _tokenizer_files(tokenizer) | written_files | dict(files or {})
+    all_files = tokenizer_files(tokenizer) | written_files | dict(files or {})
     if from_origin is not None and from_origin.generation:
         written = json.loads(all_files.get(GENERATION_FILE, b"{}"))
         all_files[GENERATION_FILE] = json.dumps({**from_origin.generation, **_drop_missing(written)}, indent=2).encode()
@@ -298,7 +320,8 @@ _WRITERS: dict[str, Callable[[Any, torch.dtype | None, Tokenizer | None, ModelFo
 }
 
 
-def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """Return the files of a tokenizer by name."""
     if tokenizer is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:

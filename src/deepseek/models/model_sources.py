@@ -23,9 +23,17 @@ import torch
 from pydantic import Field, JsonValue, field_validator
 from torch import Tensor, nn
 
-from deepseek.artifact.format import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, WEIGHTS_NAME, is_plain_name
+from deepseek.artifact.format import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    is_plain_name,
+)
 from deepseek.artifact.reading import (
     find_model_folder,
+    is_adapter,
     is_artifact,
     open_artifact,
     read_manifest,
@@ -90,6 +98,8 @@ class LoadConfig(Config):
     then `auto` leaves int8 alone."""
     weights: str | None = None
     """A safetensors file or a model folder with trained weights for a model that is given by name."""
+    base: str | None = None
+    """Folder of the model that an adapter was trained on; none is where the adapter says."""
     overrides: dict[str, JsonValue] = Field(default_factory=dict)
     """Settings of a named model that are changed: {"num_classes": 10}."""
     time_budget_s: float = Field(default=60.0, gt=0)
@@ -112,7 +122,7 @@ class LoadConfig(Config):
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("weights", "samples", mode="before")
+    @field_validator("weights", "samples", "base", mode="before")
     @classmethod
     def _say_path(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
@@ -143,6 +153,8 @@ def open_source(source: str | Path, config: LoadConfig, *, verify: bool = True) 
     path = find_model_folder(source)
     refuse_named_settings(path, config)
     refuse_pickles(path)
+    if is_adapter(path):
+        raise explain_nothing(source, path)
     for is_kind, read in _KINDS:
         if is_kind(path):
             return read(path, config, verify)
@@ -151,6 +163,8 @@ def open_source(source: str | Path, config: LoadConfig, *, verify: bool = True) 
 
 def refuse_named_settings(path: Path, config: LoadConfig) -> None:
     """Raise where `config` says what only a named model can follow."""
+    if config.base:
+        raise ConfigError(f"{path} is no adapter, and base was given; leave base out")
     for setting, value in (("weights", config.weights), ("overrides", config.overrides)):
         if value:
             raise ConfigError(f"{path} brings its own weights and shape, and {setting} was given; leave {setting} out")
@@ -321,7 +335,7 @@ def assemble(name: str, settings: Mapping[str, Any], tensors: Tensors, *, source
 
 def _open_huggingface(folder: Path, config: LoadConfig, verify: bool) -> Opened:
     values = ModelFolder(folder).config
-    if (folder / _ADAPTER_CONFIG_NAME).exists():
+    if (folder / ADAPTER_CONFIG_NAME).exists():
         warn_caller(f"{folder} holds an adapter as well, which is not applied; merge it into the weights first")
     if is_decoder(values) and (folder / POOLING_CONFIG_NAME).is_file():  # trained to embed texts, not to go on
         values = {**values, "architectures": [name_body(values)]}
@@ -457,7 +471,6 @@ def is_huggingface(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file()
 
 
-_ADAPTER_CONFIG_NAME = "adapter_config.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What configs of Hugging Face call the longest sequence.
 _LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -471,10 +484,10 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, LoadConfig, bool], O
 
 def explain_nothing(source: str | Path, path: Path) -> Exception:
     """Return the error for a source where no model is."""
-    if (path / _ADAPTER_CONFIG_NAME).exists():
+    if (path / ADAPTER_CONFIG_NAME).exists():
         return ArtifactError(
-            f"{path} holds an adapter and no model; merge it into its base model (`merge_and_unload` of peft) and give "
-            "the folder that this is saved in"
+            f"{path} holds an adapter and no model; make a model of it and its base with `deepseek merge-adapter`, and "
+            "give that"
         )
     if path.is_dir():
         return ArtifactError(

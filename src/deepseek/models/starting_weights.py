@@ -15,8 +15,9 @@ opened with the class that the task needs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from deepseek.artifact.format import CONFIG_NAME, TOKENIZER_NAME, digest_files
-from deepseek.artifact.reading import find_model_folder, is_artifact, open_artifact, read_manifest
+from deepseek.artifact.reading import find_model_folder, is_adapter, is_artifact, open_artifact, read_manifest
 from deepseek.artifact.verifying import SAFETENSORS_SUFFIX, measure_files, refuse_pickles
 from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.model_folder import ModelFolder
@@ -68,6 +69,34 @@ class HeadSpec:
 CAUSAL_LM = HeadSpec("causal_lm")
 
 
+@dataclass(frozen=True)
+class StartSource:
+    """What was asked for: enough to open the same model again."""
+
+    name: str
+    """A folder, or the name of a model."""
+    head: HeadSpec
+    weights: str | None = None
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, JsonValue]:
+        """Return it as JSON values, folders as whole paths."""
+        name = self.name if self.name in KNOWN_NAMES else str(Path(self.name).resolve())
+        weights = None if self.weights is None else str(Path(self.weights).resolve())
+        described: dict[str, JsonValue] = json.loads(json.dumps(asdict(replace(self, name=name, weights=weights))))
+        return described
+
+    def at(self, place: str) -> StartSource:
+        """Return the same with its weights at another place."""
+        return replace(self, name=place) if self.weights is None else replace(self, weights=place)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StartSource:
+        """Return what `describe` described."""
+        head = dict(values["head"])
+        return cls(**{**values, "head": HeadSpec(**{**head, "labels": tuple(head["labels"])})})
+
+
 @dataclass(frozen=True, eq=False)
 class StartingModel:
     """The model that a run begins with."""
@@ -81,6 +110,8 @@ class StartingModel:
     """Digest of the artifact, folder or file that the weights came from; none for random ones."""
     folder: Path | None = None
     """The folder with its tokenizer and other files, if it came from one."""
+    source: StartSource = StartSource("", CAUSAL_LM)
+    """What was asked for."""
 
 
 def open_start(
@@ -98,6 +129,18 @@ def open_start(
     weights that do not fit or are no numbers.
     """
     settings = dict(settings or {})
+    asked = StartSource(str(source), head, None if weights is None else str(weights), settings)
+    return replace(_open(source, head, weights, settings, allow_int8=allow_int8), source=asked)
+
+
+def _open(
+    source: str | Path,
+    head: HeadSpec,
+    weights: str | Path | None,
+    settings: dict[str, JsonValue],
+    *,
+    allow_int8: bool,
+) -> StartingModel:
     if str(source) in KNOWN_NAMES and isinstance(source, str):
         return _open_name(source, head, None if weights is None else Path(weights), settings)
     for setting, value in (("init_weights", weights), ("init_settings", settings)):
@@ -105,11 +148,13 @@ def open_start(
             raise ConfigError(f"{source} brings its own weights and shape, and {setting} was given; leave it out")
     path = find_model_folder(source)
     refuse_pickles(path)
+    if is_adapter(path):
+        raise explain_nothing(source, path)
     if is_artifact(path):
         return _open_artifact(path, head, allow_int8=allow_int8)
     if is_huggingface(path):
         start = _open_huggingface(path, ModelFolder(path).config, read_weights(path), head)
-        return _with_origin(start, path, digest_weights(path))
+        return replace(start, parent_digest=digest_weights(path), folder=path)
     if path.is_file() and path.suffix == SAFETENSORS_SUFFIX:
         raise ConfigError(
             f"{path} holds weights without a shape; give the model's name as init, and this as init_weights"
@@ -139,10 +184,6 @@ def digest_weights(path: Path) -> str:
     return digest_files(measure_files(path, (*names, CONFIG_NAME)))
 
 
-def _with_origin(start: StartingModel, folder: Path, digest: str) -> StartingModel:
-    return StartingModel(start.model, start.summary, start.new_tensors, digest, folder)
-
-
 # ---- the three kinds of sources
 
 
@@ -164,7 +205,8 @@ def _open_name(name: str, head: HeadSpec, weights: Path | None, settings: dict[s
         start = _start_ours(architecture, config.to_dict(), tensors, head, source=weights or name, summary=summary)
     if weights is None:
         return start
-    return _with_origin(start, weights if weights.is_dir() else weights.parent, digest_weights(weights))
+    folder = weights if weights.is_dir() else weights.parent
+    return replace(start, parent_digest=digest_weights(weights), folder=folder)
 
 
 def _open_artifact(folder: Path, head: HeadSpec, *, allow_int8: bool) -> StartingModel:
@@ -188,7 +230,7 @@ def _open_artifact(folder: Path, head: HeadSpec, *, allow_int8: bool) -> Startin
         if manifest.layout == "huggingface":
             tensors = import_tensors(tensors, FAMILIES[str(ModelFolder(folder).config["model_type"])])
         start = _start_ours(manifest.architecture, settings, tensors, head, source=folder, summary=summary)
-    return _with_origin(start, folder, manifest.digest)
+    return replace(start, parent_digest=manifest.digest, folder=folder)
 
 
 def _open_huggingface(folder: Path, values: Mapping[str, Any], tensors: Tensors, head: HeadSpec) -> StartingModel:

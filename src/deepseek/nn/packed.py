@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from deepseek.nn.attention import Attention
 from deepseek.nn.feedforward import SwiGLU
+from deepseek.nn.lora import LoRALinear
 from deepseek.nn.moe import SwiGLUExperts
 from deepseek.nn.quantized import Int8Linear
 
@@ -70,6 +71,8 @@ M = TypeVar("M", bound=nn.Module)
 def pack_(model: M) -> M:
     """Merge and pack the layers of `model` in place, and return it; what is packed already stays."""
     for module in model.modules():
+        if any(isinstance(child, LoRALinear) for child in module.children()):
+            continue  # each has a correction of its own
         if isinstance(module, Attention) and module.qkv_proj is None:
             module.qkv_proj = merge([module.q_proj, module.k_proj, module.v_proj])
             del module.q_proj, module.k_proj, module.v_proj

@@ -74,6 +74,8 @@ class Int8Linear(nn.Module):
             return F.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
         if self._packed is None:
             self._packed = _pack(self.weight, self.weight_scale)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _multiply_with_gradient(x, self.weight, self.weight_scale, self._packed)
         return multiply_int8(x, self._packed)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -147,7 +149,11 @@ class Int8Experts(nn.Module):
                 _pack(*(torch.cat(parts) for parts in zip(*self._stored(names, index), strict=True)))
                 for index in range(self.num_experts)
             ]
-        return multiply_int8(x, self._packed[names][expert])
+        packed = self._packed[names][expert]
+        if x.requires_grad and torch.is_grad_enabled():
+            weight_OI, scale_O = (torch.cat(parts) for parts in zip(*self._stored(names, expert), strict=True))
+            return _multiply_with_gradient(x, weight_OI, scale_O, packed)
+        return multiply_int8(x, packed)
 
     def _stored(self, names: tuple[str, ...], expert: int) -> list[tuple[Tensor, Tensor]]:
         return [(self.get_buffer(name)[expert], self.get_buffer(f"{name}_scale")[expert]) for name in names]
@@ -159,6 +165,41 @@ class Int8Experts(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Packed weights live in the library's own memory; a copy packs again."""
         return vars(self) | {"_packed": {}}
+
+
+def widen_(model: nn.Module) -> nn.Module:
+    """Replace int8 layers of `model` by float32 ones with the values that they stand for, in place, and return it.
+
+    What computed in 8 bits then computes in 32, so that results differ by the rounding of activations. A head that
+    shares its int8 values with an embedding has weights of its own afterwards.
+    """
+    for path, module in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        layer = _to_float(module)
+        if layer is not None:
+            setattr(model.get_submodule(parent), name, layer)
+    return model
+
+
+def _to_float(module: nn.Module) -> nn.Module | None:
+    """Return the float layer of an int8 one, or `None`."""
+    if isinstance(module, Int8Linear):
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        linear.weight = nn.Parameter(module.weight.float() * module.weight_scale[:, None])
+        if module.bias is not None:
+            linear.bias = nn.Parameter(module.bias.clone())
+        return linear
+    if isinstance(module, Int8Embedding):
+        values = module.weight.float() * module.weight_scale[:, None]
+        return nn.Embedding(module.num_embeddings, module.embedding_dim, _weight=values)
+    if isinstance(module, Int8Experts):
+        num_inner, hidden_size = module.get_buffer("gate_proj").shape[1:]
+        experts = SwiGLUExperts(module.num_experts, hidden_size, num_inner)
+        for name, _ in list(experts.named_parameters()):
+            values = module.get_buffer(name).float() * module.get_buffer(f"{name}_scale")[..., None]
+            setattr(experts, name, nn.Parameter(values.transpose(1, 2).contiguous()))
+        return experts
+    return None
 
 
 def replace_with_int8_(model: nn.Module, kept: Sequence[str]) -> None:
@@ -200,6 +241,25 @@ def multiply_int8(x: Tensor, packed: Any) -> Tensor:
         x.float() / scale, 1 / num_levels, num_levels + 1, packed
     )
     return (y * scale).to(x.dtype)
+
+
+class _Int8Product(torch.autograd.Function):
+    """`multiply_int8` with a gradient for its input, as if nothing had been rounded on the way in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, scale_N: Tensor, packed: Any) -> Tensor:
+        ctx.save_for_backward(weight_NK, scale_N)
+        return multiply_int8(x, packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight_NK, scale_N = ctx.saved_tensors
+        return (grad * scale_N.to(grad.dtype)) @ weight_NK.to(grad.dtype), None, None, None
+
+
+def _multiply_with_gradient(x: Tensor, weight_NK: Tensor, scale_N: Tensor, packed: Any) -> Tensor:
+    y: Tensor = _Int8Product.apply(x, weight_NK, scale_N, packed)  # type: ignore[no-untyped-call]
+    return y
 
 
 def activation_levels() -> int:

@@ -15,6 +15,7 @@ from deepseek.core.names import explain_unknown
 from deepseek.data.config import DataConfig, DataSettings
 from deepseek.mixed_precision.amp_levels import Level
 from deepseek.models.decoder.model import DecoderConfig
+from deepseek.nn.lora import LoRAConfig
 from deepseek.optim.optimizers import OptimizerConfig
 from deepseek.train.task_settings import AnyTaskSettings, CausalLMSettings, TaskSettings
 
@@ -61,6 +62,9 @@ class TrainConfig(Config):
     freeze: tuple[str, ...] = ()
     """Patterns of parameters, or of modules, that stay as they are: [embed, "layers.[0-3]"]; batch norms in them keep
     their statistics."""
+    adapter: LoRAConfig | None = None
+    """Trains a low-rank correction beside the frozen weights of `init`, and saves it alone: {rank: 8, targets:
+    [q_proj, v_proj]}. None trains the weights themselves."""
     model: DecoderConfig = DecoderConfig()
     """Shape of a decoder that begins with random weights; not read where `init` is given."""
     data: DataSettings = DataConfig()
@@ -154,6 +158,10 @@ class TrainConfig(Config):
     def _check_init(self) -> Self:
         if self.init is None and (self.init_weights is not None or self.init_settings):
             raise ConfigError("init_weights and init_settings belong to a model that init names; give init, too")
+        if self.init is None and self.adapter is not None:
+            raise ConfigError(
+                "an adapter is trained on weights that exist, and init is not given; give a folder as init"
+            )
         if self.init is not None and self.model != DecoderConfig():
             raise ConfigError(
                 f"init={self.init} brings the model's shape, and model is set as well; leave model out, or leave init "

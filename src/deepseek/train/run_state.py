@@ -28,7 +28,9 @@ from deepseek.core.errors import CheckpointError, ConfigError
 from deepseek.mixed_precision.amp_levels import choose_level
 from deepseek.mixed_precision.dynamic import DynamicPrecision
 from deepseek.mixed_precision.forward_precision import Precision, autocast, choose_precision
+from deepseek.models.adapters import attach_
 from deepseek.nn.freezing import freeze_
+from deepseek.nn.lora import LoRAConfig
 from deepseek.optim.clipping import GradientBound, build_bound
 from deepseek.optim.learning_rates import scale_learning_rate
 from deepseek.optim.optimizers import build_optimizer, load_optimizer_state
@@ -123,6 +125,8 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
     data = task.open_data(folder)
     _seed(config.seed)
     model = task.build_model(data)
+    if config.adapter is not None:
+        _attach(task, model, config.adapter)
     if config.freeze:
         freeze_(model, config.freeze)
     model.to(device).train()
@@ -251,7 +255,7 @@ def resume(run: Run) -> None:
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Bring the run to where it was when `checkpoint` was saved."""
     state = checkpoint.state
-    run.model.load_state_dict(state["model"])
+    _restore_weights(run, checkpoint)
     load_optimizer_state(run.optimizer, state["optimizer"])
     run.loader.load_state_dict(state["loader"])
     run.bound.load_state_dict(state.get("bound", {}))
@@ -267,6 +271,36 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         run.precision = state.get("forward_precision", run.precision)
     restore_rng(state["rng"])
     run.step = run.saved_step = checkpoint.step
+
+
+def _attach(task: Task, model: nn.Module, config: LoRAConfig) -> None:
+    """Put adapters on the model that the task opened."""
+    if task.start is None or task.start.model is not model:
+        raise ConfigError(
+            f"adapter is for models that init names, and {type(task).__name__} begins with one of its own; call "
+            "open_init in its build_model"
+        )
+    attach_(task.start, config)
+
+
+def _state_of(run: Run) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the weights: with an adapter, what is trained, and what it is trained on."""
+    state = run.model.state_dict()
+    if run.config.adapter is None:
+        return {"model": state}
+    trained = [name for name, parameter in run.model.named_parameters() if parameter.requires_grad]
+    assert run.task.start is not None
+    return {"model": {name: state[name] for name in trained}, "base_digest": run.task.start.parent_digest}
+
+
+def _restore_weights(run: Run, checkpoint: Checkpoint) -> None:
+    state = checkpoint.state
+    if run.config.adapter is not None and state["base_digest"] != _state_of(run)["base_digest"]:
+        raise CheckpointError(
+            f"{checkpoint.path} is of an adapter on other weights than those of init={run.config.init} now; give the "
+            "model that the run began with, or choose another folder"
+        )
+    run.model.load_state_dict(state["model"], strict=run.config.adapter is None)
 
 
 def deciding_settings(config: TrainConfig) -> dict[str, Any]:
@@ -310,7 +344,7 @@ def save_checkpoint(run: Run) -> CheckpointSaved:
     began_s = time.perf_counter()
     state: dict[str, Any] = {
         "settings": deciding_settings(run.config),
-        "model": run.model.state_dict(),
+        **_state_of(run),
         "optimizer": run.optimizer.state_dict(),
         "loader": run.loader.state_dict(),
         "bound": run.bound.state_dict(),

@@ -40,7 +40,8 @@ from deepseek.artifact.format import Manifest
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
 from deepseek.data.tokenizing import Tokenizer
-from deepseek.models.loading import save_model
+from deepseek.models.adapters import save_adapter
+from deepseek.models.loading import save_model, tokenizer_files
 from deepseek.models.starting_weights import HeadSpec, StartingModel, open_start
 from deepseek.train.config import TrainConfig
 
@@ -110,7 +111,7 @@ class Task(ABC):
     def build_model(self, data: Any) -> nn.Module:
         """Build the model that the run begins with, from the data that `open_data` gave; torch is seeded."""
 
-    def open_init(self, head: HeadSpec, *, allow_int8: bool = False) -> nn.Module:
+    def open_init(self, head: HeadSpec) -> nn.Module:
         """Open the model that `config.init` names, with the head that the task needs, for `build_model`.
 
         Raises `ConfigError` where nothing is named, and what `open_start` raises.
@@ -121,7 +122,11 @@ class Task(ABC):
                 f"task {config.task.kind} begins with a model, and init is not given; give a folder or a name as init"
             )
         self.start = open_start(
-            config.init, head, weights=config.init_weights, settings=config.init_settings, allow_int8=allow_int8
+            config.init,
+            head,
+            weights=config.init_weights,
+            settings=config.init_settings,
+            allow_int8=config.adapter is not None,
         )
         return self.start.model
 
@@ -155,5 +160,10 @@ class Task(ABC):
         return None
 
     def save(self, model: nn.Module, data: Any, folder: Path, **record: Any) -> Manifest:
-        """Write the finished model as the artifact `folder`; `record` goes into its manifest."""
-        return save_model(model, folder, tokenizer=data.tokenizer, overwrite=True, **record)
+        """Write the finished model, or the adapter alone, as the artifact `folder`; `record` goes into its manifest."""
+        adapter, start = self.config.adapter, self.start
+        if adapter is not None and start is not None:
+            files = tokenizer_files(data.tokenizer) | record.pop("files", {})
+            return save_adapter(model, folder, start, adapter, files=files, overwrite=True, **record)
+        origin = None if start is None or self.config.init_weights is not None else start.folder
+        return save_model(model, folder, tokenizer=data.tokenizer, origin=origin, overwrite=True, **record)

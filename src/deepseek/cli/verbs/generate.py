@@ -32,7 +32,7 @@ def generate(
     Parameters
     ----------
     model
-        Folder of an artifact or a Hugging Face model.
+        Folder of an artifact, a Hugging Face model, or an adapter, which is put on its base.
     prompt
         Text to continue; left out or `-`, standard input is read to its end.
     max_tokens
@@ -51,6 +51,7 @@ def generate(
     from deepseek.artifact.reading import find_model_folder
     from deepseek.core.errors import ConfigError
     from deepseek.data.tokenizing import load_tokenizer
+    from deepseek.models.adapters import find_tokenizer_folder
     from deepseek.models.loading import load_decoder
     from deepseek.serve.config import EngineConfig
     from deepseek.serve.engine import Engine
@@ -61,7 +62,9 @@ def generate(
     if prompt in (None, "-"):
         prompt = sys.stdin.read()
     model = find_model_folder(model)
-    engine = Engine(load_decoder(model, packed=True), load_tokenizer(model), EngineConfig(max_num_seqs=1))
+    engine = Engine(
+        load_decoder(model, packed=True), load_tokenizer(find_tokenizer_folder(model)), EngineConfig(max_num_seqs=1)
+    )
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     request = engine.request(prompt, max_tokens=max_tokens, sampling=sampling, stop=tuple(stop or ()))
     if max_tokens is None:

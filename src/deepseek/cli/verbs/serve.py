@@ -37,7 +37,7 @@ def serve(
     Parameters
     ----------
     model
-        Folder of an artifact or a Hugging Face model.
+        Folder of an artifact, a Hugging Face model, or an adapter, which is put on its base.
     host
         Address to listen on; 0.0.0.0 is every address of the machine.
     port
@@ -64,6 +64,7 @@ def serve(
     from deepseek.artifact.reading import find_model_folder
     from deepseek.cli.screen.events import printing_beside
     from deepseek.data.tokenizing import load_tokenizer
+    from deepseek.models.adapters import find_tokenizer_folder
     from deepseek.models.loading import load_decoder, make_int8_
     from deepseek.nn.packed import pack_
     from deepseek.serve.config import ServeConfig
@@ -84,7 +85,9 @@ def serve(
 
     def load() -> tuple[Decoder, Tokenizer]:
         decoder = load_decoder(model)
-        return pack_(make_int8_(decoder) if quantize == "int8" else decoder), load_tokenizer(model)
+        return pack_(make_int8_(decoder) if quantize == "int8" else decoder), load_tokenizer(
+            find_tokenizer_folder(model)
+        )
 
     api_key = os.environ.get(API_KEY_VARIABLE)
     with printing_beside(as_json=json) as show:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -65,6 +65,10 @@ class Family:
     """Transposes, splits or stacks their tensors until each is one of ours."""
     pack: Callable[[Mapping[str, Tensor]], Tensors]
     """The inverse of `unpack`."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Their linear layers that are several of ours, side by side: the last part of the names."""
+    prefix: str = ""
+    """What `pack` puts before every name except the head's."""
     rope: RopeDefaults = DEFAULTS
     """Their defaults of rotary settings."""
     window: Window | None = None
@@ -175,6 +179,30 @@ def import_tensors(tensors: Mapping[str, Tensor], family: Family) -> Tensors:
 def export_tensors(tensors: Mapping[str, Tensor], family: Family) -> Tensors:
     """Rename our tensors to Hugging Face names, the inverse of `import_tensors`."""
     return family.pack({_translate(name, family.names, family): tensor for name, tensor in tensors.items()})
+
+
+def name_module(path: str, family: Family) -> str:
+    """Return their name for the linear layer `path` of ours, or for the one that it is a part of.
+
+    >>> name_module("layers.3.attention.k_proj", GPT2), name_module("head", GPT2)
+    ('transformer.h.3.attn.c_attn', 'lm_head')
+    """
+    theirs = _translate(f"{path}.weight", family.names, family).removesuffix(".weight")
+    parent, dot, last = theirs.rpartition(".")
+    last = next((name for name, parts in family.fused.items() if last in parts), last)
+    return f"{'' if path == 'head' else family.prefix}{parent}{dot}{last}"
+
+
+def find_modules(theirs: str, family: Family) -> list[str]:
+    """Return the layers of ours that their linear layer `theirs` is, in order.
+
+    >>> find_modules("model.layers.3.self_attn.qkv_proj", PHI3)[1]
+    'layers.3.attention.k_proj'
+    """
+    parent, dot, last = theirs.removeprefix(family.prefix).rpartition(".")
+    table = tuple((other, ours) for ours, other in family.names)
+    parts = family.fused.get(last, (last,))
+    return [_translate(f"{parent}{dot}{part}.weight", table, family).removesuffix(".weight") for part in parts]
 
 
 def tie_as_stored(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> DecoderConfig:
@@ -553,6 +581,7 @@ PHI3 = Family(
     names=_LLAMA_NAMES,
     unpack=_unpack_phi3,
     pack=_pack_phi3,
+    fused={"qkv_proj": _QKV, "gate_up_proj": ("gate_proj", "up_proj")},
     rope=RopeDefaults(length=4096),
     window=Window(size=None),
 )
@@ -673,6 +702,8 @@ GPT2 = Family(
     ),
     unpack=_unpack_gpt2,
     pack=_pack_gpt2,
+    fused={"c_attn": _QKV},
+    prefix=_PREFIX,
 )
 
 MIXTRAL = Family(

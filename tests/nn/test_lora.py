@@ -1,0 +1,153 @@
+"""A corrected layer is the formula of the paper, in its outputs and its gradients; only the correction learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek.core.errors import ConfigError
+from deepseek.models import zoo
+from deepseek.models.decoder.model import Decoder
+from deepseek.models.loading import make_int8_
+from deepseek.nn.lora import LoRAConfig, LoRALinear, add_lora_, find_adapted, merge_lora_
+from deepseek.nn.quantized import Int8Linear
+from tests.models.decoders import EXAMPLES, randomize
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Corrections that are not zero."""
+    generator = torch.Generator().manual_seed(5)
+    for layer in find_adapted(model).values():
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=generator) * 0.1
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_and_gradients_are_those_of_the_formula(bias: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5, bias=bias).double()
+    layer = LoRALinear(base, rank=3, scaling=0.7).double()
+    layer.lora_B.data.normal_()
+    x, weight = torch.randn(2, 4, 6, dtype=torch.double, requires_grad=True), torch.randn(2, 4, 5, dtype=torch.double)
+    (layer(x) * weight).sum().backward()
+    a, b, other = (tensor.detach().clone().requires_grad_() for tensor in (layer.lora_A, layer.lora_B, x))
+    expected = other @ (base.weight.detach() + 0.7 * b @ a).T + (base.bias.detach() if bias else 0)
+    torch.testing.assert_close(layer(x), expected)
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, a.grad)
+    torch.testing.assert_close(layer.lora_B.grad, b.grad)
+    torch.testing.assert_close(x.grad, other.grad)
+    assert base.weight.grad is None
+
+
+def test_dropout_is_before_the_correction_and_only_in_training() -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(8, 4), rank=2, scaling=2.0, dropout=0.5)
+    layer.lora_B.data.normal_()
+    x = torch.randn(3, 8)
+    torch.manual_seed(1)
+    y = layer.train()(x)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(y, layer.base(x) + 2.0 * dropped @ layer.lora_A.T @ layer.lora_B.T)
+    torch.testing.assert_close(layer.eval()(x), x @ (layer.base.weight + layer.correction()).T + layer.base.bias)
+
+
+def test_the_correction_is_scaled_by_alpha_over_the_rank_or_its_root() -> None:
+    assert LoRAConfig(rank=4, alpha=12).scaling == 3
+    assert LoRAConfig(rank=4, alpha=12, rank_stabilized=True).scaling == 6
+
+
+@pytest.mark.parametrize("example", ["llama", "gpt2", "llama with biases, tied"])
+def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(example: str) -> None:
+    model = randomize(Decoder(EXAMPLES[example]))
+    tokens = torch.randint(0, 64, (2, 8))
+    before = model(tokens)
+    targets = add_lora_(model, LoRAConfig(rank=4))
+    assert torch.equal(model(tokens), before)
+    assert "head" not in targets
+    adapted = fill(model)(tokens)
+    assert (adapted - before).abs().max() > 0.01
+    names = set(model.state_dict())
+    merge_lora_(model)
+    assert find_adapted(model) == {}
+    assert not any("lora" in name for name in model.state_dict())
+    assert names != set(model.state_dict())
+    torch.testing.assert_close(model(tokens), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_only_adapters_and_named_modules_learn() -> None:
+    model = randomize(Decoder(EXAMPLES["llama"])).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = LoRAConfig(rank=2, targets=("q_proj", "mlp.down_proj"), modules_to_save=("layers.1.feedforward_norm",))
+    aliases = {f"layers.{i}.feedforward.down_proj": f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    targets = add_lora_(model, config, aliases=aliases, new_tensors=["head.weight"])
+    expected = [f"layers.{i}.{name}" for i in range(2) for name in ("attention.q_proj", "feedforward.down_proj")]
+    assert sorted(targets) == sorted(expected)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_adapters = {name for name in trained if ".lora_" in name}
+    assert trained - in_adapters == {"head.weight", "layers.1.feedforward_norm.weight"}
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):
+        model(torch.randint(0, 64, (2, 8))).square().mean().backward()
+        optimizer.step()
+    changed = {
+        name
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, before.get(name.replace(".base", ""), tensor + 1))
+    }
+    assert changed == trained
+
+
+def test_int8_weights_pass_gradients_on_as_their_floats_do() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 24)
+    layer = Int8Linear.from_float(linear)
+    x = torch.randn(5, 32, requires_grad=True)
+    weight = torch.randn(5, 24)
+    (layer(x) * weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight @ (layer.weight.float() * layer.weight_scale[:, None]))
+    torch.testing.assert_close(layer(x), linear(x), rtol=0.05, atol=0.05)
+
+
+def test_adapters_learn_on_int8_weights() -> None:
+    torch.manual_seed(0)
+    model = make_int8_(randomize(Decoder(EXAMPLES["llama"])))
+    add_lora_(model, LoRAConfig(rank=4))
+    tokens = torch.randint(0, 64, (4, 9))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.02)
+    losses = []
+    for _ in range(15):
+        loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert model.layers[0].attention.q_proj.base.weight.dtype is torch.int8
+    with pytest.raises(ConfigError, match=r"q_proj has int8 weights, which an adapter cannot be added to"):
+        merge_lora_(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ("q_porj",)}, r"adapter\.targets has the pattern 'q_porj', which matches no layer .*q_proj"),
+        ({"modules_to_save": ("had",)}, r"adapter\.modules_to_save has the pattern 'had', which matches no layer"),
+        ({"targets": ("head",)}, "shares its weights with embed, so that neither can be adapted alone"),
+    ],
+)
+def test_patterns_that_cannot_be_followed_are_refused(settings: dict[str, tuple[str, ...]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        add_lora_(Decoder(EXAMPLES["gpt2"]), LoRAConfig(**settings))
+
+
+def test_a_model_with_nothing_but_a_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match="names no linear layer of this ResNet besides its head"):
+        add_lora_(zoo.build("resnet18", width=8), LoRAConfig())
+
+
+def test_rank_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="setting 'rank' is 0: input should be greater than or equal to 1"):
+        LoRAConfig(rank=0)

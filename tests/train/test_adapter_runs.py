@@ -1,0 +1,118 @@
+"""A run with an adapter trains the adapter alone, keeps it alone, and goes on bit-equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek.artifact.reading import read_manifest
+from deepseek.checkpoint.restoring import newest_valid
+from deepseek.core.errors import ArtifactError, CheckpointError, ConfigError
+from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.models.loading import load_model, make_int8_, save_model
+from deepseek.train.config import TrainConfig
+from deepseek.train.events import Evaluated, StepDone
+from deepseek.train.loop import train
+from tests.train.own_task import Line
+from tests.train.tasks.test_causal_lm import TINY, configure, write_text
+
+LORA = {"rank": 4, "targets": ["q_proj", "v_proj"]}
+
+
+def make_base(folder: Path, seed: int = 0, *, is_int8: bool = False) -> Path:
+    torch.manual_seed(seed)
+    model = Decoder(DecoderConfig.from_dict(TINY))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_model(make_int8_(model) if is_int8 else model, folder)
+    return folder
+
+
+def configure_adapter(tmp_path: Path, name: str, **changes: Any) -> TrainConfig:
+    text = tmp_path / "text"
+    if not text.exists():
+        write_text(text)
+    optimizer = {"name": "adamw", "base_learning_rate": 0.64, "warmup_steps": 0}
+    values = {"init": str(tmp_path / "base"), "adapter": LORA, "optimizer": optimizer, "num_steps": 6}
+    return configure(text, tmp_path / name, **(values | {"checkpoint_every": 3} | changes))
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_the_adapter_is_all_that_is_trained_and_kept(is_int8: bool, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", is_int8=is_int8)
+    before = (base / "model.safetensors").read_bytes()
+    events = list(train(configure_adapter(tmp_path, "run")))
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert steps[-1].loss < steps[0].loss
+    assert (base / "model.safetensors").read_bytes() == before
+    manifest = read_manifest(tmp_path / "run" / "model")
+    assert manifest.architecture == "adapter"
+    assert manifest.parent_digest == read_manifest(base).digest
+    checkpoint = newest_valid(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    names = [f"layers.{i}.attention.{part}_proj.lora_{which}" for i in range(2) for part in "qv" for which in "AB"]
+    assert sorted(checkpoint.state["model"]) == sorted(names)
+    # What is loaded answers as the run's last evaluation measured it.
+    (evaluated,) = [event for event in events if isinstance(event, Evaluated)]
+    assert manifest.metrics["heldout_loss"] == evaluated.heldout_loss
+    adapted, plain = load_model(tmp_path / "run"), load_model(base)
+    tokens = torch.randint(0, 280, (2, 12))
+    assert (adapted(tokens) - plain(tokens)).abs().max() > 1e-3
+
+
+def test_a_run_that_was_stopped_goes_on_bit_equal(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    settings = {"adapter": LORA | {"dropout": 0.2}}
+    list(train(configure_adapter(tmp_path, "whole", **settings)))
+    events = train(configure_adapter(tmp_path, "stopped", **settings))
+    for event in events:
+        if isinstance(event, StepDone) and event.step == 4:
+            break
+    events.close()
+    list(train(configure_adapter(tmp_path, "stopped", **settings)))
+    states = [newest_valid(tmp_path / name / "checkpoints").state["model"] for name in ("whole", "stopped")]  # type: ignore[union-attr]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_base_that_has_changed_is_refused(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    list(train(configure_adapter(tmp_path, "run")))
+    torch.manual_seed(1)
+    save_model(Decoder(DecoderConfig.from_dict(TINY)), tmp_path / "base", overwrite=True)
+    with pytest.raises(CheckpointError, match="is of an adapter on other weights than those of init="):
+        list(train(configure_adapter(tmp_path, "run", num_steps=8)))
+    with pytest.raises(ArtifactError, match="was trained on the model"):
+        load_model(tmp_path / "run")
+
+
+def test_frozen_parameters_stay_through_a_run(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    list(train(configure_adapter(tmp_path, "run", adapter=None, freeze=["embed", "layers.0"])))
+    before, after = (load_model(tmp_path / name).state_dict() for name in ("base", "run"))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == name.startswith(("embed", "head", "layers.0.")), name
+
+
+def test_a_pattern_that_matches_nothing_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    for changes, name in (
+        ({"freeze": ["layer.0"]}, "freeze"),
+        ({"adapter": {"targets": ["query"]}}, "adapter.targets"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name} has the pattern"):
+            list(train(configure_adapter(tmp_path, "run", **changes)))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_adapter_without_init_or_without_rank_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="an adapter is trained on weights that exist, and init is not given"):
+        TrainConfig.from_dict({"adapter": LORA})
+    with pytest.raises(ConfigError, match=r"setting 'adapter\.rank' is 0: input should be greater than or equal to 1"):
+        TrainConfig.from_dict({"init": "x", "adapter": {"rank": 0}})
+    config = configure_adapter(tmp_path, "run", init=str(make_base(tmp_path / "base")))
+    with pytest.raises(ConfigError, match="adapter is for models that init names, and Line begins with one of its own"):
+        list(train(config, task=Line))
