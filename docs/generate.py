@@ -39,6 +39,7 @@ from deepseek.models.yolov7.model import YOLOv7Config
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.nn.rotary import RopeScaling
+from deepseek.optim.gradient_prediction import GradientPredictionConfig
 from deepseek.optim.optimizers import OptimizerConfig
 from deepseek.serve.config import EngineConfig, ServeConfig
 from deepseek.train.config import StoppingConfig, TrainConfig
@@ -83,6 +84,7 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("A task with a teacher", DistillationSettings, "task."),
     ("The task of image classifiers", ImageClassificationSettings, "task."),
     ("The optimizer", OptimizerConfig, "optimizer."),
+    ("Gradient prediction", GradientPredictionConfig, "optimizer.gradient_prediction."),
     ("Loading a model", LoadConfig, ""),
     ("A benchmark", BenchConfig, ""),
     ("The engine", EngineConfig, ""),

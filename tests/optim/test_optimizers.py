@@ -249,7 +249,7 @@ def test_a_learning_rate_reaches_every_part_also_after_loading(name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "adam"}, "setting 'name' is 'adam': input should be 'adamw', 'muon' or 'sgd'"),
+        ({"name": "adam"}, "setting 'name' is 'adam': input should be 'adamw', 'muon', 'schedule_free' or 'sgd'"),
         ({"base_learning_rate": 0}, "setting 'base_learning_rate' is 0"),
         ({"grad_clip": 0}, "setting 'grad_clip' is 0"),
         ({"momentum": 1}, "setting 'momentum' is 1"),

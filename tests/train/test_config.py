@@ -85,3 +85,14 @@ def test_another_number_of_workers_is_no_other_run() -> None:
     images = TrainConfig.from_dict({"task": "image_classification", "data": {"sources": "birds"}})
     assert deciding_settings(images) == deciding_settings(images.override({"data.num_workers": 3}))
     assert deciding_settings(images) != deciding_settings(images.override({"data.seed": 3}))
+
+
+def test_two_averages_of_the_weights_are_refused():
+    with pytest.raises(ConfigError, match="schedule_free, which averages the weights itself; leave ema_decay out"):
+        TrainConfig(ema_decay=0.9, optimizer={"name": "schedule_free"})
+
+
+def test_the_documents_name_of_clipping_is_read():
+    assert TrainConfig(ds_grad_clip=0.5) == TrainConfig(optimizer={"grad_clip": 0.5})
+    with pytest.raises(ConfigError, match=r"ds_grad_clip and optimizer\.grad_clip are two names of one setting"):
+        TrainConfig(ds_grad_clip=0.5, optimizer={"grad_clip": 0.5})

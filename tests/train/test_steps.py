@@ -12,7 +12,8 @@ from torch import nn
 from deepseek.core.errors import TrainingError
 from deepseek.data.batching import IGNORED_TARGET, Batch
 from deepseek.models.decoder.model import Decoder, DecoderConfig
-from deepseek.optim.clipping import FixedBound
+from deepseek.optim.clipping import AdaptiveBound, FixedBound
+from deepseek.optim.gradient_prediction import Damping
 from deepseek.train.config import TrainConfig
 from deepseek.train.steps import StepResult, summed_loss, take_step
 from deepseek.train.tasks.causal_lm import CausalLM
@@ -99,3 +100,42 @@ def test_bf16_loss_is_close_to_the_float64_loss() -> None:
     exact = summed_loss(TASK, make_model(), batch, precision="fp32").item()
     rounded = summed_loss(TASK, make_model().float(), batch, precision="bf16").item()
     assert rounded == pytest.approx(exact, rel=0.01)
+
+
+class Foresight:
+    """A prediction that is always the same, and remembers what it was shown."""
+
+    def observe(self, loss: float, norm: float) -> Damping:
+        self.seen = loss, norm
+        return Damping(0.25, "a test")
+
+
+def test_a_damped_step_is_the_step_at_the_damped_rate_of_the_gradient_as_it_was_bounded() -> None:
+    batch = make_batch([16, 5], 16, seed=4)
+    damped, reference = make_model(), make_model()
+    foresight = Foresight()
+    optimizer = torch.optim.SGD(damped.parameters(), lr=0.5)
+    result = take_step(TASK, damped, optimizer, [batch], precision="fp32", bound=FixedBound(0.01), prediction=foresight)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.125)
+    summed_loss(TASK, reference, batch, precision="fp32").div(21).backward()
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
+    plain.step()
+    assert foresight.seen == (result.loss, result.grad_norm) and result.grad_norm == pytest.approx(norm.item())
+    assert result.damping == Damping(0.25, "a test")
+    for one, other in zip(damped.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)  # torch divides by the norm plus 1e-6
+
+
+def test_an_adaptive_bound_makes_steps_no_longer_than_the_last_ones() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bound = AdaptiveBound(50, window=3)
+    norms, lengths = [], []
+    for seed in range(6):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        batch = make_batch([16, 5], 16, seed=seed)
+        norms.append(take_step(TASK, model, optimizer, [batch], precision="fp32", bound=bound).grad_norm)
+        moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)])
+        lengths.append(moved.norm().item() / 0.1)
+    expected = [min(norm, sorted(norms[max(0, end - 2) : end + 1])[min(end, 2) // 2]) for end, norm in enumerate(norms)]
+    assert lengths == pytest.approx(expected, rel=1e-6) and lengths != pytest.approx(norms, rel=1e-3)

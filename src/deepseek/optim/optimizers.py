@@ -7,6 +7,8 @@ torch's fused kernel. SGD is for convolutions and for comparing gradients, since
 `Muon`) and leaves everything else to AdamW, stacked experts too. A head is known by its name, `head` or `lm_head`.
 Muon's updates are scaled to the size that AdamW's would have (Liu et al. 2025), so that one learning rate serves both.
 On the quickstart's run it is worth more than twice the steps: see docs/log.md.
+
+`schedule_free` is AdamW whose model is an average along its path, so that no schedule is needed (`schedule_free.py`).
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from torch import Tensor, nn
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
 from deepseek.optim.clipping import CLIP_WINDOW
+from deepseek.optim.gradient_prediction import GradientPredictionConfig, read_gradient_prediction
 from deepseek.optim.layer_depths import find_depths
 from deepseek.optim.learning_rates import BASE_LEARNING_RATE, REFERENCE_BATCH_SIZE, Schedule, read_schedule
+from deepseek.optim.schedule_free import build_schedule_free
 
 
 class OptimizerConfig(Config):
     """Optimizer, learning rate and clipping."""
 
-    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    name: Literal["adamw", "muon", "schedule_free", "sgd"] = "adamw"
     """Update rule."""
     base_learning_rate: float = Field(default=BASE_LEARNING_RATE, gt=0)
     """Peak learning rate for a batch of `reference_batch_size` sequences; it scales linearly with the batch."""
@@ -52,14 +56,22 @@ class OptimizerConfig(Config):
     bound. None clips by `grad_clip` alone."""
     adaptive_clip_window: int = Field(default=CLIP_WINDOW, ge=1)
     """Steps whose norms count as the last ones."""
+    gradient_prediction: Annotated[GradientPredictionConfig | None, BeforeValidator(read_gradient_prediction)] = None
+    """Damp steps before a divergence that the last losses and norms announce: `true`, or settings; none does not."""
     schedule: Annotated[Schedule, BeforeValidator(read_schedule)] = "cosine"
-    """Shape of the learning rate over the run; `wsd` (warm-up, stable, decay) is another name for `trapezoid`."""
+    """Shape of the learning rate over the run; `wsd` (warm-up, stable, decay) is another name for `trapezoid`. Not read
+    by `schedule_free`, which has a warm-up alone."""
     warmup_steps: int = Field(default=20, ge=0)
     """Optimizer steps of linear warm-up."""
     final_factor: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, as a multiple of the peak."""
     decay_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the run over which a trapezoid falls."""
+
+    @property
+    def used_schedule(self) -> Schedule:
+        """The schedule that steps follow."""
+        return "constant" if self.name == "schedule_free" else self.schedule
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
@@ -76,6 +88,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Use `learning_rate` in every parameter group from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get(_SCALE, 1.0)
+
+
+def scale_learning_rate_(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply every learning rate by `factor`, until one is set again."""
+    if factor != 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -163,6 +182,11 @@ def _build_sgd(model: nn.Module, config: OptimizerConfig, learning_rate: float) 
     return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum)
 
 
+def _build_schedule_free(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    groups = _groups(model, *split_parameters(model), config)
+    return build_schedule_free(groups, learning_rate, config.betas, config.eps)
+
+
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
@@ -191,4 +215,9 @@ def _groups(
 _SCALE = "learning_rate_scale"
 # A narrower matrix (a router, a gate) is a handful of vectors; there is nothing to orthogonalize.
 _SMALLEST_MATRIX = 16
-_BUILDERS = {"adamw": _build_adamw, "muon": _build_muon, "sgd": _build_sgd}
+_BUILDERS = {
+    "adamw": _build_adamw,
+    "muon": _build_muon,
+    "schedule_free": _build_schedule_free,
+    "sgd": _build_sgd,
+}

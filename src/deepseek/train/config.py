@@ -201,6 +201,15 @@ class TrainConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_averages(self) -> Self:
+        if self.ema_decay is not None and self.optimizer.name == "schedule_free":
+            raise ConfigError(
+                f"ema_decay is {self.ema_decay} and optimizer.name is schedule_free, which averages the weights "
+                "itself; leave ema_decay out, or choose another optimizer"
+            )
+        return self
+
     @property
     def sequences_per_step(self) -> int:
         """Rows that one optimizer step learns from: sequences, images, ..."""

@@ -76,6 +76,20 @@ class StepDone(Event):
     """Units of this step."""
     units_per_s: float
     """Throughput since the previous `StepDone`."""
+    damping: float = 1.0
+    """Factor of gradient prediction, which `learning_rate` contains."""
+
+
+@dataclass(frozen=True)
+class StepDamped(Event):
+    """A divergence was foreseen, and the learning rate lowered before the step was taken."""
+
+    step: int
+    """Steps done, this one included."""
+    factor: float
+    """On the learning rate of this step."""
+    reason: str
+    """What was foreseen."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +170,7 @@ TrainEvent = (
     | RunStarted
     | ActivationsCheckpointed
     | StepDone
+    | StepDamped
     | StepSkipped
     | RunRewound
     | Evaluated

@@ -47,6 +47,7 @@ from deepseek.train.events import (
     ModelSaved,
     RunRewound,
     RunStarted,
+    StepDamped,
     StepDone,
     StepSkipped,
     StoppedEarly,
@@ -156,6 +157,8 @@ def _take_steps(run: Run) -> Iterator[Event]:
             run.average.update()
         if run.dynamic is not None:
             yield from run.dynamic.step()
+        if result.damping.reason:
+            yield StepDamped(run.step, result.damping.factor, result.damping.reason)
         num_units += result.num_units
         if run.step % config.log_every == 0 or run.step in (1, config.num_steps):
             now_s = time.perf_counter()
@@ -187,7 +190,15 @@ def _take_one(run: Run) -> StepResult:
     run.task.on_step(run.model, run.step)
     micro_batches = [run.loader.next_batch() for _ in range(run.config.accum_steps)]
     before = _copy_statistics(run) if run.config.on_bad_step == "skip" else {}
-    result = take_step(run.task, run.model, run.optimizer, micro_batches, precision=run.precision, bound=run.bound)
+    result = take_step(
+        run.task,
+        run.model,
+        run.optimizer,
+        micro_batches,
+        precision=run.precision,
+        bound=run.bound,
+        prediction=run.prediction,
+    )
     if not result.is_taken:
         for buffer, value in before.items():
             buffer.copy_(value)
@@ -232,7 +243,7 @@ def learning_rate_at(run: Run, step: int) -> float:
     """Return the learning rate of `step`, counted from 0."""
     settings = run.config.optimizer
     return run.peak_learning_rate * schedule_factor(
-        settings.schedule,
+        settings.used_schedule,
         step,
         num_steps=run.config.num_steps,
         warmup_steps=settings.warmup_steps,
@@ -245,10 +256,11 @@ def _describe(run: Run, result: StepResult, units_per_s: float) -> StepDone:
     return StepDone(
         step=run.step,
         loss=result.loss,
-        learning_rate=learning_rate_at(run, run.step - 1),
+        learning_rate=learning_rate_at(run, run.step - 1) * result.damping.factor,
         grad_norm=result.grad_norm,
         num_units=result.num_units,
         units_per_s=units_per_s,
+        damping=result.damping.factor,
     )
 
 

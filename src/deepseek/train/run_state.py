@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ from deepseek.models.adapters import attach_
 from deepseek.nn.freezing import freeze_
 from deepseek.nn.lora import LoRAConfig
 from deepseek.optim.clipping import GradientBound, build_bound
+from deepseek.optim.gradient_prediction import GradientPrediction
 from deepseek.optim.learning_rates import scale_learning_rate
 from deepseek.optim.optimizers import build_optimizer, load_optimizer_state
+from deepseek.optim.schedule_free import averaged
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import ActivationsCheckpointed, CheckpointSaved
 from deepseek.train.own_loop import move
@@ -99,6 +101,8 @@ class Run:
     """The moving average of the weights, where one is kept."""
     dynamic: DynamicPrecision | None = None
     """Chooses the precision of each layer, where that is asked for; `precision` then puts nothing around the model."""
+    prediction: GradientPrediction | None = None
+    """Damps steps before a divergence, where that is asked for."""
     checkpointed: ActivationsCheckpointed | None = None
     """Which blocks are recomputed in the backward pass, if any."""
     bad_steps: BadSteps = field(default_factory=BadSteps)
@@ -115,7 +119,7 @@ class Run:
     @contextmanager
     def as_model(self) -> Iterator[None]:
         """The model has the weights that it would be saved with while the block runs: averages, where they are kept."""
-        with self.average.swapped() if self.average is not None else nullcontext():
+        with self.average.swapped() if self.average is not None else averaged(self.optimizer):
             yield
 
 
@@ -141,6 +145,7 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
         for name in find_blocks(model):
             model.get_submodule(name).compile()
     precision, dynamic = open_precision(config, model, device)
+    foreseeing = config.optimizer.gradient_prediction
     return Run(
         config,
         task,
@@ -153,6 +158,7 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
         best=BestMetric(config.stopping.metric in task.lower_is_better, config.stopping.min_change),
         average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
         dynamic=dynamic,
+        prediction=None if foreseeing is None else GradientPrediction(foreseeing),
         checkpointed=checkpointed,
     )
 
@@ -263,6 +269,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         run.average.load_state_dict(state["average"])
     if run.dynamic is not None:
         run.dynamic.load_state_dict(state["precision"])
+    if run.prediction is not None:
+        run.prediction.load_state_dict(state["prediction"])
     if "best" in state:
         run.best.load_state_dict(state["best"])
         run.bad_steps.load_state_dict(state["bad_steps"])
@@ -357,6 +365,8 @@ def save_checkpoint(run: Run) -> CheckpointSaved:
         state["average"] = run.average.state_dict()
     if run.dynamic is not None:
         state["precision"] = run.dynamic.state_dict()
+    if run.prediction is not None:
+        state["prediction"] = run.prediction.state_dict()
     path = save(Path(run.config.folder) / CHECKPOINT_FOLDER, run.step, state, keep=run.config.keep_checkpoints)
     run.saved_step = run.step
     return CheckpointSaved(run.step, str(path), time.perf_counter() - began_s)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from deepseek.core.errors import TrainingError
 from deepseek.mixed_precision.forward_precision import Precision, autocast
 from deepseek.optim.clipping import GradientBound, gradient_norm, scale_gradients_
+from deepseek.optim.gradient_prediction import UNDAMPED, Damping, GradientPrediction
+from deepseek.optim.optimizers import scale_learning_rate_
 from deepseek.train.own_loop import move
 from deepseek.train.task import Task
 
@@ -34,6 +36,8 @@ class StepResult:
     """Norm of the whole gradient before it was bounded."""
     num_units: int
     """Units that the loss is a mean over."""
+    damping: Damping = UNDAMPED
+    """What gradient prediction did to the learning rate."""
 
     @property
     def is_taken(self) -> bool:
@@ -49,8 +53,9 @@ def take_step(
     *,
     precision: Precision,
     bound: GradientBound,
+    prediction: GradientPrediction | None = None,
 ) -> StepResult:
-    """Update `model` from `micro_batches` by a gradient that `bound` keeps small.
+    """Update `model` from `micro_batches` by a gradient that `bound` keeps small, at a rate that `prediction` damps.
 
     Raises `TrainingError` where the batches have nothing to learn from.
     """
@@ -67,6 +72,9 @@ def take_step(
     result = StepResult(loss, gradient_norm(gradients), num_units)
     if result.is_taken:
         scale_gradients_(gradients, bound.factor(result.loss, result.grad_norm))
+        if prediction is not None:
+            result = replace(result, damping=prediction.observe(result.loss, result.grad_norm))
+            scale_learning_rate_(optimizer, result.damping.factor)
         optimizer.step()
     return result
 

@@ -265,6 +265,7 @@ _LINES = {
     "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
     "activations_checkpointed": "activations: {policy}, {num_blocks} blocks computed again in the backward pass",
     "step_done": "step {step} of {num_steps}: loss {loss:.3f}, {units_per_s} {unit}/s",
+    "step_damped": "step {step} damped to {factor:.3g} of its learning rate: {reason}",
     "step_skipped": "step {step} skipped: {reason}; {num_in_a_row} in a row",
     "run_rewound": "step {step}: {reason}; back to step {to_step}, its batch is left out from now on",
     "evaluated": "held-out after step {step}: loss {heldout_loss:.4f}{metrics} over {num_units} {unit}",
