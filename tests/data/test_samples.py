@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from typing import Any
@@ -13,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek.core.errors import ConfigError, DataError
+from deepseek.core.errors import ConfigError, DataError, StorageError
 from deepseek.data.samples import (
     MAX_WORKERS,
     BrokenSampleError,
@@ -150,3 +154,55 @@ def test_torch_tensors_come_back_from_workers() -> None:
 def test_half_of_the_cores_load_samples_unless_a_number_is_asked_for() -> None:
     assert [choose_num_workers(asked) for asked in (0, 1, 9)] == [0, 1, 9]
     assert choose_num_workers(None) == min(MAX_WORKERS, len(os.sched_getaffinity(0)) // 2)
+
+
+class Failing(Numbers):
+    """Sample 4 cannot be loaded for a reason that is not its own."""
+
+    def load(self, index: int, random: np.random.Generator | None) -> tuple[int, float]:
+        if index == 4:
+            raise StorageError("the disk is gone; mount it again")
+        return super().load(index, random)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_that_is_not_the_samples_own_ends_the_run_in_its_own_words(num_workers: int) -> None:
+    numbers = loader(source=Failing(), num_workers=num_workers)
+    with pytest.raises(StorageError, match=r"^the disk is gone; mount it again$"):
+        for _ in range(4):
+            numbers.next_batch()
+
+
+def test_a_worker_that_was_killed_is_named() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # another test may have used torch's loader as it is
+    before = set(multiprocessing.active_children())
+    numbers = loader(num_workers=1)
+    numbers.next_batch()
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.kill()
+    with pytest.raises(
+        DataError, match=r"a process that loads samples has died \(.*\); if memory ran out, low"
+    ):
+        for _ in range(20):
+            numbers.next_batch()
+
+
+ENDING = """
+import os, signal
+from tests.data.test_samples import loader
+
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+numbers = loader(num_workers=2)
+numbers.next_batch()
+os.killpg(0, signal.SIGTERM)
+batches = [numbers.next_batch() for _ in range(20)]
+print(len(batches), stopped)
+"""
+
+
+def test_workers_stay_while_a_run_ends_that_was_told_so_with_its_group() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", ENDING], start_new_session=True, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "20 [True]\n", "")

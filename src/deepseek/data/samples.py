@@ -9,17 +9,20 @@ epoch, sample), so that what it becomes does not depend on who loads it or after
 the same batches bit for bit. The position counts samples over all ranks together; of the next `batch_size * world_size`
 rank r takes those at r, r + world_size, ...
 
-Workers are torch's (`DataLoader`), forked where the system can; they load ahead of what is asked for, and the position
-is that of what was handed out. A sample that cannot be loaded is left out of its batch, named in a warning and counted;
-more than `max_broken` end the run.
+Workers are torch's (`DataLoader`), forked where the system can, in process groups of their own; they load ahead of what
+is asked for, and the position is that of what was handed out. A sample that cannot be loaded is left out of its batch,
+named in a warning and counted; more than `max_broken` end the run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -28,7 +31,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from deepseek.core.caller_warnings import warn_caller
-from deepseek.core.errors import ConfigError, DataError
+from deepseek.core.errors import ConfigError, DataError, DeepSeekError, first_line
 from deepseek.core.machine import count_cores
 
 S_co = TypeVar("S_co", covariant=True)
@@ -114,7 +117,7 @@ class SampleLoader(Generic[S, B]):
         while True:
             if self._batches is None:
                 self._batches = self._start()
-            loaded = next(self._batches)
+            loaded = self._wait(self._batches)
             self._epoch, self._index = loaded.position_after
             self._count_broken(loaded.broken)
             if loaded.batch is not None:
@@ -159,10 +162,25 @@ class SampleLoader(Generic[S, B]):
             sampler=_Repeatable(plan),
             batch_size=None,
             num_workers=self.num_workers,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=_leave_signals,
             prefetch_factor=2,
         )
-        return iter(workers)
+        with _quiet_child_signals():
+            return iter(workers)
+
+    def _wait(self, batches: Iterator[_Loaded[B]]) -> _Loaded[B]:
+        try:
+            loaded = next(batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise DataError(
+                f"a process that loads samples has died ({first_line(error)}); if memory ran out, lower num_workers or "
+                "batch_size of the data"
+            ) from error
+        if loaded.failure is not None:
+            raise loaded.failure
+        return loaded
 
     def _count_broken(self, messages: Sequence[str]) -> None:
         for message in messages:
@@ -239,6 +257,8 @@ class _Loaded(Generic[B]):
     """`None` where none of its samples could be loaded."""
     broken: tuple[str, ...]
     position_after: tuple[int, int]
+    failure: DeepSeekError | None = None
+    """What else went wrong, which ends the run."""
 
 
 class _Batches(Dataset[_Loaded[B]], Generic[S, B]):
@@ -255,6 +275,8 @@ class _Batches(Dataset[_Loaded[B]], Generic[S, B]):
                 samples.append(self.source.load(index, np.random.Generator(np.random.PCG64([self.seed, epoch, index]))))
             except BrokenSampleError as error:
                 broken.append(str(error))
+            except DeepSeekError as error:  # raised through torch, it would come out with the worker's traceback
+                return _Loaded(None, (), plan.position_after, error)
         return _Loaded(self.collate(samples) if samples else None, tuple(broken), plan.position_after)
 
 
@@ -268,6 +290,27 @@ class _Repeatable:
         return self._plan
 
 
-def _leave_interrupts(_: int) -> None:
-    """Ctrl-C in a terminal reaches the workers, too; when the run ends is decided by its own process."""
+@contextmanager
+def _quiet_child_signals() -> Iterator[None]:
+    """Keep torch from raising out of a signal handler, wherever the run stands, when a worker dies.
+
+    The next batch says so, within seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _leave_signals(_: int) -> None:
+    """Leave the process group of the run: Ctrl-C in a terminal, `timeout` and the like signal all of a group.
+
+    When the run ends is decided by its own process, which ends its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
