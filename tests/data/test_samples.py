@@ -180,9 +180,7 @@ def test_a_worker_that_was_killed_is_named() -> None:
     numbers.next_batch()
     (worker,) = set(multiprocessing.active_children()) - before
     worker.kill()
-    with pytest.raises(
-        DataError, match=r"a process that loads samples has died \(.*\); if memory ran out, low"
-    ):
+    with pytest.raises(DataError, match=r"a process that loads samples has died \(.*\); if memory ran out, low"):
         for _ in range(20):
             numbers.next_batch()
 

@@ -232,3 +232,10 @@ def test_work_goes_on_while_nobody_reads_its_events_and_their_number_is_said(
         numbers = [json.loads(line)["number"] for line in (text + (reader.read() or "")).splitlines()]
     assert numbers == sorted(set(numbers)) and numbers[0] == 0 and 1000 < len(numbers) < 4_000
     assert re.fullmatch(r"deepseek: \d+ events not printed, since nobody read them\n", said)
+
+
+def test_an_interval_stands_behind_its_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "flow": 1.0, "flow_low": 2.0}
+    print_event(Evaluated(4, 3.25, metrics, 100, "images"), as_json=False)
+    expected = "loss 3.2500, accuracy 0.5000 (0.4000 to 0.6000), flow 1.0000, flow_low 2.0000 over 100 images"
+    assert expected in capsys.readouterr().out

@@ -289,7 +289,16 @@ def _show_rate(rate: float) -> str:
 
 
 def _show_metrics(metrics: dict[str, float]) -> str:
-    return "".join(f", {name} {value:.4f}" for name, value in metrics.items())
+    """Write measurements after one another, each with its interval where it has one."""
+    intervals = {
+        name: f" ({metrics[f'{name}_low']:.4f} to {metrics[f'{name}_high']:.4f})"
+        for name in metrics
+        if {f"{name}_low", f"{name}_high"} <= metrics.keys()
+    }
+    ends = {f"{name}_{end}" for name in intervals for end in ("low", "high")}
+    return "".join(
+        f", {name} {value:.4f}{intervals.get(name, '')}" for name, value in metrics.items() if name not in ends
+    )
 
 
 # Field of an event -> how it is written, where its own text would not do.
