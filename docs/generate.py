@@ -28,7 +28,15 @@ from deepseek.compat.generations import load_table
 from deepseek.compat.migration.rules import load_rules
 from deepseek.compress.quality import Comparison
 from deepseek.core.config import Config
-from deepseek.data.config import AugmentationConfig, DataConfig, ImagesConfig, SamplesConfig, TableConfig
+from deepseek.data.config import (
+    AugmentationConfig,
+    BoxAugmentationConfig,
+    BoxesConfig,
+    DataConfig,
+    ImagesConfig,
+    SamplesConfig,
+    TableConfig,
+)
 from deepseek.data.token_cache import CacheManifest, StoredFile
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.models.mobilenet_v3.model import MobileNetV3Config
@@ -76,6 +84,8 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("Images as data", ImagesConfig, "data."),
     ("Tables as data", TableConfig, "data."),
     ("Their augmentation", AugmentationConfig, "data.augmentation."),
+    ("Images with boxes as data", BoxesConfig, "data."),
+    ("Their random changes", BoxAugmentationConfig, "data.augmentation."),
     ("The task of language models", CausalLMSettings, "task."),
     ("The task of masked language models", MaskedLMSettings, "task."),
     ("The task of text classifiers", SequenceClassificationSettings, "task."),

@@ -1,5 +1,7 @@
 """Images from files: every mode that people have, damaged ones refused, and boxes that are where they should be."""
 
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,15 @@ from PIL import Image
 
 from deepseek.core.errors import DataError, DeepSeekError
 from deepseek.data import images
-from deepseek.data.images import cut, read_image, read_rgb, save_with_boxes
+from deepseek.data.images import (
+    change_colors,
+    cut,
+    read_image,
+    read_picture,
+    read_rgb,
+    save_image,
+    save_with_boxes,
+)
 
 
 def write(tmp_path, image, name="image.png", **options):
@@ -115,3 +125,35 @@ def test_a_part_is_cut_out_and_scaled_as_torch_does_it(tmp_path):
     difference = np.abs(found - expected.permute(1, 2, 0).numpy())
     assert difference[1:-1, 1:-1].max() <= 1
     assert difference.mean() < 3  # at the edges, Pillow also sees what lies beside the box
+
+
+def test_a_picture_keeps_its_opacity(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    picture = read_picture(write(tmp_path, Image.fromarray(pixels, "RGBA")))
+    np.testing.assert_array_equal((picture * 255).round().permute(1, 2, 0).numpy(), pixels)
+    opaque = read_picture(write(tmp_path, Image.new("RGB", (3, 2), "red")))
+    assert opaque[:, 0, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_a_saved_image_comes_back(tmp_path):
+    image_CHW = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 5, 7))) / 255
+    save_image(image_CHW, tmp_path / "image.png")
+    torch.testing.assert_close(read_image(tmp_path / "image.png"), image_CHW.float())
+
+
+@pytest.mark.parametrize(("hue", "saturation", "value"), [(0.0, 1.0, 0.5), (0.25, 1.0, 1.0), (-0.1, 0.5, 1.3)])
+def test_colors_change_as_in_pythons_own_hsv(hue, saturation, value):
+    colors = np.random.default_rng(0).random((40, 3))
+    changed = change_colors(
+        torch.tensor(colors.T[:, None], dtype=torch.float32), hue=hue, saturation=saturation, value=value
+    )
+    for before, after in zip(colors, changed[:, 0].T.tolist(), strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*before)
+        expected = colorsys.hsv_to_rgb((h + hue) % 1, min(1, s * saturation), min(1, v * value))
+        assert after == pytest.approx(expected, abs=0.03)  # hue is in 256 steps
+
+
+def test_colors_that_do_not_change_stay_within_a_rounding():
+    image_CHW = torch.rand(3, 8, 8)
+    same = change_colors(image_CHW, hue=0.0, saturation=1.0, value=1.0)
+    torch.testing.assert_close(same, image_CHW, rtol=0, atol=0.03)

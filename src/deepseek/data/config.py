@@ -190,8 +190,55 @@ class TableConfig(SamplesConfig):
         return bool(self.heldout_sources) or self.heldout_fraction > 0
 
 
+class BoxAugmentationConfig(Config):
+    """What training images with boxes go through, each with random numbers of its own; held-out images do not."""
+
+    mosaic: float = Field(default=1.0, ge=0, le=1)
+    """Share of images that are put together with three others."""
+    scale: float = Field(default=0.5, ge=0, lt=1)
+    """Largest change of the size, as a share of it."""
+    translate: float = Field(default=0.1, ge=0, lt=1)
+    """Largest shift, across and down, as a share of `image_size`."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Share of images that are mirrored left to right; 0 where the sides mean something."""
+    hue: float = Field(default=0.015, ge=0, le=0.5)
+    """Largest turn of the hue, in rounds of the color circle."""
+    saturation: float = Field(default=0.7, ge=0, le=1)
+    """Largest change of the saturation, as a share of it."""
+    brightness: float = Field(default=0.4, ge=0, le=1)
+    """Largest change of the brightness, as a share of it."""
+
+
+class BoxesConfig(SamplesConfig):
+    """Images with boxes around their objects, as COCO's annotation files have them."""
+
+    kind: Literal["boxes"] = "boxes"
+    """Kind of the data."""
+    annotations: str
+    """JSON file with images, annotations and categories."""
+    images: str
+    """Folder that the file names of the images start from."""
+    heldout_annotations: str | None = None
+    """JSON file of the held-out images; none holds out a share of `images`."""
+    heldout_images: str | None = None
+    """Folder of the held-out images; none takes `images`."""
+    heldout_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of images that are held out, chosen by a hash of their names; unused with `heldout_annotations`."""
+    image_size: int = Field(default=640, ge=32, multiple_of=32)
+    """Height and width of the images as the model sees them, in pixels."""
+    bad_boxes: Literal["stop", "skip"] = "stop"
+    """Answer to a box that has no size or lies outside its image: end with its name, or leave it out and count it."""
+    augmentation: BoxAugmentationConfig = BoxAugmentationConfig()
+    """Random changes of the training images."""
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether some images are kept from training."""
+        return self.heldout_annotations is not None or self.heldout_fraction > 0
+
+
 DataSettings = Annotated[
-    DataConfig | ImagesConfig | TableConfig,
+    DataConfig | ImagesConfig | BoxesConfig | TableConfig,
     Field(discriminator="kind"),
     BeforeValidator(name_kind("text")),
 ]

@@ -67,6 +67,25 @@ def write_pixels(pixels: Pixels, path: Path) -> None:
         require("PIL.Image", extra="models").fromarray(pixels).save(path)
 
 
+def read_picture(path: str | Path) -> Tensor:
+    """Read the image in the file `path` as floats (4, H, W) in [0, 1], the last of them its opacity.
+
+    Raises `DataError` as `read_image` does.
+    """
+    pixels = _decode(path, str(path), lambda library, image: np.asarray(image.convert("RGBA"), dtype=np.float32) / 255)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def save_image(image_CHW: Tensor, path: str | Path) -> None:
+    """Write an image (3, H, W) with values in [0, 1] to `path`, in the format of its suffix."""
+    write_pixels(as_pixels(image_CHW), Path(path))
+
+
+def as_pixels(image_CHW: Tensor) -> Pixels:
+    """Return an image (3, H, W) with values in [0, 1] as bytes (H, W, 3)."""
+    return (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+
+
 def _decode(source: str | Path | bytes, name: str, convert: Callable[[Any, Any], T]) -> T:
     """Open an image, turn it the way its camera says, and return what `convert` makes of it."""
     library = require("PIL.Image", extra="models")
@@ -97,8 +116,7 @@ def save_with_boxes(
 ) -> None:
     """Write the image with a box and a caption for each object to `path`; objects of one of `kinds` share a color."""
     library = require("PIL.Image", extra="models")
-    pixels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    image = library.fromarray(pixels)
+    image = library.fromarray(as_pixels(image_CHW))
     draw = require("PIL.ImageDraw", extra="models").Draw(image)
     width = max(1, min(image.size) // _LINE_SHARE + 1)
     numbers = kinds or range(len(captions))
@@ -110,6 +128,17 @@ def save_with_boxes(
         draw.text((box[0] + width, box[1] + width), caption, fill="white")
     with explained_storage(Path(path)):
         image.save(path)
+
+
+def change_colors(image_CHW: Tensor, *, hue: float, saturation: float, value: float) -> Tensor:
+    """Turn the hue by `hue` rounds of the color circle, and multiply saturation and value, in steps of 1/255."""
+    library = require("PIL.Image", extra="models")
+    levels = np.arange(256)
+    turned = (levels + round(hue * 256)) % 256
+    stretched = [np.clip(levels * factor, 0, 255).round() for factor in (saturation, value)]
+    table = np.concatenate([turned, *stretched]).astype(np.uint8).tolist()
+    changed = library.fromarray(as_pixels(image_CHW)).convert("HSV").point(table).convert("RGB")
+    return torch.from_numpy(np.asarray(changed, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
 def _as_floats(library: Any, image: Any) -> NDArray[np.float32]:

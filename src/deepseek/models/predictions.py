@@ -34,9 +34,9 @@ from deepseek.data.tokenizing import TOKENIZER_FILE, read_tokenizer_file
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.models.transformers_models.pooling import POOLING_CONFIG_NAME, POOLINGS
-from deepseek.models.yolov7.detection import select
 from deepseek.models.yolov7.labels import COCO_LABELS
 from deepseek.models.yolov7.model import YOLOv7, YOLOv7Config
+from deepseek.models.yolov7.suppression import select
 
 Image = str | Path | Tensor
 BATCH_SIZE = 16

@@ -188,6 +188,8 @@ def digest_weights(path: Path) -> str:
 
 
 def _open_name(name: str, head: HeadSpec, weights: Path | None, settings: dict[str, Any]) -> StartingModel:
+    if name not in text_zoo.MODELS:
+        _find_head(zoo.family_of(name), head, name)
     settings = dict(head.settings) | settings
     origin = "random weights" if weights is None else f"weights from {weights}"
     tensors = None if weights is None else read_weights(weights)
@@ -284,6 +286,18 @@ _HEADS = {
 }
 
 
+def _find_head(architecture: str, head: HeadSpec, source: str | Path) -> _OurHead:
+    """Return where the architecture has its outputs; raises `ConfigError` where they are for something else."""
+    ours = _HEADS.get(architecture, _OurHead("nothing"))
+    if ours.purpose != head.purpose:
+        fitting = [name for name, other in _HEADS.items() if other.purpose == head.purpose] or ["transformers"]
+        raise ConfigError(
+            f"{source} is a model of architecture {architecture} and this task trains one for {head.purpose}; "
+            f"give one of {', '.join(fitting)}"
+        )
+    return ours
+
+
 def _start_ours(
     architecture: str,
     settings: Mapping[str, Any],
@@ -294,13 +308,7 @@ def _start_ours(
     summary: str,
 ) -> StartingModel:
     """Build a model of ours with random weights, and take over what `tensors` hold."""
-    ours = _HEADS.get(architecture, _OurHead("nothing"))
-    if ours.purpose != head.purpose:
-        fitting = [name for name, other in _HEADS.items() if other.purpose == head.purpose] or ["transformers"]
-        raise ConfigError(
-            f"{source} is a model of architecture {architecture} and this task trains one for {head.purpose}; "
-            f"give one of {', '.join(fitting)}"
-        )
+    ours = _find_head(architecture, head, source)
     settings = dict(settings)
     if head.num_outputs is not None and "num_classes" in settings:
         settings["num_classes"] = head.num_outputs

@@ -17,6 +17,7 @@ RECIPES.add("decoder_tiny", "A 2.4 M dense Llama-shaped decoder, for trying thin
 RECIPES.add("decoder_120m", "The 120 M decoder of the first generation, with the dynamic local/global mask.")
 RECIPES.add("resnet_digits", "A 0.7 M ResNet that reads the digits of scikit-learn, a minute on two cores.")
 RECIPES.add("mobilenet_emoji", "A MobileNetV3-small that groups the emoji of the npm package emoji-datasource-google.")
+RECIPES.add("yolov7_tiny_scenes", "A YOLOv7-tiny on scenes composed of your own pictures and photographs.")
 
 
 def load_recipe(name: str) -> TrainConfig:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from deepseek.core.config import Config, name_kind
 from deepseek.core.errors import ConfigError
+from deepseek.models.yolov7.training_loss import DetectionLossConfig
 
 
 class AnyTaskSettings(Config):
@@ -36,6 +37,20 @@ class ImageClassificationSettings(AnyTaskSettings):
     mixup: float = Field(default=0.0, ge=0)
     """Blends each batch with itself in another order, by a share from the beta distribution with this parameter; 0
     blends nothing."""
+
+
+class DetectionSettings(AnyTaskSettings):
+    """Find the objects of an image, as boxes with classes."""
+
+    data_kinds: ClassVar[tuple[str, ...]] = ("boxes",)
+
+    kind: Literal["detection"] = "detection"
+    """Name of the task."""
+    anchors: Literal["model", "data"] = "model"
+    """Typical boxes that predictions start from: those of the model, or ones fitted to the training boxes, for a model
+    with random weights."""
+    loss: DetectionLossConfig = DetectionLossConfig()
+    """Gains of the loss."""
 
 
 class MaskedLMSettings(AnyTaskSettings):
@@ -161,7 +176,8 @@ TaskSettings = Annotated[
     | QuestionAnsweringSettings
     | SentenceEmbeddingSettings
     | DistillationSettings
-    | ImageClassificationSettings,
+    | ImageClassificationSettings
+    | DetectionSettings,
     Field(discriminator="kind"),
     BeforeValidator(name_kind("causal_lm")),
 ]

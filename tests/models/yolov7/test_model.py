@@ -8,7 +8,6 @@ import torch
 
 from deepseek.core.errors import ConfigError
 from deepseek.models import zoo
-from deepseek.models.yolov7.detection import select
 from deepseek.models.yolov7.model import (
     COCO_ANCHORS,
     ROWS,
@@ -20,6 +19,7 @@ from deepseek.models.yolov7.model import (
     YOLOv7Config,
     decode,
 )
+from deepseek.models.yolov7.suppression import select
 from deepseek.models.zoo import settle_
 from tests.models.pictures import (
     arrays,

@@ -352,10 +352,10 @@ class Head(nn.Module):
         super().__init__()
         self.num_anchors = config.num_anchors
         num_out = config.num_anchors * config.num_outputs
-        anchors_LA2 = torch.tensor(config.anchors, dtype=torch.float32)
-        strides_L11 = torch.tensor(STRIDES, dtype=torch.float32).view(-1, 1, 1)
-        self.register_buffer("anchors", anchors_LA2 / strides_L11)  # in cells; only a loss has use for it
-        self.register_buffer("anchor_grid", anchors_LA2[:, None, :, None, None].clone())  # in pixels
+        num_levels = len(config.anchors)
+        self.register_buffer("anchors", torch.empty(num_levels, config.num_anchors, 2))  # in cells
+        self.register_buffer("anchor_grid", torch.empty(num_levels, 1, config.num_anchors, 1, 1, 2))  # in pixels
+        self.set_anchors_(config.anchors)
         self.m = nn.ModuleList(nn.Conv2d(size, num_out, 1) for size in sizes)
         self.ia = nn.ModuleList(Implicit(size, mean=0.0) for size in sizes)
         self.im = nn.ModuleList(Implicit(num_out, mean=1.0) for _ in sizes)
@@ -375,6 +375,12 @@ class Head(nn.Module):
         y_BCHW = self.m[level](x_BCHW + cast("Tensor", self.ia[level].implicit))
         return cast("Tensor", y_BCHW * self.im[level].implicit)
 
+    def set_anchors_(self, anchors: Anchors) -> None:
+        """Take other anchors of the same number, in pixels."""
+        anchors_LA2 = self.anchors.new_tensor(anchors)
+        self.anchors.copy_(anchors_LA2 / self.anchors.new_tensor(STRIDES).view(-1, 1, 1))
+        self.anchor_grid.copy_(anchors_LA2[:, None, :, None, None])
+
     def drop_implicit_(self) -> None:
         """Leave the convolutions alone."""
         del self.ia, self.im
@@ -388,7 +394,7 @@ class YOLOv7(nn.Module):
     """Boxes for images.
 
     (B, in_channels, H, W) with values in [0, 1] in; (B, N, 5 + num_classes) out, whose numbers are described above. 32
-    must divide H and W, or `ConfigError` is raised. `detecting.select` keeps the boxes that count.
+    must divide H and W, or `ConfigError` is raised. `suppression.select` keeps the boxes that count.
 
     >>> model = YOLOv7(YOLOv7Config(width_multiple=0.125, num_classes=2)).eval()
     >>> model(torch.zeros(1, 3, 64, 64)).shape  # 3 anchors on 8x8, 4x4 and 2x2 cells
@@ -413,12 +419,7 @@ class YOLOv7(nn.Module):
         initialize_(self)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.decode(self.predict_raw(images_BCHW))
-
-    def decode(self, raw: Sequence[Tensor]) -> Tensor:
-        """Decode what `predict_raw` returned to the boxes of all levels, (B, N, 5 + K)."""
-        levels = zip(raw, self.head.anchor_grid, STRIDES, strict=True)
-        return torch.cat([decode(raw_BAHWO, anchors, stride) for raw_BAHWO, anchors, stride in levels], dim=1)
+        return decode_levels(self.predict_raw(images_BCHW), self.head.anchor_grid)
 
     def predict_raw(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Return what a loss compares: (B, A, H / stride, W / stride, 5 + K) for each stride, before the sigmoid."""
@@ -459,6 +460,12 @@ def build_layer(config: YOLOv7Config, row: LayerSpec, num_read: list[int]) -> nn
 def build_norm(config: YOLOv7Config, num_channels: int) -> nn.BatchNorm2d:
     """Build a batch norm with the constants of the config."""
     return nn.BatchNorm2d(num_channels, eps=config.norm_eps, momentum=config.norm_momentum)
+
+
+def decode_levels(raw: Sequence[Tensor], anchor_grid_L1A112: Tensor) -> Tensor:
+    """Decode what `YOLOv7.predict_raw` returned, with the head's anchors, to the boxes of all levels, (B, N, 5 + K)."""
+    levels = zip(raw, anchor_grid_L1A112, STRIDES, strict=True)
+    return torch.cat([decode(raw_BAHWO, anchors, stride) for raw_BAHWO, anchors, stride in levels], dim=1)
 
 
 def decode(raw_BAHWO: Tensor, anchors_1A112: Tensor, stride: int) -> Tensor:

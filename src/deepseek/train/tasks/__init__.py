@@ -16,6 +16,7 @@ TASKS.add("question_answering", "question_answering:QuestionAnswering")
 TASKS.add("sentence_embedding", "sentence_embedding:SentenceEmbedding")
 TASKS.add("distillation", "distillation:Distillation")
 TASKS.add("image_classification", "image_classification:ImageClassification")
+TASKS.add("detection", "detection:Detection")
 
 
 def find_task(kind: str) -> type[Task]:

@@ -109,7 +109,7 @@ def suppress(boxes_BM4: Tensor, labels_BM: Tensor, is_candidate_BM: Tensor, *, m
     num_boxes = boxes_BM4.shape[1]
     is_before_MM = torch.ones(num_boxes, num_boxes, dtype=torch.bool, device=boxes_BM4.device).triu(1)
     is_rival_BMM = (labels_BM[:, :, None] == labels_BM[:, None, :]) & is_before_MM
-    removes_BMM = is_rival_BMM & (overlap(boxes_BM4) > max_overlap)
+    removes_BMM = is_rival_BMM & (overlap(boxes_BM4, boxes_BM4) > max_overlap)
     stays_BM = is_candidate_BM
     while True:
         corrected_BM = is_candidate_BM & ~(removes_BMM & stays_BM[:, :, None]).any(dim=1)
@@ -118,19 +118,20 @@ def suppress(boxes_BM4: Tensor, labels_BM: Tensor, is_candidate_BM: Tensor, *, m
         stays_BM = corrected_BM
 
 
-def overlap(boxes_BM4: Tensor) -> Tensor:
-    """Compute intersection over union of each pair of boxes given by corners, (B, M, M); 0 where both have no area."""
-    width_BMM, height_BMM = (_find_common(boxes_BM4[..., axis], boxes_BM4[..., axis + 2]) for axis in (0, 1))
-    common_BMM = width_BMM * height_BMM
-    area_BM = (boxes_BM4[..., 2:] - boxes_BM4[..., :2]).prod(-1)
-    union_BMM = area_BM[:, :, None] + area_BM[:, None, :] - common_BMM
-    return torch.where(union_BMM > 0, common_BMM / union_BMM, 0.0)
+def overlap(boxes_BM4: Tensor, others_BN4: Tensor) -> Tensor:
+    """Compute intersection over union of each box with each other, by corners, (B, M, N); 0 where both have no area."""
+    boxes_BM14, others_B1N4 = boxes_BM4[..., :, None, :], others_BN4[..., None, :, :]
+    width_BMN, height_BMN = (_find_common(boxes_BM14, others_B1N4, axis) for axis in (0, 1))
+    common_BMN = width_BMN * height_BMN
+    areas_BM1, areas_B1N = ((corners[..., 2:] - corners[..., :2]).prod(-1) for corners in (boxes_BM14, others_B1N4))
+    union_BMN = areas_BM1 + areas_B1N - common_BMN
+    return torch.where(union_BMN > 0, common_BMN / union_BMN, 0.0)
 
 
-def _find_common(low_BM: Tensor, high_BM: Tensor) -> Tensor:
-    """Return the length that each pair of intervals has in common."""
-    first_end_BMM = torch.minimum(high_BM[:, :, None], high_BM[:, None, :])
-    return (first_end_BMM - torch.maximum(low_BM[:, :, None], low_BM[:, None, :])).clamp(min=0)
+def _find_common(boxes_BM14: Tensor, others_B1N4: Tensor, axis: int) -> Tensor:
+    """Return the length that each box has in common with each other, across (`axis` 0) or down (1)."""
+    ends_BMN = torch.minimum(boxes_BM14[..., axis + 2], others_B1N4[..., axis + 2])
+    return (ends_BMN - torch.maximum(boxes_BM14[..., axis], others_B1N4[..., axis])).clamp(min=0)
 
 
 def _widen(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
 from deepseek.models.yolov7 import detection
-from deepseek.models.yolov7.detection import overlap, select, to_corners
+from deepseek.models.yolov7.suppression import overlap, select, to_corners
 from tests.models.yolov7.examples import chain
 
 # Coordinates and scores on coarse grids, so that overlaps, ties and chains are many and products are exact.
@@ -111,7 +111,7 @@ def test_areas_too_large_for_float16_are_compared_all_the_same():
 
 def test_overlap_is_zero_where_no_box_has_an_area():
     points = torch.zeros(1, 2, 4)
-    assert overlap(points).tolist() == [[[0.0, 0.0], [0.0, 0.0]]]
+    assert overlap(points, points).tolist() == [[[0.0, 0.0], [0.0, 0.0]]]
 
 
 @pytest.mark.parametrize(
