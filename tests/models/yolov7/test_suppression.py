@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
-from deepseek.models.yolov7 import detection
+from deepseek.models.yolov7 import suppression
 from deepseek.models.yolov7.suppression import overlap, select, to_corners
 from tests.models.yolov7.examples import chain
 
@@ -83,7 +83,7 @@ def test_many_pictures_are_compared_in_parts_with_the_same_answer(monkeypatch):
     predictions = torch.rand(5, 60, 8, generator=torch.Generator().manual_seed(0)) * 40
     predictions[..., 4:] /= 40
     whole = select(predictions)
-    monkeypatch.setattr(detection, "MAX_PAIRS", 2 * 60 * 60)
+    monkeypatch.setattr(suppression, "MAX_PAIRS", 2 * 60 * 60)
     parts = select(predictions)
     torch.testing.assert_close(vars(parts), vars(whole), rtol=0, atol=0)
 
