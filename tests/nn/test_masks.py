@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
-from deepseek.nn.masks import MaskConfig, see
+from deepseek.nn.masks import MaskConfig, count_lengths, count_positions, see
 
 lengths = {
     "num_tokens": st.integers(1, 7),
@@ -135,3 +135,36 @@ def test_a_window_is_the_last_tokens_with_the_token_itself(window, is_whole):
         assert visibility.window_B1TS[0, 0].tolist() == expected
     if not is_whole:
         assert visibility.causal_B1TS[0, 0].tolist() == causal
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 6), st.integers(1, 3))
+def test_tokens_see_their_own_document_alone_whatever_else_cuts_their_view(lengths, window, distance):
+    documents = [number for number, length in enumerate(lengths) for _ in range(length)]
+    documents_BT = torch.tensor([documents])
+    size = len(documents)
+    visibility = see(
+        count_positions(documents_BT),
+        size,
+        is_whole=True,
+        local_distance=distance,
+        openness=torch.ones(()),
+        window=window,
+        documents_BT=documents_BT,
+    )
+    causal = torch.tensor([[k <= q and documents[k] == documents[q] for k in range(size)] for q in range(size)])
+    back = torch.tensor([[q - k for k in range(size)] for q in range(size)])
+    assert torch.equal(visibility.causal_B1TS[0, 0], causal)
+    assert torch.equal(visibility.hard_mask(2, 1)[0], torch.stack((causal & (back <= distance), causal)))
+    if size > window:
+        assert torch.equal(visibility.window_B1TS[0, 0], causal & (back < window))
+    bias = visibility.soft_mask(2, torch.zeros(1, size, 1))
+    assert torch.equal(bias.isinf()[0], (~causal).expand(2, -1, -1))
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_positions_and_lengths_are_those_in_the_documents(rows):
+    width = max(map(sum, rows))
+    rows = [[*row, width - sum(row)] if sum(row) < width else row for row in rows]
+    documents_BT = torch.tensor([[number for number, n in enumerate(row) for _ in range(n)] for row in rows])
+    assert count_positions(documents_BT).tolist() == [[at for n in row for at in range(n)] for row in rows]
+    assert count_lengths(documents_BT).tolist() == [[n for n in row for _ in range(n)] for row in rows]

@@ -97,7 +97,8 @@ class Attention(nn.Module):
             bias_BNTS = visibility.soft_mask(self.num_heads, self.far_gate(x_BTD))
             return attend_with_bias(q_BNTH, k_BKSH, v_BKSH, bias_BNTS, scale=self.scale, softcap=self.softcap)
         mask = self._mask(x_BTD, visibility, q_BNTH.dtype)
-        if self.softcap is not None or (mask is None and _is_slow_when_fused(q_BNTH)):
+        is_plain = mask is None or visibility.has_documents
+        if self.softcap is not None or (is_plain and _is_slow_when_fused(q_BNTH)):
             bias = causal_bias(q_BNTH) if mask is None else as_bias(mask, q_BNTH.dtype)
             return attend_with_bias(q_BNTH, k_BKSH, v_BKSH, bias, scale=self.scale, softcap=self.softcap)
         return F.scaled_dot_product_attention(

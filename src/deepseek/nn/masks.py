@@ -10,6 +10,9 @@ added to the attention scores. A gate near one makes the head global for that to
 `openness` grows from 0 to 1 over the first steps of training, so that every head starts global and learns where to
 close; once trained it is 1. Without a gate the far bias is minus infinity, which is plain sliding-window attention.
 
+Rows may hold several documents, which do not see each other: what is not in a token's own document is hidden from it as
+the future is, whatever else cuts its view.
+
 Shapes: B batch, N heads, T query tokens, S key positions. Cost: one (B, N, T, S) bias, so attention runs on the
 general kernel instead of the causal one; at the lengths this is meant for the matmuls outweigh it.
 """
@@ -64,6 +67,8 @@ class Visibility:
     """() weight of the gates; `None` for a decoder without local heads."""
     window_B1TS: Tensor | None = None
     """`causal_B1TS` cut to a sliding window; `None` where no query is farther from a key than that."""
+    has_documents: bool = False
+    """Whether `causal_B1TS` also hides other documents of the row."""
 
     def hard_mask(self, num_heads: int, num_local_heads: int) -> Tensor:
         """(B, N, T, S) bool, True where a head may look: local heads, which come first, stay within their distance."""
@@ -90,21 +95,48 @@ def see(
     local_distance: int | None,
     openness: Tensor | None,
     window: int | None = None,
+    documents_BT: Tensor | None = None,
 ) -> Visibility:
     """Build the `Visibility` of queries at `positions_BT` over `num_keys` keys.
 
     `is_whole` says that queries and keys are the same tokens, each of which then sees itself and those before it
     whatever its position is called; `local_distance` is `None` for a decoder without local heads, which then needs no
     mask at all. `window` is how many tokens the layers with a sliding window see, the token itself among them.
+    `documents_BT` says which document of its row each token of a whole pass belongs to; none is one document a row.
     """
     has_window = window is not None and num_keys > window
-    if is_whole and local_distance is None and not has_window:
+    has_documents = documents_BT is not None
+    if is_whole and local_distance is None and not has_window and not has_documents:
         return Visibility(positions_BT, None, None, None)
     keys_S = torch.arange(num_keys, device=positions_BT.device)
     distance_BTS = (keys_S[None] if is_whole else positions_BT)[..., None] - keys_S
     far_B1TS = None if local_distance is None else (distance_BTS > local_distance)[:, None]
     causal_B1TS = (distance_BTS >= 0)[:, None]
+    if documents_BT is not None:
+        causal_B1TS = causal_B1TS & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
     window_B1TS = causal_B1TS & (distance_BTS < window)[:, None] if window is not None and has_window else None
-    if is_whole and local_distance is None:  # layers without a window keep the kernel's own causal mask
+    if is_whole and local_distance is None and not has_documents:
+        # Layers without a window keep the kernel's own causal mask.
         return Visibility(positions_BT, None, None, None, window_B1TS)
-    return Visibility(positions_BT, causal_B1TS, far_B1TS, openness, window_B1TS)
+    return Visibility(positions_BT, causal_B1TS, far_B1TS, openness, window_B1TS, has_documents)
+
+
+def count_positions(documents_BT: Tensor) -> Tensor:
+    """Return the (B, T) positions of tokens in their documents, which lie in a row one after the other.
+
+    >>> count_positions(torch.tensor([[0, 0, 0, 1, 1, 5]]))
+    tensor([[0, 1, 2, 0, 1, 0]])
+    """
+    indices_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    is_first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return indices_T - torch.where(is_first_BT, indices_T, 0).cummax(dim=1).values
+
+
+def count_lengths(documents_BT: Tensor) -> Tensor:
+    """Return for each of (B, T) tokens how many tokens its document has.
+
+    >>> count_lengths(torch.tensor([[0, 0, 0, 1, 1, 5]]))
+    tensor([[3, 3, 3, 2, 2, 1]])
+    """
+    return count_positions(documents_BT) + count_positions(documents_BT.flip(1)).flip(1) + 1

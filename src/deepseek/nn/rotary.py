@@ -83,14 +83,17 @@ def rotary_table(length: int, head_size: int, *, theta: float, scaling: RopeScal
 
 
 def dynamic_rows(
-    positions_BT: Tensor, lengths_B1: Tensor, head_size: int, *, theta: float, scaling: RopeScaling
+    positions_BT: Tensor, lengths: Tensor, head_size: int, *, theta: float, scaling: RopeScaling
 ) -> Tensor:
-    """Return (2, B, T, head_size) float32 for rows of texts that are `lengths_B1` tokens long, by the dynamic rule."""
-    growth_B1 = lengths_B1.double().clamp(min=scaling.original_length) / scaling.original_length
-    base_B1 = theta * (scaling.factor * growth_B1 - (scaling.factor - 1)) ** (head_size / max(head_size - 2, 1))
+    """Return (2, B, T, head_size) float32 for texts that are `lengths` tokens long, by the dynamic rule.
+
+    `lengths` are (B, 1), or (B, T) where each token has its own; both are written L below.
+    """
+    growth_BL = lengths.double().clamp(min=scaling.original_length) / scaling.original_length
+    base_BL = theta * (scaling.factor * growth_BL - (scaling.factor - 1)) ** (head_size / max(head_size - 2, 1))
     channels = torch.arange(0, head_size, 2, dtype=torch.float64, device=positions_BT.device)
-    frequencies_BH = base_B1 ** -(channels / head_size)
-    angles_BTH = positions_BT[..., None] * frequencies_BH[:, None]
+    frequencies_BLH = base_BL[..., None] ** -(channels / head_size)
+    angles_BTH = positions_BT[..., None] * frequencies_BLH
     angles_BTH = torch.cat((angles_BTH, angles_BTH), dim=-1)
     return torch.stack((angles_BTH.cos(), angles_BTH.sin())).float()
 

@@ -321,3 +321,67 @@ def test_a_decoder_is_exported_by_torch() -> None:
     tokens = torch.randint(0, 64, (2, 8))
     exported = torch.export.export(model, (tokens,)).module()
     torch.testing.assert_close(exported(tokens), model(tokens))
+
+
+SCALED = {
+    kind: DecoderConfig(**SMALL, rope_scaling={"kind": kind, "factor": 2.0, "original_length": 6, **more})
+    for kind, more in {
+        "dynamic": {},
+        "longrope": {"pair_factors": [1.0] * 4, "long_pair_factors": [2.0, 3.0, 4.0, 5.0]},
+    }.items()
+}
+WINDOWED = {
+    "sliding window": DecoderConfig(**SMALL, sliding_window=3, full_layers=(1,)),
+    "softcap": DecoderConfig(**SMALL, attention_softcap=5.0, sliding_window=4),
+}
+APART = [[5, 9, 1, 4], [2, 17], [19]]
+
+
+def lay_side_by_side(rows):
+    """Tokens and documents of rows with documents of these lengths, each row one token longer than them."""
+    documents_BT = torch.tensor(
+        [[n for n, length in enumerate((*row, 20 - sum(row))) for _ in range(length)] for row in rows]
+    )
+    return make_tokens(*documents_BT.shape), documents_BT
+
+
+class TestDocuments:
+    @pytest.mark.parametrize("config", (SHAPES | SCALED | WINDOWED).values(), ids=SHAPES | SCALED | WINDOWED)
+    def test_each_has_the_logits_that_it_has_alone(self, config):
+        model = make(config)
+        tokens_BT, documents_BT = lay_side_by_side(APART)
+        for is_learning in (False, True):
+            with torch.set_grad_enabled(is_learning):
+                together = model(tokens_BT, documents_BT=documents_BT)
+                for tokens_T, documents_T, logits_TV in zip(tokens_BT, documents_BT, together, strict=True):
+                    for document in documents_T.unique():
+                        mine = documents_T == document
+                        alone = model(tokens_T[mine][None])[0]
+                        torch.testing.assert_close(logits_TV[mine], alone, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "dynamic mask", "sliding window"])
+    def test_gradients_are_the_sums_of_those_of_each_alone(self, name):
+        tolerance = 1e-5 if name == "dynamic mask" else 1e-9  # its biases are float32
+        model = make((SHAPES | WINDOWED)[name]).train()
+        tokens_BT, documents_BT = lay_side_by_side(APART)
+        model(tokens_BT, documents_BT=documents_BT).square().sum().backward()
+        together = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        for tokens_T, documents_T in zip(tokens_BT, documents_BT, strict=True):
+            for document in documents_T.unique():
+                model(tokens_T[documents_T == document][None]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(together[name], parameter.grad, rtol=tolerance, atol=tolerance)
+
+    def test_bf16_rows_that_are_written_out_hide_other_documents_as_well(self):
+        model = Decoder(DecoderConfig(**SMALL)).bfloat16()
+        tokens_BT, documents_BT = lay_side_by_side(APART)
+        changed = torch.where(documents_BT == 1, (tokens_BT + 1) % SMALL["vocab_size"], tokens_BT)
+        logits, others = (model(tokens, documents_BT=documents_BT) for tokens in (tokens_BT, changed))
+        assert torch.equal(logits[documents_BT != 1], others[documents_BT != 1])
+        assert not torch.equal(logits[documents_BT == 1], others[documents_BT == 1])
+
+    def test_documents_in_a_cache_are_refused(self):
+        model = make(SHAPES["llama"])
+        with pytest.raises(ConfigError, match="leave cache, positions_BT and lengths_B1 out"):
+            model(make_tokens(1, 4), documents_BT=torch.zeros(1, 4), cache=model.new_cache(1).view(0, 1, 4))

@@ -27,7 +27,7 @@ from deepseek.nn.attention import Attention
 from deepseek.nn.centered_norm import CenteredRMSNorm
 from deepseek.nn.feedforward import MLP, GeGLU, SwiGLU
 from deepseek.nn.kv_cache import CacheView, KVCache, LayerCache
-from deepseek.nn.masks import MaskConfig, Visibility, see
+from deepseek.nn.masks import MaskConfig, Visibility, count_lengths, count_positions, see
 from deepseek.nn.moe import MoEConfig, MoERouter, SwiGLUExperts
 from deepseek.nn.rotary import RopeScaling, dynamic_rows, rotary_table
 
@@ -251,13 +251,27 @@ class Decoder(nn.Module):
         cache: CacheView | None = None,
         lengths_B1: Tensor | None = None,
         last_only: bool = False,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         """Return logits (B, T, V), or (B, 1, V) of the last token with `last_only`.
 
         With a `cache`, the tokens at `positions_BT` are added to it and see what it holds, for one slot per row.
         `lengths_B1` are those of the whole texts, for rotary angles that depend on them, where these tokens are not
         the last ones.
+
+        Without a cache, rows may hold several documents side by side: `documents_BT` numbers them, each token sees
+        those of its own number alone, and positions count from its document's first token, so that every document has
+        the logits that it has in a row of its own. Experts with a capacity are the exception, in training: what they
+        drop depends on all the tokens of a batch.
         """
+        lengths = lengths_B1
+        if documents_BT is not None:
+            if cache is not None or positions_BT is not None or lengths_B1 is not None:
+                raise ConfigError(
+                    "documents_BT decides positions and lengths and goes with no cache; leave cache, positions_BT and "
+                    "lengths_B1 out"
+                )
+            positions_BT, lengths = count_positions(documents_BT), count_lengths(documents_BT)
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         num_keys = tokens_BT.shape[1] if cache is None else cache.length
@@ -274,13 +288,14 @@ class Decoder(nn.Module):
             local_distance=self.config.mask.local_distance if self.config.mask else None,
             openness=self.mask_openness if self.config.mask else None,
             window=self.config.sliding_window,
+            documents_BT=documents_BT,
         )
         x_BTD = self.embed(tokens_BT)
         if self.embed_scale is not None:
             x_BTD = x_BTD * self.embed_scale.to(x_BTD.dtype)
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT)
-        table_2BTH = self._index_rotary(positions_BT, lengths_B1)
+        table_2BTH = self._index_rotary(positions_BT, lengths)
         window_table_2BTH = table_2BTH if self.window_rotary_2LH is None else self.window_rotary_2LH[:, positions_BT]
         for index, layer in enumerate(self.layers):
             table = table_2BTH if self.config.window_of(index) is None else window_table_2BTH
@@ -311,16 +326,19 @@ class Decoder(nn.Module):
         if self.config.mask:
             self.mask_openness.fill_(self.config.mask.openness_at(step))
 
-    def _index_rotary(self, positions_BT: Tensor, lengths_B1: Tensor | None) -> Tensor | None:
-        """Return the angles of tokens at `positions_BT`, in texts that end there unless `lengths_B1` says otherwise."""
+    def _index_rotary(self, positions_BT: Tensor, lengths: Tensor | None) -> Tensor | None:
+        """Return the angles of tokens at `positions_BT`, in texts that end there unless `lengths` says otherwise.
+
+        `lengths` are (B, 1), or (B, T) where each token has its own.
+        """
         scaling = self.config.rope_scaling
         if self.config.position == "rotary" and scaling and scaling.is_length_dependent:
-            if lengths_B1 is None:
-                lengths_B1 = positions_BT.amax(dim=1, keepdim=True) + 1
+            if lengths is None:
+                lengths = positions_BT.amax(dim=1, keepdim=True) + 1
             if scaling.kind == "dynamic":
                 size, theta = self.config.num_rotated, self.config.rope_theta
-                return dynamic_rows(positions_BT, lengths_B1, size, theta=theta, scaling=scaling)
-            positions_BT = positions_BT + (lengths_B1 > scaling.original_length) * scaling.original_length
+                return dynamic_rows(positions_BT, lengths, size, theta=theta, scaling=scaling)
+            positions_BT = positions_BT + (lengths > scaling.original_length) * scaling.original_length
         return None if self.rotary_2LH is None else self.rotary_2LH[:, positions_BT]
 
     def _initialize(self, module: nn.Module) -> None:
