@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError, DataError
-from deepseek.data.batching import Batch, BatchLoader, evaluation_batches, fill_batches
-from deepseek.data.config import DataConfig
+from deepseek.data.batching import Batch, BatchLoader, evaluation_batches, fill_batches, warn_of_losses
+from deepseek.data.config import ChatConfig, DataConfig
 from deepseek.data.token_cache import CacheManifest, TokenCache
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=40)
@@ -134,7 +135,7 @@ def test_ranks_take_turns_at_token_budget_batches() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 60), st.sampled_from(["packed", "token_budget"]), st.integers(0, 1))
+@given(st.integers(0, 60), st.sampled_from(["packed", "token_budget", "packed_documents"]), st.integers(0, 1))
 def test_a_restored_position_goes_on_exactly(num_before: int, batching: str, rank: int) -> None:
     cache, config = _cache([7, 3, 20, 11, 30, 2, 9]), _config(batching=batching)
     loader = BatchLoader(cache, config, rank=rank, world_size=2)
@@ -227,6 +228,7 @@ def test_a_position_in_another_text_or_order_is_refused() -> None:
         BatchLoader(cache, _config(seed=1)),
         BatchLoader(cache, _config(sequence_length=9)),
         BatchLoader(cache, _config(batching="token_budget")),
+        BatchLoader(cache, _config(batching="packed_documents")),
     ):
         with pytest.raises(DataError, match="belongs to another corpus"):
             other.load_state_dict(state)
@@ -255,3 +257,98 @@ def test_too_little_text_is_refused() -> None:
 def test_a_rank_outside_the_world_is_refused(rank: int, world_size: int) -> None:
     with pytest.raises(ConfigError, match="is not below world_size"):
         BatchLoader(_cache([50]), _config(), rank=rank, world_size=world_size)
+
+
+def _learned(cache: TokenCache) -> TokenCache:
+    """Every third token is not learned."""
+    return replace(cache, learned=np.arange(len(cache.tokens)) % 3 != 0)
+
+
+def _epoch(loader: BatchLoader) -> list[Batch]:
+    """The rows of one epoch, each a batch."""
+    return _take(loader, loader._plan.num_items)
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.integers(0, 3), st.booleans())
+def test_an_epoch_of_packed_documents_predicts_each_token_once_inside_its_document(
+    lengths: list[int], seed: int, has_mask: bool
+) -> None:
+    cache = _learned(_cache([*lengths, 9])) if has_mask else _cache([*lengths, 9])
+    batches = _epoch(BatchLoader(cache, _config(batching="packed_documents", batch_size=1, seed=seed)))
+    firsts = set(cache.starts.tolist())
+    expected = [
+        (token, token + 1)
+        for token in range(len(cache.tokens) - 1)
+        if token + 1 not in firsts and (cache.learned is None or cache.learned[token + 1])
+    ]
+    assert _pairs(batches) == Counter(expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(LENGTHS, st.integers(0, 3))
+def test_neighbors_in_a_packed_document_are_neighbors_in_the_text_and_no_others(lengths: list[int], seed: int) -> None:
+    cache = _cache([*lengths, 9])
+    loader = BatchLoader(cache, _config(batching="packed_documents", sequence_length=40, seed=seed))
+    for batch in _take(loader, 4):
+        assert batch.documents_BT is not None
+        for tokens, documents in zip(batch.tokens_BT.tolist(), batch.documents_BT.tolist(), strict=True):
+            assert documents == sorted(documents)
+            for place in range(1, len(tokens)):
+                if tokens[place]:  # not padding, nor the very first token
+                    follows = tokens[place] == tokens[place - 1] + 1 and tokens[place] not in cache.starts
+                    assert follows == (documents[place] == documents[place - 1])
+
+
+def test_packed_documents_come_in_another_order_and_company_in_each_epoch() -> None:
+    lengths = [5, 6, 7] * 12
+    loader = BatchLoader(_cache(lengths), _config(batching="packed_documents", sequence_length=64, batch_size=1))
+    first, second = ([_values(batch) for batch in _epoch(loader)] for _ in range(2))
+    assert sorted(first) != sorted(second)
+
+
+def test_ranks_share_the_rows_of_packed_documents() -> None:
+    cache, config = _cache(range(2, 60)), {"batching": "packed_documents", "sequence_length": 64}
+    alone = BatchLoader(cache, _config(**config, batch_size=6))
+    ranks = [BatchLoader(cache, _config(**config, batch_size=2), rank=rank, world_size=3) for rank in range(3)]
+    for _ in range(9):
+        whole = alone.next_batch()
+        for rank, loader in enumerate(ranks):
+            assert loader.next_batch().tokens_BT.tolist() == whole.tokens_BT[rank::3].tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_of_chats_reads_each_learned_token_once(world_size: int) -> None:
+    cache = _learned(_cache(range(2, 30)))
+    config = ChatConfig(sources=("x",), sequence_length=32, batch_size=2)
+    batches = [
+        b for rank in range(world_size) for b in evaluation_batches(cache, config, rank=rank, world_size=world_size)
+    ]
+    firsts = set(cache.starts.tolist())
+    assert _pairs(batches) == Counter(
+        (token, token + 1) for token in range(len(cache.tokens) - 1) if (token + 1) % 3 and token + 1 not in firsts
+    )
+    assert all(batch.documents_BT is not None for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("too_long", "fate"), [("truncate", "cut off"), ("drop", "left out"), ("split", "cut into pieces")]
+)
+def test_what_does_not_fit_is_counted_and_said(too_long: str, fate: str) -> None:
+    cache = replace(_cache([20, 5, 30, 4]), learned=np.arange(59) < 57)
+    config = _config(batching="packed_documents", too_long=too_long)
+    with pytest.warns(UserWarning) as warned:
+        warn_of_losses(cache, config)
+    messages = [str(warning.message) for warning in warned]
+    assert messages[0].startswith(f"2 of 4 documents are longer than a row of 8 tokens and are {fate}")
+    assert len(messages) == 1
+
+
+def test_documents_that_have_nothing_to_learn_in_what_is_kept_are_counted_and_all_of_them_refused() -> None:
+    cache = replace(_cache([20, 5, 30]), learned=np.arange(55) == 19)
+    config = _config(batching="packed_documents", too_long="split")
+    with pytest.warns(UserWarning) as warned:
+        warn_of_losses(cache, config)
+    assert str(warned[-1].message) == "2 of 3 documents have nothing to learn and are left out"
+    with pytest.raises(DataError, match="none of 3 documents has a token to learn in rows of sequence_length=8"):
+        BatchLoader(cache, config.override({"too_long": "truncate"}))

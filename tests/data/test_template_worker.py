@@ -52,7 +52,12 @@ def test_a_name_set_inside_a_generation_block_ends_with_it_and_a_loop_goes_throu
         "{{ seen }}"
         "{% endgeneration %}{{ seen is defined }} {% endfor %}"
     )
-    assert render(source, {"messages": ["a", "b"]}) == {"text": "aFalse 2bFalse "}
+    assert render(source, {"messages": ["a", "b"]}) == {"text": "aFalse 2bFalse ", "generated": [[0, 1], [7, 9]]}
+
+
+def test_marks_that_a_message_imitates_are_text() -> None:
+    source = "{% generation %}{{ a }}{% endgeneration %}"
+    assert render(source, {"a": "<0123[>é\U0001f600]>"}) == {"text": "<0123[>é\U0001f600]>", "generated": [[0, 11]]}
 
 
 @pytest.mark.parametrize("source", ["{% generation %}", "{% endgeneration %}", "{% generation %}{% endfor %}"])

@@ -1,11 +1,14 @@
 """Tokens of a cache cut into batches, in an order that depends on the seed alone and can be taken up anywhere.
 
-Two ways of cutting, chosen by `DataConfig.batching`:
+Three ways of cutting, chosen by `batching` in the settings:
 
     packed         documents are shuffled and laid end to end; rows of `sequence_length` tokens are cut from that and
                    shuffled again. No padding; a row may hold the end of one document and the start of the next.
     token_budget   each document is one row, cut off at `max_len`; documents of similar length share a batch, padded to
                    the longest, with at most `max_tokens` tokens in it.
+    packed_documents  whole documents share rows of `sequence_length` tokens, filled by best fit, and do not see each
+                   other (`Batch.documents_BT`); `packing.py` has what becomes of those that are longer than a row.
+                   Chats are always cut this way.
 
 Each epoch is an endless supply's next list of items (rows, or whole batches), ordered by (seed, epoch). The position
 is (epoch, index in it) over all ranks together: of the next items rank r of W takes r, r + W, ..., so the order of the
@@ -31,8 +34,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError, DataError
-from deepseek.data.config import DataConfig
+from deepseek.data.config import ChatConfig, DataConfig
+from deepseek.data.packing import Pieces, cut_documents, fill_rows, lay_out
 from deepseek.data.token_cache import TokenCache
 
 if TYPE_CHECKING:
@@ -59,6 +64,23 @@ class Batch:
     """int64; the next token, or -100 where there is none."""
     num_target_tokens: int
     """Targets that count, which is what a loss is weighted with."""
+    documents_BT: Tensor | None = None
+    """int64; number of each token's document in its row, which tokens of others do not see. `None`: all see all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What becomes a batch, in numpy."""
+
+    tokens_BT: IntArray
+    """-1 where there is none."""
+    targets_BT: IntArray
+    """The next token, or -1 where nothing is learned."""
+    documents_BT: IntArray | None = None
+
+
+TextSettings = DataConfig | ChatConfig
+"""Settings of data that are tokens."""
 
 
 class Epoch(Protocol):
@@ -68,14 +90,14 @@ class Epoch(Protocol):
     def num_items(self) -> int:
         """Rows, or whole batches."""
 
-    def rows(self, items: IntArray) -> IntArray:
-        """(B, T + 1) tokens of the items, -1 where a row has ended."""
+    def rows(self, items: IntArray) -> Rows:
+        """Return the rows of the items."""
 
 
 class BatchLoader:
     """Batches without end, with a position that can be saved and restored."""
 
-    def __init__(self, cache: TokenCache, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, cache: TokenCache, config: TextSettings, *, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank} is not below world_size={world_size}; ranks count from 0")
         self.cache = cache
@@ -92,7 +114,7 @@ class BatchLoader:
 
     def next_batch(self) -> Batch:
         """Return the batch at the position, and move the position on."""
-        return _to_batch(np.concatenate(list(self._take_rows())))
+        return _to_batch(list(self._take_rows()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, as JSON values."""
@@ -112,9 +134,9 @@ class BatchLoader:
             raise DataError(f"data position index={state['index']} is outside its epoch's {plan.num_items} items")
         self._epoch, self._index, self._plan = int(state["epoch"]), int(state["index"]), plan
 
-    def _take_rows(self) -> Iterator[IntArray]:
+    def _take_rows(self) -> Iterator[Rows]:
         """This rank's rows among the next items of all ranks, which may reach into further epochs."""
-        num_wanted = self.world_size * (self.config.batch_size if self.config.batching == "packed" else 1)
+        num_wanted = self.world_size * (1 if self.config.batching == "token_budget" else self.config.batch_size)
         num_taken = 0
         while num_taken < num_wanted:
             if self._index == self._plan.num_items:
@@ -129,30 +151,44 @@ class BatchLoader:
                 yield self._plan.rows(items)
 
 
-def evaluation_batches(cache: TokenCache, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+def evaluation_batches(
+    cache: TokenCache, config: TextSettings, *, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
     """One pass over a cache in which every token but the first is a target exactly once, over all ranks together.
 
-    Packed rows in the order of the text whatever `config.batching` says, so losses of two models can be compared; the
-    last row is padded. Raises `DataError` for a cache with a single token.
+    Text is read in packed rows in its own order whatever `config.batching` says, so losses of two models can be
+    compared; the last row is padded. Raises `DataError` for a cache with a single token. Of chats every token that is
+    learned is a target once, in the rows that its settings pack.
     """
+    if isinstance(config, ChatConfig):
+        pieces = cut_to_rows(cache, config)
+        rows = _fill_sorted(np.arange(len(pieces.lengths)), pieces, config.sequence_length)[rank::world_size]
+        for begin in range(0, len(rows), config.batch_size):
+            some = rows[begin : begin + config.batch_size]
+            yield _to_batch([Rows(*lay_out(some, pieces, cache.tokens, cache.learned, width=config.sequence_length))])
+        return
     length, num_tokens = config.sequence_length, len(cache.tokens)
     if num_tokens < 2:
         raise DataError(f"there is nothing to predict in {num_tokens} token; hold out more text")
     mine = np.arange(rank, -(-(num_tokens - 1) // length), world_size)
     for begin in range(0, len(mine), config.batch_size):
         places_BT = mine[begin : begin + config.batch_size, None] * length + np.arange(length + 1)
-        yield _to_batch(_gather(cache.tokens, places_BT, places_BT < num_tokens))
+        yield _to_batch([_shift(_gather(cache.tokens, places_BT, places_BT < num_tokens))])
 
 
-def plan_epoch(cache: TokenCache, config: DataConfig, *, epoch: int) -> Epoch:
+def plan_epoch(cache: TokenCache, config: TextSettings, *, epoch: int) -> Epoch:
     """Plan the order of one epoch, from the seed and the epoch's number alone."""
     random = np.random.PCG64([config.seed, epoch])
     return _PLANNERS[config.batching](cache, config, random)
 
 
-def order_digest(cache: TokenCache, config: DataConfig) -> str:
+def order_digest(cache: TokenCache, config: TextSettings) -> str:
     """SHA-256 that two loaders share exactly when their items come in the same order."""
-    fields = {"packed": ("sequence_length",), "token_budget": ("max_tokens", "max_len")}[config.batching]
+    fields = {
+        "packed": ("sequence_length",),
+        "token_budget": ("max_tokens", "max_len"),
+        "packed_documents": ("sequence_length", "too_long"),
+    }[config.batching]
     settings = {name: getattr(config, name) for name in ("batching", "seed", *fields)}
     return hashlib.sha256(json.dumps([cache.digest, settings]).encode()).hexdigest()
 
@@ -174,11 +210,11 @@ class PackedEpoch:
         """Rows; what is left over at the end of the layout, less than a row, waits for another epoch's order."""
         return len(self.row_order)
 
-    def rows(self, items: IntArray) -> IntArray:
+    def rows(self, items: IntArray) -> Rows:
         """Rows share one token with the next row of the layout, so that each token is predicted once."""
         places_BT = self.row_order[items][:, None] * self.length + np.arange(self.length + 1)
         documents_BT = np.searchsorted(self.ends, places_BT, side="right")
-        return np.asarray(self.tokens[places_BT + self.shifts[documents_BT]], dtype=np.int64)
+        return _shift(np.asarray(self.tokens[places_BT + self.shifts[documents_BT]], dtype=np.int64))
 
 
 def plan_packed(cache: TokenCache, config: DataConfig, random: np.random.PCG64) -> PackedEpoch:
@@ -213,12 +249,12 @@ class TokenBudgetEpoch:
         """Batches."""
         return len(self.batches)
 
-    def rows(self, items: IntArray) -> IntArray:
+    def rows(self, items: IntArray) -> Rows:
         """Return the rows of one batch; its width is its longest document's, so batches are not joined."""
         documents_B = self.batches[int(items[0])]
         steps_T = np.arange(self.lengths[documents_B].max() + 1)
         is_text_BT = steps_T <= self.lengths[documents_B][:, None]
-        return _gather(self.tokens, self.starts[documents_B][:, None] + steps_T, is_text_BT)
+        return _shift(_gather(self.tokens, self.starts[documents_B][:, None] + steps_T, is_text_BT))
 
 
 def plan_token_budget(cache: TokenCache, config: DataConfig, random: np.random.PCG64) -> TokenBudgetEpoch:
@@ -251,6 +287,72 @@ def fill_batches(documents: IntArray, lengths: IntArray, max_tokens: int) -> lis
     return batches
 
 
+@dataclass(frozen=True, eq=False)
+class PackedDocumentsEpoch:
+    """Rows that whole documents share."""
+
+    cache: TokenCache
+    pieces: Pieces
+    packed: list[IntArray]
+    """Pieces of each row."""
+    length: int
+
+    @property
+    def num_items(self) -> int:
+        """Rows."""
+        return len(self.packed)
+
+    def rows(self, items: IntArray) -> Rows:
+        """Lay the documents of the rows side by side."""
+        members = [self.packed[int(item)] for item in items]
+        return Rows(*lay_out(members, self.pieces, self.cache.tokens, self.cache.learned, width=self.length))
+
+
+def plan_packed_documents(cache: TokenCache, config: TextSettings, random: np.random.PCG64) -> PackedDocumentsEpoch:
+    """Shuffle documents, pack stretches of them into rows, and shuffle the rows."""
+    pieces = cut_to_rows(cache, config)
+    order = _shuffled(len(pieces.lengths), random)
+    packed = []
+    for begin in range(0, len(order), _SORTED_TOGETHER):
+        packed += _fill_sorted(order[begin : begin + _SORTED_TOGETHER], pieces, config.sequence_length)
+    rows = [packed[index] for index in _shuffled(len(packed), random)]
+    return PackedDocumentsEpoch(cache, pieces, rows, config.sequence_length)
+
+
+def cut_to_rows(cache: TokenCache, config: TextSettings) -> Pieces:
+    """Cut documents to the rows of `config`; raises `DataError` where nothing is left."""
+    pieces = cut_documents(
+        cache.starts, cache.learned, sequence_length=config.sequence_length, too_long=config.too_long
+    )
+    if len(pieces.lengths) == 0:
+        raise DataError(
+            f"none of {cache.num_documents} documents has a token to learn in rows of "
+            f"sequence_length={config.sequence_length} with too_long={config.too_long}; lengthen the rows or check the "
+            "source"
+        )
+    return pieces
+
+
+def warn_of_losses(cache: TokenCache, config: TextSettings) -> None:
+    """Warn of documents that do not fit into a row of packed documents, and of what becomes of them."""
+    pieces = cut_to_rows(cache, config)
+    if pieces.num_too_long:
+        fate = {"truncate": "cut off", "drop": "left out", "split": "cut into pieces"}[config.too_long]
+        warn_caller(
+            f"{pieces.num_too_long} of {cache.num_documents} documents are longer than a row of "
+            f"{config.sequence_length} tokens and are {fate}; data.sequence_length and data.too_long decide that"
+        )
+    if pieces.num_without_targets:
+        warn_caller(
+            f"{pieces.num_without_targets} of {cache.num_documents} documents have nothing to learn and are left out"
+        )
+
+
+def _fill_sorted(members: IntArray, pieces: Pieces, capacity: int) -> list[IntArray]:
+    """Pack pieces, longest first."""
+    return fill_rows(members[np.argsort(-pieces.lengths[members], kind="stable")], pieces.lengths, capacity)
+
+
 def _shuffled(count: int, random: np.random.PCG64) -> IntArray:
     """0 ... count-1 in random order, by sorting raw bits: numpy keeps those alike in all versions, unlike shuffles."""
     return np.argsort(random.random_raw(count), kind="stable")
@@ -261,20 +363,31 @@ def _gather(tokens: NDArray[Any], places_BT: IntArray, is_text_BT: NDArray[np.bo
     return np.where(is_text_BT, tokens[np.minimum(places_BT, len(tokens) - 1)].astype(np.int64), _NOTHING)
 
 
-def _to_batch(rows_BT: IntArray) -> Batch:
-    """Hand (B, T + 1) tokens over to torch, as inputs and the tokens that follow them."""
+def _shift(rows_BT: IntArray) -> Rows:
+    """Tell (B, T + 1) tokens apart into inputs and the tokens that follow them."""
+    return Rows(rows_BT[:, :-1], rows_BT[:, 1:])
+
+
+def _to_batch(parts: list[Rows]) -> Batch:
+    """Hand rows over to torch."""
     import torch
 
-    tokens_BT, targets_BT = rows_BT[:, :-1], rows_BT[:, 1:]
+    tokens_BT, targets_BT = (
+        np.concatenate([part.tokens_BT for part in parts]),
+        np.concatenate([part.targets_BT for part in parts]),
+    )
+    documents = [part.documents_BT for part in parts if part.documents_BT is not None]
     is_target_BT = targets_BT != _NOTHING
     return Batch(
         tokens_BT=torch.from_numpy(np.maximum(tokens_BT, 0)),
         targets_BT=torch.from_numpy(np.where(is_target_BT, targets_BT, IGNORED_TARGET)),
         num_target_tokens=int(is_target_BT.sum()),
+        documents_BT=torch.from_numpy(np.concatenate(documents)) if documents else None,
     )
 
 
-_PLANNERS: dict[str, Callable[[TokenCache, DataConfig, np.random.PCG64], Epoch]] = {
+_PLANNERS: dict[str, Callable[[TokenCache, Any, np.random.PCG64], Epoch]] = {
     "packed": plan_packed,
     "token_budget": plan_token_budget,
+    "packed_documents": plan_packed_documents,
 }

@@ -2,7 +2,8 @@
 
 A model folder brings its own way of doing so: a Jinja template in `tokenizer_config.json` or `chat_template.jinja`, in
 the dialect of `transformers.apply_chat_template`. Where there is none, chats are written in ChatML, one
-`<|im_start|>role ... <|im_end|>` block for each message. Called by servers for `/v1/chat/completions`.
+`<|im_start|>role ... <|im_end|>` block for each message. Called by servers for `/v1/chat/completions`, and by
+`chat_tokens.py` for training, which also asks which characters the assistant said (`write_chat`).
 
     render_chat -> an idle process of template_worker.py -> text
                      `-> after MAX_RENDER_S it is killed, and the request ends with an error
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deepseek.core.errors import DataError, OverloadedError, RequestError
@@ -31,6 +33,15 @@ CHATML = (
 )
 MAX_RENDER_S = 2.0
 MAX_PROCESSES = 4
+
+
+@dataclass(frozen=True)
+class WrittenChat:
+    """A chat as text."""
+
+    text: str
+    generated: tuple[tuple[int, int], ...]
+    """The characters, from and to, that the template marks with `{% generation %}` as what the assistant said."""
 
 
 def render_chat(
@@ -53,6 +64,27 @@ def render_chat(
     >>> render_chat(train_tokenizer([], vocab_size=257), [{"role": "user", "content": "Hi"}])
     '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
     """
+    written = write_chat(
+        tokenizer,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+        documents=documents,
+        variables=variables,
+    )
+    return written.text
+
+
+def write_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> WrittenChat:
+    """Write `messages` as `render_chat` does, and say which characters the template marks as generated."""
     special_tokens = {**tokenizer.special_tokens, "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     given = {
         **{name: token for name, token in special_tokens.items() if token is not None},
@@ -73,8 +105,7 @@ def render_chat(
             "content",
             param="messages",
         )
-    text: str = answer["text"]
-    return text
+    return WrittenChat(answer["text"], tuple((begin, end) for begin, end in answer.get("generated", ())))
 
 
 def check_template(tokenizer: Tokenizer) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from deepseek.core.config import Config, name_kind
+from deepseek.data.packing import TooLong
 
 
 class DataConfig(Config):
@@ -35,12 +36,16 @@ class DataConfig(Config):
     (`wordpiece`), or byte-level BPE with BERT's special tokens (`encoder_bpe`)."""
     vocab_size: int = Field(default=4096, ge=257)
     """Tokens of the tokenizer that is trained; unused when `tokenizer` is given."""
-    batching: Literal["packed", "token_budget"] = "packed"
-    """`packed`: rows of one length cut from all text; `token_budget`: whole documents of similar lengths, padded."""
+    batching: Literal["packed", "token_budget", "packed_documents"] = "packed"
+    """`packed`: rows of one length cut from all text; `token_budget`: whole documents of similar lengths, padded;
+    `packed_documents`: whole documents side by side in rows of one length, which do not see each other."""
     sequence_length: int = Field(default=256, ge=1)
     """Tokens of a row in packed batches."""
     batch_size: int = Field(default=16, ge=1)
     """Rows of one packed batch of one rank."""
+    too_long: TooLong = "split"
+    """What becomes of a document that is longer than a row of packed documents: it is cut off (`truncate`), left out
+    (`drop`), or cut into pieces that do not see each other (`split`)."""
     max_tokens: int = Field(default=4096, ge=1)
     """Tokens of one token-budget batch of one rank, padding included."""
     max_len: int = Field(default=2048, ge=1)
@@ -57,7 +62,7 @@ class DataConfig(Config):
     @property
     def rows_per_batch(self) -> int:
         """Rows of one batch of one rank; a token budget counts as its number of longest rows."""
-        return self.batch_size if self.batching == "packed" else max(1, self.max_tokens // self.max_len)
+        return max(1, self.max_tokens // self.max_len) if self.batching == "token_budget" else self.batch_size
 
     @property
     def has_heldout(self) -> bool:
@@ -72,6 +77,60 @@ class DataConfig(Config):
                 "lower max_len or raise max_tokens"
             )
         return self
+
+
+class ChatConfig(Config):
+    """Chats and instructions: which of them, how they are written as text, and which of their tokens are learned."""
+
+    kind: Literal["chat"] = "chat"
+    """Kind of the data."""
+    sources: tuple[str, ...] = Field(min_length=1)
+    """JSONL, JSON, Parquet or CSV files, folders, globs or URLs, a chat in each row: `messages` with `role` and
+    `content`, `conversations` with `from` and `value`, or `instruction`, `input` and `output`; `tools` if there are."""
+    heldout_sources: tuple[str, ...] = ()
+    """Sources of the held-out chats; when empty, chats of `sources` are held out."""
+    heldout_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of chats that are held out, chosen by a hash of their names; unused with `heldout_sources`."""
+    tokenizer: str | None = None
+    """A `tokenizer.json` or a folder that holds one; none is that of the model that `init` names."""
+    chat_template: str | None = None
+    """A file with the Jinja template that chats are written by, or `chatml`; none is the tokenizer's own."""
+    template_variables: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the template is told beside the messages: {"enable_thinking": false}."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that are learned: what the assistant says, with the end of its turn, its last turn only, or all."""
+    sequence_length: int = Field(default=1024, ge=1)
+    """Tokens of a row; several chats share one and do not see each other."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows of one batch of one rank."""
+    too_long: TooLong = "truncate"
+    """What becomes of a chat that is longer than a row: it is cut off (`truncate`), left out (`drop`), or cut into
+    pieces that do not see each other (`split`)."""
+    max_broken: int = Field(default=100, ge=0)
+    """Chats that may be left out because they cannot be read or written, before preparing them ends with an error."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the order of chats and rows; the same seed gives the same order on any number of ranks."""
+
+    @field_validator("sources", "heldout_sources", mode="before")
+    @classmethod
+    def _list_one(cls, value: Any) -> Any:
+        """One source may be written without brackets."""
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def batching(self) -> Literal["packed_documents"]:
+        """How chats become rows, as text has it as a setting."""
+        return "packed_documents"
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of one batch of one rank."""
+        return self.batch_size
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether some chats are kept from training."""
+        return bool(self.heldout_sources) or self.heldout_fraction > 0
 
 
 class SamplesConfig(Config):
@@ -238,7 +297,7 @@ class BoxesConfig(SamplesConfig):
 
 
 DataSettings = Annotated[
-    DataConfig | ImagesConfig | BoxesConfig | TableConfig,
+    DataConfig | ImagesConfig | BoxesConfig | TableConfig | ChatConfig,
     Field(discriminator="kind"),
     BeforeValidator(name_kind("text")),
 ]

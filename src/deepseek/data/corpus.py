@@ -26,6 +26,7 @@ from deepseek.core.errors import DataError
 from deepseek.core.events import Event
 from deepseek.core.model_folder import GENERATION_FILE
 from deepseek.core.storage import new_folder
+from deepseek.data.batching import warn_of_losses
 from deepseek.data.config import DataConfig
 from deepseek.data.documents import Document
 from deepseek.data.sources import Corpus, name_some
@@ -83,6 +84,8 @@ def prepare_data(config: DataConfig, folder: Path) -> Iterator[Event]:
         yield from build_token_cache(watched, tokenizer, folder / HELDOUT_FOLDER, total_bytes=heldout.num_bytes())
     watched = _Watched(train, compare)
     yield from build_token_cache(watched, tokenizer, folder / TRAIN_FOLDER, total_bytes=train.num_bytes())
+    if config.batching == "packed_documents":
+        warn_of_losses(load_token_cache(folder / TRAIN_FOLDER, is_verified=True), config)
     if trained_on:
         warn_caller(
             f"of the documents trained on, {len(trained_on)} are held out under another name, so that the held-out "
@@ -168,7 +171,7 @@ def provide_tokenizer(config: TokenizerSettings, documents: Iterable[Document], 
     """Return the tokenizer that `config` names or wants trained, kept in `folder`, and whether it was there already."""
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
-        _keep(tokenizer, folder, origin={})
+        keep(tokenizer, folder, origin={})
         return tokenizer, True
     kind = config.tokenizer_kind
     origin = {"documents_digest": digest_documents(documents), "vocab_size": config.vocab_size}
@@ -181,11 +184,11 @@ def provide_tokenizer(config: TokenizerSettings, documents: Iterable[Document], 
         tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     else:
         tokenizer = train_encoder_tokenizer(texts, vocab_size=config.vocab_size, kind=kind)
-    _keep(tokenizer, folder, origin)
+    keep(tokenizer, folder, origin)
     return tokenizer, False
 
 
-def _keep(tokenizer: Tokenizer, folder: Path, origin: dict[str, Any]) -> None:
+def keep(tokenizer: Tokenizer, folder: Path, origin: dict[str, Any]) -> None:
     """Put the tokenizer in place of the one kept before; refuses a folder that holds anything else."""
     kept = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if foreign := kept - {TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE, _ORIGIN_FILE}:

@@ -7,15 +7,18 @@ but not from loops without an end or from strings of gigabytes; a process of its
 `chat_templates.py` starts this file as a script and is its only user. It imports nothing of deepseek, so that it starts
 in a tenth of a second.
 
-The environment is that of `transformers.apply_chat_template`: trimmed blocks, loop controls, `{% generation %}` (a
-mark for training, whose content is written as it is), `tojson` without HTML escapes, `raise_exception`,
-`strftime_now`, and a `namespace` without private names.
+The environment is that of `transformers.apply_chat_template`: trimmed blocks, loop controls, `{% generation %}`,
+`tojson` without HTML escapes, `raise_exception`, `strftime_now`, and a `namespace` without private names. What stands
+in `{% generation %}`, a mark for training, is written as it is, and the answer says between which characters:
+`"generated": [[10, 24], ...]`.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
+import secrets
 import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 MAX_MEMORY_BYTES = 1 << 30
 MAX_TEXT_CHARACTERS = 4 << 20
+# Stand in the text while it is written; nobody who writes templates or messages can know them.
+_KEY = secrets.token_hex(16)
+_BEGIN, _END = f"<{_KEY}[>", f"<{_KEY}]>"
+_MARKS = re.compile(rf"<{_KEY}([\[\]])>")
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -40,7 +47,9 @@ class GenerationTag(jinja2.ext.Extension):
 
     def parse(self, parser: Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in (_BEGIN, _END))
+        return jinja2.nodes.Scope([begin, *body, end]).set_lineno(line)
 
 
 class PublicNamespace(jinja2.utils.Namespace):
@@ -110,7 +119,21 @@ def render(source: str, variables: dict[str, Any]) -> dict[str, Any]:
         return {"refused": "it needs more memory than a template may take"}
     if len(text) > MAX_TEXT_CHARACTERS:
         return {"refused": f"it wrote {len(text)} characters and {MAX_TEXT_CHARACTERS} are the most"}
-    return {"text": text}
+    return take_out_marks(text)
+
+
+def take_out_marks(text: str) -> dict[str, Any]:
+    """Return the text without the marks of what was generated, and the characters that stood between them."""
+    pieces = _MARKS.split(text)  # text, bracket, text, bracket, ..., text
+    generated: list[list[int]] = []
+    length = len(pieces[0])
+    for bracket, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        if bracket == "[":
+            generated.append([length, length])
+        elif generated:
+            generated[-1][1] = length
+        length += len(piece)
+    return {"text": "".join(pieces[::2])} | ({"generated": generated} if generated else {})
 
 
 def limit_memory() -> None:

@@ -4,10 +4,11 @@
         show(event)
     cache = load_token_cache(folder)
 
-A cache is a folder with three files, written whole or not at all:
+A cache is a folder with these files, written whole or not at all:
 
     tokens.bin      all tokens in the order of the documents, little-endian, uint16 where the vocabulary allows
     starts.npy      int64; document i is tokens[starts[i]:starts[i + 1]] and ends with the tokenizer's end token
+    learned.bin     a byte for each token, 1 where it is to be predicted; only where that is not all of them
     manifest.json   digests of the documents and the tokenizer, counts, size and SHA-256 of the other files
 
 A folder is reused when its bytes are the ones that were written and both digests still fit. The documents' digest is
@@ -23,14 +24,15 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.config import Config
 from deepseek.core.errors import DataError
 from deepseek.core.events import Event
@@ -39,7 +41,7 @@ from deepseek.data.documents import Document
 from deepseek.data.tokenizing import Tokenizer
 
 SCHEMA_VERSION = 1
-TOKENS_FILE, STARTS_FILE, MANIFEST_FILE = "tokens.bin", "starts.npy", "manifest.json"
+TOKENS_FILE, STARTS_FILE, LEARNED_FILE, MANIFEST_FILE = "tokens.bin", "starts.npy", "learned.bin", "manifest.json"
 
 # Characters tokenized at once: enough to keep all cores busy, and little beside a document.
 _BATCH_CHARACTERS = 1 << 20
@@ -89,7 +91,7 @@ class CacheManifest(Config):
     documents_digest: str
     """SHA-256 over the names and texts."""
     tokenizer_digest: str
-    """SHA-256 of the tokenizer that made the tokens."""
+    """SHA-256 of the tokenizer that made the tokens, and of how it was used where that was not plainly."""
     vocab_size: int
     """All tokens are below it."""
     token_dtype: str
@@ -106,6 +108,8 @@ class CacheManifest(Config):
     """Documents with such places."""
     files: dict[str, StoredFile]
     """The other files of the cache, by name."""
+    notes: tuple[str, ...] = ()
+    """What was said of documents that are left out, and is said again where the cache is used again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +119,8 @@ class TokenCache:
     tokens: NDArray[Any]
     starts: NDArray[np.int64]
     manifest: CacheManifest
+    learned: NDArray[np.bool_] | None = None
+    """Of each token whether it is to be predicted; `None` means all."""
 
     @property
     def num_documents(self) -> int:
@@ -131,22 +137,82 @@ class TokenCache:
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedPiece:
+    """Tokens of a document, or of a part of it."""
+
+    ids: Sequence[int]
+    is_last: bool
+    """Whether its document ends here."""
+    learned: NDArray[np.bool_] | None = None
+    """Of each token whether it is to be predicted; `None` means all."""
+
+
+class Encoder(Protocol):
+    """How documents become tokens."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Where the tokens are from."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides which tokens a document becomes."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of documents that are left out, once all are encoded."""
+
+    def encode(self, documents: Iterable[Document]) -> Iterator[list[EncodedPiece]]:
+        """Return the tokens of all documents in their order, some pieces at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """Encodes texts as they are, each with the end token behind it."""
+
+    tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """That of the tokenizer."""
+        return self.tokenizer.digest
+
+    def encode(self, documents: Iterable[Document]) -> Iterator[list[EncodedPiece]]:
+        """Encode texts on all cores, long ones in pieces."""
+        for pieces in _batches(_cut(documents)):
+            all_ids = self.tokenizer.encode_batch([text for text, _ in pieces])
+            yield [
+                EncodedPiece([*ids, self.tokenizer.eos_id] if is_last else ids, is_last)
+                for ids, (_, is_last) in zip(all_ids, pieces, strict=True)
+            ]
+
+
 def build_token_cache(
-    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, *, total_bytes: int | None = None
+    documents: Iterable[Document],
+    tokenizer: Tokenizer | Encoder,
+    folder: Path,
+    *,
+    total_bytes: int | None = None,
 ) -> Iterator[TokenizingProgress | CacheReady]:
     """Tokenize `documents` into `folder` unless it holds them already; the last event is `CacheReady`.
 
-    `documents` are read twice where an older cache stands, so they must be a `Corpus` or a list, not an iterator.
+    A tokenizer encodes texts as they are; an `Encoder` encodes documents in its own way. `documents` are read twice
+    where an older cache stands, so they must be a `Corpus` or a list, not an iterator.
     Raises `DataError` for documents without text and for a folder that holds something else.
     """
     if iter(documents) is documents:
         raise DataError("documents can be read only once; give a Corpus or a list, since a cache may read them twice")
-    manifest = _find_reusable(documents, tokenizer, folder)
+    encoder = TextEncoder(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
+    manifest = _find_reusable(documents, encoder, folder)
     is_reused = manifest is not None
     if manifest is None:
         with new_folder(folder) as temporary:
-            yield from _write(documents, tokenizer, temporary, total_bytes)
+            yield from _write(documents, encoder, temporary, total_bytes)
         manifest = _read_manifest(folder)
+    for note in manifest.notes:
+        warn_caller(note)
     yield CacheReady(
         folder=str(folder),
         num_documents=manifest.num_documents,
@@ -171,6 +237,7 @@ def load_token_cache(folder: Path, *, is_verified: bool = False) -> TokenCache:
         tokens=np.memmap(folder / TOKENS_FILE, dtype=np.dtype(manifest.token_dtype), mode="r"),
         starts=np.load(folder / STARTS_FILE, allow_pickle=False),
         manifest=manifest,
+        learned=np.memmap(folder / LEARNED_FILE, dtype=bool, mode="r") if LEARNED_FILE in manifest.files else None,
     )
 
 
@@ -180,7 +247,7 @@ def find_damage(folder: Path) -> str | None:
         manifest = _read_manifest(folder)
     except DataError as error:
         return str(error)
-    for name in (TOKENS_FILE, STARTS_FILE):
+    for name in dict.fromkeys((TOKENS_FILE, STARTS_FILE, *manifest.files)):
         path, stored = folder / name, manifest.files.get(name)
         if stored is None or not path.is_file():
             return f"{name} is missing"
@@ -199,7 +266,7 @@ def digest_documents(documents: Iterable[Document]) -> str:
     return str(tally.digest.hexdigest())
 
 
-def _find_reusable(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> CacheManifest | None:
+def _find_reusable(documents: Iterable[Document], encoder: Encoder, folder: Path) -> CacheManifest | None:
     """Return the manifest of a whole cache of these documents in `folder`; refuses a folder that is none of ours."""
     if not folder.exists():
         return None
@@ -207,14 +274,14 @@ def _find_reusable(documents: Iterable[Document], tokenizer: Tokenizer, folder: 
         raise DataError(f"{folder} is a file, where a token cache is a folder; choose another path")
     if not any(folder.iterdir()):
         return None
-    foreign = {entry.name for entry in folder.iterdir()} - {TOKENS_FILE, STARTS_FILE, MANIFEST_FILE}
+    foreign = {entry.name for entry in folder.iterdir()} - {TOKENS_FILE, STARTS_FILE, LEARNED_FILE, MANIFEST_FILE}
     if foreign:
         raise DataError(f"{folder} holds {sorted(foreign)[0]!r}, so it is no token cache; choose another folder")
     if problem := find_damage(folder):
         warnings.warn(f"token cache {folder} cannot be used and is built again: {problem}", stacklevel=3)
         return None
     manifest = _read_manifest(folder)
-    if manifest.tokenizer_digest != tokenizer.digest:
+    if manifest.tokenizer_digest != encoder.digest:
         return None
     return manifest if manifest.documents_digest == digest_documents(documents) else None
 
@@ -257,41 +324,44 @@ class _Tally:
 
 
 def _write(
-    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, total_bytes: int | None
+    documents: Iterable[Document], encoder: Encoder, folder: Path, total_bytes: int | None
 ) -> Iterator[TokenizingProgress]:
-    """Fill `folder` with the three files, saying how far it is after each batch of text."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    """Fill `folder` with the files, saying how far it is after each batch of text."""
+    dtype = np.dtype("<u2" if encoder.tokenizer.vocab_size <= 1 << 16 else "<u4")
     tally, ends, num_tokens = _Tally(), [0], 0
-    with (folder / TOKENS_FILE).open("wb") as file:
-        for pieces in _batches(_cut(tally.watch(documents))):
-            all_ids = tokenizer.encode_batch([text for text, _ in pieces])
-            for ids, (_, is_last) in zip(all_ids, pieces, strict=True):
-                content = [*ids, tokenizer.eos_id] if is_last else ids
-                file.write(np.asarray(content, dtype=dtype).tobytes())
-                num_tokens += len(content)
-                if is_last:
+    with (folder / TOKENS_FILE).open("wb") as file, (folder / LEARNED_FILE).open("wb") as learned_file:
+        for pieces in encoder.encode(tally.watch(documents)):
+            for piece in pieces:
+                file.write(np.asarray(piece.ids, dtype=dtype).tobytes())
+                num_tokens += len(piece.ids)
+                if piece.learned is not None:
+                    learned_file.write(piece.learned.tobytes())
+                if piece.is_last:
                     ends.append(num_tokens)
             yield TokenizingProgress(len(ends) - 1, num_tokens, tally.num_text_bytes, total_bytes)
     if tally.num_documents == 0:
         raise DataError("there is no document to tokenize; name a source that holds text")
+    if not (folder / LEARNED_FILE).stat().st_size:
+        (folder / LEARNED_FILE).unlink()
     np.save(folder / STARTS_FILE, np.asarray(ends, dtype=np.int64), allow_pickle=False)
-    _write_manifest(folder, tokenizer, tally, num_tokens, dtype)
+    _write_manifest(folder, encoder, tally, ends, dtype)
 
 
-def _write_manifest(folder: Path, tokenizer: Tokenizer, tally: _Tally, num_tokens: int, dtype: np.dtype[Any]) -> None:
-    paths = [folder / name for name in (TOKENS_FILE, STARTS_FILE)]
+def _write_manifest(folder: Path, encoder: Encoder, tally: _Tally, ends: list[int], dtype: np.dtype[Any]) -> None:
+    paths = [folder / name for name in (TOKENS_FILE, STARTS_FILE, LEARNED_FILE) if (folder / name).exists()]
     manifest = CacheManifest(
         schema_version=SCHEMA_VERSION,
         documents_digest=tally.digest.hexdigest(),
-        tokenizer_digest=tokenizer.digest,
-        vocab_size=tokenizer.vocab_size,
+        tokenizer_digest=encoder.digest,
+        vocab_size=encoder.tokenizer.vocab_size,
         token_dtype=dtype.str,
-        num_documents=tally.num_documents,
-        num_tokens=num_tokens,
+        num_documents=len(ends) - 1,
+        num_tokens=ends[-1],
         num_text_bytes=tally.num_text_bytes,
         num_undecodable=tally.num_undecodable,
         num_undecodable_documents=tally.num_undecodable_documents,
         files={path.name: StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths},
+        notes=encoder.notes,
     )
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_dict(), indent=2), encoding="utf-8")
 

@@ -12,7 +12,7 @@ from deepseek.compiler.passes.memory.recomputation import check_budget
 from deepseek.core.config import Config, list_kinds
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
-from deepseek.data.config import DataConfig, DataSettings
+from deepseek.data.config import ChatConfig, DataConfig, DataSettings
 from deepseek.mixed_precision.amp_levels import Level
 from deepseek.models.decoder.model import DecoderConfig
 from deepseek.nn.lora import LoRAConfig
@@ -178,10 +178,10 @@ class TrainConfig(Config):
 
     def check_lengths(self, max_length: int, seen: str, way_out: str = "choose another model") -> None:
         """Raise `ConfigError` where a row of the data is longer than `max_length`, which `seen` introduces."""
-        if not isinstance(self.data, DataConfig):
+        if not isinstance(self.data, DataConfig | ChatConfig):
             return
-        is_packed = self.data.batching == "packed"
-        lengths = {} if is_packed else {"max_len": self.data.max_len}
+        is_packed = self.data.batching != "token_budget"
+        lengths = {"max_len": self.data.max_len} if isinstance(self.data, DataConfig) and not is_packed else {}
         if is_packed or self.data.has_heldout:  # held-out text is always read in packed rows
             lengths["sequence_length"] = self.data.sequence_length
         name = max(lengths, key=lambda key: lengths[key])

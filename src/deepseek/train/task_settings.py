@@ -19,7 +19,9 @@ class AnyTaskSettings(Config):
 
 
 class CausalLMSettings(AnyTaskSettings):
-    """Predict each next token of a text."""
+    """Predict each next token of a text, or of what the assistant says in chats."""
+
+    data_kinds: ClassVar[tuple[str, ...]] = ("text", "chat")
 
     kind: Literal["causal_lm"] = "causal_lm"
     """Name of the task."""

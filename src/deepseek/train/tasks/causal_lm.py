@@ -1,8 +1,9 @@
-"""Predict each next token of a text: a decoder trained from its first weights, or from those of `init`.
+"""Predict each next token of a text, or of what the assistant says: a decoder with first weights or those of `init`.
 
     text -> tokenizer -> token caches -> rows of tokens -> logits -> cross-entropy with the tokens that follow
+    chats -> template -> token caches with the tokens that are learned -> the same
 
-The loss is in nats per token.
+The loss is in nats per token that is learned. Documents that share a row do not see each other.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
-from deepseek.data.batching import IGNORED_TARGET, Batch, BatchLoader, evaluation_batches
-from deepseek.data.config import DataConfig
+from deepseek.data.batching import IGNORED_TARGET, Batch, BatchLoader, TextSettings, evaluation_batches
+from deepseek.data.chat_corpus import load_chats, prepare_chats
+from deepseek.data.config import ChatConfig, DataConfig
 from deepseek.data.corpus import load_data, prepare_data
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.decoder.keymap import FAMILIES
@@ -28,18 +30,20 @@ from deepseek.train.task import Task, TaskData
 
 
 class CausalLM(Task):
-    """A decoder on plain text."""
+    """A decoder on plain text or on chats."""
 
     unit: ClassVar[str] = "tokens"
 
     def prepare(self, folder: Path) -> Iterator[Event]:
-        """Train or load the tokenizer, and tokenize the text."""
-        return prepare_data(self.data_settings, folder)
+        """Train or load the tokenizer, and tokenize the text or the chats."""
+        settings = self.data_settings
+        return prepare_chats(settings, folder) if isinstance(settings, ChatConfig) else prepare_data(settings, folder)
 
     @property
-    def data_settings(self) -> DataConfig:
+    def data_settings(self) -> TextSettings:
         """The settings of the data, with the tokenizer of the model that training begins with unless they name one."""
-        settings = self.config.data_of(DataConfig)
+        data = self.config.data
+        settings: TextSettings = data if isinstance(data, ChatConfig) else self.config.data_of(DataConfig)
         folder = find_tokenizer(self.config.init, self.config.init_weights)
         if settings.tokenizer is not None or folder is None:
             return settings
@@ -48,11 +52,14 @@ class CausalLM(Task):
     def open_data(self, folder: Path) -> TaskData:
         """Open the token caches."""
         settings = self.data_settings
-        data = load_data(settings, folder, is_verified=True)
-        heldout = data.heldout
+        if isinstance(settings, ChatConfig):
+            data = load_chats(settings, folder, is_verified=True)
+        else:
+            data = load_data(settings, folder, is_verified=True)
+        train, heldout = data.train, data.heldout
         return TaskData(
-            loader=BatchLoader(data.train, settings),
-            num_train_units=len(data.train.tokens),
+            loader=BatchLoader(train, settings),
+            num_train_units=len(train.tokens) if train.learned is None else int(train.learned.sum()),
             heldout=None if heldout is None else lambda: evaluation_batches(heldout, settings),
             tokenizer=data.tokenizer,
         )
@@ -103,6 +110,12 @@ class CausalLM(Task):
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """(B, T) tokens, to which the model answers with (B, T, V) logits."""
         return (batch.tokens_BT,)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return (B, T, V) logits, in which documents of one row know nothing of each other."""
+        documents = {} if batch.documents_BT is None else {"documents_BT": batch.documents_BT}
+        logits_BTV: Tensor = model(*self.inputs(batch), **documents)
+        return logits_BTV
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """() sum of the cross-entropy over the targets, in nats."""
