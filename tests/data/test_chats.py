@@ -9,7 +9,7 @@ import pytest
 
 from deepseek.data.chats import Chat, parse_chat, read_document
 from deepseek.data.samples import BrokenSampleError
-from deepseek.data.tables import TableRow
+from deepseek.data.table_rows import TableRow
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -28,7 +28,7 @@ from deepseek.data.chat_tokens import ChatEncoder
 from deepseek.data.chats import COLUMNS, parse_chat
 from deepseek.data.config import ChatConfig
 from deepseek.data.corpus import HELDOUT_FOLDER, TOKENIZER_FOLDER, TRAIN_FOLDER, PreparedData, TokenizerReady, keep
-from deepseek.data.tables import TableRow, leave_out_broken, read_split
+from deepseek.data.table_rows import TableRow, leave_out_broken, read_split
 from deepseek.data.token_cache import TokenCache, build_token_cache, load_token_cache
 from deepseek.data.tokenizing import Tokenizer, load_tokenizer
 

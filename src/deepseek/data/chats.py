@@ -18,9 +18,9 @@ from typing import Any
 
 from deepseek.data.documents import Document
 from deepseek.data.samples import BrokenSampleError
-from deepseek.data.tables import Columns, TableRow
+from deepseek.data.table_rows import TableColumns, TableRow
 
-COLUMNS = Columns((), ("messages", "conversations", "instruction", "input", "output", "tools", "system"))
+COLUMNS = TableColumns((), ("messages", "conversations", "instruction", "input", "output", "tools", "system"))
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # What ShareGPT calls them.
 _SHAREGPT_ROLES = {

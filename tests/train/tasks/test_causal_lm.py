@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deepseek.artifact.reading import read_manifest
 from deepseek.core.errors import ConfigError
 from deepseek.data.batching import IGNORED_TARGET, Batch
-from deepseek.data.tokenizing import load_tokenizer
+from deepseek.data.tokenizing import load_tokenizer, save_tokenizer
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import load_model
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import InitLoaded, StepDone
 from deepseek.train.loop import train
 from deepseek.train.tasks.causal_lm import CausalLM
+from tests.data.chat_examples import CHATML, CHATS, make_tokenizer, without_marks
 
 SHAPE = {"vocab_size": 32, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_length": 16}
 
@@ -135,3 +139,122 @@ def test_rows_longer_than_the_model_of_init_takes_are_refused(tmp_path: Path) ->
     config = configure(write_text(tmp_path / "text"), tmp_path, init="gpt2", init_settings=TINY | {"max_length": 8})
     with pytest.raises(ConfigError, match=r"rows of 16 tokens and the model of init=gpt2 takes 8; shorten"):
         list(train(config))
+
+
+def write_chat_model(folder: Path) -> LlamaForCausalLM:
+    """A small Llama of transformers with a tokenizer that has a chat template."""
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    model = LlamaForCausalLM(shape)
+    model.save_pretrained(folder)
+    save_tokenizer(make_tokenizer(without_marks(CHATML)), folder)
+    return model
+
+
+def configure_chats(tmp_path: Path, **changes: Any) -> TrainConfig:
+    rows = [{"messages": messages} for name, messages in CHATS.items() if name != "tools"] * 2
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    values: dict[str, Any] = {
+        "folder": str(tmp_path / "run"),
+        "init": str(tmp_path / "base"),
+        "task": "causal_lm",
+        "data": {
+            "kind": "chat",
+            "sources": str(tmp_path / "chats.jsonl"),
+            "heldout_fraction": 0,
+            "sequence_length": 128,
+            "batch_size": 3,
+        },
+        "optimizer": {"name": "sgd", "base_learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0},
+        "num_steps": 4,
+        "log_every": 1,
+        "precision": "fp32",
+    }
+    return TrainConfig.from_dict(values).override(changes)
+
+
+def test_a_step_on_packed_chats_is_that_of_transformers_on_each_chat_alone(tmp_path: Path) -> None:
+    theirs = write_chat_model(tmp_path / "base")
+    plain = {"optimizer.weight_decay": 0.0, "optimizer.momentum": 0.0, "optimizer.grad_clip": None, "num_steps": 1}
+    config = configure_chats(tmp_path, **plain)
+    task = CausalLM(config)
+    list(task.prepare(tmp_path / "data"))
+    num_rows = task.open_data(tmp_path / "data").loader._plan.num_items
+    config = config.override({"data.batch_size": num_rows})  # one batch is the epoch
+    (step,) = [event for event in train(config) if isinstance(event, StepDone)]
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend)
+    total, count = torch.zeros(()), 0
+    for messages in [messages for name, messages in CHATS.items() if name != "tools"] * 2:
+        found = tokenizer.apply_chat_template(
+            messages, chat_template=CHATML, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        targets = torch.where(found["assistant_masks"] == 1, found["input_ids"], -100)
+        logits = theirs(found["input_ids"]).logits
+        total = total + F.cross_entropy(logits[0, :-1], targets[0, 1:], reduction="sum")
+        count += int(found["assistant_masks"].sum())
+    (total / count).backward()
+    assert step.loss == pytest.approx((total / count).item(), rel=1e-5)
+    assert num_rows < 2 * len(CHATS) - 2
+    ours = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    for name, parameter in theirs.named_parameters():
+        assert parameter.grad is not None
+        expected = parameter.detach() - step.learning_rate * parameter.grad
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(ours[name], parameter)
+
+
+def test_a_run_on_chats_that_is_stopped_and_resumed_becomes_the_same_model(tmp_path: Path) -> None:
+    write_chat_model(tmp_path / "base")
+    whole = configure_chats(tmp_path, **{"data.heldout_fraction": 0.2})
+    list(train(whole))
+    stopped = whole.override({"folder": str(tmp_path / "stopped")})
+    events = train(stopped)
+    next(event for event in events if isinstance(event, StepDone) and event.step == 3)
+    events.close()
+    list(train(stopped))
+    digests = [
+        read_manifest(tmp_path / name / "model").files["model.safetensors"].sha256 for name in ("run", "stopped")
+    ]
+    assert digests[0] == digests[1]
+    tokenizer = load_tokenizer(tmp_path / "run" / "model")
+    assert tokenizer.backend.token_to_id("<|im_end|>") in tokenizer.end_ids
+    assert tokenizer.chat_template == without_marks(CHATML)
+
+
+def test_packed_documents_of_text_have_the_loss_of_each_alone(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text")
+    packed = {"batching": "packed_documents", "document_separator": "\n", "sequence_length": 64}
+    config = configure(text, tmp_path / "run", model=TINY | {"max_length": 64})
+    config = config.override({f"data.{name}": value for name, value in packed.items()})
+    task = CausalLM(config)
+    list(task.prepare(tmp_path / "data"))
+    data = task.open_data(tmp_path / "data")
+    batch = data.loader.next_batch()
+    model = task.build_model(data).double()
+    outputs = task.forward(model, batch)
+    assert batch.documents_BT is not None
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in range(len(batch.tokens_BT)):
+        for document in batch.documents_BT[row].unique():
+            mine = batch.documents_BT[row] == document
+            logits = model(batch.tokens_BT[row][mine][None])[0]
+            expected = expected + F.cross_entropy(logits, batch.targets_BT[row][mine], reduction="sum").nan_to_num()
+    torch.testing.assert_close(task.loss(outputs, batch), expected)
+    assert int(batch.documents_BT.max()) > 1
+
+
+def test_chats_longer_than_the_model_takes_are_refused(tmp_path: Path) -> None:
+    write_chat_model(tmp_path / "base")
+    with pytest.raises(
+        ConfigError, match=r"data\.sequence_length makes rows of 512 tokens and the model of init=.* 256"
+    ):
+        list(train(configure_chats(tmp_path, **{"data.sequence_length": 512})))

@@ -183,6 +183,7 @@ def test_training_lowers_the_loss(text: str, tmp_path: Path) -> None:
         ({"data.tokenizer_kind": "bpe"}, "no mask token.*tokenizer_kind=wordpiece"),
         ({"data.sequence_length": 2}, "no room beside its special tokens"),
         ({"data.sequence_length": 100}, "rows may have 100 tokens and the model of init=bert-base takes 64"),
+        ({"data.batching": "packed_documents"}, "no document masks.*choose packed or token_budget"),
         ({"data.batch_size": 10_000}, "samples and a batch takes 10000; lower batch_size"),
         ({"init": "llama-135m"}, "trains one for masked_lm"),
     ],

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepseek.core.errors import DataError
+from deepseek.core.errors import ConfigError, DataError
 from deepseek.core.events import Event
 from deepseek.data.batching import IGNORED_TARGET, IntArray
 from deepseek.data.config import DataConfig
@@ -163,6 +163,10 @@ class MaskedRows:
     def __init__(
         self, cache: TokenCache, tokenizer: Tokenizer, config: DataConfig, vocabulary: Vocabulary, rule: MaskingRule
     ) -> None:
+        if config.batching == "packed_documents":
+            raise ConfigError(
+                "encoders have no document masks, and data.batching is packed_documents; choose packed or token_budget"
+            )
         backend = tokenizer.backend
         begin = backend.token_to_id(tokenizer.special_tokens.get("cls_token", tokenizer.bos_token or ""))
         self._begin: IntArray = np.array([] if begin is None else [begin], dtype=np.int64)
