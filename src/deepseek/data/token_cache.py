@@ -148,7 +148,7 @@ class EncodedPiece:
     """Of each token whether it is to be predicted; `None` means all."""
 
 
-class Encoder(Protocol):
+class DocumentEncoder(Protocol):
     """How documents become tokens."""
 
     @property
@@ -168,7 +168,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class TextEncoder:
+class PlainEncoder:
     """Encodes texts as they are, each with the end token behind it."""
 
     tokenizer: Tokenizer
@@ -191,20 +191,20 @@ class TextEncoder:
 
 def build_token_cache(
     documents: Iterable[Document],
-    tokenizer: Tokenizer | Encoder,
+    tokenizer: Tokenizer | DocumentEncoder,
     folder: Path,
     *,
     total_bytes: int | None = None,
 ) -> Iterator[TokenizingProgress | CacheReady]:
     """Tokenize `documents` into `folder` unless it holds them already; the last event is `CacheReady`.
 
-    A tokenizer encodes texts as they are; an `Encoder` encodes documents in its own way. `documents` are read twice
+    A tokenizer encodes texts as they are; an `DocumentEncoder` encodes documents in its own way. `documents` are read twice
     where an older cache stands, so they must be a `Corpus` or a list, not an iterator.
     Raises `DataError` for documents without text and for a folder that holds something else.
     """
     if iter(documents) is documents:
         raise DataError("documents can be read only once; give a Corpus or a list, since a cache may read them twice")
-    encoder = TextEncoder(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
+    encoder = PlainEncoder(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
     manifest = _find_reusable(documents, encoder, folder)
     is_reused = manifest is not None
     if manifest is None:
@@ -266,7 +266,7 @@ def digest_documents(documents: Iterable[Document]) -> str:
     return str(tally.digest.hexdigest())
 
 
-def _find_reusable(documents: Iterable[Document], encoder: Encoder, folder: Path) -> CacheManifest | None:
+def _find_reusable(documents: Iterable[Document], encoder: DocumentEncoder, folder: Path) -> CacheManifest | None:
     """Return the manifest of a whole cache of these documents in `folder`; refuses a folder that is none of ours."""
     if not folder.exists():
         return None
@@ -324,7 +324,7 @@ class _Tally:
 
 
 def _write(
-    documents: Iterable[Document], encoder: Encoder, folder: Path, total_bytes: int | None
+    documents: Iterable[Document], encoder: DocumentEncoder, folder: Path, total_bytes: int | None
 ) -> Iterator[TokenizingProgress]:
     """Fill `folder` with the files, saying how far it is after each batch of text."""
     dtype = np.dtype("<u2" if encoder.tokenizer.vocab_size <= 1 << 16 else "<u4")
@@ -347,7 +347,9 @@ def _write(
     _write_manifest(folder, encoder, tally, ends, dtype)
 
 
-def _write_manifest(folder: Path, encoder: Encoder, tally: _Tally, ends: list[int], dtype: np.dtype[Any]) -> None:
+def _write_manifest(
+    folder: Path, encoder: DocumentEncoder, tally: _Tally, ends: list[int], dtype: np.dtype[Any]
+) -> None:
     paths = [folder / name for name in (TOKENS_FILE, STARTS_FILE, LEARNED_FILE) if (folder / name).exists()]
     manifest = CacheManifest(
         schema_version=SCHEMA_VERSION,
