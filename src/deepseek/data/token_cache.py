@@ -198,8 +198,8 @@ def build_token_cache(
 ) -> Iterator[TokenizingProgress | CacheReady]:
     """Tokenize `documents` into `folder` unless it holds them already; the last event is `CacheReady`.
 
-    A tokenizer encodes texts as they are; an `DocumentEncoder` encodes documents in its own way. `documents` are read twice
-    where an older cache stands, so they must be a `Corpus` or a list, not an iterator.
+    A tokenizer encodes texts as they are; a `DocumentEncoder` encodes documents in its own way. `documents` are read
+    twice where an older cache stands, so they must be a `Corpus` or a list, not an iterator.
     Raises `DataError` for documents without text and for a folder that holds something else.
     """
     if iter(documents) is documents:
