@@ -45,6 +45,7 @@ from deepseek.models.model_sources import LoadConfig
 from deepseek.models.resnet.model import ResNetConfig
 from deepseek.models.vit.model import ViTConfig
 from deepseek.models.yolov7.model import YOLOv7Config
+from deepseek.models.yolov7.training_loss import DetectionLossConfig
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.nn.rotary import RopeScaling
@@ -54,6 +55,7 @@ from deepseek.serve.config import EngineConfig, ServeConfig
 from deepseek.train.config import StoppingConfig, TrainConfig
 from deepseek.train.task_settings import (
     CausalLMSettings,
+    DetectionSettings,
     DistillationSettings,
     ImageClassificationSettings,
     MaskedLMSettings,
@@ -83,11 +85,11 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("Text as data", DataConfig, "data."),
     ("Samples as data", SamplesConfig, "data."),
     ("Images as data", ImagesConfig, "data."),
-    ("Tables as data", TableConfig, "data."),
-    ("Chats as data", ChatConfig, "data."),
     ("Their augmentation", AugmentationConfig, "data.augmentation."),
     ("Images with boxes as data", BoxesConfig, "data."),
     ("Their random changes", BoxAugmentationConfig, "data.augmentation."),
+    ("Tables as data", TableConfig, "data."),
+    ("Chats as data", ChatConfig, "data."),
     ("The task of language models", CausalLMSettings, "task."),
     ("The task of masked language models", MaskedLMSettings, "task."),
     ("The task of text classifiers", SequenceClassificationSettings, "task."),
@@ -95,6 +97,8 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("The task of sentence encoders", SentenceEmbeddingSettings, "task."),
     ("A task with a teacher", DistillationSettings, "task."),
     ("The task of image classifiers", ImageClassificationSettings, "task."),
+    ("The task of detectors", DetectionSettings, "task."),
+    ("Its loss", DetectionLossConfig, "task.loss."),
     ("The optimizer", OptimizerConfig, "optimizer."),
     ("Gradient prediction", GradientPredictionConfig, "optimizer.gradient_prediction."),
     ("Loading a model", LoadConfig, ""),
