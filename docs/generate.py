@@ -46,6 +46,7 @@ from deepseek.models.resnet.model import ResNetConfig
 from deepseek.models.vit.model import ViTConfig
 from deepseek.models.yolov7.model import YOLOv7Config
 from deepseek.models.yolov7.training_loss import DetectionLossConfig
+from deepseek.nn.lora import LoRAConfig
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.nn.rotary import RopeScaling
@@ -81,6 +82,7 @@ SETTINGS: tuple[tuple[str, type[Config], str], ...] = (
     ("A MobileNetV3 of the zoo", MobileNetV3Config, ""),
     ("A vision transformer of the zoo", ViTConfig, ""),
     ("A YOLOv7 of the zoo", YOLOv7Config, ""),
+    ("Its adapter", LoRAConfig, "adapter."),
     ("Its end", StoppingConfig, "stopping."),
     ("Text as data", DataConfig, "data."),
     ("Samples as data", SamplesConfig, "data."),

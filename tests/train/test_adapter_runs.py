@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from deepseek.artifact.reading import read_manifest
 from deepseek.checkpoint.restoring import newest_valid
 from deepseek.core.errors import ArtifactError, CheckpointError, ConfigError
+from deepseek.data.tokenizing import save_tokenizer, train_tokenizer
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import load_model, make_int8_, save_model
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import Evaluated, StepDone
 from deepseek.train.loop import train
+from deepseek.train.tasks.causal_lm import CausalLM
 from tests.train.own_task import Line
 from tests.train.tasks.test_causal_lm import TINY, configure, write_text
 
@@ -116,3 +120,42 @@ def test_an_adapter_without_init_or_without_rank_is_refused(tmp_path: Path) -> N
     config = configure_adapter(tmp_path, "run", init=str(make_base(tmp_path / "base")))
     with pytest.raises(ConfigError, match="adapter is for models that init names, and Line begins with one of its own"):
         list(train(config, task=Line))
+
+
+def write_folder_of_hugging_face(folder: Path, text: Path) -> Path:
+    """A small Llama of `transformers` with its tokenizer."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(text.iterdir())]
+    tokenizer = train_tokenizer(texts, vocab_size=280)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_folder_of_hugging_face_is_fine_tuned_and_opens_there_again(has_adapter: bool, tmp_path: Path) -> None:
+    folder = write_folder_of_hugging_face(tmp_path / "llama", write_text(tmp_path / "text"))
+    config = configure_adapter(tmp_path, "run", init=str(folder), adapter=LORA if has_adapter else None)
+    steps = [event for event in train(config) if isinstance(event, StepDone)]
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    task = CausalLM(config)
+    batch = task.open_data(tmp_path / "run" / "data").loader.next_batch()
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(
+            model(batch.tokens_BT).logits.flatten(0, 1), batch.targets_BT.flatten()
+        )
+    assert steps[0].loss == pytest.approx(loss.item(), rel=1e-5)
+    assert steps[-1].loss < steps[0].loss
+    tuned, tokens = load_model(tmp_path / "run"), batch.tokens_BT
+    if has_adapter:
+        pairs = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+        for name in [name.removesuffix(".lora_A.weight") for name in pairs if name.endswith(".lora_A.weight")]:
+            weight = model.get_parameter(name.removeprefix("base_model.model.") + ".weight")
+            weight.data += 16 / 4 * pairs[f"{name}.lora_B.weight"] @ pairs[f"{name}.lora_A.weight"]
+    else:
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    torch.testing.assert_close(tuned(tokens), model(tokens).logits, rtol=1e-4, atol=1e-5)

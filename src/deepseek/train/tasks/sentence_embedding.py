@@ -32,7 +32,6 @@ from deepseek.core.errors import DataError
 from deepseek.data.table_rows import TableColumns, TableRow, leave_out_broken
 from deepseek.data.text_collate import TextBatch, TextEncoder, TextSample, collate_texts
 from deepseek.data.tokenizing import Tokenizer
-from deepseek.models.loading import save_model
 from deepseek.models.starting_weights import HeadSpec
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.models.transformers_models.pooling import POOLINGS
@@ -173,7 +172,7 @@ class SentenceEmbedding(TableTask[TextPair, TextPairs]):
         assert isinstance(model, TransformersModel)
         settings = self.settings
         files = describe_pooling(settings.pooling, int(model.config["hidden_size"]), self.data_settings.max_len)
-        return save_model(model, folder, tokenizer=data.tokenizer, files=files, overwrite=True, **record)
+        return super().save(model, data, folder, files=files, **record)
 
 
 class RetrievalScores:
