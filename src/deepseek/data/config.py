@@ -213,7 +213,7 @@ class ImagesConfig(SamplesConfig):
         return bool(self.heldout_sources) or self.heldout_fraction > 0
 
 
-class TableConfig(SamplesConfig):
+class TableConfig(Config):
     """Rows with named columns, of texts and what is to be said about them; the task says which columns it reads."""
 
     kind: Literal["table"] = "table"
@@ -234,14 +234,23 @@ class TableConfig(SamplesConfig):
     """Tokens of the tokenizer that is trained; unused where there is another."""
     max_len: int = Field(default=128, ge=3)
     """Tokens after which a text or pair is cut off."""
-    num_workers: int | None = Field(default=0, ge=0)
-    """Processes that put batches together; texts are tokenized before, so that this rarely pays."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows, or windows of them, of one batch of one rank."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the order of the rows."""
+    max_broken: int = Field(default=100, ge=0)
+    """Rows that may be left out because something is missing in them, before the run ends."""
 
     @field_validator("sources", "heldout_sources", mode="before")
     @classmethod
     def _list_one(cls, value: Any) -> Any:
         """One source may be written without brackets."""
         return (value,) if isinstance(value, str) else value
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of one batch of one rank."""
+        return self.batch_size
 
     @property
     def has_heldout(self) -> bool:
