@@ -216,8 +216,8 @@ def read_annotations(
     Images come in the order of the file and classes by their ids. Raises `DataError`.
     """
     content = _read_json(path)
-    categories = _by_id(path, "categories", content["categories"], "name")
-    images = _by_id(path, "images", content["images"], "file_name", "width", "height")
+    categories = _by_id(path, "categories", content["categories"], {"name": str})
+    images = _by_id(path, "images", content["images"], {"file_name": str, "width": int, "height": int})
     if not images or not content["annotations"]:
         what = "images" if not images else "annotations"
         raise DataError(f"{path} has no {what}, so that there is nothing to learn; give a file with images and boxes")
@@ -265,9 +265,9 @@ def _read_box(
     name: str, annotation: Mapping[str, Any], images: Mapping[Any, Mapping[str, Any]], numbers: Mapping[Any, int]
 ) -> _Box | str:
     """Read a box, cut off at the edges of its image; or say what is wrong with it, where only that box is."""
-    missing = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
-    if missing:
-        raise DataError(f"{name} has no {missing[0]}; give it one, as COCO's annotations have")
+    for key in ("image_id", "category_id"):
+        if not isinstance(annotation.get(key), int | str):
+            raise DataError(f"{name} has no {key} that is a number or a name; give it one, as COCO's annotations have")
     if annotation["image_id"] not in images:
         raise DataError(f"{name} is for image {annotation['image_id']}, which the file does not have; add the image")
     if annotation["category_id"] not in numbers:
@@ -275,8 +275,8 @@ def _read_box(
             f"{name} has category {annotation['category_id']} and the file has the categories "
             f"{_name(list(numbers))}; add it to them, or mend the box"
         )
-    image, bbox = images[annotation["image_id"]], annotation["bbox"]
-    if not _is_four_numbers(bbox):
+    image, bbox = images[annotation["image_id"]], annotation.get("bbox")
+    if not isinstance(bbox, list) or not _are_four_numbers(bbox):
         return f"{name} has the box {bbox}, which is not four finite numbers (left, top, width, height)"
     left, top, width, height = map(float, bbox)
     if width <= 0 or height <= 0:
@@ -288,12 +288,8 @@ def _read_box(
     return _Box(corners, numbers[annotation["category_id"]], bool(annotation.get("iscrowd", 0)))
 
 
-def _is_four_numbers(bbox: Any) -> bool:
-    return (
-        isinstance(bbox, list)
-        and len(bbox) == 4
-        and all(isinstance(value, int | float) and math.isfinite(value) for value in bbox)
-    )
+def _are_four_numbers(values: Sequence[Any]) -> bool:
+    return len(values) == 4 and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -311,13 +307,16 @@ def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
     return content  # type: ignore[no-any-return]
 
 
-def _by_id(path: Path, key: str, entries: Sequence[dict[str, Any]], *needed: str) -> dict[Any, dict[str, Any]]:
+def _by_id(
+    path: Path, key: str, entries: Sequence[dict[str, Any]], needed: Mapping[str, type]
+) -> dict[Any, dict[str, Any]]:
     """Return the entries by their ids, checked for what each of them needs."""
     known: dict[Any, dict[str, Any]] = {}
     for position, entry in enumerate(entries):
-        missing = [name for name in ("id", *needed) if name not in entry]
-        if missing:
-            raise DataError(f"entry {position} of {key} in {path} has no {missing[0]}; give it one, as COCO has them")
+        for name, kind in {"id": int | str, **needed}.items():
+            if not isinstance(entry.get(name), kind):
+                seen = f"has the {name} {entry[name]!r}" if name in entry else f"has no {name}"
+                raise DataError(f"entry {position} of {key} in {path} {seen}; give it one, as COCO has them")
         if entry["id"] in known:
             raise DataError(f"{path} has the id {entry['id']} twice in {key}; give each entry an id of its own")
         known[entry["id"]] = entry
