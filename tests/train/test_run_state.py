@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+from torch import nn
 
 from deepseek.artifact.reading import open_artifact
 from deepseek.core.errors import CheckpointError
+from deepseek.models import zoo
 from deepseek.train.loop import train
+from deepseek.train.run_state import compile_blocks_
 from tests.train.own_task import Line, configure
 
 
@@ -75,3 +80,24 @@ def test_a_run_that_was_stopped_becomes_equal_with_everything_that_has_a_memory(
     assert_same_model(tmp_path / "whole", tmp_path / "parts")
     plain, whole = (open_artifact(tmp_path / name / "model").tensors() for name in ("plain", "whole"))
     assert not torch.equal(plain["2.weight"], whole["2.weight"])  # the feature is at work
+
+
+def test_blocks_of_many_shapes_are_all_compiled_for_training_and_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def compile_with_count(module: nn.Module) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=count)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_with_count)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    model = zoo.build("resnet18", width=2, depths=[2, 2], stem="cifar", num_classes=2)
+    compile_blocks_(model)
+    for is_training in (True, False):
+        with torch.no_grad():
+            model.train(is_training)(torch.randn(2, 3, 8, 8))
+    assert len(compiled) == 2 * 3  # in each stage the first block and the others, which are alike in the first stage

@@ -142,8 +142,7 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
     optimizer = build_optimizer(model, config.optimizer, learning_rate)
     checkpointed = checkpoint_activations_(model, task, data, device)
     if config.compile == "blocks":
-        for name in find_blocks(model):
-            model.get_submodule(name).compile()
+        compile_blocks_(model)
     precision, dynamic = open_precision(config, model, device)
     foreseeing = config.optimizer.gradient_prediction
     return Run(
@@ -161,6 +160,20 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
         prediction=None if foreseeing is None else GradientPrediction(foreseeing),
         checkpointed=checkpointed,
     )
+
+
+def compile_blocks_(model: nn.Module) -> None:
+    """Compile the blocks of `model` in place, those of one shape once.
+
+    Blocks of one class share their code, and torch stops after a number of compilations of one code, those for training
+    and for evaluation counted apart: the eight blocks of a ResNet-18 are more than it allows by itself.
+    """
+    import torch._dynamo as dynamo  # takes a second to import
+
+    blocks = find_blocks(model)
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * len(blocks))
+    for name in blocks:
+        model.get_submodule(name).compile()
 
 
 def checkpoint_activations_(
