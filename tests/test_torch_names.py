@@ -18,6 +18,7 @@ PACKAGE = ROOT / "src" / "deepseek"
 
 # Feature -> the private names that it needs.
 FEATURES = {
+    "ds_memory_profiler: what is allocated in the backward pass": ("torch._C._current_graph_task_id",),
     "ds.jit: the compiler backend that its graphs are handed to": (
         "torch._dynamo.lookup_backend",
         "torch._inductor.compile_fx.compile_fx",

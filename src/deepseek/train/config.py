@@ -83,6 +83,11 @@ class TrainConfig(Config):
     ds_activation_checkpoint: Policy | float = "none"
     """Part that the backward pass recomputes: nothing (`none`), the cheap part of each block (`selective`), blocks as a
     whole (`block`, `full`), or, for a number, blocks chosen by measurement so that this share of the bytes is kept."""
+    ds_memory_profiler: bool = False
+    """Record what one step needs its memory for, as an event and as the page `memory.html` in the run's folder, and
+    watch for leaks at every step that is logged."""
+    memory_profiler_step: int = Field(default=3, ge=1)
+    """Step that is recorded, counted from 1 in each process."""
     compile: Literal["none", "blocks"] = "none"
     """Compile each kind of block once, or run eagerly; compiling pays on runs of more than a few minutes."""
     device: str = "cpu"
@@ -198,6 +203,15 @@ class TrainConfig(Config):
             raise ConfigError(
                 "stopping.patience and stopping.keep_best compare evaluations and evaluate_every is 0; "
                 "set evaluate_every to a number of steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory_profiler(self) -> Self:
+        if self.ds_memory_profiler and self.compile != "none":
+            raise ConfigError(
+                f"ds_memory_profiler sees what operators allocate and compile is {self.compile}, whose code allocates "
+                "unseen; set compile=none for the run that is looked at"
             )
         return self
 

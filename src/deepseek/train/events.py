@@ -120,6 +120,37 @@ class RunRewound(Event):
 
 
 @dataclass(frozen=True)
+class MemoryMeasured(Event):
+    """The memory of one step was recorded, allocation by allocation."""
+
+    step: int
+    peak_bytes: int
+    """Most bytes of tensors that were alive at once."""
+    peak_by_kind: dict[str, int]
+    """Those bytes by what they were for."""
+    holders: tuple[tuple[str, str, int], ...]
+    """Module, kind and bytes of those who held most of them, the largest first."""
+    allocator_peak_bytes: int | None
+    """Most bytes that torch's allocator had handed out; none on a CPU."""
+    page: str
+    """File with the whole of it."""
+
+
+@dataclass(frozen=True)
+class MemoryLeakSuspected(Event):
+    """Tensors became more from look to look, or every step left some of its own behind."""
+
+    step: int
+    since_step: int
+    grown_bytes: int
+    """Bytes of tensors that Python knows of, now and at `since_step`; others may be held by a graph of autograd."""
+    tensors: tuple[str, ...]
+    """Types and shapes, and what they do."""
+    modules: tuple[str, ...]
+    """Modules that allocated them."""
+
+
+@dataclass(frozen=True)
 class Evaluated(Event):
     """Measurements on held-out data."""
 
@@ -173,6 +204,8 @@ TrainEvent = (
     | StepDamped
     | StepSkipped
     | RunRewound
+    | MemoryMeasured
+    | MemoryLeakSuspected
     | Evaluated
     | StoppedEarly
     | CheckpointSaved

@@ -22,6 +22,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +148,12 @@ def _take_steps(run: Run) -> Iterator[Event]:
     num_units, began_s = 0, time.perf_counter()
     while run.step < config.num_steps and not _is_patience_over(run):
         position = _find_position(run)
-        result = _take_one(run)
+        with run.memory.watching(run.step + 1) if run.memory is not None else nullcontext():
+            result = _take_one(run)
         if not result.is_taken:
             yield _answer_bad_step(run, result, position)
             continue
-        if run.step > run.bad_steps.last:
-            run.bad_steps.num_in_a_row = 0
-        if run.average is not None:
-            run.average.update()
-        if run.dynamic is not None:
-            yield from run.dynamic.step()
-        if result.damping.reason:
-            yield StepDamped(run.step, result.damping.factor, result.damping.reason)
+        yield from _follow(run, result)
         num_units += result.num_units
         if run.step % config.log_every == 0 or run.step in (1, config.num_steps):
             now_s = time.perf_counter()
@@ -175,6 +170,20 @@ def _take_steps(run: Run) -> Iterator[Event]:
         is_due = run.step % config.checkpoint_every == 0 or run.step == config.num_steps
         if is_due and run.step > run.saved_step:
             yield save_checkpoint(run)
+
+
+def _follow(run: Run, result: StepResult) -> Iterator[Event]:
+    """Let everything that watches the steps see one that was taken."""
+    if run.step > run.bad_steps.last:
+        run.bad_steps.num_in_a_row = 0
+    if run.average is not None:
+        run.average.update()
+    if run.dynamic is not None:
+        yield from run.dynamic.step()
+    if result.damping.reason:
+        yield StepDamped(run.step, result.damping.factor, result.damping.reason)
+    if run.memory is not None:
+        yield from run.memory.report(run.step)
 
 
 def _find_position(run: Run) -> dict[str, Any]:
@@ -300,6 +309,8 @@ def _is_patience_over(run: Run) -> bool:
 
 def _finish(run: Run) -> Iterator[Event]:
     """The final evaluation and the artifact."""
+    if run.memory is not None:
+        run.memory.write_page()
     metrics: dict[str, float] = {}
     is_best = True
     for event in _evaluate(run):

@@ -38,6 +38,7 @@ from deepseek.optim.optimizers import build_optimizer, load_optimizer_state
 from deepseek.optim.schedule_free import averaged
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import ActivationsCheckpointed, CheckpointSaved
+from deepseek.train.memory_profile import PAGE, MemoryProfiler
 from deepseek.train.own_loop import move
 from deepseek.train.stopping import BestMetric
 from deepseek.train.task import Loader, Task, TaskData
@@ -57,6 +58,8 @@ _FREE_SETTINGS = (
     "evaluation_units",
     "on_bad_step",
     "max_bad_steps",
+    "ds_memory_profiler",
+    "memory_profiler_step",
     "data.num_workers",
     "data.max_broken",
 )
@@ -105,6 +108,8 @@ class Run:
     """Damps steps before a divergence, where that is asked for."""
     checkpointed: ActivationsCheckpointed | None = None
     """Which blocks are recomputed in the backward pass, if any."""
+    memory: MemoryProfiler | None = None
+    """Watches the memory, where that is asked for."""
     bad_steps: BadSteps = field(default_factory=BadSteps)
     step: int = 0
     """Optimizer steps done."""
@@ -157,6 +162,7 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
         best=BestMetric(config.stopping.metric in task.lower_is_better, config.stopping.min_change),
         average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
         dynamic=dynamic,
+        memory=open_memory_profiler(config, model, optimizer, device),
         prediction=None if foreseeing is None else GradientPrediction(foreseeing),
         checkpointed=checkpointed,
     )
@@ -222,6 +228,16 @@ def open_precision(
         # Measured seconds differ from process to process, and a resumed run must decide as the first one would.
         return "fp32", DynamicPrecision(model, costs="assumed")
     return choose_precision(config.precision, device), None
+
+
+def open_memory_profiler(
+    config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> MemoryProfiler | None:
+    """Build the profiler that `ds_memory_profiler` asks for."""
+    if not config.ds_memory_profiler:
+        return None
+    page = Path(config.folder) / PAGE
+    return MemoryProfiler(model, optimizer, device, page, config.memory_profiler_step, config.log_every)
 
 
 def open_device(name: str) -> torch.device:

@@ -268,6 +268,8 @@ _LINES = {
     "step_damped": "step {step} damped to {factor:.3g} of its learning rate: {reason}",
     "step_skipped": "step {step} skipped: {reason}; {num_in_a_row} in a row",
     "run_rewound": "step {step}: {reason}; back to step {to_step}, its batch is left out from now on",
+    "memory_measured": "memory of step {step}: {peak_bytes} at the peak; see {page}",
+    "memory_leak_suspected": "memory may leak since step {since_step}: {tensors} (module: {modules})",
     "evaluated": "held-out after step {step}: loss {heldout_loss:.4f}{metrics} over {num_units} {unit}",
     "stopped_early": "stopped after step {step}: {metric} has not improved on {best:.4f} at step {best_step}",
     "model_saved": "model: {path} ({num_bytes})",
@@ -304,6 +306,9 @@ def _show_metrics(metrics: dict[str, float]) -> str:
 # Field of an event -> how it is written, where its own text would not do.
 _SHOWN: dict[str, Callable[[Any], str]] = {
     "num_bytes": format_bytes,
+    "peak_bytes": format_bytes,
+    "tensors": "; ".join,
+    "modules": ", ".join,
     "units_per_s": _show_rate,
     "metrics": _show_metrics,
     "new_tensors": lambda names: f"; new: {', '.join(names)}" if names else "",
