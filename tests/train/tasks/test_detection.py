@@ -66,14 +66,14 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
 def test_a_run_lowers_the_loss_and_ends_in_a_detector_that_names_its_objects(squares: Path, tmp_path: Path) -> None:
     changes = {"optimizer.base_learning_rate": 1e-2, "optimizer.grad_clip": 10.0}
     still = {f"data.augmentation.{name}": 0 for name in ("mosaic", "scale", "translate", "hue", "saturation")}
-    config = configure(squares, tmp_path / "run", num_steps=40, **changes, **still)
+    config = configure(squares, tmp_path / "run", num_steps=25, **changes, **still)
     events = run(config)
     started = next(event for event in events if event.kind == "run_started")
     assert started.task == "detection" and started.unit == "images"
     measured = next(event for event in events if event.kind == "evaluated")
     assert set(measured.metrics) == {"map_50", "map_50_95"}
     steps = losses(events)
-    assert sum(steps[-5:]) < 0.8 * sum(steps[:5])
+    assert sum(steps[-5:]) < 0.9 * sum(steps[:5])
     assert read_manifest(tmp_path / "run" / "model").metrics["map_50"] == measured.metrics["map_50"]
     model = load_model(tmp_path / "run" / "model")
     assert model.module.config.labels == ("cat", "dog", "owl") and model.module.config.image_size == 64
@@ -188,6 +188,7 @@ def test_anchors_may_be_those_of_the_data(squares: Path, tmp_path: Path) -> None
     [
         ({"init": None, "init_settings": {}}, "init is not given"),
         ({"init": "resnet18", "init_settings": {}}, "trains one for detection"),
+        ({"init_settings": {"width_multiple": 0.125, "in_channels": 1}}, "images have 3 channels and .* takes 1"),
         ({"data": {"kind": "text"}}, "data of the kind boxes and data.kind is text"),
     ],
 )

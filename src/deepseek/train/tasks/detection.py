@@ -89,7 +89,7 @@ class Detection(Task):
     def build_model(self, data: DetectionData) -> nn.Module:
         """Open the detector that `init` names, with the classes, the image size and, if asked for, anchors of the data.
 
-        Raises `ConfigError` for a model that is no YOLOv7.
+        Raises `ConfigError` for a model that is no YOLOv7, or takes images of another number of channels.
         """
         image_size = self.config.data_of(BoxesConfig).image_size
         labels = data.boxes.labels
@@ -99,12 +99,17 @@ class Detection(Task):
                 f"init={self.config.init} is a {type(model).__name__} and the task detection trains detectors; "
                 "give yolov7-tiny, yolov7, or the folder of one"
             )
+        if model.config.in_channels != 3:
+            raise ConfigError(
+                f"images have 3 channels and init={self.config.init} takes {model.config.in_channels}; leave it at 3"
+            )
         config = model.config.override({"image_size": image_size})
         if self.settings.anchors == "data":
             sizes_N2 = measure_sizes(data.boxes.train, image_size)
             config = config.override({"anchors": fit_anchors(sizes_N2, config.num_anchors)})
             model.head.set_anchors_(config.anchors)
         model.config = config
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs do not know it
         return model
 
     def inputs(self, batch: BoxBatch) -> tuple[Tensor, ...]:
