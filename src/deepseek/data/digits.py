@@ -23,7 +23,7 @@ def write_digits(folder: Path) -> None:
     """Write the digits into `folder`, whole or not at all; one that is there stays as it is."""
     if folder.exists():
         return
-    digits = require("sklearn.datasets", extra="models").load_digits()
+    digits = require("sklearn.datasets", extra="train").load_digits()
     pixels_NHW = (digits.images * (255 / _WHITE)).round().astype(np.uint8)
     with new_folder(folder) as temporary:
         for number, (pixels_HW, digit) in enumerate(zip(pixels_NHW, digits.target, strict=True)):

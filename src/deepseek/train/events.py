@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.core.events import Event
+from deepseek.core.intervals import find_ends
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Evaluated(Event):
     heldout_loss: float
     """Mean per unit."""
     metrics: dict[str, float]
-    """What the task measures besides, by name."""
+    """What the task measures besides, by name; without the ends of intervals."""
     num_units: int
     unit: str
 
@@ -251,6 +252,7 @@ def read_curves(events: list[dict[str, Any]]) -> RunCurves:
     evaluations = {event["step"]: event for event in events if event["kind"] == "evaluated"}
     evaluations = dict(sorted(evaluations.items()))
     names = dict.fromkeys(name for event in evaluations.values() for name in event["metrics"])
+    ends = {end for both in find_ends(names).values() for end in both}
     return RunCurves(
         unit=started[-1]["unit"] if started else "units",
         losses={step: event["loss"] for step, event in steps_by_number(events).items()},
@@ -258,5 +260,6 @@ def read_curves(events: list[dict[str, Any]]) -> RunCurves:
         metrics={
             name: {step: event["metrics"][name] for step, event in evaluations.items() if name in event["metrics"]}
             for name in names
+            if name not in ends
         },
     )

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from deepseek.cli import Stopped, abandon_output
 from deepseek.core.events import Event, record
+from deepseek.core.intervals import find_ends
 from deepseek.core.units import format_bytes, format_count
 
 _STEP_LINE_EVERY_S = 10.0
@@ -293,11 +294,9 @@ def _show_rate(rate: float) -> str:
 def _show_metrics(metrics: dict[str, float]) -> str:
     """Write measurements after one another, each with its interval where it has one."""
     intervals = {
-        name: f" ({metrics[f'{name}_low']:.4f} to {metrics[f'{name}_high']:.4f})"
-        for name in metrics
-        if {f"{name}_low", f"{name}_high"} <= metrics.keys()
+        name: f" ({metrics[low]:.4f} to {metrics[high]:.4f})" for name, (low, high) in find_ends(metrics).items()
     }
-    ends = {f"{name}_{end}" for name in intervals for end in ("low", "high")}
+    ends = {end for both in find_ends(metrics).values() for end in both}
     return "".join(
         f", {name} {value:.4f}{intervals.get(name, '')}" for name, value in metrics.items() if name not in ends
     )
