@@ -16,6 +16,7 @@ from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactErro
 from deepseek.models import zoo
 from deepseek.models.adapters import attach_, find_tokenizer_folder, open_adapter, save_adapter
 from deepseek.models.loading import load_model, make_int8_, save_model
+from deepseek.models.model_sources import read_max_length
 from deepseek.models.starting_weights import CAUSAL_LM, HeadSpec, StartingModel, open_start
 from deepseek.nn.lora import LoRAConfig, find_adapted
 from deepseek.nn.packed import pack_
@@ -300,6 +301,13 @@ def test_an_adapter_is_no_model_where_a_whole_one_is_needed(tmp_path: Path) -> N
         load_model(folder, {"backend": "auto"})
     with pytest.raises(ConfigError, match="is no adapter, and base was given"):
         load_model(tmp_path / "base", {"base": str(folder)})
+
+
+def test_an_adapter_takes_as_many_tokens_as_its_base(tmp_path: Path) -> None:
+    build("gpt2", tmp_path / "base")
+    folder = write_adapter(tmp_path / "adapter", tmp_path / "base", {})
+    assert read_max_length(folder) == read_max_length(tmp_path / "base") == 1024
+    assert read_max_length(write_adapter(tmp_path / "lost", tmp_path / "nowhere", {})) is None
 
 
 def test_the_tokenizer_is_the_adapters_or_the_bases(tmp_path: Path) -> None:

@@ -415,6 +415,9 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 def read_max_length(folder: Path) -> int | None:
     """Return the tokens that the model in `folder` takes at once, or `None` where its config does not say."""
+    if is_adapter(folder):
+        base = Path(str(read_settings(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")))
+        return read_max_length(base) if base.is_dir() else None
     if is_artifact(folder):
         length = read_manifest(folder).architecture_config.get("max_length")
     else:
