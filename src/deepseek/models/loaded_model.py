@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from deepseek.core.errors import ConfigError
 from deepseek.models import predictions
+from deepseek.models.answering import FoundAnswer, find_answer
 from deepseek.models.predictions import Image, Objects, Predictor
 
 Batch = tuple[Tensor, ...]
@@ -133,6 +134,11 @@ class LoadedModel(nn.Module):
         Raises `ConfigError` for a model that is no classifier.
         """
         return predictions.classify(self._predictor(), inputs)
+
+    @yields_to_layer
+    def answer(self, question: str, context: str) -> FoundAnswer:
+        """Find the answer to a question in a text; raises `ConfigError` for a model that was not trained for it."""
+        return find_answer(self.module, self.origin.folder, question, context)
 
     @yields_to_layer
     def estimate(self, texts: str | Sequence[str]) -> list[float]:

@@ -31,6 +31,7 @@ from deepseek.core.errors import ConfigError, CorruptArtifactError
 from deepseek.data.images import read_image
 from deepseek.data.letterbox import letterbox, restore
 from deepseek.data.tokenizing import TOKENIZER_FILE, read_tokenizer_file
+from deepseek.models.answering import answers_questions
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.models.transformers_models.pooling import POOLING_CONFIG_NAME, POOLINGS
@@ -214,6 +215,8 @@ def classify(predictor: Predictor, inputs: Image | str | Sequence[Image | str]) 
     model = predictor.module
     if model is None or isinstance(model, YOLOv7 | Decoder):
         raise ConfigError(f"this is {predictor.name}, which predicts no classes; load a classifier")
+    if answers_questions(model):
+        raise ConfigError(f"this is {predictor.name} that finds answers in texts; call answer")
     if is_regression(model):
         raise ConfigError(f"this is {predictor.name} that estimates a number and knows no classes; call estimate")
     scores = _score(predictor, model, inputs)
@@ -392,9 +395,11 @@ def _read_beside(folder: Path, name: str) -> Any:
 
 
 def find_task(module: nn.Module | None) -> str:
-    """Name what is asked of a model unless one says otherwise: `detect`, `embed`, `estimate` or `classify`."""
+    """Name what is asked of a model by default: `detect`, `embed`, `answer`, `estimate` or `classify`."""
     if isinstance(module, YOLOv7):
         return "detect"
     if isinstance(module, TransformersModel) and module.is_text and not module.has_head:
         return "embed"
+    if answers_questions(module):
+        return "answer"
     return "estimate" if is_regression(module) else "classify"

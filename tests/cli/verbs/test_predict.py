@@ -50,6 +50,22 @@ def test_an_image_in_which_nothing_is_found_is_a_row_that_says_so(capsys, tmp_pa
     assert status == 0 and "nothing" in out
 
 
+def test_questions_are_answered_from_a_file(capsys, tmp_path):
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    values = {"model_type": "bert", "architectures": ["BertForQuestionAnswering"]} | settings
+    build_transformers(values).model.save_pretrained(tmp_path / "model")
+    shutil.copy(minilm.find_folder() / "tokenizer.json", tmp_path / "model")
+    (tmp_path / "text.txt").write_text("A dog sleeps in the garden.")
+    status, out, _ = predict(capsys, tmp_path / "model", "who sleeps?", "--context", tmp_path / "text.txt", "--json")
+    found = json.loads(out)["answer"]
+    assert status == 0
+    assert found["text"] == "A dog sleeps in the garden."[found["begin"] : found["end"]] != ""
+    assert "who sleeps?" in predict(capsys, tmp_path / "model", "who sleeps?", "--context", tmp_path / "text.txt")[1]
+    assert "needs --context FILE" in predict(capsys, tmp_path / "model", "who sleeps?")[2]
+    status, _, err = predict(capsys, minilm.find_folder(), "a cat", "--context", tmp_path / "text.txt")
+    assert status != 0 and "takes no --context" in err
+
+
 def test_a_regression_gives_a_number_for_each_text(capsys, tmp_path):
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     values = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "num_labels": 1}

@@ -21,12 +21,15 @@ def predict(
     *inputs: str,
     weights: Path | None = None,
     backend: str | None = None,
+    context: Path | None = None,
     out: Path | None = None,
     min_score: float = 0.25,
     max_overlap: float = 0.45,
     json: bool = False,
 ) -> None:
     """Say what MODEL finds in each INPUT: the classes of an image or a text, the boxes of a detector, a text's vector.
+
+    A model for question answering takes questions, and finds their answers in the text of --context.
 
     Texts are given in quotes; without INPUT each line of standard input is one. `deepseek generate` continues texts.
 
@@ -42,6 +45,8 @@ def predict(
         Trained weights for a model that is given by name: a safetensors file or a model folder.
     backend
         Who runs it: auto measures what is fastest here; none is torch.
+    context
+        Text file in which the answers to questions are.
     out
         Folder for a copy of each image with its boxes drawn.
     min_score
@@ -64,6 +69,9 @@ def predict(
     task = find_task(loaded.module)
     if out is not None and task != "detect":
         raise ConfigError(f"--out is for boxes, and {model} finds none; leave it out")
+    if (task == "answer") != (context is not None):
+        needed = "needs --context FILE, the text it" if task == "answer" else "takes no --context, since it never"
+        raise ConfigError(f"{model} {needed} finds answers in")
     if task == "detect":
         found = loaded.detect(given, min_score=min_score, max_overlap=max_overlap)
         _show_objects(given, found, as_json=json)
@@ -71,6 +79,8 @@ def predict(
             _draw(given, found, out)
     elif task == "embed":
         _show_vectors(given, loaded.embed(given), as_json=json)
+    elif context is not None:
+        _show_answers(given, loaded, context, as_json=json)
     elif task == "estimate":
         _show_numbers(given, loaded.estimate(given), as_json=json)
     else:
@@ -98,6 +108,23 @@ def _show_classes(inputs: list[str], loaded: LoadedModel, *, as_json: bool) -> N
         rows += [(name, label, f"{share:.1%}") for label, share in classes]
     if not as_json:
         _show_table("Classes", ("input", "class", "probability"), rows)
+
+
+def _show_answers(inputs: list[str], loaded: LoadedModel, context: Path, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from deepseek.core.storage import explained_storage
+
+    with explained_storage(context):
+        text = context.read_text(encoding="utf-8", errors="replace")
+    rows: list[tuple[str, ...]] = []
+    for question in inputs:
+        found = loaded.answer(question, text)
+        if as_json:
+            _print({"input": question, "answer": asdict(found)})
+        rows.append((question, found.text, f"{found.score:.2f}"))
+    if not as_json:
+        _show_table("Answers", ("question", "answer", "above no answer by"), rows)
 
 
 def _show_numbers(inputs: list[str], numbers: list[float], *, as_json: bool) -> None:
