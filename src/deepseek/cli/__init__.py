@@ -7,6 +7,7 @@
     deepseek convert MODEL OUT          ->  an artifact of a Hugging Face folder, or in another precision
     deepseek merge-adapter ADAPTER OUT  ->  an artifact of an adapter and its base
     deepseek generate MODEL PROMPT      ->  text
+    deepseek evaluate MODEL --data D    ->  its metrics, with intervals
     deepseek predict MODEL INPUT...     ->  classes, boxes or vectors of images and texts
     deepseek serve MODEL                ->  an HTTP server (also as `deepseek-serve`)
     deepseek info PATH                  ->  what a folder holds
@@ -49,6 +50,7 @@ VERBS = {
     "convert": "Make an artifact of a Hugging Face folder, or of an artifact in another precision.",
     "merge-adapter": "Make one model of an adapter and the model it was trained on.",
     "generate": "Continue a text with a model.",
+    "evaluate": "Measure a model on data: loss, perplexity, accuracy, F1 or mAP, with intervals.",
     "predict": "Say what a model finds in images or texts: classes, boxes, vectors.",
     "serve": "Serve a model over HTTP, with the OpenAI API.",
     "info": "Say what a model folder holds, and verify it.",

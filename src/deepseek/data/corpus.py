@@ -86,7 +86,7 @@ def prepare_data(config: DataConfig, folder: Path) -> Iterator[Event]:
     yield from build_token_cache(watched, tokenizer, folder / TRAIN_FOLDER, total_bytes=train.num_bytes())
     if config.batching == "packed_documents":
         warn_of_losses(load_token_cache(folder / TRAIN_FOLDER, is_verified=True), config)
-    if trained_on:
+    if trained_on and config.heldout_sources != config.sources:
         warn_caller(
             f"of the documents trained on, {len(trained_on)} are held out under another name, so that the held-out "
             f"loss is too good: {name_some(list(trained_on))}; take the copies away"
@@ -104,8 +104,13 @@ def load_data(config: DataConfig, folder: Path, *, is_verified: bool = False) ->
 
 
 def open_corpora(config: DataConfig) -> tuple[Corpus, Corpus | None]:
-    """Open the training text and the held-out text of `config`; a file of both is held out, and a warning says so."""
+    """Open the training text and the held-out text of `config`; a file of both is held out, and a warning says so.
+
+    Where both are the same sources, they are the same text: what is measured is how well it was learned by heart.
+    """
     corpus = Corpus(config.sources, config.text_field, config.document_separator)
+    if config.heldout_sources == config.sources:
+        return corpus, corpus
     if config.heldout_sources:
         heldout = Corpus(config.heldout_sources, config.text_field, config.document_separator)
         return _exclude_files(corpus, heldout), heldout

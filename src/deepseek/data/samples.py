@@ -47,6 +47,10 @@ class BrokenSampleError(DataError):
     """One sample cannot be loaded: a damaged image, a row without its fields. The message names it."""
 
 
+class TooFewSamplesError(DataError):
+    """There are fewer samples than one batch takes."""
+
+
 class SampleSource(Protocol[S_co]):
     """A known number of samples."""
 
@@ -96,7 +100,7 @@ class SampleLoader(Generic[S, B]):
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank} is not below world_size={world_size}; ranks count from 0")
         if len(source) < batch_size * world_size:
-            raise DataError(
+            raise TooFewSamplesError(
                 f"there are {len(source)} samples and a batch takes {batch_size * world_size}; lower batch_size or add "
                 "samples"
             )

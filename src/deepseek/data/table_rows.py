@@ -97,8 +97,12 @@ class TableSources(Protocol):
 def read_split(config: TableSources, columns: TableColumns) -> tuple[list[TableRow], list[TableRow] | None]:
     """Read the training rows and the held-out rows, `None` where nothing is held out.
 
-    Raises `DataError` where one of the two would be empty. A file that both name is held out, and a warning says so.
+    Raises `DataError` where one of the two would be empty. A file that both name is held out, and a warning says so;
+    where both are the same sources, they are the same rows.
     """
+    if config.heldout_sources == config.sources:
+        rows = read_rows(config.sources, columns)
+        return rows, rows
     if config.heldout_sources:
         heldout_files = _list_files(config.heldout_sources)
         names = {file.identity for file in heldout_files}

@@ -94,6 +94,20 @@ def score_mean(name: str, values_N: FloatArray) -> dict[str, float]:
     return _with_interval(name, float(values_N.mean()), float(low), float(high))
 
 
+def score_ratio(name: str, sums_B: FloatArray, counts_B: IntArray) -> dict[str, float]:
+    """Score a mean over units that come in batches, of which `sums_B` and `counts_B` are known, by resampling batches.
+
+    >>> scores = score_ratio("loss", np.array([2.0, 4.0, 6.0]), np.array([1, 2, 3]))
+    >>> scores["loss"], scores["loss_low"], scores["loss_high"]
+    (2.0, 2.0, 2.0)
+    """
+    random = np.random.Generator(np.random.PCG64(0))
+    weights = random.multinomial(len(sums_B), np.full(len(sums_B), 1 / len(sums_B)), size=NUM_RESAMPLES)
+    weights = weights[weights @ counts_B > 0]
+    low, high = np.percentile((weights @ sums_B) / (weights @ counts_B), [2.5, 97.5])
+    return _with_interval(name, math.fsum(sums_B) / int(counts_B.sum()), float(low), float(high))
+
+
 def correlate(left_N: FloatArray, right_N: FloatArray) -> float:
     """Return Pearson's correlation, 0 where one side is constant.
 
