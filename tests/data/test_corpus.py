@@ -97,6 +97,15 @@ def test_heldout_sources_leave_the_training_text_whole(text: Path, tmp_path: Pat
     assert (data.train.num_documents, data.heldout.num_documents) == (60, 1)
 
 
+def test_a_text_that_is_held_out_from_itself_is_both_parts(text: Path, tmp_path: Path) -> None:
+    config = _config(text, heldout_sources=(str(text),))
+    list(prepare_data(config, tmp_path / "data"))
+    data = load_data(config, tmp_path / "data")
+    assert data.heldout is not None
+    assert data.train.tokens.tolist() == data.heldout.tokens.tolist()
+    assert data.train.num_documents == 60
+
+
 def test_nothing_needs_to_be_held_out(text: Path, tmp_path: Path) -> None:
     list(prepare_data(_config(text), tmp_path / "data"))
     config = _config(text, heldout_fraction=0)

@@ -101,6 +101,12 @@ def test_a_file_of_both_sources_is_held_out(tmp_path: Path) -> None:
     assert heldout == read_rows((second,), COLUMNS)
 
 
+def test_rows_that_are_held_out_from_themselves_are_both_parts(tmp_path: Path) -> None:
+    source = write_table(tmp_path, "csv")
+    settings = SimpleNamespace(sources=(source,), heldout_sources=(source,), heldout_fraction=0.0)
+    assert read_split(settings, COLUMNS) == (read_rows((source,), COLUMNS), read_rows((source,), COLUMNS))
+
+
 def test_an_empty_part_says_what_to_change(tmp_path: Path) -> None:
     settings = SimpleNamespace(sources=(write_table(tmp_path, "csv"),), heldout_sources=(), heldout_fraction=1e-9)
     with pytest.raises(DataError, match=r"none of the 3 rows .* held-out part"):
