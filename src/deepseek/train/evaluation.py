@@ -18,7 +18,7 @@ from deepseek.train.task import LOSS, Task
 
 
 @dataclass(frozen=True)
-class Measured:
+class BatchMeasurements:
     """Measurements over some batches."""
 
     losses: list[float]
@@ -40,7 +40,7 @@ def evaluate(
 @torch.no_grad()
 def measure(
     task: Task, model: nn.Module, batches: Iterable[Any], *, precision: Precision, max_units: int = 0
-) -> Measured:
+) -> BatchMeasurements:
     """Measure `model` on `batches`.
 
     Stops after the batch that reaches `max_units`, unless that is 0. Raises `DataError` where there is no unit.
@@ -66,4 +66,4 @@ def measure(
     if sum(units) == 0:
         raise DataError(f"the held-out data has no {task.unit} to measure a loss over; hold out more")
     metrics = {LOSS: math.fsum(losses) / sum(units)}
-    return Measured(losses, units, metrics | (measured.compute() if measured is not None else {}))
+    return BatchMeasurements(losses, units, metrics | (measured.compute() if measured is not None else {}))
