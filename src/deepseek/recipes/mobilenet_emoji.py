@@ -36,7 +36,7 @@ def mobilenet_emoji() -> TrainConfig:
             schedule="cosine",
             warmup_steps=50,
         ),
-        num_steps=800,
-        evaluate_every=200,
+        num_steps=500,
+        evaluate_every=250,
         log_every=20,
     )
