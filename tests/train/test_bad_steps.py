@@ -114,6 +114,24 @@ def test_bad_steps_are_the_same_for_a_run_that_is_interrupted(answer: str, tmp_p
 
 
 @pytest.mark.parametrize("answer", ["skip", "rewind"])
+def test_a_precision_that_is_chosen_by_layer_sees_every_step_and_survives_bad_ones(answer: str, tmp_path: Path) -> None:
+    changes = {"on_bad_step": answer, "precision": "dynamic"}
+    events = list(train(configure(tmp_path / "whole", **changes), task=line_with(*BAD)))
+    skipped = [event.step for event in events if event.kind == "step_skipped"]
+    assert bool(skipped) == (answer == "skip")
+    planned = [event.step for event in events if event.kind == "precision_planned"]
+    assert planned and max(planned) <= 30  # steps of the run, those that were skipped counted in
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path / "whole").values())
+    for last in (5, 9, 20):
+        for event in (parts := train(configure(tmp_path / "parts", **changes), task=line_with(*BAD))):
+            if event.kind in ("step_done", "step_skipped") and event.step >= last:
+                parts.close()
+                break
+    list(train(configure(tmp_path / "parts", **changes), task=line_with(*BAD)))
+    assert_same_model(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("answer", ["skip", "rewind"])
 def test_bad_steps_without_end_end_the_run(answer: str, tmp_path: Path) -> None:
     config = configure(tmp_path, on_bad_step=answer, max_bad_steps=3)
     with pytest.raises(TrainingError, match="3 bad steps in a row"):

@@ -58,3 +58,17 @@ def test_a_run_saves_its_average_also_when_it_was_stopped(tmp_path: Path) -> Non
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     assert not torch.equal(plain["0.weight"], whole["0.weight"])
     assert torch.equal(plain["1.running_mean"], whole["1.running_mean"])
+
+
+def test_frozen_weights_are_saved_as_they_began_beside_averages_of_the_others(tmp_path: Path) -> None:
+    changes = {"freeze": ["0"], "ema_decay": 0.8, "on_bad_step": "skip"}
+    task = Line(configure(tmp_path / "run", **changes))
+    torch.manual_seed(task.config.seed)
+    began = task.build_model(task.open_data(tmp_path)).state_dict()
+    for _ in train(task.config, task=Line):
+        pass
+    for _ in train(configure(tmp_path / "plain", freeze=["0"]), task=Line):
+        pass
+    saved, plain = (open_artifact(tmp_path / name / "model").tensors() for name in ("run", "plain"))
+    assert torch.equal(saved["0.weight"], began["0.weight"]) and torch.equal(saved["0.bias"], began["0.bias"])
+    assert not torch.equal(saved["2.weight"], plain["2.weight"])

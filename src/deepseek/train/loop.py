@@ -151,7 +151,7 @@ def _take_steps(run: Run) -> Iterator[Event]:
         with run.memory.watching(run.step + 1) if run.memory is not None else nullcontext():
             result = _take_one(run)
         if not result.is_taken:
-            yield _answer_bad_step(run, result, position)
+            yield from _answer_bad_step(run, result, position)
             continue
         yield from _follow(run, result)
         num_units += result.num_units
@@ -221,7 +221,7 @@ def _copy_statistics(run: Run) -> dict[Tensor, Tensor]:
     return {tensor: tensor.clone() for tensor in kept if not isinstance(tensor, torch.nn.Parameter)}
 
 
-def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> Event:
+def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> tuple[Event, ...]:
     """Do what `on_bad_step` says after a step that was not taken."""
     config, bad_steps = run.config, run.bad_steps
     what, value = ("loss", result.loss) if not math.isfinite(result.loss) else ("gradient norm", result.grad_norm)
@@ -238,14 +238,15 @@ def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> 
             f"batch for extreme values, use precision=fp32, or set on_bad_step to skip or rewind; {saved}"
         )
     if config.on_bad_step == "skip":
-        return StepSkipped(run.step, reason, bad_steps.num_in_a_row, position)
+        changes = run.dynamic.step(is_skipped=True) if run.dynamic is not None else ()
+        return (StepSkipped(run.step, reason, bad_steps.num_in_a_row, position), *changes)
     assert checkpoint is not None  # one was saved before the first step
     bad_step = run.step
     bad_steps.left_out.append(position)
     kept = bad_steps.state_dict()
     restore(run, checkpoint)
     bad_steps.load_state_dict(kept)
-    return RunRewound(bad_step, reason, run.step, position)
+    return (RunRewound(bad_step, reason, run.step, position),)
 
 
 def learning_rate_at(run: Run, step: int) -> float:

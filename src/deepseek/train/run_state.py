@@ -342,7 +342,7 @@ def _restore_weights(run: Run, checkpoint: Checkpoint) -> None:
 
 def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide the weights, by dotted name; runs that share them may share checkpoints."""
-    settings = dict(_flatten(config.to_dict()))
+    settings = dict(flatten_settings(config.to_dict()))
     return {name: value for name, value in settings.items() if name not in _FREE_SETTINGS}
 
 
@@ -368,10 +368,11 @@ def find_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings with their dotted names."""
     for name, value in settings.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten_settings(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

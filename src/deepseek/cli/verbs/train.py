@@ -29,6 +29,7 @@ def train(
     config: Path | None = None,
     task: str | None = None,
     set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,
+    log: str | None = None,
     show: bool = False,
     json: bool = False,
 ) -> None:
@@ -51,6 +52,9 @@ def train(
         module that can be imported from here, with the settings of the recipe or file if there is one.
     set
         One setting to change, as KEY=VALUE with dots between levels; may be given several times.
+    log
+        Where losses and metrics go besides, with commas between: tensorboard (files in FOLDER/tensorboard), mlflow,
+        wandb. Each takes the extra of that name.
     show
         Print the settings as YAML, which --config reads back, and stop.
     json
@@ -64,10 +68,13 @@ def train(
         return
     from deepseek.cli.screen.events import follow
     from deepseek.train.loop import train as run
+    from deepseek.train.metric_logs import log_metrics, open_logs
 
     keep_freed_memory()
     events_file = Path(settings.folder) / EVENTS_FILE
-    follow(run(settings, task=own_task), file=events_file, as_json=json)
+    logs = open_logs(log.split(","), settings) if log is not None else []
+    events = log_metrics(run(settings, task=own_task), logs)
+    follow(events, file=events_file, as_json=json)
     _draw_curves(events_file, is_shown=not json)
 
 
