@@ -56,10 +56,10 @@ def test_a_newer_artifact_is_refused_before_anything_else_is_judged(folder):
 
 def test_an_edited_manifest_is_seen(folder):
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace("1.5", "0.5"))
+    path.write_text(path.read_text().replace('"loss": 1.5', '"loss": 0.5'))
     with pytest.raises(CorruptArtifactError, match=r"manifest\.json is not what was written"):
         read_manifest(folder)
-    manifest = Manifest.from_json(path.read_bytes().replace(b"0.5", b"1.5"), source="repaired")
+    manifest = Manifest.from_json(path.read_bytes().replace(b'"loss": 0.5', b'"loss": 1.5'), source="repaired")
     assert manifest.metrics == {"loss": 1.5}
 
 

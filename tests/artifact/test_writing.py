@@ -85,7 +85,7 @@ def test_tensors_that_cannot_be_stored_are_named(tmp_path, tensor, reason):
 
 def test_an_artifact_is_replaced_only_when_asked(tmp_path):
     write_artifact(tmp_path / "model", {"a": torch.zeros(2)}, DESCRIPTION, files={"old.txt": b"1"})
-    with pytest.raises(ArtifactError, match="overwrite=True"):
+    with pytest.raises(ArtifactError, match="or ask for it to be overwritten"):
         write_artifact(tmp_path / "model", {"a": torch.ones(2)}, DESCRIPTION)
     assert open_artifact(tmp_path / "model").tensors()["a"].sum() == 0
     write_artifact(tmp_path / "model", {"a": torch.ones(2)}, DESCRIPTION, overwrite=True)
