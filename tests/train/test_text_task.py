@@ -71,6 +71,20 @@ def test_the_position_belongs_to_the_rows_the_tokenizer_and_the_length(table: st
             other.loader.load_state_dict(state)
 
 
+def test_an_evaluation_that_reads_a_part_of_a_sorted_table_reads_all_kinds(tmp_path: Path) -> None:
+    rows = [{"text": f"text {number}", "label": "first" if number < 60 else "second"} for number in range(120)]
+    config = make(tmp_path / "run", write_rows(tmp_path / "sorted.jsonl", rows), heldout_fraction=0.4)
+    _, data, _ = open_task(config)
+    first = next(iter(data.heldout())), list(data.heldout())
+    assert {0, 1} <= {int(label) for batch in first[1][:3] for label in batch.labels_B}
+    assert first[0].labels_B.tolist() == first[1][0].labels_B.tolist()
+    assert sum(batch.num_rows for batch in first[1]) == len(config_rows(config))
+
+
+def config_rows(config: TrainConfig) -> list[object]:
+    return list(open_task(config)[0].rows[1])
+
+
 def test_a_model_that_is_no_text_encoder_is_refused(table: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sequence_classification"):
         open_task(make(tmp_path / "run", table).override({"init": "gpt2", "init_settings": {}}))

@@ -23,7 +23,7 @@ from deepseek.core.events import Event
 from deepseek.data.config import TableConfig
 from deepseek.data.corpus import TOKENIZER_FOLDER, TokenizerReady, provide_tokenizer
 from deepseek.data.documents import Document
-from deepseek.data.samples import SampleList, SampleLoader, evaluation_batches
+from deepseek.data.samples import SampleList, SampleLoader, evaluation_batches, order_samples
 from deepseek.data.table_rows import TableColumns, TableRow, digest_rows, read_split
 from deepseek.data.text_collate import TextBatch
 from deepseek.data.tokenizing import Tokenizer, load_tokenizer
@@ -143,6 +143,8 @@ class TableTask(TextTask[B], Generic[S, B]):
         loader = SampleLoader(samples, batch_size=settings.batch_size, collate=self.collate, seed=settings.seed)
         if heldout is None:
             return TaskData(loader, len(samples), None, tokenizer)
+        # A table is often sorted, and `evaluation_units` may read its beginning only.
+        heldout = [heldout[index] for index in order_samples(len(heldout), seed=0, epoch=0)]
         kept = SampleList(self.encode(heldout, tokenizer, is_heldout=True), self._digest(heldout, tokenizer))
         batches = lambda: evaluation_batches(kept, settings.batch_size, self.collate)  # noqa: E731 - made once
         return TaskData(loader, len(samples), batches, tokenizer)
