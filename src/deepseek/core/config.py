@@ -258,8 +258,8 @@ def _explain_unknown(parents: Sequence[str], name: str, siblings: Iterable[str],
     nested = [setting for setting in settings if "." in setting]
     exact = [setting for setting in nested if setting.rpartition(".")[2] == name and name not in _SAID_OF_EVERYTHING]
     siblings = list(siblings)
-    found = next(iter(exact), None) or find_nearest(name, siblings) or find_initials(name, siblings)
-    found = found or _find_below(name, nested)
+    found = next(iter(exact), None) or find_nearest(name, siblings) or find_initials(name, siblings, of_all=True)
+    found = found or _find_below(name, nested) or find_initials(name, siblings)
     known = [".".join([*parents, sibling]) for sibling in siblings]
     nearest = ".".join([*parents, found]) if found else None
     return word_unknown("setting", ".".join([*parents, name]), known, nearest)

@@ -46,16 +46,19 @@ def find_nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=_LEAST_LIKENESS)), None)
 
 
-def find_initials(name: str, known: Iterable[str]) -> str | None:
-    """Return the shortest known name of several words whose last ones begin with the letters of `name`.
+def find_initials(name: str, known: Iterable[str], *, of_all: bool = False) -> str | None:
+    """Return the shortest known name of several words whose last ones, or `of_all`, begin with the letters of `name`.
 
     >>> find_initials("lr", ["base_learning_rate", "steps"]), find_initials("x", ["x_ray"])
     ('base_learning_rate', None)
+    >>> find_initials("lr", ["base_learning_rate", "load_ratio"], of_all=True)
+    'load_ratio'
     """
+    initials = {other: "".join(word[0] for word in other.split("_") if word) for other in sorted(known)}
     fitting = [
         other
-        for other in sorted(known)
-        if len(name) > 1 and "".join(word[0] for word in other.split("_") if word).endswith(name.lower())
+        for other, letters in initials.items()
+        if len(name) > 1 and (letters == name.lower() if of_all else letters.endswith(name.lower()))
     ]
     return min(fitting, key=len, default=None)
 
