@@ -32,7 +32,7 @@ FOLLOWED: dict[str, tuple[Any, str | None, Any]] = {
     "ds_grad_clip": (0.5, "optimizer.grad_clip", 0.5),
     "ds_amp_level": ("O1", "ds_amp_level", "O1"),
     "ds_comm_backend": ("NCCL", None, None),
-    "ds_memory_profiler": (True, None, None),
+    "ds_memory_profiler": (True, "ds_memory_profiler", True),
     "ds_activation_checkpoint": (True, "ds_activation_checkpoint", "full"),
     "accum_steps": (4, "accum_steps", 4),
     "init_scale": (65536, None, None),

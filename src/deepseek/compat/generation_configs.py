@@ -22,7 +22,7 @@ from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 
 # Keys that the trainer has under the same name; by themselves they show no generation.
-_SHARED = {"precision", "accum_steps", "ds_amp_level", "ds_activation_checkpoint"}
+_SHARED = {"precision", "accum_steps", "ds_amp_level", "ds_activation_checkpoint", "ds_memory_profiler"}
 _RESOURCE = ("apiVersion", "kind", "spec")
 _PRECISIONS = {"fp16": "bf16", "tf32": "fp32"}
 _SIZES = tuple(f"{axis}_parallel{end}" for end in ("_size", "") for axis in ("tensor", "pipeline", "data"))
@@ -216,7 +216,7 @@ _ROWS: dict[str, Callable[[str, Any], _Outcome]] = {
     "ds_grad_clip": _becomes("optimizer.grad_clip"),
     "ds_amp_level": _becomes("ds_amp_level"),
     "ds_comm_backend": _not_used(_ONE_DEVICE),
-    "ds_memory_profiler": _not_used("the trainer has none; torch.profiler.profile(profile_memory=True) around it has"),
+    "ds_memory_profiler": _becomes("ds_memory_profiler"),
     "ds_activation_checkpoint": _read_switch("full", "none", "ds_activation_checkpoint"),
     "accum_steps": _becomes("accum_steps"),
     **dict.fromkeys(("init_scale", "growth_factor", *_SCALER_ARGUMENTS), _not_used(_SCALING)),

@@ -23,7 +23,7 @@ from deepseek.checkpoint.restoring import newest_valid
 from tests.cli.commands import Finished, Result, as_options, assert_one_sentence, deepseek, environment, start
 
 Call = Callable[..., Result]
-FILES = {"data", "checkpoints", "events.jsonl", "model", "model-int8", "report.json", "loss.png"}
+FILES = {"data", "checkpoints", "config.yaml", "events.jsonl", "model", "model-int8", "report.json", "loss.png"}
 # Where a run is stopped: right after a line with these words was shown.
 PHASES = {
     "tokenizing": '"tokenizer_ready"',
@@ -170,13 +170,13 @@ def test_a_library_that_only_the_end_needs_is_missed_at_the_start(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_number_of_steps_is_refused_and_leaves_the_run_as_it_was(
+def test_another_learning_rate_is_refused_and_leaves_the_run_as_it_was(
     call: Call, copy: Path, tiny_moe: dict[str, Any]
 ) -> None:
     before = (copy / "report.json").read_bytes(), weights(copy / "model")
-    options = as_options(tiny_moe | {"num_steps": 40})
+    options = as_options(tiny_moe | {"optimizer.weight_decay": 0.5})
     result = call("quickstart", "--folder", copy, *options, "--json")
-    assert_one_sentence(result, 1, "num_steps was 20 and is 40", "choose another folder")
+    assert_one_sentence(result, 1, "optimizer.weight_decay was ", "choose another folder")
     assert before == ((copy / "report.json").read_bytes(), weights(copy / "model"))
 
 

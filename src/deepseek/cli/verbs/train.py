@@ -73,8 +73,8 @@ def train(
     keep_freed_memory()
     events_file = Path(settings.folder) / EVENTS_FILE
     logs = open_logs(log.split(","), settings) if log is not None else []
-    events = log_metrics(run(settings, task=own_task), logs)
-    follow(events, file=events_file, as_json=json)
+    events = run(settings, task=own_task)
+    follow(log_metrics(events, logs) if logs else events, file=events_file, as_json=json)
     _draw_curves(events_file, is_shown=not json)
 
 
