@@ -216,9 +216,16 @@ def _take_one(run: Run) -> StepResult:
 
 
 def _copy_statistics(run: Run) -> dict[Tensor, Tensor]:
-    """Copy the buffers that a forward pass may change, such as the statistics of batch normalization."""
-    kept = run.model.state_dict(keep_vars=True).values()
-    return {tensor: tensor.clone() for tensor in kept if not isinstance(tensor, torch.nn.Parameter)}
+    """Copy the buffers that a forward pass may change, such as the statistics of batch normalization.
+
+    Those of int8 are weights, which none changes.
+    """
+    buffers = [
+        tensor
+        for tensor in run.model.state_dict(keep_vars=True).values()
+        if not isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.int8
+    ]
+    return {tensor: tensor.clone() for tensor in buffers}
 
 
 def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> tuple[Event, ...]:
