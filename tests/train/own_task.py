@@ -67,14 +67,6 @@ class Line(Task):
     def new_metrics(self) -> Measurements:
         return Distance()
 
-    def save(self, model: nn.Module, data: Any, folder: Path, **record: Any) -> Any:
-        from deepseek.artifact.format import Description
-        from deepseek.artifact.writing import write_artifact
-
-        description = Description(architecture="line", architecture_config={}, **record)
-        tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        return write_artifact(folder, tensors, description, files={}, overwrite=True)
-
 
 def line_with(*bad: int) -> type[Line]:
     """The task whose points `bad` are no numbers."""

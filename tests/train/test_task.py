@@ -9,6 +9,8 @@ import torch
 
 from deepseek.artifact.reading import open_artifact
 from deepseek.core.errors import ConfigError
+from deepseek.models.loading import load_model
+from deepseek.models.model_sources import load_weights_
 from deepseek.train import train
 from deepseek.train.tasks import TASKS, find_task
 from tests.train.own_task import NUM_POINTS, Line, configure
@@ -23,7 +25,9 @@ def test_a_task_of_ones_own_learns_and_is_measured_in_its_own_units(tmp_path: Pa
     manifest = open_artifact(tmp_path / "model").manifest
     assert manifest.metrics == evaluated.all_metrics
     model = Line(configure(tmp_path)).build_model(None).eval()  # type: ignore[arg-type]
-    model.load_state_dict(open_artifact(tmp_path / "model").tensors())
+    load_weights_(model, tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"a class that deepseek does not have; build it yourself and fill it"):
+        load_model(tmp_path / "model")
     inputs = torch.arange(NUM_POINTS)[:, None] / NUM_POINTS
     with torch.no_grad():
         distances = (model(inputs) - 2 * inputs[:, 0]).abs()

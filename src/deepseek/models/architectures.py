@@ -22,6 +22,8 @@ from deepseek.models.transformers_models.model import TransformersModel
 
 DECODER = "decoder"
 TRANSFORMERS = "transformers"
+OWN = "own:"
+"""Begins the architecture of a model whose class is its owner's, and that only the owner can build."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,9 @@ def name_architecture(model: nn.Module) -> str:
             return name
     known = ", ".join([*list_architectures(), TRANSFORMERS])
     raise ArtifactError(f"save_model writes models of {known} and was given a {type(model).__name__}; pass one of them")
+
+
+def is_known(model: nn.Module) -> bool:
+    """Return whether an artifact of `model` can be opened by its architecture's name."""
+    known = (TransformersModel, *(architecture.model for architecture in list_architectures().values()))
+    return isinstance(model, known)

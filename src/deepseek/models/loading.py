@@ -36,7 +36,7 @@ from deepseek.core.errors import ArtifactError, ConfigError
 from deepseek.core.model_folder import GENERATION_FILE, ModelFolder
 from deepseek.data.tokenizing import Tokenizer, save_tokenizer
 from deepseek.models.adapters import open_adapter
-from deepseek.models.architectures import DECODER, TRANSFORMERS, name_architecture
+from deepseek.models.architectures import DECODER, OWN, TRANSFORMERS, name_architecture
 from deepseek.models.backend_loading import has_half_arithmetic, run_on_backend
 from deepseek.models.decoder.keymap import FAMILIES, export_config, export_tensors, find_family
 from deepseek.models.decoder.model import Decoder
@@ -205,6 +205,32 @@ def save_model(
         all_files[GENERATION_FILE] = json.dumps({**from_origin.generation, **_drop_missing(written)}, indent=2).encode()
     return write_artifact(
         folder, tensors, description, files=all_files, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+    )
+
+
+def save_own_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+    **record: Any,
+) -> Manifest:
+    """Write a model of a class of your own as the artifact `folder`, whose weights `load_weights_` reads back.
+
+    `load_model` cannot build such a class. `record` goes into the manifest as it is.
+    """
+    tensors = stored_tensors(plain_module(model), None)
+    kind = type(plain_module(model))
+    description = Description(
+        architecture=f"{OWN}{kind.__module__}.{kind.__qualname__}",
+        architecture_config={},
+        precision=name_precision(main_dtype(tensors)),
+        **record,
+    )
+    return write_artifact(
+        folder, tensors, description, files=tokenizer_files(tokenizer) | dict(files or {}), overwrite=overwrite
     )
 
 

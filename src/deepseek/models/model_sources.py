@@ -47,7 +47,7 @@ from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactErro
 from deepseek.core.model_folder import ModelFolder, check_sizes, read_settings
 from deepseek.core.names import explain_unknown
 from deepseek.models import text_zoo, zoo
-from deepseek.models.architectures import DECODER, TRANSFORMERS, list_architectures
+from deepseek.models.architectures import DECODER, OWN, TRANSFORMERS, list_architectures
 from deepseek.models.decoder.keymap import (
     FAMILIES,
     find_family,
@@ -299,6 +299,11 @@ def _open_artifact(folder: Path, config: LoadConfig, verify: bool) -> Opened:
     artifact = open_artifact(folder, verify=verify)
     manifest = artifact.manifest
     known = [*list_architectures(), TRANSFORMERS]
+    if manifest.architecture.startswith(OWN):
+        raise ConfigError(
+            f"{folder} holds the weights of a {manifest.architecture.removeprefix(OWN)}, a class that deepseek does "
+            "not have; build it yourself and fill it with deepseek.models.model_sources.load_weights_(model, folder)"
+        )
     if manifest.architecture not in known:
         raise ConfigError(explain_unknown("architecture", manifest.architecture, known))
     if manifest.precision not in PRECISIONS.values():

@@ -41,7 +41,8 @@ from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.adapters import save_adapter
-from deepseek.models.loading import save_model, tokenizer_files
+from deepseek.models.architectures import is_known
+from deepseek.models.loading import save_model, save_own_model, tokenizer_files
 from deepseek.models.starting_weights import HeadSpec, StartingModel, open_start
 from deepseek.train.config import TrainConfig
 
@@ -160,10 +161,15 @@ class Task(ABC):
         return None
 
     def save(self, model: nn.Module, data: Any, folder: Path, **record: Any) -> Manifest:
-        """Write the finished model, or the adapter alone, as the artifact `folder`; `record` goes into its manifest."""
+        """Write the finished model, or the adapter alone, as the artifact `folder`; `record` goes into its manifest.
+
+        Of a model whose class is your own, `load_weights_` reads the weights back.
+        """
         adapter, start = self.config.adapter, self.start
         if adapter is not None and start is not None:
             files = tokenizer_files(data.tokenizer) | record.pop("files", {})
             return save_adapter(model, folder, start, adapter, files=files, overwrite=True, **record)
+        if not is_known(model):
+            return save_own_model(model, folder, tokenizer=data.tokenizer, overwrite=True, **record)
         origin = None if start is None or self.config.init_weights is not None else start.folder
         return save_model(model, folder, tokenizer=data.tokenizer, origin=origin, overwrite=True, **record)
