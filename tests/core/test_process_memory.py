@@ -8,11 +8,13 @@ import pytest
 from deepseek.core.process_memory import forget_peak, peak_bytes
 
 SIZE = 64 * 2**20
+PIECE = b"x" * 2**16
 
 
 def hold_for_a_moment():
     with mmap.mmap(-1, SIZE) as block:  # fresh pages, where bytes of Python's may come from what was freed before
-        block.write(b"x" * SIZE)
+        for _ in range(SIZE // len(PIECE)):  # not at once, since Python's bytes may stay in the process when freed
+            block.write(PIECE)
         return peak_bytes()
 
 

@@ -93,11 +93,10 @@ def test_blocks_of_many_shapes_are_all_compiled_for_training_and_evaluation(monk
         module._compiled_call_impl = torch.compile(module._call_impl, backend=count)
 
     monkeypatch.setattr(nn.Module, "compile", compile_with_count)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     model = zoo.build("resnet18", width=2, depths=[2, 2], stem="cifar", num_classes=2)
-    compile_blocks_(model)
-    for is_training in (True, False):
-        with torch.no_grad():
+    # Not by monkeypatch, which deletes settings of this module when it is done.
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True), torch.no_grad():
+        compile_blocks_(model)
+        for is_training in (True, False):
             model.train(is_training)(torch.randn(2, 3, 8, 8))
     assert len(compiled) == 2 * 3  # in each stage the first block and the others, which are alike in the first stage

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -169,8 +170,12 @@ class SampleLoader(Generic[S, B]):
             worker_init_fn=_leave_signals,
             prefetch_factor=2,
         )
+        before = set(multiprocessing.active_children())
         with _quiet_child_signals():
-            return iter(workers)
+            batches = iter(workers)
+        for worker in set(multiprocessing.active_children()) - before:
+            _leave_group(worker.pid or 0)  # it does so itself, but maybe not before the group is signaled
+        return batches
 
     def _wait(self, batches: Iterator[_Loaded[B]]) -> _Loaded[B]:
         try:
@@ -316,5 +321,11 @@ def _leave_signals(_: int) -> None:
     When the run ends is decided by its own process, which ends its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _leave_group(0)
+
+
+def _leave_group(process: int) -> None:
+    """Give a process, 0 for the own one, a group for itself, where the system has such."""
     if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+        with suppress(ProcessLookupError):  # it has died since, which the loader notices
+            os.setpgid(process, process)

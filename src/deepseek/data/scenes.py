@@ -117,6 +117,7 @@ def _compose(
 def find_object(opacity_HW: Tensor) -> Corners:
     """Find the smallest box around what is more opaque than transparent.
 
+    >>> import torch
     >>> opacity = torch.zeros(4, 6)
     >>> opacity[1:3, 2:5] = 1
     >>> find_object(opacity)

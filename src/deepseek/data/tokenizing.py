@@ -254,7 +254,7 @@ def train_encoder_tokenizer(texts: Iterable[str], *, vocab_size: int, kind: Enco
     `encoder_bpe` is the byte-level BPE of `train_tokenizer`, which loses nothing of a text. Raises `ConfigError` where
     `vocab_size` has no room for the special tokens and the letters, and warns when `texts` are too few for it.
 
-    >>> tokenizer = train_encoder_tokenizer(["walk walking walked"] * 9, vocab_size=28)
+    >>> tokenizer = train_encoder_tokenizer(["walk walking walked"] * 9, vocab_size=27)
     >>> [tokenizer.backend.id_to_token(number) for number in tokenizer.encode("Walked", add_special_tokens=True)]
     ['[CLS]', 'walk', '##ed', '[SEP]']
     """
