@@ -235,8 +235,8 @@ def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> 
     reason = f"the {what} is {value}"
     bad_steps.num_in_a_row += 1
     bad_steps.last = max(bad_steps.last, run.step)
-    checkpoint = newest_valid(Path(config.folder) / CHECKPOINT_FOLDER)
     if config.on_bad_step == "stop" or bad_steps.num_in_a_row >= config.max_bad_steps:
+        checkpoint = newest_valid(Path(config.folder) / CHECKPOINT_FOLDER)
         saved = f"the last checkpoint is {checkpoint.path}" if checkpoint else "there is no checkpoint yet"
         many = f", {bad_steps.num_in_a_row} bad steps in a row" if bad_steps.num_in_a_row > 1 else ""
         raise TrainingError(
@@ -247,6 +247,7 @@ def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> 
     if config.on_bad_step == "skip":
         changes = run.dynamic.step(is_skipped=True) if run.dynamic is not None else ()
         return (StepSkipped(run.step, reason, bad_steps.num_in_a_row, position), *changes)
+    checkpoint = newest_valid(Path(config.folder) / CHECKPOINT_FOLDER)
     assert checkpoint is not None  # one was saved before the first step
     bad_step = run.step
     bad_steps.left_out.append(position)
