@@ -25,6 +25,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -143,8 +144,9 @@ class SampleLoader(Generic[S, B]):
             )
         self._epoch, self._index, self._batches = int(state["epoch"]), int(state["index"]), None
 
-    @property
+    @cached_property
     def _order(self) -> str:
+        # Once: a source may look at every sample for its digest, and a position is asked for at every step.
         return hashlib.sha256(json.dumps([self.source.digest, self.seed]).encode()).hexdigest()
 
     def _start(self) -> Iterator[_Loaded[B]]:
