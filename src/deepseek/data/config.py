@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from deepseek.core.config import Config, name_kind
 from deepseek.data.packing import TooLong
+
+
+def _list_one(value: Any) -> Any:
+    """One source may be written without brackets."""
+    return (value,) if isinstance(value, str) else value
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_list_one)]
+"""Names of files, folders, globs or URLs."""
 
 
 class DataConfig(Config):
@@ -19,9 +28,9 @@ class DataConfig(Config):
 
     kind: Literal["text"] = "text"
     """Kind of the data."""
-    sources: tuple[str, ...] = Field(default=("stdlib",), min_length=1)
+    sources: Sources = Field(default=("stdlib",), min_length=1)
     """Folders, globs, text, JSONL or Parquet files or URLs; `stdlib` is Python's own source code."""
-    heldout_sources: tuple[str, ...] = ()
+    heldout_sources: Sources = ()
     """Sources of the held-out text; when empty, documents of `sources` are held out."""
     heldout_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of documents that are held out, chosen by a hash of their names; unused with `heldout_sources`."""
@@ -53,12 +62,6 @@ class DataConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Decides the order of documents and rows; the same seed gives the same order on any number of ranks."""
 
-    @field_validator("sources", "heldout_sources", mode="before")
-    @classmethod
-    def _list_one(cls, value: Any) -> Any:
-        """One source may be written without brackets."""
-        return (value,) if isinstance(value, str) else value
-
     @property
     def rows_per_batch(self) -> int:
         """Rows of one batch of one rank; a token budget counts as its number of longest rows."""
@@ -84,10 +87,10 @@ class ChatConfig(Config):
 
     kind: Literal["chat"] = "chat"
     """Kind of the data."""
-    sources: tuple[str, ...] = Field(min_length=1)
+    sources: Sources = Field(min_length=1)
     """JSONL, JSON, Parquet or CSV files, folders, globs or URLs, a chat in each row: `messages` with `role` and
     `content`, `conversations` with `from` and `value`, or `instruction`, `input` and `output`; `tools` if there are."""
-    heldout_sources: tuple[str, ...] = ()
+    heldout_sources: Sources = ()
     """Sources of the held-out chats; when empty, chats of `sources` are held out."""
     heldout_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of chats that are held out, chosen by a hash of their names; unused with `heldout_sources`."""
@@ -110,12 +113,6 @@ class ChatConfig(Config):
     """Chats that may be left out because they cannot be read or written, before preparing them ends with an error."""
     seed: int = Field(default=0, ge=0)
     """Decides the order of chats and rows; the same seed gives the same order on any number of ranks."""
-
-    @field_validator("sources", "heldout_sources", mode="before")
-    @classmethod
-    def _list_one(cls, value: Any) -> Any:
-        """One source may be written without brackets."""
-        return (value,) if isinstance(value, str) else value
 
     @property
     def batching(self) -> Literal["packed_documents"]:
@@ -174,10 +171,10 @@ class ImagesConfig(SamplesConfig):
 
     kind: Literal["images"] = "images"
     """Kind of the data."""
-    sources: tuple[str, ...] = Field(min_length=1)
+    sources: Sources = Field(min_length=1)
     """Folders with a folder for each class, or CSV, TSV, JSONL, JSON or Parquet tables; `digits` are the 1,797 digits
     of 8 x 8 pixels that scikit-learn brings."""
-    heldout_sources: tuple[str, ...] = ()
+    heldout_sources: Sources = ()
     """The same for the held-out images; when empty, folders `train` and `val` below a source part it, and a share of
     the images is held out where there are none."""
     heldout_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -201,12 +198,6 @@ class ImagesConfig(SamplesConfig):
     augmentation: AugmentationConfig = AugmentationConfig()
     """Random changes of the training images."""
 
-    @field_validator("sources", "heldout_sources", mode="before")
-    @classmethod
-    def _list_one(cls, value: Any) -> Any:
-        """One source may be written without brackets."""
-        return (value,) if isinstance(value, str) else value
-
     @property
     def has_heldout(self) -> bool:
         """Whether some images are kept from training, as far as the settings say."""
@@ -218,9 +209,9 @@ class TableConfig(Config):
 
     kind: Literal["table"] = "table"
     """Kind of the data."""
-    sources: tuple[str, ...] = Field(min_length=1)
+    sources: Sources = Field(min_length=1)
     """CSV, TSV, JSONL, JSON or Parquet files, folders or globs of them, or URLs."""
-    heldout_sources: tuple[str, ...] = ()
+    heldout_sources: Sources = ()
     """The same for the held-out rows; when empty, rows of `sources` are held out."""
     heldout_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of rows that are held out, chosen by a hash of file and row number; unused with `heldout_sources`."""
@@ -240,12 +231,6 @@ class TableConfig(Config):
     """Decides the order of the rows."""
     max_broken: int = Field(default=100, ge=0)
     """Rows that may be left out because something is missing in them, before the run ends."""
-
-    @field_validator("sources", "heldout_sources", mode="before")
-    @classmethod
-    def _list_one(cls, value: Any) -> Any:
-        """One source may be written without brackets."""
-        return (value,) if isinstance(value, str) else value
 
     @property
     def rows_per_batch(self) -> int:

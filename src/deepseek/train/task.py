@@ -32,19 +32,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from deepseek.artifact.format import Manifest
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
+from deepseek.data.config import ChatConfig, DataConfig, TableConfig
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.adapters import save_adapter
 from deepseek.models.architectures import is_known
 from deepseek.models.loading import save_model, save_own_model, tokenizer_files
-from deepseek.models.starting_weights import HeadSpec, StartingModel, open_start
+from deepseek.models.starting_weights import HeadSpec, StartingModel, find_tokenizer, open_start
 from deepseek.train.config import TrainConfig
+
+T = TypeVar("T", DataConfig, ChatConfig, TableConfig)
 
 LOSS = "heldout_loss"
 """The metric that every evaluation has: the mean loss per unit over held-out data."""
@@ -130,6 +133,13 @@ class Task(ABC):
             allow_int8=config.adapter is not None,
         )
         return self.start.model
+
+    def with_tokenizer_of_init(self, settings: T) -> T:
+        """Return the settings of the data, with the tokenizer of the model that `init` names unless they name one."""
+        folder = find_tokenizer(self.config.init, self.config.init_weights)
+        if settings.tokenizer is not None or folder is None:
+            return settings
+        return settings.override({"tokenizer": str(folder)})
 
     def on_step(self, model: nn.Module, step: int, *, is_evaluating: bool = False) -> None:  # noqa: B027 - may do nothing
         """Tell `model` how many steps are done, where it computes by that; evaluations see it as it will be loaded."""

@@ -28,7 +28,7 @@ from deepseek.data.table_rows import TableColumns, TableRow, digest_rows, read_s
 from deepseek.data.text_collate import TextBatch
 from deepseek.data.tokenizing import Tokenizer, load_tokenizer
 from deepseek.models import text_zoo
-from deepseek.models.starting_weights import HeadSpec, find_tokenizer
+from deepseek.models.starting_weights import HeadSpec
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.train.task import Task, TaskData
 
@@ -112,11 +112,7 @@ class TableTask(TextTask[B], Generic[S, B]):
     @property
     def data_settings(self) -> TableConfig:
         """The settings of the data, with the tokenizer of the model that training begins with unless they name one."""
-        settings = self.config.data_of(TableConfig)
-        folder = find_tokenizer(self.config.init, self.config.init_weights)
-        if settings.tokenizer is not None or folder is None:
-            return settings
-        return settings.override({"tokenizer": str(folder)})
+        return self.with_tokenizer_of_init(self.config.data_of(TableConfig))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

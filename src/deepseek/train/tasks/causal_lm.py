@@ -24,7 +24,7 @@ from deepseek.data.corpus import load_data, prepare_data
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.decoder.keymap import FAMILIES
 from deepseek.models.decoder.model import Decoder
-from deepseek.models.starting_weights import CAUSAL_LM, find_tokenizer
+from deepseek.models.starting_weights import CAUSAL_LM
 from deepseek.nn.losses import sum_cross_entropy
 from deepseek.train.task import Task, TaskData
 
@@ -43,11 +43,9 @@ class CausalLM(Task):
     def data_settings(self) -> TextSettings:
         """The settings of the data, with the tokenizer of the model that training begins with unless they name one."""
         data = self.config.data
-        settings: TextSettings = data if isinstance(data, ChatConfig) else self.config.data_of(DataConfig)
-        folder = find_tokenizer(self.config.init, self.config.init_weights)
-        if settings.tokenizer is not None or folder is None:
-            return settings
-        return settings.override({"tokenizer": str(folder)})
+        if isinstance(data, ChatConfig):
+            return self.with_tokenizer_of_init(data)
+        return self.with_tokenizer_of_init(self.config.data_of(DataConfig))
 
     def open_data(self, folder: Path) -> TaskData:
         """Open the token caches."""

@@ -33,7 +33,7 @@ from deepseek.data.samples import SampleLoader, evaluation_batches
 from deepseek.data.text_collate import TextBatch, TextSample, collate_texts, pad_rows
 from deepseek.data.token_cache import TokenCache
 from deepseek.data.tokenizing import Tokenizer
-from deepseek.models.starting_weights import HeadSpec, find_tokenizer
+from deepseek.models.starting_weights import HeadSpec
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.nn.losses import sum_cross_entropy
 from deepseek.train.task import TaskData
@@ -86,11 +86,7 @@ class MaskedLM(TextTask[MaskedTexts]):
     @property
     def data_settings(self) -> DataConfig:
         """The settings of the data, with the tokenizer of the model that training begins with unless they name one."""
-        settings = self.config.data_of(DataConfig)
-        folder = find_tokenizer(self.config.init, self.config.init_weights)
-        if settings.tokenizer is not None or folder is None:
-            return settings
-        return settings.override({"tokenizer": str(folder)})
+        return self.with_tokenizer_of_init(self.config.data_of(DataConfig))
 
     def prepare(self, folder: Path) -> Iterator[Event]:
         """Train or load the tokenizer, and tokenize the text."""
