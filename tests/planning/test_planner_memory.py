@@ -10,7 +10,7 @@ from deepseek.planning.estimate.memory import measure_memory
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.machines.software import Software
 from deepseek.planning.models.model_shape import ModelShape
-from tests.distributed.spawning import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.planning.plain_decoder import measure_step
 from tests.planning.rank_work import measure_pipeline, measure_shapes, measure_tensor_parallel
 

@@ -6,7 +6,7 @@ from deepseek.distributed.collectives import COLLECTIVES
 from deepseek.distributed.collectives.executing import apply_steps_
 from deepseek.distributed.collectives.messages import count_sent, cut
 from deepseek.distributed.topology import LinkClass
-from tests.distributed.spawning import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.planning.rank_work import exchange
 
 worlds = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3), (8, 4), (9, 3), (12, 4)])
