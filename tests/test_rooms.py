@@ -152,7 +152,9 @@ def test_pure_policy_imports_no_tensors(name):
 
 def test_no_file_is_a_heap():
     heaps = {"utils", "util", "helpers", "helper", "common", "misc", "shared"}
-    assert [path for path in PACKAGE.rglob("*.py") if path.stem in heaps or path.parent.name in heaps] == []
+    known = {PACKAGE / "nn" / "utils.py"}  # `deepseek.nn.utils`, the name that users of `torch.nn.utils` expect
+    found = {path for path in PACKAGE.rglob("*.py") if path.stem in heaps or path.parent.name in heaps}
+    assert found - known == set()
 
 
 # One graph of files
@@ -166,7 +168,7 @@ SHARED_FILE_NAMES = {
     "keymap": "other libraries' settings and tensor names for that architecture",
     "config": "the settings of a room",
     "events": "the events that a run yields",
-    "plan": "the parallel plan: the value, and the verb that finds it",
+    "plan": "the parallel plan: the value, the verb that finds it, and where it takes hold of an architecture",
     "quickstart": "the main job: its recipe, and the verb that runs it",
     "decorator": "the decorator that users write, of that room",
     "doctor": "settings of the environment that pay: the measurement, and the verb that shows it",

@@ -25,7 +25,8 @@ import torch.distributed as dist
 TIMEOUT_S = 120.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _ROOT = Path(__file__).parents[2]
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.distributed.ranks"])
+_PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "tests.distributed.ranks"]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ _OWN = {
     "Int8Embedding": "quantized",
     "Int8Experts": "quantized",
     "fast_sigmoid": "functional",
+    "clip_grad_norm_": "utils",
 }
 
 

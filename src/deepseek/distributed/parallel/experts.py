@@ -1,0 +1,146 @@
+"""Expert parallelism: each rank holds some of the experts of a layer, and tokens travel to theirs and back.
+
+    groups of tokens by expert -> all-to-all -> my experts run on the tokens of all ranks -> all-to-all -> answers
+
+`spread_experts_` changes the experts of a router in place: each rank keeps its part of the stacked weights, and their
+`run` and `forward` exchange tokens around what they did before, so that the router knows nothing of it. Without a
+capacity, ranks exchange how many tokens go where first, and messages have uneven sizes; with one, every expert has the
+same number of slots from every rank and no counts are needed.
+
+Load factors are over the tokens of all data parallel ranks, as in a single process. A capacity counts on each rank by
+itself: what is dropped depends on how tokens lie over the ranks.
+Source: Lepikhin et al. 2021 (GShard).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepseek.core.errors import ConfigError
+
+Groups = Sequence[Tensor]
+
+
+class Router(Protocol):
+    """What a layer with experts has, `deepseek.nn.MoERouter` for one."""
+
+    experts: Any
+    """A module with `num_experts`, `forward` on groups of equal length and `run` on groups of any."""
+    _balance: Callable[[Tensor], None]
+
+
+def spread_experts_(router: nn.Module, group: dist.ProcessGroup) -> list[nn.Parameter]:
+    """Keep this rank's experts of `router` and let tokens travel over `group`; return the weights that are kept.
+
+    Raises `ConfigError` for experts that are not stacked in one tensor per projection, and for a number of them that
+    the ranks do not divide.
+    """
+    experts = cast("Router", router).experts
+    num_ranks, num_experts = dist.get_world_size(group), experts.num_experts
+    stacked = dict(experts.named_parameters(recurse=False))
+    if not stacked or len(stacked) != len(list(experts.parameters())):
+        raise ConfigError(
+            f"ep={num_ranks} spreads experts that are stacked in one tensor per projection, and these are "
+            f"{type(experts).__name__}; use SwiGLUExperts, or ep=1"
+        )
+    if num_experts % num_ranks:
+        divisors = [divisor for divisor in range(1, num_experts + 1) if num_experts % divisor == 0]
+        raise ConfigError(
+            f"ep={num_ranks} does not divide experts={num_experts}; choose one of {', '.join(map(str, divisors))}"
+        )
+    rank = dist.get_rank(group)
+    for name, weight in stacked.items():
+        mine = weight.detach().chunk(num_ranks)[rank].clone()
+        experts.register_parameter(name, nn.Parameter(mine, requires_grad=weight.requires_grad))
+    experts.run = partial(_run_over_ranks, experts.run, group)
+    experts.forward = partial(_forward_over_ranks, experts.forward, group)
+    return list(experts.parameters())
+
+
+def balance_over_ranks_(router: nn.Module, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Count the load of the experts of `router` over the tokens of all ranks of `groups`."""
+    typed = cast("Router", router)
+    num_tokens = torch.zeros((), dtype=torch.float64)
+
+    def count(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        num_tokens.fill_(inputs[0].numel() / inputs[0].shape[-1])
+
+    balance = typed._balance
+
+    @torch.no_grad()
+    def balance_over_ranks(load_factor_E: Tensor) -> None:
+        weight = num_tokens.to(load_factor_E.device, load_factor_E.dtype)
+        sums = torch.cat([load_factor_E * weight, weight[None]])
+        for group in groups:
+            dist.all_reduce(sums, group=group)
+        balance(sums[:-1] / sums[-1])
+
+    router.register_forward_pre_hook(count)
+    typed._balance = balance_over_ranks
+
+
+def _run_over_ranks(run: Callable[[Groups], list[Tensor]], group: dist.ProcessGroup, groups: Groups) -> list[Tensor]:
+    """Answer groups of any length, (n, D) each, one for every expert of all ranks."""
+    num_ranks = dist.get_world_size(group)
+    num_mine = len(groups) // num_ranks
+    sent_RE = torch.tensor([len(x_nD) for x_nD in groups], device=groups[0].device).view(num_ranks, num_mine)
+    received_RE = torch.empty_like(sent_RE)
+    dist.all_to_all_single(received_RE, sent_RE, group=group)
+    sent, received = sent_RE.sum(1).tolist(), received_RE.sum(1).tolist()
+    x_ND = exchange(torch.cat(list(groups)), received, sent, group)
+    pieces = x_ND.split(received_RE.flatten().tolist())
+    answers = run([torch.cat(pieces[expert::num_mine]) for expert in range(num_mine)])
+    back = [answer.to(x_ND.dtype).split(received_RE[:, expert].tolist()) for expert, answer in enumerate(answers)]
+    y_ND = torch.cat([back[expert][rank] for rank in range(num_ranks) for expert in range(num_mine)])
+    return list(exchange(y_ND, sent, received, group).split(sent_RE.flatten().tolist()))
+
+
+def _forward_over_ranks(forward: Callable[[Tensor], Tensor], group: dist.ProcessGroup, x_ECD: Tensor) -> Tensor:
+    """Answer groups of equal length, (E, C, D) for the experts of all ranks."""
+    num_ranks = dist.get_world_size(group)
+    num_experts, capacity, size = x_ECD.shape
+    even = [num_experts // num_ranks] * num_ranks
+    x_RECD = exchange(x_ECD.contiguous(), even, even, group).view(num_ranks, -1, capacity, size)
+    y_ECD = forward(x_RECD.transpose(0, 1).reshape(-1, num_ranks * capacity, size))
+    y_RECD = y_ECD.view(-1, num_ranks, capacity, size).transpose(0, 1).contiguous()
+    return exchange(y_RECD.view(num_experts, capacity, size), even, even, group)
+
+
+def exchange(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send `sent[r]` rows of `x` to each rank r, in order, and return the rows received; gradients travel back."""
+    return cast("Tensor", _Exchange.apply(x, received, sent, group))  # type: ignore[no-untyped-call]
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.received, ctx.sent, ctx.group = received, sent, group
+        y = x.new_empty((sum(received), *x.shape[1:]))
+        dist.all_to_all_single(y, x.contiguous(), received, sent, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        x = gradient.new_empty((sum(ctx.sent), *gradient.shape[1:]))
+        dist.all_to_all_single(x, gradient.contiguous(), ctx.sent, ctx.received, group=ctx.group)
+        return x, None, None, None
+
+
+def measure_balance(load_factor_E: Tensor) -> dict[str, float]:
+    """Return how unevenly experts are used: the Gini coefficient of their loads, the largest, and the share of idle.
+
+    >>> measure_balance(torch.tensor([2.0, 2.0, 0.0, 0.0]))
+    {'gini': 0.5, 'largest': 2.0, 'idle': 0.5}
+    """
+    load_E = load_factor_E.double().sort().values
+    count = len(load_E)
+    ranks_E = torch.arange(1, count + 1, dtype=torch.float64, device=load_E.device)
+    gini = float((2 * ranks_E - count - 1) @ load_E / (count * load_E.sum()))
+    return {"gini": round(gini, 6), "largest": float(load_E[-1]), "idle": float((load_E == 0).double().mean())}

@@ -1,0 +1,157 @@
+"""Which plans can run on a model: rules in one sentence each, and the nearest plan that keeps all of them.
+
+`planning/feasibility.py` asks whether a plan fits a cluster and a batch; here it is held against what the runtime can
+do with a model's parts. Pure values, no tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deepseek.core.errors import ConfigError
+from deepseek.distributed.plan import Plan
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What a plan may cut of a model."""
+
+    name: str
+    """Class of the model, for sentences."""
+    num_layers: int = 0
+    """Blocks that a pipeline may spread; 0 where it cannot take the model apart."""
+    head_counts: tuple[tuple[str, int], ...] = ()
+    """Numbers that tensor parallelism divides: `(("num_heads", 8), ("num_kv_heads", 2))`."""
+    num_experts: int = 0
+    """Experts of a layer; 0 for a dense model."""
+    has_tensor_rows: bool = False
+    """Whether it is known which layers tensor parallelism cuts."""
+    has_sequence_rows: bool = False
+    """Whether sequences may be cut between those layers."""
+
+
+def check_plan_runs(plan: Plan, parts: ModelParts) -> None:
+    """Raise a `ConfigError` with the rule and the nearest legal plan unless `plan` can run on such a model."""
+    reason = explain_illegal(plan, parts)
+    if reason is not None:
+        nearest = find_nearest_legal(plan, parts)
+        hint = f"; the nearest plan that runs on {plan.num_devices} ranks is {describe(nearest)}" if nearest else ""
+        raise ConfigError(f"{reason}{hint}")
+
+
+def explain_illegal(plan: Plan, parts: ModelParts) -> str | None:
+    """Say in one sentence which rule `plan` breaks, or return `None`.
+
+    >>> explain_illegal(Plan(pp=2, zero_stage=3), ModelParts("Decoder", num_layers=4))
+    'zero_stage=3 gathers weights for every micro-batch and excludes pp=2; use zero_stage=1'
+    """
+    return _explain_unknown_parts(plan, parts) or _explain_sizes(plan, parts) or _explain_combination(plan)
+
+
+def _explain_unknown_parts(plan: Plan, parts: ModelParts) -> str | None:
+    if plan.tp > 1 and not parts.has_tensor_rows:
+        return f"tp={plan.tp} needs to know which layers of {parts.name} to cut; give rows, or use tp=1"
+    if plan.tp > 1 and plan.sequence_parallel and not parts.has_sequence_rows:
+        return f"sequence_parallel cuts sequences, and no rows say where {parts.name} has them; leave it out"
+    if plan.pp > 1 and not parts.num_layers:
+        return f"pp={plan.pp} needs to know the layers of {parts.name}, which has no stages described; use pp=1"
+    if plan.ep > 1 and not parts.num_experts:
+        return f"ep={plan.ep} needs a model with experts and {parts.name} has none; use ep=1"
+    return None
+
+
+def _explain_sizes(plan: Plan, parts: ModelParts) -> str | None:
+    for name, count in parts.head_counts:
+        if count % plan.tp:
+            return _explain_division("tp", plan.tp, name, count)
+    num_stages = plan.pp * plan.virtual_stages
+    if plan.pp > 1 and num_stages > parts.num_layers:
+        return f"pp*virtual_stages = {num_stages} is more than layers={parts.num_layers}; use fewer stages"
+    if plan.ep > 1 and parts.num_experts % plan.ep:
+        return _explain_division("ep", plan.ep, "experts", parts.num_experts)
+    if plan.dp % plan.ep:
+        return (
+            f"ep={plan.ep} spreads experts over data parallel ranks and does not divide dp={plan.dp}; choose a divisor"
+        )
+    return None
+
+
+def _explain_combination(plan: Plan) -> str | None:
+    rules = (
+        (
+            plan.pp > 1 and plan.zero_stage >= 2,
+            f"zero_stage={plan.zero_stage} gathers weights for every micro-batch and excludes pp={plan.pp}; "
+            "use zero_stage=1",
+        ),
+        (plan.cp > 1, f"cp={plan.cp} needs attention over a ring of ranks, which is not there yet; use cp=1"),
+        (plan.etp > 1, f"etp={plan.etp} cuts inside experts, which is not there yet; use etp=1"),
+        (
+            plan.schedule == "zero_bubble" and plan.pp > 1,
+            "schedule='zero_bubble' needs weight gradients apart, which is not there yet; use '1f1b'",
+        ),
+        (
+            plan.sequence_parallel and plan.tp == 1,
+            "sequence_parallel cuts sequences over tensor parallel ranks and tp=1; leave it out",
+        ),
+        (
+            plan.shard_group > 0 and plan.zero_stage == 0,
+            f"shard_group={plan.shard_group} says who shares weights and zero_stage=0 shares none; leave one out",
+        ),
+    )
+    return next((sentence for is_broken, sentence in rules if is_broken), None)
+
+
+def _explain_division(name: str, value: int, of: str, total: int) -> str:
+    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
+    return f"{name}={value} does not divide {of}={total}; choose one of {', '.join(map(str, divisors))}"
+
+
+def find_nearest_legal(plan: Plan, parts: ModelParts) -> Plan | None:
+    """Find the legal plan for as many ranks that is least unlike `plan`."""
+    legal = [candidate for candidate in _list_candidates(plan) if explain_illegal(candidate, parts) is None]
+    return min(legal, key=lambda candidate: _measure_distance(plan, candidate), default=None)
+
+
+def _list_candidates(plan: Plan) -> Iterator[Plan]:
+    """Plans of as many ranks, whose choices are those of `plan` or the plainest."""
+    world = plan.num_devices
+    sizes = [(tp, pp, world // tp // pp) for tp in _divisors(world) for pp in _divisors(world // tp)]
+    stages = sorted({plan.zero_stage, min(plan.zero_stage, 1), 0}, reverse=True)
+    choices = itertools.product(sizes, stages, _divisors(plan.ep), {plan.sequence_parallel, False})
+    for (tp, pp, dp), zero_stage, ep, sequence_parallel in choices:
+        changed: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "cp": 1, "etp": 1, "ep": ep, "zero_stage": zero_stage}
+        changed |= {"sequence_parallel": sequence_parallel, "virtual_stages": 1, "schedule": "1f1b"}
+        for kept in (dict[str, Any](), {"virtual_stages": plan.virtual_stages, "schedule": plan.schedule}):
+            for shard_group in {plan.shard_group, 0}:
+                if shard_group and dp % shard_group:
+                    continue
+                if (kept.get("schedule") == "interleaved" and pp == 1) or (ep > 1 and dp % ep):
+                    continue
+                yield replace(plan, **(changed | kept | {"shard_group": shard_group}))
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _measure_distance(plan: Plan, other: Plan) -> float:
+    """Count doublings and halvings of sizes, and the other settings that differ."""
+    mine, theirs = plan.as_dict(), other.as_dict()
+    sizes = ("tp", "pp", "dp", "ep", "cp", "etp")
+    doublings = sum(abs(math.log2(getattr(plan, name) / getattr(other, name))) for name in sizes)
+    return doublings + sum(mine[name] != theirs[name] for name in mine if name not in sizes)
+
+
+def describe(plan: Plan) -> str:
+    """Write the settings of a plan that are not the defaults.
+
+    >>> describe(Plan(tp=2, dp=2, zero_stage=3))
+    'tp=2 dp=2 zero_stage=3'
+    """
+    plain = Plan().as_dict()
+    changed = {name: value for name, value in plan.as_dict().items() if value != plain[name]}
+    return " ".join(f"{name}={value}" for name, value in changed.items()) or "tp=1 pp=1 dp=1"

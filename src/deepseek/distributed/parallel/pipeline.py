@@ -1,0 +1,225 @@
+"""Pipeline parallelism: the orders of `schedules.py`, played with tensors.
+
+    stage 0     embed, layers 0-1      forward 0, forward 1, backward 0, ...
+    stage 1     layers 2-3, head                  forward 0, backward 0, forward 1, ...
+
+Each rank holds one chunk of the model, or several when stages are interleaved: a whole model whose other layers are
+taken out (`models/<name>/plan.py` says how), so that parameters keep their names. Every rank reads every micro-batch;
+between stages only activations and their gradients travel, each behind a header with its shape, so that micro-batches
+may have different lengths. Sends never wait for their receiver: they are kept until the step ends.
+
+The planner times the same orders (`planning/estimate/simulation.py`), so what was estimated is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepseek.core.errors import ConfigError
+from deepseek.distributed.plan import Plan
+from deepseek.distributed.schedules import Work, order_work
+
+_HEADER_SIZE = 10
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Learner(Protocol):
+    """What a step needs to know of a task; `deepseek.train.Task` is one."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Return what the model makes of a batch."""
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the () sum of the loss over the units of a batch."""
+
+    def count_units(self, batch: Any) -> int:
+        """Count the units of a batch that the loss is a sum over."""
+
+
+@dataclass(frozen=True)
+class PipelineStage:
+    """Layers of a model that one chunk holds: `first` up to, not including, `stop` of `num_layers`."""
+
+    index: int
+    num_stages: int
+    first: int
+    stop: int
+    num_layers: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it reads the batch."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its output is the model's."""
+        return self.index == self.num_stages - 1
+
+    def holds(self, layer: int) -> bool:
+        """Return whether `layer`, counted from 0, is one of its own."""
+        return self.first <= layer < self.stop
+
+
+def split_layers(
+    num_layers: int, num_stages: int, *, first_cost: float = 0.0, last_cost: float = 0.0
+) -> list[PipelineStage]:
+    """Split layers over stages so that the costliest stage costs least.
+
+    `first_cost` and `last_cost` are what the embedding and the head cost, in layers. Raises `ConfigError` for more
+    stages than layers.
+
+    >>> [(stage.first, stage.stop) for stage in split_layers(6, 3, last_cost=2.0)]
+    [(0, 3), (3, 5), (5, 6)]
+    """
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"pp*virtual_stages = {num_stages} is more than layers={num_layers}; use at most {num_layers}"
+        )
+    extras = [0.0] * num_stages
+    extras[0] += first_cost
+    extras[-1] += last_cost
+    sizes = [1] * num_stages
+    for _ in range(num_layers - num_stages):  # one layer at a time, to the stage that costs least with it
+        sizes[min(range(num_stages), key=lambda stage: (sizes[stage] + extras[stage], stage))] += 1
+    bounds = [sum(sizes[:stage]) for stage in range(num_stages + 1)]
+    return [
+        PipelineStage(index, num_stages, bounds[index], bounds[index + 1], num_layers) for index in range(num_stages)
+    ]
+
+
+class Received(nn.Module):
+    """Stands where a stage's input comes in: whatever it is called with, it returns what was received."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        assert self.value is not None, "a stage computes after it has received its input"
+        return self.value
+
+
+class TakenOut(nn.Module):
+    """Stands for a layer that another stage holds, and returns its first input."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
+
+
+@dataclass
+class StageModule:
+    """The part of the model of one stage."""
+
+    stage: PipelineStage
+    module: nn.Module
+    received: Received | None
+    """Where the input comes in; `None` in the first stage."""
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Pipeline:
+    """The stages of one rank, and the order in which they work."""
+
+    def __init__(
+        self, plan: Plan, chunks: Sequence[StageModule], group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self._plan = plan
+        self.chunks = list(chunks)
+        self._group = group
+        self._device = device
+        self._rank = dist.get_rank(group)
+        self._kept: list[tuple[dist.Work, Tensor]] = []
+
+    def run(
+        self,
+        learner: Learner,
+        micro_batches: Sequence[Any],
+        num_units: int,
+        *,
+        loss_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        before_backward: Callable[[StageModule, bool], None] = lambda chunk, is_last: None,
+    ) -> float:
+        """Compute the gradients of the summed loss over `num_units`; return this rank's part of the loss.
+
+        `before_backward` is told before each backward pass of a chunk whether it is the chunk's last of the step.
+        """
+        plan, num_micro_batches = self._plan, len(micro_batches)
+        orders = order_work(plan.schedule, plan.pp, self._rank, num_micro_batches, plan.virtual_stages)
+        left = [num_micro_batches] * len(self.chunks)
+        loss = 0.0
+        for work in orders:
+            chunk, batch = self.chunks[work.chunk], micro_batches[work.micro_batch]
+            if work.kind == "forward":
+                self._receive_input(chunk, work)
+                outputs = learner.forward(chunk.module, batch)
+                if chunk.stage.is_last:
+                    with loss_context():
+                        outputs = learner.loss(outputs, batch) / num_units
+                    loss += _as_number(outputs)
+                else:
+                    self._send(outputs.detach(), chunk.stage.index + 1, work, is_gradient=False)
+                chunk.outputs[work.micro_batch] = outputs
+            elif work.kind == "backward":
+                left[work.chunk] -= 1
+                before_backward(chunk, left[work.chunk] == 0)
+                self._go_back(chunk, work, loss_context)
+        for sent, _ in self._kept:
+            sent.wait()
+        self._kept.clear()
+        return loss
+
+    def _receive_input(self, chunk: StageModule, work: Work) -> None:
+        if chunk.received is not None:
+            value = self._receive(chunk.stage.index - 1, chunk.stage.index, work, is_gradient=False)
+            chunk.received.value = chunk.inputs[work.micro_batch] = value.requires_grad_()
+
+    def _go_back(
+        self, chunk: StageModule, work: Work, loss_context: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        output = chunk.outputs.pop(work.micro_batch)
+        if chunk.stage.is_last:
+            with loss_context():
+                output.backward()
+        else:
+            output.backward(self._receive(chunk.stage.index + 1, chunk.stage.index, work, is_gradient=True))
+        if chunk.received is not None:
+            gradient = chunk.inputs.pop(work.micro_batch).grad
+            assert gradient is not None
+            self._send(gradient, chunk.stage.index - 1, work, is_gradient=True)
+
+    def _tag(self, stage: int, work: Work, *, is_gradient: bool) -> int:
+        """Number a message by the stage that it goes to, its micro-batch and what it is."""
+        num_stages = self._plan.pp * self._plan.virtual_stages
+        return 2 * (2 * (work.micro_batch * num_stages + stage) + is_gradient)
+
+    def _send(self, tensor: Tensor, stage: int, work: Work, *, is_gradient: bool) -> None:
+        tag = self._tag(stage, work, is_gradient=is_gradient)
+        values = [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
+        header = torch.zeros(_HEADER_SIZE, dtype=torch.int64)
+        header[: len(values)] = torch.tensor(values)
+        for message, message_tag in ((header.to(self._device), tag), (tensor.contiguous(), tag + 1)):
+            work_handle = dist.isend(message, group=self._group, group_dst=stage % self._plan.pp, tag=message_tag)
+            assert work_handle is not None
+            self._kept.append((work_handle, message))
+
+    def _receive(self, sender: int, stage: int, work: Work, *, is_gradient: bool) -> Tensor:
+        tag, source = self._tag(stage, work, is_gradient=is_gradient), sender % self._plan.pp
+        header = torch.zeros(_HEADER_SIZE, dtype=torch.int64, device=self._device)
+        dist.recv(header, group=self._group, group_src=source, tag=tag)
+        dtype, ndim, *sizes = header.tolist()
+        tensor = torch.empty(sizes[:ndim], dtype=_DTYPES[dtype], device=self._device)
+        dist.recv(tensor, group=self._group, group_src=source, tag=tag + 1)
+        return tensor
+
+
+def _as_number(loss: Tensor) -> float:
+    return float(loss.detach())

@@ -1,0 +1,77 @@
+"""Plans held against a single process in float64: loss, norm, every gradient and every parameter on every rank."""
+
+import pytest
+
+from tests.distributed.parallel.cases import compare_all
+from tests.distributed.ranks import run_ranks
+
+SEQUENCES = {"tp": 2, "sequence_parallel": True}
+INTERLEAVED = {"pp": 2, "schedule": "interleaved", "virtual_stages": 2}
+# World -> (model, plan, optimizer) of each case.
+CASES = {
+    1: [("llama", {}, "sgd"), ("llama", {}, "adamw"), ("moe", {}, "sgd")],
+    2: [
+        ("llama", {"dp": 2}, "sgd"),
+        ("llama", {"dp": 2}, "adamw"),
+        ("llama", {"dp": 2, "zero_stage": 1}, "sgd"),
+        ("llama", {"dp": 2, "zero_stage": 2}, "sgd"),
+        ("llama", {"dp": 2, "zero_stage": 3}, "sgd"),
+        ("llama", {"dp": 2, "zero_stage": 3}, "adamw"),
+        ("llama", {"tp": 2}, "sgd"),
+        ("llama", SEQUENCES, "sgd"),
+        ("gpt2", {"tp": 2}, "sgd"),
+        ("gpt2", SEQUENCES, "sgd"),
+        ("gemma", SEQUENCES, "sgd"),
+        ("mask", SEQUENCES, "sgd"),
+        ("llama", {"pp": 2}, "sgd"),
+        ("llama", {"pp": 2}, "adamw"),
+        ("llama", {"pp": 2, "schedule": "gpipe"}, "sgd"),
+        ("deep", INTERLEAVED, "sgd"),
+        ("deep", {"pp": 2}, "sgd"),
+        ("gpt2", {"pp": 2}, "sgd"),
+        ("gemma", {"pp": 2}, "sgd"),
+        ("moe", {"dp": 2}, "sgd"),
+        ("moe", {"dp": 2, "ep": 2}, "sgd"),
+        ("moe", {"dp": 2, "ep": 2}, "adamw"),
+        ("bounded", {"dp": 2, "ep": 2}, "sgd"),
+        ("moe", SEQUENCES, "sgd"),
+        ("moe", {"pp": 2}, "sgd"),
+        ("vit", {"tp": 2}, "sgd"),
+        ("vit", {"pp": 2}, "sgd"),
+        ("vit", {"dp": 2, "zero_stage": 3}, "sgd"),
+        ("own", {"tp": 2}, "sgd"),
+        ("own", {"dp": 2, "zero_stage": 2}, "sgd"),
+    ],
+    4: [
+        ("llama", {"dp": 2, "tp": 2, "zero_stage": 3}, "adamw"),
+        ("llama", {"dp": 2, "zero_stage": 2} | SEQUENCES, "sgd"),
+        ("llama", {"tp": 2, "pp": 2}, "sgd"),
+        ("llama", {"pp": 2} | SEQUENCES, "sgd"),
+        ("llama", {"dp": 2, "pp": 2}, "sgd"),
+        ("llama", {"dp": 2, "pp": 2, "zero_stage": 1}, "adamw"),
+        ("llama", {"dp": 4, "zero_stage": 3, "shard_group": 2}, "sgd"),
+        ("deep", {"pp": 4}, "sgd"),
+        ("deep", {"dp": 2} | INTERLEAVED, "sgd"),
+        ("moe", {"dp": 4, "ep": 2}, "sgd"),
+        ("moe", {"dp": 4, "ep": 2, "zero_stage": 3}, "sgd"),
+        ("moe", {"dp": 2, "ep": 2, "pp": 2}, "sgd"),
+        ("moe", {"dp": 2, "ep": 2} | SEQUENCES, "sgd"),
+        ("vit", {"tp": 2, "pp": 2}, "sgd"),
+    ],
+}
+
+
+def label(case):
+    name, plan, optimizer = case
+    return " ".join([name, *(f"{key}={value}" for key, value in plan.items()), optimizer])
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_a_plan_trains_as_a_single_process_does(world_size):
+    cases = {label(case): case for case in CASES[world_size]}
+    for found in run_ranks(compare_all, world_size, cases):
+        assert found == dict.fromkeys(cases)
+
+
+def test_there_are_forty_plans():
+    assert len({label(case) for cases in CASES.values() for case in cases}) >= 40
