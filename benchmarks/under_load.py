@@ -3,8 +3,9 @@
 Jobs: steps of a small training loop, decoding of one sequence, completions from a server over HTTP, and a ResNet-50.
 Each runs beside 0, 1 and 4 processes that do nothing but keep a core busy, once as torch comes and once with OpenMP's
 threads that sleep soon while others want their cores, as the commands have it (`deepseek.core.openmp`). Every job and
-side is a process of its own; those of a job take turns in each round, and each is counted from a second and a half
-after the busy processes began, when the change has been noticed. Needs a machine on which nothing else works, with more
+side has three processes of its own, since two that do the same differ by a tenth from their start to their end; rounds
+go through them. The sides of a job take turns in each round, and each is counted from a second and a half after the
+busy processes began, when the change has been noticed. Needs a machine on which nothing else works, with more
 than one core: OpenMP's threads only wait for each other where there are several.
 """
 
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,16 +46,16 @@ def main() -> None:
     from benchmarks.measuring import Bar, Side, measure, parse_arguments, ratio, report
 
     arguments = parse_arguments(__doc__ or "")
-    slice_s, num_rounds = (0.5, 1) if arguments.quick else (2.0, 4)
+    slice_s, num_rounds, num_processes = (0.5, 1, 1) if arguments.quick else (3.0, 6, 3)
     rows = []
     for job in JOBS:  # one after the other, since processes that wait for their turn disturb a little, too
         with ExitStack() as stack:
             workers = {
-                side: stack.enter_context(working(job, environment))
+                side: [stack.enter_context(working(job, environment)) for _ in range(num_processes)]
                 for side, environment in ((PLAIN, TODAY), (YIELDING, {}))
             }
             sides = [
-                Side(name_row(job, num_busy, side), partial(rate_beside, workers[side], num_busy, slice_s))
+                Side(name_row(job, num_busy, side), partial(rate_of_next, cycle(workers[side]), num_busy, slice_s))
                 for num_busy in NUM_BUSY
                 for side in (PLAIN, YIELDING)
             ]
@@ -105,6 +107,11 @@ def working(job: str, environment: dict[str, str]) -> Iterator[Callable[[float],
         finally:
             with suppress(BrokenPipeError):
                 stdin.close()  # which ends it
+
+
+def rate_of_next(rates: Iterator[Callable[[float], float]], num_busy: int, duration_s: float) -> float:
+    """Return the rate of the next process of a side while `num_busy` others keep a core busy each."""
+    return rate_beside(next(rates), num_busy, duration_s)
 
 
 def rate_beside(rate: Callable[[float], float], num_busy: int, duration_s: float) -> float:

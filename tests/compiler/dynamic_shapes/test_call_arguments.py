@@ -128,6 +128,12 @@ def test_dims_that_do_not_exist_are_refused():
         reader.find_length_roles(call)
 
 
+def test_one_pad_value_for_all_leaves_the_mask_with_zeros():
+    reader = CallReader(score, DynamicOptions(mask="mask", pad_value=5.0), "score")
+    call = reader.read((ones(2, 3),), {"mask": ones(2, 3)})
+    assert dict(zip(call.names, reader.pad_values(call), strict=True)) == {"x": 5.0, "mask": 0.0}
+
+
 def test_pad_values_go_to_the_leaves_they_name():
     reader = CallReader(score, DynamicOptions(pad_value={"x": 1.0, "extra['bias']": 3.0}), "score")
     call = reader.read((ones(2, 3),), {"extra": {"bias": ones(3)}})

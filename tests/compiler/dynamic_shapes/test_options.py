@@ -33,6 +33,7 @@ def plain_function(x, mask):
         ({"strategy": "bucketed"}, "mask="),
         ({"boundaries": [8]}, "mask="),
         ({"boundaries": [0], "pad_value": 0}, "at least 1"),
+        ({"mask": "x", "pad_value": {"x": 1}}, "pads the mask 'x' with 1"),
         ({"max_compilations": 0}, "at least 1"),
         ({"num_checks": 0, "mask": "mask"}, "blindly"),
         ({"max_compilation": 3}, "did you mean 'max_compilations'"),

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from deepseek.compiler.jit.decorator import ControlFlowError, jit
 from deepseek.compiler.passes.placement import devices
@@ -150,3 +151,34 @@ def test_graphs_without_control_flow_have_gradients_of_gradients():
     x = torch.tensor(2.0, requires_grad=True)
     (first,) = torch.autograd.grad(jit(cube, backend="eager")(x), x, create_graph=True)
     assert torch.autograd.grad(first, x)[0] == 12.0
+
+
+def sine_of_matmul(x, weight):
+    return torch.sin(x @ weight).sum()
+
+
+@pytest.mark.parametrize("memory_budget", [None, 0.5])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_cuda_graphs_are_asked_of_inductor(is_training, memory_budget):
+    x, weight = torch.randn(4, 8), torch.randn(8, 8, requires_grad=is_training)
+    compiled = jit(sine_of_matmul, options={"triton.cudagraphs": True}, memory_budget=memory_budget)
+    counters["inductor"].clear()
+    torch.testing.assert_close(compiled(x, weight), sine_of_matmul(x, weight))
+    # Where there is no CUDA inductor counts the graphs that it was asked to record and did not.
+    assert counters["inductor"]["cudagraph_skips"] > 0
+
+
+def test_a_backend_that_is_a_function_gets_its_options():
+    seen = []
+
+    def backend(graph_module, inputs, options=None):
+        seen.append(options)
+        return graph_module.forward
+
+    jit(sine_of_matmul, backend=backend, options={"level": 3})(torch.ones(2, 2), torch.ones(2, 2))
+    assert seen == [{"level": 3}]
+
+
+def test_options_that_a_backend_does_not_read_are_refused():
+    with pytest.raises(ConfigError, match=r"options were given with the backend 'eager', which reads none"):
+        jit(sine_of_matmul, backend="eager", options={"triton.cudagraphs": True})

@@ -129,11 +129,11 @@ class CallReader:
         ]
 
     def pad_values(self, call: Call) -> list[float]:
-        """Return what each leaf is padded with."""
+        """Return what each leaf is padded with; a mask has zeros where positions do not count."""
         value = self._options.pad_value
         if isinstance(value, Mapping):
             return [value.get(name, value.get(name.partition("[")[0], 0.0)) for name in call.names]
-        return [value or 0.0] * len(call.leaves)
+        return [0.0 if name == self._options.mask else value or 0.0 for name in call.names]
 
     def _given_dims(self, call: Call) -> dict[int, tuple[int, ...]]:
         given = {}

@@ -41,6 +41,11 @@ class DynamicOptions:
                 "buckets pad, and padding changes numbers unless the function ignores it; "
                 "name its mask with mask=, or give pad_value= if what is padded does not matter"
             )
+        if isinstance(self.pad_value, Mapping) and self.pad_value.get(self.mask or "", 0) != 0:
+            raise ConfigError(
+                f"pad_value pads the mask {self.mask!r} with {self.pad_value[self.mask or '']:g}, and positions that "
+                "are padded do not count; leave the mask out of pad_value"
+            )
         if self.num_checks < 1:
             raise ConfigError("num_checks=0 would trust padding blindly; give at least 1")
         if any(boundary < 1 for boundary in self.boundaries):

@@ -96,6 +96,8 @@ def _has_symbols(inputs: Sequence[Any]) -> bool:
 def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], options: JitOptions) -> Callable[..., Any]:
     """Return the graph compiled by the backend that the user named."""
     compiler: Any = find_compiler(options.backend)
+    if callable(options.backend) and options.options:
+        compiler = functools.partial(options.backend, options=options.options)
     if options.memory_budget is not None and torch.is_grad_enabled():
         compiler = choose_budgeted(options)
     elif compiler == "inductor":
@@ -110,7 +112,10 @@ def run_backend(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Ji
 
 def choose_budgeted(options: JitOptions) -> Callable[..., Any]:
     """Return the backend that keeps no more than the memory budget for backward."""
-    backends: dict[Any, Any] = {"inductor": inductor_with_budget, "aot_eager": eager_with_budget}
+    backends: dict[Any, Any] = {
+        "inductor": functools.partial(inductor_with_budget, options=options.options),
+        "aot_eager": eager_with_budget,
+    }
     if options.backend not in backends:
         raise ConfigError(
             f"memory_budget was given with the backend {options.backend!r}; it works with {', '.join(backends)}"

@@ -11,6 +11,7 @@ from deepseek.compiler.passes.placement.devices import list_devices
 from deepseek.core.errors import ConfigError
 
 PRESENT = "present"
+INDUCTOR = "inductor"
 Backend = str | Callable[..., Any]
 Devices = Sequence[str] | Literal["present"]
 
@@ -21,12 +22,12 @@ class JitOptions:
 
     fullgraph: bool = True
     """Whether what cannot become a part of the graph is an error; if not, it is a warning and a graph break."""
-    backend: Backend = "inductor"
+    backend: Backend = INDUCTOR
     """The backend of `torch.compile`, by its name or as a function."""
     dynamic: bool | None = None
     """Whether shapes are symbols, as for `torch.compile`."""
     options: dict[str, Any] | None = None
-    """Options of the backend, as for `torch.compile`."""
+    """Settings of inductor, or what a backend that is a function takes as `options`, as for `torch.compile`."""
     optimize: bool = True
     """Whether graphs for inference are fused and freed of memory before the backend compiles them."""
     memory_budget: float | None = None
@@ -37,6 +38,11 @@ class JitOptions:
     def __post_init__(self) -> None:
         if self.memory_budget is not None:
             check_budget(self.memory_budget)
+        if self.options and isinstance(self.backend, str) and self.backend != INDUCTOR:
+            raise ConfigError(
+                f"options were given with the backend {self.backend!r}, which reads none; leave them out, or take "
+                f"backend={INDUCTOR!r}"
+            )
         if isinstance(self.devices, str) and self.devices != PRESENT:
             raise ConfigError(
                 f"devices={self.devices!r} is one name; give several, such as ('cpu', 'cuda'), or {PRESENT!r} for all"

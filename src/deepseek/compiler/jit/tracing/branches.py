@@ -10,7 +10,17 @@ from torch import Tensor
 
 from deepseek.compiler.jit.tracing.conditions import ConditionOperators
 from deepseek.compiler.jit.tracing.gradients import choose, steady, unalias
-from deepseek.compiler.jit.tracing.merging import Form, Leaf, Merger, flatten, has_leaves, is_traced, leaves_of, rebuild
+from deepseek.compiler.jit.tracing.merging import (
+    Form,
+    Merger,
+    flatten,
+    has_leaves,
+    is_traced,
+    leaves_of,
+    provide_zeros,
+    rebuild,
+    sample_of,
+)
 from deepseek.compiler.jit.tracing.probing import Part, probe_branches
 from deepseek.compiler.jit.tracing.sites import Site, note
 from deepseek.compiler.jit.tracing.speculation import WATCH
@@ -43,6 +53,8 @@ class Branches(ConditionOperators):
             return rebuild(form, watch(site, [sample_of(leaf) for leaf in leaves_of(form)], form))
         real = self.deeper(site, is_probing=False)
         values = [unalias(value) for value in values]
+        leaves = leaves_of(form)
+        provide_zeros(leaves)
 
         def true_branch() -> list[Tensor]:
             return flatten(form, then(real, *steady(values)))
@@ -50,7 +62,6 @@ class Branches(ConditionOperators):
         def false_branch() -> list[Tensor]:
             return flatten(form, other(real, *steady(values)))
 
-        leaves = leaves_of(form)
         return rebuild(form, watch(site, choose(condition, true_branch, false_branch, leaves), form))
 
 
@@ -61,8 +72,3 @@ def watch(site: Site, found: list[Tensor], form: Form) -> list[Tensor]:
         if len(leaves[index].sources) > 0:
             WATCH(site.key, found[index], *leaves[index].sources)
     return found
-
-
-def sample_of(leaf: Leaf) -> Tensor:
-    """Return a tensor like the one that a branch gives, where only its structure is looked at."""
-    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)

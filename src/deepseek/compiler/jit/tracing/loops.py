@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseek.compiler.jit.shared_names import INTERNAL
-from deepseek.compiler.jit.tracing.branches import Branches, sample_of, watch
+from deepseek.compiler.jit.tracing.branches import Branches, watch
 from deepseek.compiler.jit.tracing.conditions import HINT
 from deepseek.compiler.jit.tracing.gradients import all_require_grad, choose, copy_all, loop, steady
 from deepseek.compiler.jit.tracing.merging import (
@@ -22,6 +22,7 @@ from deepseek.compiler.jit.tracing.merging import (
     is_traced,
     leaves_of,
     rebuild,
+    sample_of,
 )
 from deepseek.compiler.jit.tracing.probing import Part, converge
 from deepseek.compiler.jit.tracing.python_numbers import PYTHON_NUMBERS, Number, as_number, relate

@@ -44,7 +44,8 @@ class Leaf:
     """A tensor in both branches: its type, shape and device, and whether both lay it out in memory alike.
 
     `is_number` says that it stands for a Python number; `sources` are the sides' tensors where Python would give one
-    that shares its memory, and the graph gives a copy.
+    that shares its memory, and the graph gives a copy. `zeros` stand for the value on the side that has none, if
+    `is_one_sided`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Leaf:
         is_contiguous: bool,
         is_number: bool,
         sources: tuple[Tensor, ...] = (),
+        is_one_sided: bool = False,
     ) -> None:
         self.dtype = dtype
         self.shape = tuple(shape)  # of numbers and symbols, which a branch takes in, unlike a size
@@ -62,6 +64,8 @@ class Leaf:
         self.is_contiguous = is_contiguous
         self.is_number = is_number
         self.sources = sources
+        self.is_one_sided = is_one_sided
+        self.zeros: Tensor | None = None
 
 
 class Constant:
@@ -137,10 +141,10 @@ class Merger:
     def fill(self, known: Any, name: str) -> Form:
         """Return the form of a value whose other side is empty: every number in it becomes a tensor."""
         if isinstance(known, Number) or is_number(known):
-            return Leaf(number_dtype(known), (), self.device, is_contiguous=True, is_number=True)
+            return Leaf(number_dtype(known), (), self.device, is_contiguous=True, is_number=True, is_one_sided=True)
         if isinstance(known, Tensor):
             sources = (known,) if self._is_shared(known, name) else ()
-            return Leaf(known.dtype, known.shape, known.device, False, False, sources)
+            return Leaf(known.dtype, known.shape, known.device, False, False, sources, is_one_sided=True)
         if has_children(known):
             keys = keys_of(known)
             children = [self.fill(child, name) for child in children_of(known, keys)]
@@ -298,13 +302,25 @@ def flatten(form: Form, value: Any) -> list[Tensor]:
 
 def _fresh(form: Leaf, value: Any) -> Tensor:
     if value is UNDEFINED:
-        return torch.zeros(form.shape, dtype=form.dtype, device=form.device)
+        return sample_of(form) if form.zeros is None else form.zeros.clone()
     if not isinstance(value, Tensor):
         return as_tensor(value, form.dtype, form.device).clone()
     if value.dtype != form.dtype:
         value = value.to(form.dtype)
     fresh: Tensor = value.clone(memory_format=torch.contiguous_format) if form.is_contiguous else value.clone()
     return fresh
+
+
+def sample_of(leaf: Leaf) -> Tensor:
+    """Return zeros in the form of a tensor that a branch gives."""
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def provide_zeros(leaves: list[Leaf]) -> None:
+    """Make what stands for missing values ahead of the branches, which cannot build a tensor of a symbolic size."""
+    for leaf in leaves:
+        if leaf.is_one_sided:
+            leaf.zeros = sample_of(leaf)
 
 
 def rebuild(form: Form, leaves: list[Tensor]) -> Any:

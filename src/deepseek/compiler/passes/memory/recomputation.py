@@ -9,6 +9,7 @@ A budget is a share of what is kept without recomputation: 1.0 keeps everything,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,18 +21,18 @@ from deepseek.core.errors import ConfigError
 Backend = Callable[[fx.GraphModule, list[Tensor]], Any]
 
 
-def inductor_with_budget(memory_budget: float) -> Backend:
+def inductor_with_budget(memory_budget: float, options: dict[str, Any] | None = None) -> Backend:
     """Build a backend for `torch.compile`: inductor, keeping for the backward pass about that share of what it would.
 
         step = torch.compile(model, backend=inductor_with_budget(0.5))
 
     Without a budget inductor already recomputes what costs next to nothing; below 1.0 it also recomputes what costs
-    time.
+    time. `options` are settings of inductor, as for `torch.compile`.
     """
     check_budget(memory_budget)
     from torch._inductor.compile_fx import compile_fx
 
-    return _with_budget(compile_fx, memory_budget)
+    return _with_budget(functools.partial(compile_fx, config_patches=options), memory_budget)
 
 
 def eager_with_budget(memory_budget: float) -> Backend:
