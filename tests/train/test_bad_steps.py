@@ -131,6 +131,25 @@ def test_a_precision_that_is_chosen_by_layer_sees_every_step_and_survives_bad_on
     assert_same_model(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_skipped_step_is_evaluated_and_saved_like_any_other(tmp_path: Path) -> None:
+    """Whether it is one in the middle or the last: what goes on from there ends with the same weights."""
+    answer = {"on_bad_step": "skip", "checkpoint_every": 500}
+    whole = list(train(configure(tmp_path / "whole", **answer), task=line_with(*BAD)))
+    skipped = [event.step for event in whole if event.kind == "step_skipped"]
+    middle = next(step for step in skipped if step > 5)
+    changes = answer | {"checkpoint_every": middle, "evaluate_every": middle, "keep_checkpoints": 9}
+    for folder, num_steps in (("on", 30), ("last", middle)):
+        config = configure(tmp_path / folder, **changes, num_steps=num_steps)
+        events = list(train(config, task=line_with(*BAD)))
+        saved = [event.step for event in events if event.kind == "checkpoint_saved"]
+        assert saved == [*range(middle, num_steps, middle), num_steps]
+        if folder == "on":
+            assert [event.step for event in events if event.kind == "evaluated"] == saved
+            assert_same_model(tmp_path / "whole", tmp_path / folder)
+    list(train(configure(tmp_path / "last", **changes), task=line_with(*BAD)))
+    assert_same_model(tmp_path / "whole", tmp_path / "last")
+
+
 @pytest.mark.parametrize("answer", ["skip", "rewind"])
 def test_bad_steps_without_end_end_the_run(answer: str, tmp_path: Path) -> None:
     config = configure(tmp_path, on_bad_step=answer, max_bad_steps=3)

@@ -72,6 +72,25 @@ def test_a_run_without_a_better_metric_ends_and_keeps_its_best_model(tmp_path: P
     assert read_manifest(tmp_path / "model").metrics["distance"] == stopped.best
 
 
+@pytest.mark.parametrize("left_at", ["step_done", "evaluated"])
+def test_a_run_that_is_left_around_an_evaluation_decides_as_one_that_was_not(left_at: str, tmp_path: Path) -> None:
+    changes = {"evaluate_every": 4, "checkpoint_every": 6, "num_steps": 16, "stopping.keep_best": True}
+    whole = list(train(configure(tmp_path / "whole", **changes), task=Line))
+    found: list[tuple[int, float]] = []
+    for _ in range(9):
+        events = train(configure(tmp_path / "parts", **changes), task=Line)
+        for event in events:
+            if event.kind == "evaluated":
+                found.append((event.step, event.heldout_loss))
+            if event.kind == left_at and event.step % 4 == 0 and event.step < 16:
+                events.close()
+        if event.kind == "model_saved":
+            break
+    assert found == [(event.step, event.heldout_loss) for event in whole if event.kind == "evaluated"]
+    one, other = (read_manifest(tmp_path / name / "model") for name in ("whole", "parts"))
+    assert (one.metrics, one.data_position) == (other.metrics, other.data_position)
+
+
 def test_a_metric_that_nobody_measures_is_named(tmp_path: Path) -> None:
     config = configure(tmp_path, evaluate_every=2, **{"stopping.metric": "accuracy", "stopping.patience": 1})
     with pytest.raises(ConfigError, match="'accuracy' and the evaluations measure heldout_loss, distance"):

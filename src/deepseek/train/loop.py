@@ -146,30 +146,42 @@ def _take_steps(run: Run) -> Iterator[Event]:
     if config.on_bad_step == "rewind" and run.saved_step < 0:
         yield save_checkpoint(run)  # the first steps may be bad, too
     num_units, began_s = 0, time.perf_counter()
+    yield from _look_and_save(run)  # what an interruption kept from being done
     while run.step < config.num_steps and not _is_patience_over(run):
         position = _find_position(run)
         with run.memory.watching(run.step + 1) if run.memory is not None else nullcontext():
             result = _take_one(run)
-        if not result.is_taken:
+        if result.is_taken:
+            yield from _follow(run, result)
+            num_units += result.num_units
+            if run.step % config.log_every == 0 or run.step in (1, config.num_steps):
+                now_s = time.perf_counter()
+                yield _describe(run, result, num_units / (now_s - began_s))
+                num_units, began_s = 0, now_s
+        else:
             yield from _answer_bad_step(run, result, position)
-            continue
-        yield from _follow(run, result)
-        num_units += result.num_units
-        if run.step % config.log_every == 0 or run.step in (1, config.num_steps):
-            now_s = time.perf_counter()
-            yield _describe(run, result, num_units / (now_s - began_s))
-            num_units, began_s = 0, now_s
-        if config.evaluate_every and run.step % config.evaluate_every == 0 and run.step < config.num_steps:
-            for event in _evaluate(run):
-                yield event
-                _judge(run, event.all_metrics)
-            if _is_patience_over(run):
-                assert run.best.value is not None
-                yield StoppedEarly(run.step, config.stopping.metric, run.best.value, run.best.step)
-                yield save_checkpoint(run)
-        is_due = run.step % config.checkpoint_every == 0 or run.step == config.num_steps
-        if is_due and run.step > run.saved_step:
+        yield from _look_and_save(run)
+
+
+def _look_and_save(run: Run) -> Iterator[Event]:
+    """Evaluate and save, where either is due at this step, taken or skipped, and was not done yet.
+
+    What an evaluation decides is in the state before its event is read, so that a reader who leaves loses nothing.
+    """
+    config = run.config
+    is_between = config.evaluate_every and run.step % config.evaluate_every == 0 and run.step < config.num_steps
+    if is_between and run.evaluated_step < run.step:
+        for event in _evaluate(run):
+            _judge(run, event.all_metrics)
+            run.evaluated_step = run.step
+            yield event
+        if _is_patience_over(run):
+            assert run.best.value is not None
+            yield StoppedEarly(run.step, config.stopping.metric, run.best.value, run.best.step)
             yield save_checkpoint(run)
+    is_due = run.step % config.checkpoint_every == 0 or run.step == config.num_steps
+    if is_due and run.step > max(0, run.saved_step):
+        yield save_checkpoint(run)
 
 
 def _follow(run: Run, result: StepResult) -> Iterator[Event]:

@@ -115,6 +115,8 @@ class Run:
     """Optimizer steps done."""
     saved_step: int = -1
     """Steps done when the newest checkpoint was saved; -1 where there is none."""
+    evaluated_step: int = 0
+    """Steps done at the last evaluation on the way."""
 
     @property
     def loader(self) -> Loader:
@@ -308,6 +310,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         run.precision = state.get("forward_precision", run.precision)
     restore_rng(state["rng"])
     run.step = run.saved_step = checkpoint.step
+    run.evaluated_step = state.get("evaluated_step", checkpoint.step)
 
 
 def _attach(task: Task, model: nn.Module, config: LoRAConfig) -> None:
@@ -387,6 +390,7 @@ def save_checkpoint(run: Run) -> CheckpointSaved:
         "loader": run.loader.state_dict(),
         "bound": run.bound.state_dict(),
         "best": run.best.state_dict(),
+        "evaluated_step": run.evaluated_step,
         "bad_steps": run.bad_steps.state_dict(),
         "rng": capture_rng(),
         "forward_precision": run.precision,
