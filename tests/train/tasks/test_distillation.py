@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek.core.errors import ConfigError
@@ -15,7 +17,9 @@ from deepseek.models.loading import load_model
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.train.config import TrainConfig
 from deepseek.train.loop import train
+from deepseek.train.tasks import find_task
 from deepseek.train.tasks.distillation import sum_divergence
+from tests.train.tasks import test_image_classification
 from tests.train.tiny_texts import (
     SGD,
     SHAPE,
@@ -125,6 +129,88 @@ def test_a_language_model_learns_from_a_teacher_too(tmp_path: Path) -> None:
     events = list(train(configure(tmp_path / "second", task, data | {"tokenizer": taught}, init_settings=SMALL)))
     assert events[-1].kind == "model_saved"
     assert next(event for event in events if event.kind == "run_started").unit == "tokens"
+
+
+def hintons_loss(scores: Tensor, wanted: Tensor, hard: Tensor, temperature: float, hard_share: float) -> Tensor:
+    """The formula, in float64."""
+    scores, wanted = scores.double() / temperature, wanted.double() / temperature
+    shares = wanted.softmax(-1)
+    divergence = (shares * (shares.log() - scores.log_softmax(-1))).sum()
+    return hard_share * hard.double() + (1 - hard_share) * temperature**2 * divergence
+
+
+@pytest.mark.filterwarnings("ignore:.*longer than a row")
+def test_a_decoder_learns_from_a_teacher_by_the_formula(tmp_path: Path) -> None:
+    shape = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "ffn_size": 32, "max_length": 16, "vocab_size": 280}
+    (tmp_path / "text.txt").write_text("\n".join(row["text"] for row in draw_rows()))
+    values = {
+        "folder": str(tmp_path / "teacher"),
+        "model": shape,
+        "data": {
+            "sources": str(tmp_path / "text.txt"),
+            "document_separator": "\n",
+            "vocab_size": 280,
+            "sequence_length": 12,
+            "batch_size": 4,
+        },
+        "num_steps": 4,
+        "precision": "fp32",
+    }
+    list(train(TrainConfig.from_dict(values)))
+    taught = str(tmp_path / "teacher" / "model")
+    settings = {"kind": "distillation", "teacher": taught, "of": "causal_lm", "temperature": 3.0, "hard_share": 0.25}
+    values |= {"folder": str(tmp_path / "student"), "task": settings, "model": shape | {"hidden_size": 8}}
+    values["data"] = {**values["data"], "tokenizer": taught, "batching": "packed_documents"}  # type: ignore[dict-item]
+    config = TrainConfig.from_dict(values)
+    task = find_task("distillation")(config)
+    list(task.prepare(tmp_path / "data"))
+    data = task.open_data(tmp_path / "data")
+    student = task.build_model(data).train()
+    batch = next(batch for batch in iter(data.loader.next_batch, None) if (batch.targets_BT == -100).any())
+    teacher = load_model(taught).module
+    with torch.no_grad():
+        loss = task.loss(task.forward(student, batch), batch)
+        scores, wanted = (
+            model(batch.tokens_BT, documents_BT=batch.documents_BT)[batch.targets_BT != -100]
+            for model in (student, teacher)
+        )
+    hard = F.cross_entropy(scores.double(), batch.targets_BT[batch.targets_BT != -100], reduction="sum")
+    expected = hintons_loss(scores, wanted, hard, temperature=3.0, hard_share=0.25)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    events = list(train(config))
+    assert events[-1].kind == "model_saved"
+
+
+def test_a_network_of_images_learns_from_one_of_another_architecture(tmp_path: Path) -> None:
+    for number, name in enumerate(test_image_classification.CLASSES):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for image in range(4):
+            shade = np.full((9, 11, 3), 80 * number + image, dtype=np.uint8)
+            Image.fromarray(shade).save(tmp_path / "images" / name / f"{image}.png")
+    wider = {"init_settings": test_image_classification.TINY | {"width": 8}}
+    list(train(test_image_classification.configure(tmp_path / "images", tmp_path / "teacher", **wider)))
+    taught = str(tmp_path / "teacher" / "model")
+    changes: dict[str, Any] = {
+        "init": "mobilenet_v3_small",
+        "init_settings": {"width_multiple": 0.25},
+        "task": {"kind": "distillation", "teacher": taught, "of": "image_classification", "hard_share": 0.25},
+    }
+    config = test_image_classification.configure(tmp_path / "images", tmp_path / "student", **changes)
+    task = find_task("distillation")(config)
+    data = task.open_data(tmp_path)
+    student = task.build_model(data).train()
+    batch = data.loader.next_batch()
+    torch.manual_seed(1)  # for the dropout
+    with torch.no_grad():
+        loss = task.loss(task.forward(student, batch), batch)
+        torch.manual_seed(1)
+        scores, wanted = (model(*task.inputs(batch)) for model in (student, load_model(taught).module))
+    hard = -(batch.targets_BK.double() * scores.double().log_softmax(-1)).sum()
+    expected = hintons_loss(scores, wanted, hard, temperature=2.0, hard_share=0.25)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    assert list(train(config))[-1].kind == "model_saved"
+    with pytest.raises(ConfigError, match=r"sees images with data\.mean=.* and the student with \[0\.5, 0\.5, 0\.5\]"):
+        list(train(config.override({"data.mean": [0.5, 0.5, 0.5], "folder": str(tmp_path / "other")})))
 
 
 def test_a_teacher_of_other_classes_or_another_kind_is_refused(table: str, teacher: str, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ with that of a run without one. The teacher answers in evaluation mode, without 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,13 +26,18 @@ from deepseek.artifact.format import Manifest
 from deepseek.artifact.reading import find_model_folder
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
+from deepseek.data.config import ImagesConfig
 from deepseek.data.tokenizing import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from deepseek.models.loading import load_model
+from deepseek.models.mobilenet_v3.model import MobileNetV3
+from deepseek.models.resnet.model import ResNet
 from deepseek.models.transformers_models.model import TransformersModel
+from deepseek.models.vit.model import ViT
 from deepseek.train.config import TrainConfig
 from deepseek.train.task import Measurements, Task, TaskData
 from deepseek.train.task_settings import DistillationSettings
 from deepseek.train.tasks import find_task
+from deepseek.train.tasks.image_classification import STEPS_FILE
 
 
 class Distillation(Task):
@@ -65,12 +72,14 @@ class Distillation(Task):
         student = self.inner.build_model(data)
         self.start = self.inner.start
         teacher = load_model(self.settings.teacher).module
-        if teacher is None or not isinstance(teacher, type(student)):
+        if teacher is None or not _are_alike(teacher, student):
             kind = "file that only a runtime can run" if teacher is None else type(teacher).__name__
             raise ConfigError(
                 f"the teacher {self.settings.teacher} is a {kind} and the student a {type(student).__name__}; give a "
                 "teacher of the student's kind"
             )
+        if isinstance(self.config.data, ImagesConfig):
+            check_same_steps(self.settings.teacher, self.config.data)
         check_same_answers(self.settings.teacher, teacher, student, data.tokenizer)
         self._teacher = teacher.eval().requires_grad_(False)
         return student
@@ -146,7 +155,11 @@ def sum_divergence(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -
 def check_same_answers(source: str, teacher: nn.Module, student: nn.Module, tokenizer: Tokenizer | None) -> None:
     """Raise `ConfigError` unless both models number their classes and their tokens alike."""
     theirs, ours = _describe(teacher), _describe(student)
-    if theirs != ours:
+    if isinstance(theirs, int) or isinstance(ours, int):  # without names, their number has to do
+        is_same = _count(theirs) == _count(ours)
+    else:
+        is_same = theirs == ours
+    if not is_same:
         raise ConfigError(
             f"the teacher {source} answers with {_name_some(theirs)} and the student with {_name_some(ours)}; give a "
             "teacher that was trained for the same classes, or with the same tokenizer"
@@ -161,16 +174,46 @@ def check_same_answers(source: str, teacher: nn.Module, student: nn.Module, toke
         )
 
 
+def check_same_steps(source: str, data: ImagesConfig) -> None:
+    """Raise `ConfigError` where the teacher's folder says that it sees pixels normalized in another way."""
+    file = find_model_folder(source) / STEPS_FILE
+    steps = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for setting, name in (("mean", "image_mean"), ("std", "image_std")):
+        ours, theirs = getattr(data, setting), steps.get(name)
+        if theirs is not None and not np.allclose(theirs, ours):
+            raise ConfigError(
+                f"the teacher {source} sees images with data.{setting}={theirs} and the student with {list(ours)}; set "
+                f"data.{setting} to the teacher's"
+            )
+
+
+def _are_alike(teacher: nn.Module, student: nn.Module) -> bool:
+    """Return whether both take the same inputs: models of one class, or any two classifiers of images."""
+    return isinstance(teacher, type(student)) or (_classifies_images(teacher) and _classifies_images(student))
+
+
+def _classifies_images(model: nn.Module) -> bool:
+    if isinstance(model, TransformersModel):
+        return not model.is_text and model.has_head
+    return isinstance(model, ResNet | MobileNetV3 | ViT)
+
+
 def _describe(model: nn.Module) -> tuple[str, ...] | int:
     """Return the names of the classes in their order, or how many outputs there are."""
     config: Any = model.config
     if not isinstance(model, TransformersModel):
+        if labels := getattr(config, "labels", ()):
+            return tuple(labels)
         sizes = ("vocab_size", "num_classes")
         return int(next(value for name in sizes if (value := getattr(config, name, None)) is not None))
     if model.predicts_tokens:
         return int(config["vocab_size"])
     names = config.get("id2label") or {}
     return tuple(str(names[number]) for number in sorted(names, key=int))
+
+
+def _count(answers: tuple[str, ...] | int) -> int:
+    return answers if isinstance(answers, int) else len(answers)
 
 
 def _name_some(answers: tuple[str, ...] | int) -> str:

@@ -36,6 +36,7 @@ from deepseek.train.scores import score_share
 from deepseek.train.task import Measurements, Task, TaskData
 from deepseek.train.task_settings import ImageClassificationSettings
 
+STEPS_FILE = "preprocessor_config.json"
 NUM_TOP = 5
 _EVALUATION_FACTOR = 2  # no gradient is kept, so that twice the images fit
 
@@ -116,6 +117,10 @@ class ImageClassification(Task):
         """Images."""
         return len(batch.pixels_BCHW)
 
+    def class_logits(self, outputs: Tensor, batch: ImageBatch) -> Tensor:
+        """(N, K) scores of the classes for each image, which a distillation compares."""
+        return outputs
+
     def new_metrics(self) -> Measurements:
         """Return the shares of images whose class is the best answer and one of the five best, with intervals."""
         return Accuracy()
@@ -123,7 +128,7 @@ class ImageClassification(Task):
     def save(self, model: nn.Module, data: Any, folder: Path, **record: Any) -> Manifest:
         """Write the model with the steps that its images go through."""
         content = json.dumps(describe_steps(self.config.data_of(ImagesConfig)), indent=2).encode()
-        return super().save(model, data, folder, files={"preprocessor_config.json": content}, **record)
+        return super().save(model, data, folder, files={STEPS_FILE: content}, **record)
 
 
 class Accuracy:
