@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError, DataError
 from deepseek.data.config import ChatConfig, DataConfig
+from deepseek.data.one_pass import OnePass
 from deepseek.data.packing import Pieces, cut_documents, fill_rows, lay_out
 from deepseek.data.token_cache import TokenCache
 
@@ -66,6 +67,8 @@ class Batch:
     """Targets that count, which is what a loss is weighted with."""
     documents_BT: Tensor | None = None
     """int64; number of each token's document in its row, which tokens of others do not see. `None`: all see all."""
+    sources_BT: Tensor | None = None
+    """int64; of evaluations, the number of the document in the cache that each target comes from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,7 @@ class Rows:
     targets_BT: IntArray
     """The next token, or -1 where nothing is learned."""
     documents_BT: IntArray | None = None
+    sources_BT: IntArray | None = None
 
 
 TextSettings = DataConfig | ChatConfig
@@ -153,7 +157,7 @@ class BatchLoader:
 
 def evaluation_batches(
     cache: TokenCache, config: TextSettings, *, rank: int = 0, world_size: int = 1
-) -> Iterator[Batch]:
+) -> OnePass[Batch]:
     """One pass over a cache in which every token but the first is a target exactly once, over all ranks together.
 
     Text is read in packed rows in its own order whatever `config.batching` says, so losses of two models can be
@@ -161,19 +165,41 @@ def evaluation_batches(
     learned is a target once, in the rows that its settings pack.
     """
     if isinstance(config, ChatConfig):
-        pieces = cut_to_rows(cache, config)
-        rows = _fill_sorted(np.arange(len(pieces.lengths)), pieces, config.sequence_length)[rank::world_size]
-        for begin in range(0, len(rows), config.batch_size):
-            some = rows[begin : begin + config.batch_size]
-            yield _to_batch([Rows(*lay_out(some, pieces, cache.tokens, cache.learned, width=config.sequence_length))])
-        return
+        return _chat_pass(cache, config, rank, world_size)
     length, num_tokens = config.sequence_length, len(cache.tokens)
     if num_tokens < 2:
         raise DataError(f"there is nothing to predict in {num_tokens} token; hold out more text")
     mine = np.arange(rank, -(-(num_tokens - 1) // length), world_size)
-    for begin in range(0, len(mine), config.batch_size):
-        places_BT = mine[begin : begin + config.batch_size, None] * length + np.arange(length + 1)
-        yield _to_batch([_shift(_gather(cache.tokens, places_BT, places_BT < num_tokens))])
+
+    def begin() -> Iterator[Batch]:
+        for first in range(0, len(mine), config.batch_size):
+            places_BT = mine[first : first + config.batch_size, None] * length + np.arange(length + 1)
+            rows = _shift(_gather(cache.tokens, places_BT, places_BT < num_tokens))
+            yield _to_batch([replace(rows, sources_BT=_find_documents(cache, places_BT[:, 1:]))])
+
+    return OnePass(-(-len(mine) // config.batch_size), begin)
+
+
+def _chat_pass(cache: TokenCache, config: ChatConfig, rank: int, world_size: int) -> OnePass[Batch]:
+    pieces = cut_to_rows(cache, config)
+    all_rows = _fill_sorted(np.arange(len(pieces.lengths)), pieces, config.sequence_length)[rank::world_size]
+
+    def begin() -> Iterator[Batch]:
+        for first in range(0, len(all_rows), config.batch_size):
+            some = all_rows[first : first + config.batch_size]
+            rows = Rows(*lay_out(some, pieces, cache.tokens, cache.learned, width=config.sequence_length))
+            assert rows.documents_BT is not None
+            # What is left over at the end of a row has no target, and counts as its last document.
+            members = [pieces.starts[np.append(row, row[-1])] for row in some]
+            places_BT = np.stack([own[numbers] for own, numbers in zip(members, rows.documents_BT, strict=True)])
+            yield _to_batch([replace(rows, sources_BT=_find_documents(cache, places_BT))])
+
+    return OnePass(-(-len(all_rows) // config.batch_size), begin)
+
+
+def _find_documents(cache: TokenCache, places_BT: IntArray) -> IntArray:
+    """Return the number of the document that each place in the cache belongs to."""
+    return np.searchsorted(cache.starts[1:], places_BT, side="right")
 
 
 def plan_epoch(cache: TokenCache, config: TextSettings, *, epoch: int) -> Epoch:
@@ -376,13 +402,17 @@ def _to_batch(parts: list[Rows]) -> Batch:
         np.concatenate([part.tokens_BT for part in parts]),
         np.concatenate([part.targets_BT for part in parts]),
     )
-    documents = [part.documents_BT for part in parts if part.documents_BT is not None]
+    documents, sources = (
+        [array for part in parts if (array := getattr(part, name)) is not None]
+        for name in ("documents_BT", "sources_BT")
+    )
     is_target_BT = targets_BT != _NOTHING
     return Batch(
         tokens_BT=torch.from_numpy(np.maximum(tokens_BT, 0)),
         targets_BT=torch.from_numpy(np.where(is_target_BT, targets_BT, IGNORED_TARGET)),
         num_target_tokens=int(is_target_BT.sum()),
         documents_BT=torch.from_numpy(np.concatenate(documents)) if documents else None,
+        sources_BT=torch.from_numpy(np.concatenate(sources)) if sources else None,
     )
 
 

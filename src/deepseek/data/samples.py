@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError, DataError, DeepSeekError, first_line
 from deepseek.core.machine import count_cores
+from deepseek.data.one_pass import OnePass
 
 S_co = TypeVar("S_co", covariant=True)
 S = TypeVar("S")
@@ -123,7 +124,7 @@ class SampleLoader(Generic[S, B]):
         while True:
             if self._batches is None:
                 self._batches = self._start()
-            loaded = self._wait(self._batches)
+            loaded = _wait(self._batches)
             self._epoch, self._index = loaded.position_after
             self._count_broken(loaded.broken)
             if loaded.batch is not None:
@@ -163,35 +164,7 @@ class SampleLoader(Generic[S, B]):
         dataset = _Batches(self.source, self.seed, self._collate)
         if not self.num_workers:
             return (dataset[batch] for batch in plan)
-        # Each item of the dataset is a whole batch, so torch's own batching is off.
-        workers: DataLoader[_Loaded[B]] = DataLoader(
-            dataset,
-            sampler=_Repeatable(plan),
-            batch_size=None,
-            num_workers=self.num_workers,
-            worker_init_fn=_leave_signals,
-            prefetch_factor=2,
-        )
-        before = set(multiprocessing.active_children())
-        with _quiet_child_signals():
-            batches = iter(workers)
-        for worker in set(multiprocessing.active_children()) - before:
-            _leave_group(worker.pid or 0)  # it does so itself, but maybe not before the group is signaled
-        return batches
-
-    def _wait(self, batches: Iterator[_Loaded[B]]) -> _Loaded[B]:
-        try:
-            loaded = next(batches)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise DataError(
-                f"a process that loads samples has died ({first_line(error)}); if memory ran out, lower num_workers or "
-                "batch_size of the data"
-            ) from error
-        if loaded.failure is not None:
-            raise loaded.failure
-        return loaded
+        return _load_in_workers(dataset, plan, self.num_workers)
 
     def _count_broken(self, messages: Sequence[str]) -> None:
         for message in messages:
@@ -251,15 +224,35 @@ def order_samples(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def evaluation_batches(
-    source: SampleSource[S], batch_size: int, collate: Callable[[list[S]], B], *, rank: int = 0, world_size: int = 1
-) -> Iterator[B]:
+    source: SampleSource[S],
+    batch_size: int,
+    collate: Callable[[list[S]], B],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> OnePass[B]:
     """One pass over `source` in its own order, without augmentation; over all ranks each sample comes once.
 
     Raises `BrokenSampleError` for a sample that cannot be loaded: a measurement is of all samples or of none.
+
+    >>> len(evaluation_batches(SampleList([1, 2, 3], ""), 2, list))
+    2
     """
     mine = range(rank, len(source), world_size)
-    for begin in range(0, len(mine), batch_size):
-        yield collate([source.load(index, None) for index in mine[begin : begin + batch_size]])
+    plans = [tuple(mine[begin : begin + batch_size]) for begin in range(0, len(mine), batch_size)]
+    num_workers = min(num_workers, len(plans))
+
+    def begin() -> Iterator[B]:
+        dataset = _WholeBatches(source, collate)
+        is_alone = not num_workers
+        loading = (dataset[plan] for plan in plans) if is_alone else _load_in_workers(dataset, plans, num_workers)
+        for _ in plans:
+            batch = _wait(loading).batch
+            assert batch is not None
+            yield batch
+
+    return OnePass(len(plans), begin)
 
 
 @dataclass(frozen=True)
@@ -291,14 +284,62 @@ class _Batches(Dataset[_Loaded[B]], Generic[S, B]):
         return _Loaded(self.collate(samples) if samples else None, tuple(broken), plan.position_after)
 
 
+class _WholeBatches(Dataset[_Loaded[B]], Generic[S, B]):
+    """Loads a batch as it is, or not at all."""
+
+    def __init__(self, source: SampleSource[S], collate: Callable[[list[S]], B]) -> None:
+        self.source, self.collate = source, collate
+
+    def __getitem__(self, indices: tuple[int, ...]) -> _Loaded[B]:
+        try:
+            return _Loaded(self.collate([self.source.load(index, None) for index in indices]), (), (0, 0))
+        except DeepSeekError as error:
+            return _Loaded(None, (), (0, 0), error)
+
+
 class _Repeatable:
     """What torch takes for a sampler: something to iterate over."""
 
-    def __init__(self, plan: Iterator[BatchPlan]) -> None:
+    def __init__(self, plan: Iterable[Any]) -> None:
         self._plan = plan
 
-    def __iter__(self) -> Iterator[BatchPlan]:
-        return self._plan
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._plan)
+
+
+def _load_in_workers(dataset: Dataset[_Loaded[B]], plan: Iterable[Any], num_workers: int) -> Iterator[_Loaded[B]]:
+    """Load the items of `plan` ahead in processes of their own, and return them in their order."""
+    # Each item of the dataset is a whole batch, so torch's own batching is off.
+    workers: DataLoader[_Loaded[B]] = DataLoader(
+        dataset,
+        sampler=_Repeatable(plan),
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=_leave_signals,
+        prefetch_factor=2,
+    )
+    before = set(multiprocessing.active_children())
+    with _quiet_child_signals():
+        batches = iter(workers)
+    for worker in set(multiprocessing.active_children()) - before:
+        _leave_group(worker.pid or 0)  # it does so itself, but maybe not before the group is signaled
+    return batches
+
+
+def _wait(batches: Iterator[_Loaded[B]]) -> _Loaded[B]:
+    """Return the next batch, and raise what kept it from being loaded."""
+    try:
+        loaded = next(batches)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(
+            f"a process that loads samples has died ({first_line(error)}); if memory ran out, lower num_workers or "
+            "batch_size of the data"
+        ) from error
+    if loaded.failure is not None:
+        raise loaded.failure
+    return loaded
 
 
 @contextmanager
