@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -10,7 +13,8 @@ import pytest
 import torch
 
 from deepseek.core.errors import DataError, MissingExtraError
-from deepseek.train.average_precision import AveragePrecision, require_pycocotools
+from deepseek.train.average_precision import AveragePrecision, require_pycocotools, resample
+from deepseek.train.scores import draw_weights
 
 Box = tuple[float, float, float, float]
 Found = tuple[Box, float, int]
@@ -19,7 +23,7 @@ Images = list[tuple[list[Found], list[True_]]]
 THRESHOLDS = [0.5 + 0.05 * number for number in range(10)]
 
 
-def measure(images: Images) -> dict[str, float]:
+def gather(images: Images) -> AveragePrecision:
     measured = AveragePrecision()
     for found, true in images:
         columns = list(zip(*found, strict=True)) or [(), (), ()]
@@ -32,7 +36,11 @@ def measure(images: Images) -> dict[str, float]:
             torch.tensor(rows[1], dtype=torch.long),
             torch.tensor(rows[2], dtype=torch.bool),
         )
-    return measured.compute()
+    return measured
+
+
+def measure(images: Images) -> dict[str, float]:
+    return gather(images).compute()
 
 
 def overlap(found: Box, true: Box, is_crowd: bool) -> float:
@@ -149,3 +157,36 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
     with pytest.raises(MissingExtraError, match=r"pycocotools is needed here .*\[train\]"):
         require_pycocotools()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_resample_is_what_a_set_of_these_images_measures(seed: int) -> None:
+    """Images that are drawn twice are two images to pycocotools, and a weight here."""
+    images = draw_images(seed) + draw_images(seed + 10)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = gather(images).evaluate()
+    weights = draw_weights(len(images))
+    weights = weights[(weights.max(axis=1) > 2)][:6]
+    for row, found in zip(weights, resample(evaluation, weights), strict=True):
+        drawn = [image for image, weight in zip(images, row, strict=True) for _ in range(weight)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            expected = gather(drawn).compute()
+        assert found.tolist() == pytest.approx([expected["map_50"], expected["map_50_95"]], abs=1e-9)
+
+
+def test_enough_images_have_an_interval_that_is_wider_where_they_are_fewer() -> None:
+    few, many = (measure([image for seed in range(num) for image in draw_images(seed)]) for num in (2, 12))
+    widths = []
+    for found in (few, many):
+        for name in ("map_50", "map_50_95"):
+            assert found[f"{name}_low"] < found[name] < found[f"{name}_high"]
+        widths.append(found["map_50_high"] - found["map_50_low"])
+    assert widths[1] == pytest.approx(widths[0] / math.sqrt(6), rel=0.5)
+    assert few == measure(draw_images(0) + draw_images(1))
+    assert "map_50_low" not in measure(draw_images(0))
+
+
+def test_images_without_a_box_to_find_in_a_resample_leave_it_out() -> None:
+    nothing: Images = [([(BOX, 0.9, 0)], [])] * 11
+    found = measure([*nothing, ([(BOX, 0.9, 0)], [(BOX, 0, False)])])
+    assert 0 < found["map_50_low"] <= found["map_50"] <= found["map_50_high"] <= 1

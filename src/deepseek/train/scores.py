@@ -21,6 +21,21 @@ IntArray = NDArray[np.int64]
 Z_95 = 1.959963984540054
 """Standard deviations of a normal distribution on both sides that hold 95 % of it."""
 NUM_RESAMPLES = 400
+LEAST_RESAMPLED = 10
+"""Units that are independent of each other, fewer than which say too little of how they vary."""
+ENDS = (2.5, 97.5)
+"""Percentiles of the resamples that 95 % lie between."""
+
+
+def draw_weights(num_units: int) -> IntArray:
+    """Draw how often each unit occurs in each resample, (R, N), always the same.
+
+    >>> weights = draw_weights(5)
+    >>> weights.shape, set(weights.sum(axis=1).tolist())
+    ((400, 5), {5})
+    """
+    random = np.random.Generator(np.random.PCG64(0))
+    return random.multinomial(num_units, np.full(num_units, 1 / num_units), size=NUM_RESAMPLES)
 
 
 def score_classes(predicted_N: IntArray, wanted_N: IntArray) -> dict[str, float]:
@@ -50,11 +65,11 @@ def score_classes(predicted_N: IntArray, wanted_N: IntArray) -> dict[str, float]
     total = int(counts.sum())
     random = np.random.Generator(np.random.PCG64(0))
     resampled = random.multinomial(total, counts / total, size=NUM_RESAMPLES).astype(np.float64)
-    low, high = np.percentile([rate(row) for row in resampled], [2.5, 97.5], axis=0)
+    low, high = np.percentile([rate(row) for row in resampled], ENDS, axis=0)
     found = rate(counts.astype(np.float64))
     scores = score_share("accuracy", int(counts[is_right].sum()), total)
     for name, value, least, most in zip(("macro_f1", "matthews"), found, low, high, strict=True):
-        scores |= _with_interval(name, float(value), float(least), float(most))
+        scores |= with_interval(name, float(value), float(least), float(most))
     return scores
 
 
@@ -63,7 +78,7 @@ def score_numbers(predicted_N: FloatArray, wanted_N: FloatArray) -> dict[str, fl
     num = len(wanted_N)
     pearson = correlate(predicted_N, wanted_N)
     spearman = correlate(rank(predicted_N), rank(wanted_N))
-    return _with_interval("pearson", pearson, *_fisher_interval(pearson, num, 1.0)) | _with_interval(
+    return with_interval("pearson", pearson, *_fisher_interval(pearson, num, 1.0)) | with_interval(
         "spearman", spearman, *_fisher_interval(spearman, num, 1 + spearman**2 / 2)
     )
 
@@ -83,29 +98,28 @@ def score_share(name: str, num_right: int, total: int) -> dict[str, float]:
     center = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     # Rounding may put the end of an interval a hair inside of a share of 0 or 1.
-    return _with_interval(name, share, min(share, max(0.0, center - half)), max(share, min(1.0, center + half)))
+    return with_interval(name, share, min(share, max(0.0, center - half)), max(share, min(1.0, center + half)))
 
 
 def score_mean(name: str, values_N: FloatArray) -> dict[str, float]:
     """Score a mean, with the interval that resampling gives."""
     random = np.random.Generator(np.random.PCG64(0))
     means = [values_N[random.integers(len(values_N), size=len(values_N))].mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return _with_interval(name, float(values_N.mean()), float(low), float(high))
+    low, high = np.percentile(means, ENDS)
+    return with_interval(name, float(values_N.mean()), float(low), float(high))
 
 
 def score_ratio(name: str, sums_B: FloatArray, counts_B: IntArray) -> dict[str, float]:
-    """Score a mean over units that come in batches, of which `sums_B` and `counts_B` are known, by resampling batches.
+    """Score a mean over units that come in groups, of which `sums_B` and `counts_B` are known, by resampling groups.
 
     >>> scores = score_ratio("loss", np.array([2.0, 4.0, 6.0]), np.array([1, 2, 3]))
     >>> scores["loss"], scores["loss_low"], scores["loss_high"]
     (2.0, 2.0, 2.0)
     """
-    random = np.random.Generator(np.random.PCG64(0))
-    weights = random.multinomial(len(sums_B), np.full(len(sums_B), 1 / len(sums_B)), size=NUM_RESAMPLES)
+    weights = draw_weights(len(sums_B))
     weights = weights[weights @ counts_B > 0]
-    low, high = np.percentile((weights @ sums_B) / (weights @ counts_B), [2.5, 97.5])
-    return _with_interval(name, math.fsum(sums_B) / int(counts_B.sum()), float(low), float(high))
+    low, high = np.percentile((weights @ sums_B) / (weights @ counts_B), ENDS)
+    return with_interval(name, math.fsum(sums_B) / int(counts_B.sum()), float(low), float(high))
 
 
 def correlate(left_N: FloatArray, right_N: FloatArray) -> float:
@@ -139,5 +153,10 @@ def _fisher_interval(correlation: float, num: int, variance: float) -> tuple[flo
     return min(correlation, math.tanh(z - half)), max(correlation, math.tanh(z + half))
 
 
-def _with_interval(name: str, value: float, low: float, high: float) -> dict[str, float]:
+def with_interval(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    """Return a score under its name, and the ends of its interval beside it.
+
+    >>> with_interval("map_50", 0.5, 0.4, 0.6)
+    {'map_50': 0.5, 'map_50_low': 0.4, 'map_50_high': 0.6}
+    """
     return {name: value, f"{name}_low": low, f"{name}_high": high}
