@@ -78,6 +78,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     assert checkpoint.step == NUM_STEPS
     flat: dict[str, torch.Tensor] = {}
     collect(checkpoint.state, (), flat)
+    flat.pop("evaluated_step")  # which no weight depends on
     return flat
 
 

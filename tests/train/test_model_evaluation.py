@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ from deepseek.train.config import TrainConfig
 from deepseek.train.loop import train
 from deepseek.train.model_evaluation import EvaluationReport, evaluate_model
 from tests.data.chat_examples import CHATML, CHATS, make_tokenizer
+from tests.train import own_task
 from tests.train.tasks import test_image_classification, test_sequence_classification
 from tests.train.tiny_texts import write_rows
 
@@ -171,7 +173,8 @@ def test_images_are_all_measured(tmp_path: Path) -> None:
         for image in range(4):
             shade = np.full((9, 11, 3), 80 * number + image, dtype=np.uint8)
             Image.fromarray(shade).save(tmp_path / "images" / name / f"{image}.png")
-    list(train(test_image_classification.configure(tmp_path / "images", tmp_path / "run")))
+    shape = {"init_settings": test_image_classification.TINY | {"width": 8}}
+    list(train(test_image_classification.configure(tmp_path / "images", tmp_path / "run", **shape)))
     report = evaluate_model(tmp_path / "run", tmp_path / "images")
     assert (report.num_units, report.unit, report.task) == (12, "images", "image_classification")
     predictions = load_model(tmp_path / "run").classify(sorted((tmp_path / "images").rglob("*.png")))
@@ -212,3 +215,99 @@ def test_a_head_that_was_never_trained_is_refused(tmp_path: Path) -> None:
 def test_a_report_is_json(decoder: Path, text: Path) -> None:
     report = evaluate_model(decoder, text)
     assert json.loads(json.dumps(asdict(report)))["metrics"] == report.metrics
+
+
+# ---- what a run held out
+
+
+def list_files(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def train_on_documents(folder: Path, **changes: Any) -> list[Any]:
+    """A run on forty short documents, of which a part is held out; its model is far from having learned them."""
+    (folder / "notes").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(40):
+        words = random.choice(["cat", "dog", "river", "sat", "on", "the", "mat"], size=random.integers(3, 30))
+        (folder / "notes" / f"{number}.txt").write_text(" ".join(words), encoding="utf-8")
+    values = {
+        "folder": str(folder / "run"),
+        "model": SHAPE | {"vocab_size": 280},
+        "data": {
+            "sources": str(folder / "notes"),
+            "vocab_size": 280,
+            "heldout_fraction": 0.4,
+            "sequence_length": 16,
+            "batch_size": 2,
+        },
+        "num_steps": 3,
+        "precision": "fp32",
+    }
+    return list(train(TrainConfig.from_dict(values).override(changes)))
+
+
+@pytest.mark.filterwarnings("ignore:the texts yield")
+def test_without_data_a_model_is_measured_on_what_its_run_held_out(tmp_path: Path) -> None:
+    events = train_on_documents(tmp_path)
+    (evaluated,) = [event for event in events if event.kind == "evaluated"]
+    before = list_files(tmp_path)
+    heard: list[Any] = []
+    report = evaluate_model(tmp_path / "run", on_event=heard.append)
+    assert report.num_units == evaluated.num_units
+    assert report.metrics["loss"] == pytest.approx(evaluated.heldout_loss, rel=1e-5)
+    assert report.data == f"what the run {tmp_path / 'run'} held out of {tmp_path / 'notes'}"
+    assert evaluate_model(tmp_path / "run" / "model").metrics == report.metrics
+    assert list_files(tmp_path) == before
+    # The text is tokenized already, and is not again.
+    assert all(event.is_reused for event in heard if event.kind == "cache_ready")
+    progress = [event for event in heard if event.kind == "evaluation_progress"]
+    assert [event.num_batches for event in progress] == list(range(1, len(progress) + 1))
+    assert {event.total_batches for event in progress} == {len(progress)}
+    assert progress[-1].num_units == report.num_units
+
+
+@pytest.mark.filterwarnings("ignore:the texts yield")
+def test_the_interval_of_a_loss_is_that_of_documents_drawn_again(tmp_path: Path) -> None:
+    train_on_documents(tmp_path, **{"num_steps": 1})
+    report = evaluate_model(tmp_path / "run", tmp_path / "notes")
+    model, tokenizer = load_decoder(tmp_path / "run" / "model"), load_tokenizer(tmp_path / "run" / "model")
+    texts = [path.read_text() for path in sorted((tmp_path / "notes").iterdir())]
+    documents = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    numbers = np.repeat(np.arange(len(documents)), [len(tokens) for tokens in documents])[1:]
+    tokens = torch.tensor([token for document in documents for token in document])
+    losses = []
+    with torch.no_grad():
+        for begin in range(0, len(tokens) - 1, 16):
+            row = tokens[begin : begin + 17]
+            losses += F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none").tolist()
+    mean = np.mean(losses)
+    assert report.metrics["loss"] == pytest.approx(mean, rel=1e-5)
+    apart = np.bincount(numbers, np.array(losses) - mean)  # the formula for a ratio of sums over documents
+    half = 1.96 * math.sqrt((apart**2).sum()) / len(losses)
+    assert report.metrics["loss_high"] - report.metrics["loss_low"] == pytest.approx(2 * half, rel=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:the texts yield")
+def test_data_that_are_gone_or_were_never_held_out_are_asked_for(decoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="was made by no run that is still here"):
+        evaluate_model(decoder)
+    train_on_documents(tmp_path, **{"data.heldout_fraction": 0.0})
+    with pytest.raises(ConfigError, match="held nothing out; give data"):
+        evaluate_model(tmp_path / "run")
+    shutil.rmtree(tmp_path / "notes")
+    with pytest.raises(DataError, match=r"was trained on cannot be measured on any more \(.*give other data"):
+        evaluate_model(tmp_path / "run")
+
+
+def test_a_task_of_ones_own_is_measured_with_the_weights_that_were_trained(tmp_path: Path) -> None:
+    (evaluated,) = [
+        event for event in train(own_task.configure(tmp_path / "run"), task=own_task.Line) if event.kind == "evaluated"
+    ]
+    for model in (tmp_path / "run", tmp_path / "run" / "model"):
+        report = evaluate_model(model, task=own_task.Line)
+        assert (report.task, report.unit, report.num_units) == ("Line", "points", own_task.NUM_POINTS)
+        assert report.metrics["distance"] == pytest.approx(evaluated.metrics["distance"])
+        assert report.metrics["loss"] == pytest.approx(evaluated.heldout_loss)
+    with pytest.raises(ConfigError, match="name the task with --task MODULE:CLASS"):
+        evaluate_model(tmp_path / "run")

@@ -1,8 +1,8 @@
 """One pass over held-out data: batches that are counted before they are made, so that progress has an end.
 
-    batches = OnePass(10, make)
-    len(batches)                    10
-    for batch in batches: ...       what `make()` gives, from the beginning each time
+batches = OnePass(10, make)
+len(batches)                    10
+for batch in batches: ...       what `make()` gives, from the beginning each time
 """
 
 from __future__ import annotations

@@ -152,6 +152,18 @@ class MemoryLeakSuspected(Event):
 
 
 @dataclass(frozen=True)
+class EvaluationProgress(Event):
+    """A batch of an evaluation of a finished model is measured."""
+
+    num_batches: int
+    """Batches done, this one included."""
+    total_batches: int
+    """Batches in all; 0 where the data do not say."""
+    num_units: int
+    """Units done."""
+
+
+@dataclass(frozen=True)
 class Evaluated(Event):
     """Measurements on held-out data."""
 

@@ -1,20 +1,24 @@
 """How good a model is on data: the metrics of a task over all of them, with the interval each lies in with 95 %.
 
-    report = evaluate_model("runs/notes", "other_notes", changes={})
+    report = evaluate_model("runs/notes", "other_notes")
     report.metrics["perplexity"], report.metrics["perplexity_low"], report.metrics["perplexity_high"]
+    evaluate_model("runs/notes").data               "what the run runs/notes held out of notes"
 
 The settings are those that the model was trained with, where `model` is the folder of a run, or else the defaults of
-the task; the data are what is given, all of them, and nothing is trained. A decoder may be an artifact in any
-precision, a Hugging Face folder or an adapter; the models of other tasks are opened as training opens them, and are
-refused where they have no trained head for the task. The command `deepseek evaluate` calls this.
+the task; the data are what is given, all of them, or what the run held out. Nothing is trained. A decoder may be an
+artifact in any precision, a Hugging Face folder or an adapter; the models of other tasks are opened as training opens
+them, and are refused where they have no trained head for the task. The command `deepseek evaluate` calls this.
 
-The loss is a ratio of sums, and its interval comes from resampling batches: rows of text one by one, a few samples of
-other data together. Other metrics bring intervals of their own (`scores.py`).
+The loss is a ratio of sums, and its interval comes from resampling what does not depend on each other: documents,
+chats, questions, images; batches, which are rows of text, where there are too few of these or the task knows none.
+Other metrics bring intervals of their own (`scores.py`, `average_precision.py`).
 """
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,21 +29,23 @@ import numpy as np
 from torch import nn
 
 from deepseek.artifact.format import TOKENIZER_NAME
-from deepseek.artifact.reading import find_model_folder, is_artifact, read_manifest
+from deepseek.artifact.reading import find_model_folder, is_adapter, is_artifact, read_manifest
 from deepseek.core.config import list_kinds
-from deepseek.core.errors import ConfigError
+from deepseek.core.errors import ConfigError, DataError
 from deepseek.core.events import Event
 from deepseek.core.model_folder import ModelFolder
-from deepseek.data.config import ChatConfig, DataConfig
+from deepseek.data.config import BoxesConfig, ChatConfig, DataConfig
 from deepseek.data.samples import TooFewSamplesError
 from deepseek.models.adapters import find_tokenizer_folder
-from deepseek.models.decoder.model import DecoderConfig
+from deepseek.models.architectures import OWN
+from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import load_decoder
+from deepseek.models.model_sources import load_weights_
 from deepseek.train.config import TrainConfig
-from deepseek.train.evaluation import measure
-from deepseek.train.loop import CONFIG_FILE
+from deepseek.train.evaluation import Measured, measure
+from deepseek.train.loop import CONFIG_FILE, DATA_FOLDER
 from deepseek.train.run_state import open_device, open_precision
-from deepseek.train.scores import score_ratio
+from deepseek.train.scores import LEAST_RESAMPLED, score_ratio
 from deepseek.train.task import LOSS, Task, TaskData
 from deepseek.train.task_settings import AnyTaskSettings, DistillationSettings
 from deepseek.train.tasks import find_task
@@ -47,8 +53,8 @@ from deepseek.train.tasks import find_task
 MEAN_LOSS, PERPLEXITY = "loss", "perplexity"
 _CAUSAL_LM = "causal_lm"
 _ROW = 1024  # tokens of a row, where no run says it
-_MOST_TOGETHER = 8  # samples of a batch: few, since intervals of the loss come from resampling batches
-_LEAST_BATCHES = 10  # for an interval of the loss
+_MOST_TOGETHER = 8  # samples of a batch: few, since intervals may come from resampling batches
+_TEXT_TASKS = (_CAUSAL_LM, "masked_lm")  # whose batches are rows of text, one by one
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class EvaluationReport:
 
     model: str
     data: str
+    """What was given, or what the run of the model held out."""
     task: str
     unit: str
     """What the loss is a mean over."""
@@ -65,76 +72,166 @@ class EvaluationReport:
     """Metrics by name; `NAME_low` and `NAME_high` are the ends of the interval of NAME."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """The model that is measured."""
+
+    name: str
+    folder: Path
+    run: Path | None
+    """The folder of the run that made it, where that is here."""
+    settings: TrainConfig | None
+    """The settings of that run; of one that learned from a teacher, those of the task that was taught."""
+
+
 def evaluate_model(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     *,
-    task: str | None = None,
+    task: str | type[Task] | None = None,
     changes: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> EvaluationReport:
     """Measure the model in the folder `model` on all of `data`; `changes` are settings as of a run, by dotted name.
 
-    `task` is needed where `model` is no run and no decoder. Raises `ConfigError` where the model does not fit the task,
-    and `DataError` for data that cannot be used. Nothing is written.
+    Without `data`, on what the run that made the model held out. `task` is needed where `model` is no run and no
+    decoder; it may be a class of your own, whose model is opened as it was trained. Raises `ConfigError` where the
+    model does not fit the task, or no data are known, and `DataError` for data that cannot be used. Nothing is written.
     """
+    subject = _find_subject(model, data)
+    kind = task if isinstance(task, str) else _choose_task(subject) if task is None else None
+    decoder = load_decoder(subject.folder) if kind == _CAUSAL_LM else None
     with tempfile.TemporaryDirectory() as folder:
-        config = configure_evaluation(model, data, task=task, changes=changes or {}).override({"folder": folder})
+        config = _configure(subject, data, kind, changes or {}, decoder).override({"folder": folder})
         device = open_device(config.device)
-        learned, opened = _open_data(config, on_event)
-        module = _open_model(learned, opened, str(find_model_folder(model))).to(device).eval()
-        learned.on_step(module, 0, is_evaluating=True)
+        learned = find_task(config.task.kind) if task is None or isinstance(task, str) else task
+        try:
+            opened_task, opened = _open_data(learned, config, subject.run if data is None else None, on_event)
+        except DataError as error:
+            if data is not None:
+                raise
+            raise DataError(
+                f"what {subject.run} was trained on cannot be measured on any more ({error}); give other data with "
+                "--data or data="
+            ) from error
+        if opened.heldout is None:
+            raise ConfigError(f"{subject.run or subject.name} held nothing out; give data with --data or data=")
+        module = decoder or _open_model(opened_task, opened, subject, is_own=kind is None)
+        module = module.to(device).eval()
+        opened_task.on_step(module, 0, is_evaluating=True)
         precision, _ = open_precision(config, module, device)
-        assert opened.heldout is not None
-        measured = measure(learned, module, opened.heldout(), precision=precision, max_units=config.evaluation_units)
+        measured = measure(
+            opened_task,
+            module,
+            opened.heldout(),
+            precision=precision,
+            max_units=config.evaluation_units,
+            by_unit=True,
+            on_event=on_event,
+        )
+    place = _describe_heldout(subject, config) if data is None else str(data)
+    name = kind or learned.__name__
+    return EvaluationReport(
+        subject.name, place, name, opened_task.unit, measured.num_units, _score(measured, opened_task.unit)
+    )
+
+
+def _score(measured: Measured, unit: str) -> dict[str, float]:
+    """Return all metrics, each with its interval where it has one."""
     metrics = {MEAN_LOSS: measured.metrics[LOSS]}
-    if len(measured.losses) >= _LEAST_BATCHES:
-        metrics |= score_ratio(MEAN_LOSS, np.array(measured.losses), np.array(measured.units))
-    if learned.unit == "tokens":
+    groups = measured.losses.largest
+    if len(groups) >= LEAST_RESAMPLED:
+        sums, counts = zip(*groups, strict=True)
+        metrics = score_ratio(MEAN_LOSS, np.array(sums), np.array(counts)) | metrics
+    if unit == "tokens":
         metrics |= {name.replace(MEAN_LOSS, PERPLEXITY): math.exp(loss) for name, loss in metrics.items()}
-    metrics |= {name: value for name, value in measured.metrics.items() if name != LOSS}
-    return EvaluationReport(str(model), str(data), config.task.kind, learned.unit, sum(measured.units), metrics)
+    return metrics | {name: value for name, value in measured.metrics.items() if name != LOSS}
 
 
-def configure_evaluation(
-    model: str | Path, data: str | Path, *, task: str | None, changes: Mapping[str, Any]
+def _find_subject(model: str | Path, data: str | Path | None) -> _Subject:
+    folder, run = find_model_folder(model), Path(model)
+    if (settings := _read_run(run / CONFIG_FILE)) is not None:
+        return _Subject(str(model), folder, run, settings)
+    run = folder.resolve().parent
+    # What data the model itself was trained on is asked only where none are given. Any folder may lie beside a config;
+    # a run's own model has the digest of its config.
+    if data is None and is_artifact(folder) and (run / CONFIG_FILE).is_file():
+        own = TrainConfig.from_file(run / CONFIG_FILE)
+        if read_manifest(folder).config_digest == own.digest:
+            return _Subject(str(model), folder, run, _read_run(run / CONFIG_FILE))
+    return _Subject(str(model), folder, None, None)
+
+
+def _choose_task(subject: _Subject) -> str:
+    """Return the task that the model was trained for; raises `ConfigError` where only its owner knows it."""
+    if _is_own(subject.folder):
+        raise ConfigError(
+            f"{subject.folder} is a model of a class of its own, which only its task can build; name the task with "
+            "--task MODULE:CLASS"
+        )
+    return _CAUSAL_LM if subject.settings is None else subject.settings.task.kind
+
+
+def _configure(
+    subject: _Subject,
+    data: str | Path | None,
+    task: str | None,
+    changes: Mapping[str, Any],
+    decoder: Decoder | None,
 ) -> TrainConfig:
-    """Return the settings of a run on `data` that begins with `model`, of which only the evaluation is done."""
-    folder = find_model_folder(model)
-    base = _read_run(Path(model) / CONFIG_FILE)
-    if base is None and task is None:
-        load_decoder(folder)  # whose task is known
-    base = base or TrainConfig()
+    """Return the settings of a run that begins with the model, of which only the evaluation is done.
+
+    `task` is `None` for a task of one's own.
+    """
+    folder = subject.folder
+    if subject.settings is None and data is None and task is not None:
+        raise ConfigError(
+            f"{subject.name} was made by no run that is still here, so that no data of its own are known; give data "
+            "with --data or data="
+        )
+    base = subject.settings or TrainConfig()
     task = task or base.task.kind
     data_kinds = _known_tasks()[task].data_kinds if task in _known_tasks() else ()
     kind = changes.get("data.kind") or (
         base.data.kind if base.data.kind in data_kinds else next(iter(data_kinds), None)
     )
-    settings: dict[str, Any] = {
-        "init": str(folder),
-        "init_weights": None,
-        "init_settings": {},
-        "model": DecoderConfig().to_dict(),
-        "freeze": [],
-        "adapter": None,
-        "evaluation_units": 0,
-        "precision": "fp32",
-        "data.batch_size": 1 if task == _CAUSAL_LM else _MOST_TOGETHER,
-    }
+    settings: dict[str, Any] = {"freeze": [], "adapter": None, "evaluation_units": 0, "precision": "fp32"}
+    if not _is_own(folder):
+        settings |= {"init": str(folder), "init_weights": None, "init_settings": {}, "model": DecoderConfig().to_dict()}
     if base.task.kind != task:
         settings["task"] = task
     if base.data.kind != kind:
         settings["data.kind"] = kind
-    settings |= {f"data.{name}": value for name, value in _place_data(str(kind), Path(data), folder).items()}
-    if task == _CAUSAL_LM:
-        longest = load_decoder(folder, verify=False).config.max_length
-        length = min(longest, base.data.sequence_length if isinstance(base.data, DataConfig | ChatConfig) else _ROW)
+    settings["data.batch_size"] = 1 if task in _TEXT_TASKS else _MOST_TOGETHER
+    if data is not None:
+        settings |= {f"data.{name}": value for name, value in _place_data(str(kind), Path(data), folder).items()}
+    elif (tokenizer := find_tokenizer_folder(folder) / TOKENIZER_NAME).is_file():
+        # The one that the run learned or was given, with its template.
+        settings |= {"data.tokenizer": str(tokenizer.parent)} | ({"data.chat_template": None} if kind == "chat" else {})
+    if decoder is not None:
+        own = base.data.sequence_length if isinstance(base.data, DataConfig | ChatConfig) else _ROW
+        length = min(decoder.config.max_length, own)
         settings["data.sequence_length"] = length
         if kind == "text":
             # Evaluations read packed rows whatever this says, and it asks for no whole row to train on.
             settings |= {"data.batching": "token_budget", "data.max_len": length, "data.max_tokens": length}
     settings |= _number_classes(task, folder)
     return base.override(settings | dict(changes))
+
+
+def _is_own(folder: Path) -> bool:
+    """Return whether the model is of a class that only its owner's task can build."""
+    return is_artifact(folder) and read_manifest(folder).architecture.startswith(OWN)
+
+
+def _describe_heldout(subject: _Subject, config: TrainConfig) -> str:
+    """Say what is measured on where nothing was given."""
+    run, data = subject.run or subject.name, config.data
+    if subject.settings is None:
+        return f"what the task of {run} holds out"
+    places: tuple[str, ...] = (data.annotations,) if isinstance(data, BoxesConfig) else data.sources
+    others = data.heldout_annotations if isinstance(data, BoxesConfig) else ", ".join(data.heldout_sources)
+    return f"what the run {run} held out" + (f": {others}" if others else f" of {', '.join(places)}")
 
 
 def _read_run(file: Path) -> TrainConfig | None:
@@ -179,27 +276,41 @@ def _known_tasks() -> dict[str, type[AnyTaskSettings]]:
     return cast("dict[str, type[AnyTaskSettings]]", list_kinds(TrainConfig, "task"))
 
 
-def _open_data(config: TrainConfig, on_event: Callable[[Event], None] | None) -> tuple[Task, TaskData]:
-    """Prepare and open the data; a set that is smaller than a batch is read sample by sample."""
-    task = find_task(config.task.kind)(config)
-    folder = Path(config.folder) / "data"
+def _open_data(
+    learned: type[Task], config: TrainConfig, run: Path | None, on_event: Callable[[Event], None] | None
+) -> tuple[Task, TaskData]:
+    """Prepare and open the data; a set that is smaller than a batch is read sample by sample.
+
+    What `run` has prepared is taken up where it fits: its files are linked, and never written to.
+    """
+    task = learned(config)
+    folder = Path(config.folder) / DATA_FOLDER
+    if run is not None and (run / DATA_FOLDER).is_dir():
+        shutil.copytree((run / DATA_FOLDER).resolve(), folder, copy_function=os.symlink)
     for event in task.prepare(folder):
         if on_event is not None:
             on_event(event)
     try:
         return task, task.open_data(folder)
     except TooFewSamplesError:
-        task = find_task(config.task.kind)(config.override({"data.batch_size": 1}))
+        task = learned(config.override({"data.batch_size": 1}))
         return task, task.open_data(folder)
 
 
-def _open_model(task: Task, data: TaskData, source: str) -> nn.Module:
-    if task.config.task.kind == _CAUSAL_LM:
-        return load_decoder(source)
-    module = task.build_model(data)
-    if task.start is not None and task.start.new_tensors:
+def _open_model(task: Task, data: TaskData, subject: _Subject, *, is_own: bool) -> nn.Module:
+    """Build the model of the task with the weights that were trained."""
+    folder = subject.folder
+    if is_own and is_adapter(folder):
         raise ConfigError(
-            f"{source} has no trained head for the task {task.config.task.kind} on these data "
+            f"{folder} is an adapter, and a task of your own builds its model alone; make one model of both with "
+            "`deepseek merge-adapter` and measure that"
+        )
+    module = task.build_model(data)
+    if is_own and (task.start is None or _is_own(folder)):
+        load_weights_(module, folder)
+    elif task.start is not None and task.start.new_tensors:
+        raise ConfigError(
+            f"{folder} has no trained head for the task {task.config.task.kind} on these data "
             f"({', '.join(task.start.new_tensors[:3])} would be new); give a model that was trained for it, or data "
             "with its classes"
         )

@@ -90,6 +90,17 @@ class TaskData:
     """The tokenizer that goes into the artifact."""
 
 
+@dataclass(frozen=True, eq=False)
+class UnitLosses:
+    """The loss of a batch, unit by unit."""
+
+    losses_N: Tensor
+    """The loss of each unit that counts."""
+    sources_N: Tensor | None = None
+    """int64; equal for units that depend on each other, the tokens of a document for example, over all batches of an
+    evaluation. `None`: none do."""
+
+
 class Task(ABC):
     """A kind of training; see the file's header for the order of calls."""
 
@@ -159,6 +170,10 @@ class Task(ABC):
     @abstractmethod
     def count_units(self, batch: Any) -> int:
         """Count the units of `batch`, which its loss is weighted with."""
+
+    def unit_losses(self, outputs: Any, batch: Any) -> UnitLosses | None:
+        """Return the loss of each unit of `batch`, which its interval comes from; `None` has batches resampled."""
+        return None
 
     def class_logits(self, outputs: Any, batch: Any) -> Tensor:
         """Return the (N, K) scores of the classes, or tokens, of each unit, by which it learns from a teacher, too."""

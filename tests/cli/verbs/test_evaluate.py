@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from deepseek.train.loop import train
 from deepseek.train.model_evaluation import evaluate_model
 from tests.cli.commands import Result, assert_one_sentence
+from tests.train import own_task
 
 Call = Callable[..., Result]
 
@@ -34,3 +36,13 @@ def test_settings_are_those_of_a_run(call: Call, model: Path, corpus: Path) -> N
 def test_what_cannot_be_measured_is_one_sentence(call: Call, model: Path, tmp_path: Path) -> None:
     assert_one_sentence(call("evaluate", model, "--data", tmp_path / "nowhere"), 1, "holds no file")
     assert_one_sentence(call("evaluate", model, "--data", tmp_path, "--task", "sleeping"), 2, "unknown kind of task")
+
+
+def test_a_task_of_ones_own_is_measured_on_what_it_holds_out(call: Call, tmp_path: Path) -> None:
+    for _ in train(own_task.configure(tmp_path / "run"), task=own_task.Line):
+        pass
+    result = call("evaluate", tmp_path / "run", "--task", "tests.train.own_task:Line", "--json")
+    assert (result.status, result.err) == (0, f"deepseek: note: measured on {json.loads(result.out)['data']}\n")
+    assert json.loads(result.out)["metrics"]["distance"] >= 0
+    assert_one_sentence(call("evaluate", tmp_path / "run"), 2, "--task MODULE:CLASS")
+    assert_one_sentence(call("evaluate", tmp_path / "run", "--task", "tests.train.own_task:Nothing"), 2, "Nothing")

@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from deepseek.cli import Stopped, abandon_output
 from deepseek.core.events import Event, record
@@ -34,6 +43,7 @@ _STEP_LINE_EVERY_S = 10.0
 _WIDE = 80  # columns of a terminal on which a bar has room for the count of its steps
 _MOST_WAITING = 1000  # events that nobody has read yet
 _LAST_LINES_S = 1.0
+_OPENING = "opening model and data"
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -56,6 +66,19 @@ def follow(events: Generator[Event, None, None], *, file: Path | None = None, as
 def print_event(event: Event, *, as_json: bool) -> None:
     """Print one event as a line, at once."""
     _write_line(_to_line(event, as_json=as_json))
+
+
+@contextmanager
+def progress_on_errors() -> Iterator[Callable[[Event], None]]:
+    """Show the progress of events as bars on standard error, where that is a terminal, and nothing where it is not."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda event: None
+        return
+    with Progress(*_list_columns(), console=console, transient=True) as progress:
+        bars = _Bars(progress)
+        bars.begin(_OPENING)
+        yield bars.show
 
 
 @contextmanager
@@ -169,7 +192,12 @@ def _display(as_json: bool) -> Iterator[Callable[[Event], None]]:
             raise
         lines.show_last_step()
         return
-    columns = (
+    with Progress(*_list_columns(), console=Console()) as progress:
+        yield _Bars(progress).show
+
+
+def _list_columns() -> tuple[ProgressColumn, ...]:
+    return (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -177,8 +205,6 @@ def _display(as_json: bool) -> Iterator[Callable[[Event], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console()) as progress:
-        yield _Bars(progress).show
 
 
 class _Lines:
@@ -235,9 +261,16 @@ class _Bars:
             note = f"{count}loss {values['loss']:.3f}  {_show_rate(values['units_per_s'])} {self._unit}/s"
             self._advance("training", values["step"], self._num_steps, note)
         elif values["kind"] == "phase_started":
-            self._advance(values["phase"], 0, None, "")
+            self.begin(values["phase"])
+        elif values["kind"] == "evaluation_progress":
+            note = f"{format_count(values['num_units'])} units"
+            self._advance("evaluating", values["num_batches"], values["total_batches"] or None, note)
         if values["kind"] != "step_done" and (text := _describe(values)):
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, name: str) -> None:
+        """Show a bar of work that does not say how far it is."""
+        self._advance(name, 0, None, "")
 
     def _advance(self, name: str, completed: int, total: int | None, note: str) -> None:
         if name not in self._tasks:  # a resumed run begins with what is done, which is no speed to measure
@@ -251,6 +284,7 @@ class _Bars:
 
 # Kind of event -> the bar that it ends.
 _ENDS = {
+    "evaluation_progress": _OPENING,
     "cache_ready": "tokenizing",
     "baselines_measured": "counting n-grams",
     "model_quantized": "int8",

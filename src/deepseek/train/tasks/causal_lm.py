@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.core.caller_warnings import warn_caller
@@ -26,7 +27,7 @@ from deepseek.models.decoder.keymap import FAMILIES
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.starting_weights import CAUSAL_LM
 from deepseek.nn.losses import sum_cross_entropy
-from deepseek.train.task import Task, TaskData
+from deepseek.train.task import Task, TaskData, UnitLosses
 
 
 class CausalLM(Task):
@@ -122,6 +123,14 @@ class CausalLM(Task):
     def class_logits(self, outputs: Tensor, batch: Batch) -> Tensor:
         """(N, V) logits for the targets that count."""
         return outputs[batch.targets_BT != IGNORED_TARGET]
+
+    def unit_losses(self, outputs: Tensor, batch: Batch) -> UnitLosses:
+        """Return the loss of each target; those of a document or chat depend on each other."""
+        counts_BT = batch.targets_BT != IGNORED_TARGET
+        losses_N = F.cross_entropy(
+            self.class_logits(outputs, batch).float(), batch.targets_BT[counts_BT], reduction="none"
+        )
+        return UnitLosses(losses_N, None if batch.sources_BT is None else batch.sources_BT[counts_BT])
 
     def count_units(self, batch: Batch) -> int:
         """Targets that count."""

@@ -71,18 +71,20 @@ class Detection(Task):
         if settings.has_heldout:
             require_pycocotools()
         boxes = open_boxes(settings)
-        heldout = boxes.heldout
+        heldout, num_workers = boxes.heldout, choose_num_workers(settings.num_workers)
         return DetectionData(
             loader=SampleLoader[BoxSample, BoxBatch](
                 boxes.train,
                 batch_size=settings.batch_size,
                 collate=collate,
                 seed=settings.seed,
-                num_workers=choose_num_workers(settings.num_workers),
+                num_workers=num_workers,
                 max_broken=settings.max_broken,
             ),
             num_train_units=len(boxes.train),
-            heldout=None if heldout is None else lambda: evaluation_batches(heldout, settings.batch_size, collate),
+            heldout=None
+            if heldout is None
+            else lambda: evaluation_batches(heldout, settings.batch_size, collate, num_workers=num_workers),
             boxes=boxes,
         )
 

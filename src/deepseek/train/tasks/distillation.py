@@ -155,11 +155,8 @@ def sum_divergence(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -
 def check_same_answers(source: str, teacher: nn.Module, student: nn.Module, tokenizer: Tokenizer | None) -> None:
     """Raise `ConfigError` unless both models number their classes and their tokens alike."""
     theirs, ours = _describe(teacher), _describe(student)
-    if isinstance(theirs, int) or isinstance(ours, int):  # without names, their number has to do
-        is_same = _count(theirs) == _count(ours)
-    else:
-        is_same = theirs == ours
-    if not is_same:
+    have_names = not isinstance(theirs, int) and not isinstance(ours, int)
+    if (theirs != ours) if have_names else _count(theirs) != _count(ours):
         raise ConfigError(
             f"the teacher {source} answers with {_name_some(theirs)} and the student with {_name_some(ours)}; give a "
             "teacher that was trained for the same classes, or with the same tokenizer"

@@ -33,7 +33,7 @@ from deepseek.data.samples import SampleLoader, choose_num_workers, evaluation_b
 from deepseek.models import zoo
 from deepseek.models.starting_weights import HeadSpec
 from deepseek.train.scores import score_share
-from deepseek.train.task import Measurements, Task, TaskData
+from deepseek.train.task import Measurements, Task, TaskData, UnitLosses
 from deepseek.train.task_settings import ImageClassificationSettings
 
 STEPS_FILE = "preprocessor_config.json"
@@ -73,17 +73,20 @@ class ImageClassification(Task):
         images.train.mixup = self.settings.mixup
         collate = partial(collate_images, num_classes=len(self.classes))
         heldout, batch_size = images.heldout, _EVALUATION_FACTOR * settings.batch_size
+        num_workers = choose_num_workers(settings.num_workers)
         return TaskData(
             loader=SampleLoader(
                 images.train,
                 batch_size=settings.batch_size,
                 collate=partial(collate, label_smoothing=self.settings.label_smoothing),
                 seed=settings.seed,
-                num_workers=choose_num_workers(settings.num_workers),
+                num_workers=num_workers,
                 max_broken=settings.max_broken,
             ),
             num_train_units=len(images.train),
-            heldout=None if heldout is None else lambda: evaluation_batches(heldout, batch_size, collate),
+            heldout=None
+            if heldout is None
+            else lambda: evaluation_batches(heldout, batch_size, collate, num_workers=num_workers),
         )
 
     def build_model(self, data: TaskData) -> nn.Module:
@@ -112,6 +115,10 @@ class ImageClassification(Task):
     def loss(self, outputs: Tensor, batch: ImageBatch) -> Tensor:
         """() sum of the cross-entropy over the images, in nats."""
         return F.cross_entropy(outputs.float(), batch.targets_BK, reduction="sum")
+
+    def unit_losses(self, outputs: Tensor, batch: ImageBatch) -> UnitLosses:
+        """Return the loss of each image."""
+        return UnitLosses(F.cross_entropy(outputs.float(), batch.targets_BK, reduction="none"))
 
     def count_units(self, batch: ImageBatch) -> int:
         """Images."""

@@ -38,7 +38,7 @@ from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.starting_weights import HeadSpec
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.train.scores import score_mean, score_share
-from deepseek.train.task import Measurements, TaskData
+from deepseek.train.task import Measurements, TaskData, UnitLosses
 from deepseek.train.task_settings import QuestionAnsweringSettings
 from deepseek.train.text_task import TableTask, find_pad_id
 
@@ -119,11 +119,19 @@ class QuestionAnswering(TableTask[AnswerWindow, Windows]):
 
     def loss(self, outputs: tuple[Tensor, Tensor], batch: Windows) -> Tensor:
         """() sum over windows of the mean of both cross-entropies."""
-        losses = [
-            F.cross_entropy(scores_BT.float(), targets_B, reduction="sum")
+        return self._losses(outputs, batch, "sum")
+
+    def unit_losses(self, outputs: tuple[Tensor, Tensor], batch: Windows) -> UnitLosses:
+        """Return the loss of each window; those of one question depend on each other."""
+        questions_B = torch.tensor([window.question for window in batch.samples])
+        return UnitLosses(self._losses(outputs, batch, "none"), questions_B)
+
+    def _losses(self, outputs: tuple[Tensor, Tensor], batch: Windows, reduction: str) -> Tensor:
+        begins, ends = (
+            F.cross_entropy(scores_BT.float(), targets_B, reduction=reduction)
             for scores_BT, targets_B in zip(outputs, batch.targets_B2.unbind(1), strict=True)
-        ]
-        return (losses[0] + losses[1]) / 2
+        )
+        return (begins + ends) / 2
 
     def count_units(self, batch: Windows) -> int:
         """Windows."""

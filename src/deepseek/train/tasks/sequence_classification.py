@@ -28,7 +28,7 @@ from deepseek.data.text_collate import TextBatch, TextEncoder, TextSample, colla
 from deepseek.data.tokenizing import Tokenizer
 from deepseek.models.starting_weights import HeadSpec
 from deepseek.train.scores import score_classes, score_numbers
-from deepseek.train.task import Measurements, TaskData
+from deepseek.train.task import Measurements, TaskData, UnitLosses
 from deepseek.train.task_settings import SequenceClassificationSettings
 from deepseek.train.text_task import TableTask, find_pad_id
 
@@ -151,6 +151,13 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
         if self.settings.is_regression:
             return F.mse_loss(scores_BK[:, 0], batch.labels_B, reduction="sum")
         return F.cross_entropy(scores_BK, batch.labels_B, reduction="sum")
+
+    def unit_losses(self, outputs: Tensor, batch: LabelledTexts) -> UnitLosses:
+        """Return the loss of each text."""
+        scores_BK = outputs.float()
+        if self.settings.is_regression:
+            return UnitLosses(F.mse_loss(scores_BK[:, 0], batch.labels_B, reduction="none"))
+        return UnitLosses(F.cross_entropy(scores_BK, batch.labels_B, reduction="none"))
 
     def count_units(self, batch: LabelledTexts) -> int:
         """Texts."""
