@@ -23,7 +23,7 @@ from deepseek.train.task import LOSS, Task, UnitLosses
 
 
 @dataclass(frozen=True)
-class Measured:
+class BatchMeasurements:
     """Measurements over some batches."""
 
     num_units: int
@@ -82,7 +82,7 @@ def measure(
     max_units: int = 0,
     by_unit: bool = False,
     on_event: Callable[[Event], None] | None = None,
-) -> Measured:
+) -> BatchMeasurements:
     """Measure `model` on `batches`; `by_unit` keeps the loss unit by unit where the task can, and `on_event` hears of
     every batch.
 
@@ -112,4 +112,4 @@ def measure(
     if num_units == 0:
         raise DataError(f"the held-out data has no {task.unit} to measure a loss over; hold out more")
     metrics = {LOSS: math.fsum(loss for loss, _ in losses.batches) / num_units}
-    return Measured(num_units, metrics | (measured.compute() if measured is not None else {}), losses)
+    return BatchMeasurements(num_units, metrics | (measured.compute() if measured is not None else {}), losses)

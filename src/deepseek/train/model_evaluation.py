@@ -42,7 +42,7 @@ from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import load_decoder
 from deepseek.models.model_sources import load_weights_
 from deepseek.train.config import TrainConfig
-from deepseek.train.evaluation import Measured, measure
+from deepseek.train.evaluation import BatchMeasurements, measure
 from deepseek.train.loop import CONFIG_FILE, DATA_FOLDER
 from deepseek.train.run_state import open_device, open_precision
 from deepseek.train.scores import LEAST_RESAMPLED, score_ratio
@@ -136,7 +136,7 @@ def evaluate_model(
     )
 
 
-def _score(measured: Measured, unit: str) -> dict[str, float]:
+def _score(measured: BatchMeasurements, unit: str) -> dict[str, float]:
     """Return all metrics, each with its interval where it has one."""
     metrics = {MEAN_LOSS: measured.metrics[LOSS]}
     groups = measured.losses.largest
