@@ -18,6 +18,9 @@ PACKAGE = ROOT / "src" / "deepseek"
 
 # Feature -> the private names that it needs.
 FEATURES = {
+    "NCCL's flight recorder in the report of a collective that hangs": (
+        "torch._C._distributed_c10d._dump_fr_trace_json",
+    ),
     "ds_memory_profiler: what is allocated in the backward pass": ("torch._C._current_graph_task_id",),
     "ds.jit: the compiler backend that its graphs are handed to": (
         "torch._dynamo.lookup_backend",

@@ -25,7 +25,13 @@ import torch.distributed as dist
 TIMEOUT_S = 120.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _ROOT = Path(__file__).parents[2]
-_PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "tests.distributed.ranks"]
+_PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "deepseek.distributed.communicator",
+    "pytest",
+    "tests.distributed.ranks",
+]
 _CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
@@ -66,7 +72,7 @@ def end_ranks(function, world_size, *arguments, is_grouped=True, timeout_s=TIMEO
         for process in ranks:
             process.start()
         try:
-            found = _collect(answers, ranks, timeout_s)
+            found = _collect(answers, ranks, folder, timeout_s)
             stacks = _read_stacks(ranks, folder)
         finally:
             for process in ranks:
@@ -85,9 +91,12 @@ def _locate(function):
     return ".".join(path.parts), function.__qualname__
 
 
-def _collect(answers, ranks, timeout_s):
-    found, until_s = {}, time.monotonic() + timeout_s
-    while time.monotonic() < until_s and any(process.is_alive() for process in ranks):
+def _collect(answers, ranks, folder, timeout_s):
+    """The answers; the time begins when all ranks have imported their work, for which they get `TIMEOUT_S`."""
+    found, has_begun, until_s = {}, False, time.monotonic() + TIMEOUT_S
+    while any(process.is_alive() for process in ranks) and time.monotonic() < until_s:
+        if not has_begun and all((Path(folder) / f"begun{rank}").exists() for rank in range(len(ranks))):
+            has_begun, until_s = True, time.monotonic() + timeout_s
         found |= _drain(answers, wait_s=0.05)
     return found | _drain(answers, wait_s=0.05)
 
@@ -118,6 +127,7 @@ def _enter(location, rank, world_size, folder, answers, is_grouped, arguments):
         store = str(Path(folder) / "store")
         try:
             function = getattr(importlib.import_module(location[0]), location[1])
+            (Path(folder) / f"begun{rank}").touch()
             if is_grouped:
                 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             else:

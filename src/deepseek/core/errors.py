@@ -11,9 +11,11 @@
     |   |   `-- UnsupportedSchemaError    a newer deepseek wrote it
     |   |-- CheckpointError       no checkpoint here can be resumed from
     |   |-- TrainingError         the loss or a gradient stopped being a number
+    |   |-- CollectiveMismatchError       ranks called different collectives
     |   |-- RequestError          a request to a server cannot be served (carries status, param and code)
     |   `-- MissingExtraError     an optional library is not installed (also an ImportError)
     `-- TemporaryError            the same call may succeed later
+        |-- CommunicationError    a rank is late or gone, and the others cannot go on
         |-- StorageError          a disk is full, read-only or not ours (also an OSError)
         |-- AddressInUseError     another process listens on the port (also an OSError)
         `-- OverloadedError       the server's queue is full
@@ -69,6 +71,10 @@ class CheckpointError(PermanentError):
     """No checkpoint in the folder can be resumed from, or it belongs to another run."""
 
 
+class CollectiveMismatchError(PermanentError):
+    """Ranks of one group called different collectives, or one with different shapes, dtypes or order."""
+
+
 class TrainingError(PermanentError):
     """The loss or a gradient stopped being a finite number."""
 
@@ -95,6 +101,10 @@ class RequestError(PermanentError):
 
 class MissingExtraError(PermanentError, ImportError):
     """An optional library is needed here and is not installed."""
+
+
+class CommunicationError(TemporaryError):
+    """A rank is late, gone, or failed, and the others cannot go on; starting all of them again may succeed."""
 
 
 class StorageError(TemporaryError, OSError):

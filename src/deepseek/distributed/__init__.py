@@ -1,1 +1,20 @@
-"""Which rank holds what, and what it costs: plans as values, their memory and time, and the search for the best one."""
+"""What moves bytes between ranks, and who holds what: the communicator, collectives as values, plans as values.
+
+from deepseek.distributed import DeepSeekComm
+
+comm = DeepSeekComm.init()
+comm.all_reduce(gradient)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {"DeepSeekComm": "communicator"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_PUBLIC)}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -18,7 +18,11 @@ def make_buffers(world, size, seed=0):
 
 
 @settings(max_examples=40, deadline=None)
-@given(world=worlds, size=st.integers(0, 50), name=st.sampled_from(["ring_all_reduce", "hierarchical_all_reduce"]))
+@given(
+    world=worlds,
+    size=st.integers(0, 50),
+    name=st.sampled_from(["ring_all_reduce", "hierarchical_all_reduce", "tree_all_reduce"]),
+)
 def test_all_reduce_gives_every_rank_the_sum(world, size, name):
     buffers = make_buffers(world[0], size)
     expected = sum(buffers)

@@ -16,6 +16,7 @@ from deepseek.distributed.collectives import (
     ring_all_gather,
     ring_all_reduce,
     ring_reduce_scatter,
+    tree_all_reduce,
     tree_broadcast,
 )
 from deepseek.distributed.collectives.messages import Step
@@ -25,6 +26,7 @@ COLLECTIVES: dict[str, Callable[[int, int, int], tuple[Step, ...]]] = {
     "ring_reduce_scatter": ring_reduce_scatter.order_messages,
     "ring_all_gather": ring_all_gather.order_messages,
     "hierarchical_all_reduce": hierarchical_all_reduce.order_messages,
+    "tree_all_reduce": tree_all_reduce.order_messages,
     "pairwise_all_to_all": pairwise_all_to_all.order_messages,
     "tree_broadcast": tree_broadcast.order_messages,
 }

@@ -3,11 +3,14 @@
 `run_steps_` posts the sends and receives of one step together, so that rings and swaps cannot wait for each other,
 and counts the bytes that its rank sends. `apply_steps_` does the same on arrays and is what the property tests use.
 How long a schedule takes on given links is said by `planning.estimate.communication.time_steps`.
+
+Schedules number the ranks 0 to n-1 with the ranks of one domain next to each other. `placement[i]` is the rank of the
+group that takes the part of number i, so the same schedule fits ranks that a launcher dealt out over hosts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,32 +20,79 @@ from deepseek.distributed.collectives.messages import RankMessage, Step
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
+
+RankSteps = tuple[tuple[tuple[RankMessage, ...], tuple[RankMessage, ...]], ...]
+"""What one rank sends and receives in each step that it takes part in."""
 
 
-def run_steps_(
-    tensor_N: torch.Tensor, steps: Iterable[Step], group: torch.distributed.ProcessGroup | None = None
-) -> int:
+def select_steps(steps: Iterable[Step], rank: int) -> RankSteps:
+    """Return the part of a schedule that `rank` runs.
+
+    >>> [len(sent) + len(received) for sent, received in select_steps([(RankMessage(0, 1, 0, 5, 0),)], 2)]
+    []
+    """
+    own = []
+    for step in steps:
+        sent = tuple(message for message in step if message.source == rank)
+        received = tuple(message for message in step if message.target == rank)
+        if sent or received:
+            own.append((sent, received))
+    return tuple(own)
+
+
+def run_steps_(tensor_N: torch.Tensor, steps: Iterable[Step], group: dist.ProcessGroup | None = None) -> int:
     """Exchange the flat `tensor_N` with all ranks of `group` in place; returns the bytes that this rank sent."""
     import torch.distributed as dist
 
-    rank, sent_bytes = dist.get_rank(group), 0
-    for step in steps:
-        works, arrived = [], []
-        for message in step:
-            if message.source == rank:
-                piece = tensor_N[message.start : message.stop].clone()
-                works.append(dist.isend(piece, group=group, group_dst=message.target))
-                sent_bytes += piece.numel() * piece.element_size()
-            if message.target == rank:
-                buffer = tensor_N.new_empty(message.num_elements)
-                works.append(dist.irecv(buffer, group=group, group_src=message.source))
-                arrived.append((message, buffer))
+    placement = range(dist.get_world_size(group))
+    return exchange_(tensor_N, tensor_N, select_steps(steps, dist.get_rank(group)), placement, group)
+
+
+def exchange_(
+    source_N: torch.Tensor,
+    target_N: torch.Tensor,
+    steps: RankSteps,
+    placement: Sequence[int],
+    group: dist.ProcessGroup | None,
+    *,
+    combine_: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
+    payload: torch.dtype | None = None,
+) -> int:
+    """Send parts of `source_N` and receive into `target_N` (the same tensor, or another); returns the bytes sent.
+
+    What is added is combined by `combine_(mine, arrived)`, a sum where none is given. With `payload`, numbers travel in
+    that type and are combined in the tensor's own.
+    """
+    import torch
+    import torch.distributed as dist
+
+    wire = payload or target_N.dtype
+    sent_bytes = 0
+    for sent, received in steps:
+        operations, arrived = [], []
+        for message in received:
+            if message.source == message.target:
+                continue
+            buffer = target_N.new_empty(message.num_elements, dtype=wire)
+            operations.append(dist.P2POp(dist.irecv, buffer, group=group, group_peer=placement[message.source]))
+            arrived.append((message, buffer))
+        for message in sent:
+            piece = source_N[message.start : message.stop].to(wire)
+            if message.source == message.target:
+                arrived.append((message, piece))
+                continue
+            operations.append(dist.P2POp(dist.isend, piece, group=group, group_peer=placement[message.target]))
+            sent_bytes += piece.numel() * piece.element_size()
+        works = dist.batch_isend_irecv(operations) if operations else []
         for work in works:
-            assert work is not None
             work.wait()
         for message, buffer in arrived:
-            target = tensor_N[message.target_start : message.target_start + message.num_elements]
-            target.add_(buffer) if message.is_added else target.copy_(buffer)
+            mine = target_N[message.target_start : message.target_start + message.num_elements]
+            if message.is_added:
+                (combine_ or torch.Tensor.add_)(mine, buffer)
+            else:
+                mine.copy_(buffer)
     return sent_bytes
 
 
