@@ -30,10 +30,10 @@ def exchange_rows(
 
     Rows go in rank order and arrive in rank order. It has a backward.
     """
-    return _Exchange.apply(rows, list(sent), list(received), group, algorithm)  # type: ignore[no-any-return,no-untyped-call]
+    return _RowExchange.apply(rows, list(sent), list(received), group, algorithm)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _Exchange(torch.autograd.Function):
+class _RowExchange(torch.autograd.Function):
     """Rows one way, their gradients the other."""
 
     @staticmethod
