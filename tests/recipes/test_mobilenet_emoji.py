@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from deepseek.core.errors import DataError
+from deepseek.data.sources import is_heldout
 from deepseek.models.loading import load_model
 from deepseek.recipes import load_recipe
+from deepseek.recipes.mobilenet_emoji import measure_baselines
 from deepseek.train.loop import train
 
 
@@ -40,3 +42,21 @@ def test_without_the_package_a_sentence_says_what_is_missing(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"source 'package/emoji\.json' does not exist"):
         list(train(load_recipe("mobilenet_emoji")))
+
+
+def test_a_linear_model_tells_red_from_blue_and_the_largest_class_is_right_for_its_share(tmp_path: Path) -> None:
+    rows = []
+    for number in range(60):
+        is_flag = number % 3 == 0
+        rows.append({"image": f"{number}.png", "label": "flags" if is_flag else "food"})
+        color = (200 + number, 0, 0) if is_flag else (0, 0, 200 + number // 2)
+        Image.new("RGB", (20, 20), color).save(tmp_path / f"{number}.png")
+    (tmp_path / "table.json").write_text(json.dumps(rows))
+    changes = {"data.sources": [str(tmp_path / "table.json")], "data.image_folder": None, "data.label_column": "label"}
+    config = load_recipe("mobilenet_emoji").override(changes | {"data.heldout_fraction": 0.3})
+    scores = measure_baselines(config)
+    heldout = [row["label"] for row in rows if is_heldout(row["image"], 0.3)]
+    assert scores["pixels"]["accuracy"] == 1.0
+    assert scores["largest_class"]["accuracy"] == heldout.count("food") / len(heldout)
+    with pytest.raises(DataError, match=r"raise data\.heldout_fraction"):
+        measure_baselines(config.override({"data.heldout_fraction": 0}))

@@ -18,9 +18,11 @@ RECIPES.add("decoder_120m", "The 120 M decoder of the first generation, with the
 RECIPES.add("resnet_digits", "A 0.7 M ResNet that reads the digits of scikit-learn, a minute on two cores.")
 RECIPES.add("mobilenet_emoji", "A MobileNetV3-small that groups the emoji of the npm package emoji-datasource-google.")
 RECIPES.add("yolov7_tiny_scenes", "A YOLOv7-tiny on scenes composed of your own pictures and photographs.")
-RECIPES.add("bert_small", "A 5.4 M BERT by masked language modeling on text of your own, half an hour on two cores.")
+RECIPES.add(
+    "bert_small", "A 5.4 M BERT by masked language modeling on text of your own, a quarter of an hour on two cores."
+)
 RECIPES.add("bert_answers", "Answers to questions about Python's library, from the model of bert_small or another.")
-RECIPES.add("bert_topics", "A classifier of texts in a table of your own, from the model of bert_small.")
+RECIPES.add("bert_topics", "Topics of passages of the Brown corpus, from the model of bert_small.")
 
 
 def load_recipe(name: str) -> TrainConfig:

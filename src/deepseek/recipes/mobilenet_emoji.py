@@ -7,9 +7,15 @@ lie below `img`. Lies the folder elsewhere, `data.sources` and `data.image_folde
 
 from __future__ import annotations
 
+import numpy as np
+
+from deepseek.core.errors import DataError
+from deepseek.core.extras import require
 from deepseek.data.config import AugmentationConfig, ImagesConfig
+from deepseek.data.labelled_images import ImageSource, open_images
 from deepseek.optim.optimizers import OptimizerConfig
 from deepseek.train.config import TrainConfig
+from deepseek.train.scores import score_classes
 from deepseek.train.task_settings import ImageClassificationSettings
 
 
@@ -40,3 +46,27 @@ def mobilenet_emoji() -> TrainConfig:
         evaluate_every=250,
         log_every=20,
     )
+
+
+def measure_baselines(config: TrainConfig, *, image_size: int = 16) -> dict[str, dict[str, float]]:
+    """Return the scores on the held-out images of the largest class, and of a linear model on pixels.
+
+    The linear model is scikit-learn's logistic regression, on images of `image_size` x `image_size` pixels. The images
+    are those of `config`; raises `DataError` where it holds none out.
+    """
+    images = open_images(config.data_of(ImagesConfig).override({"image_size": image_size}))
+    if images.heldout is None:
+        raise DataError("no images are held out to measure with; raise data.heldout_fraction")
+    (pixels, wanted), (heldout_pixels, heldout_wanted) = _read(images.train), _read(images.heldout)
+    regression = require("sklearn.linear_model", extra="train").LogisticRegression(C=0.01, max_iter=2000)
+    regression.fit(pixels, wanted)
+    predicted = {
+        "largest_class": np.full_like(heldout_wanted, np.bincount(wanted).argmax()),
+        "pixels": regression.predict(heldout_pixels),
+    }
+    return {name: score_classes(classes, heldout_wanted) for name, classes in predicted.items()}
+
+
+def _read(source: ImageSource) -> tuple[np.ndarray[tuple[int, int]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    samples = [source.load(number, None) for number in range(len(source))]
+    return np.stack([sample.pixels_HWC.ravel() / 255 for sample in samples]), np.array(source.targets)

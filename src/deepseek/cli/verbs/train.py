@@ -42,8 +42,8 @@ def train(
     Parameters
     ----------
     recipe
-        Name of a recipe: quickstart, decoder_tiny, decoder_120m, resnet_digits or mobilenet_emoji; or the folder of an
-        earlier run, which goes on.
+        Name of a recipe: quickstart, decoder_tiny, decoder_120m, resnet_digits, mobilenet_emoji, yolov7_tiny_scenes,
+        bert_small, bert_topics or bert_answers; or the folder of an earlier run, which goes on.
     config
         YAML, TOML or JSON file with the settings of a run, instead of a recipe. Files of every generation are read, as
         `deepseek migrate` writes them, and a note says what their keys became.
