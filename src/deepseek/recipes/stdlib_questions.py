@@ -49,7 +49,7 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class Entry:
+class DocstringEntry:
     """One function, method or class with its documentation."""
 
     name: str
@@ -72,7 +72,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Question:
+class DocstringQuestion:
     """A question about an entry, and where in the entry's text its answer begins."""
 
     text: str
@@ -105,7 +105,7 @@ def _choose(wordings: Sequence[str], random: np.random.Generator) -> str:
     return wordings[int(random.integers(len(wordings)))]
 
 
-def _read_modules(corpus: Corpus) -> dict[str, list[Entry]]:
+def _read_modules(corpus: Corpus) -> dict[str, list[DocstringEntry]]:
     modules = {}
     for document in corpus:
         if document.name.endswith(".py"):
@@ -118,7 +118,7 @@ def _read_modules(corpus: Corpus) -> dict[str, list[Entry]]:
     return modules
 
 
-def read_entries(source: str) -> Iterator[Entry]:
+def read_entries(source: str) -> Iterator[DocstringEntry]:
     """Yield the documented public functions, classes and methods of a module, in its order.
 
     >>> [entry.text for entry in read_entries('def half(x, digits=2):\\n    "Return half of x."')]
@@ -130,7 +130,7 @@ def read_entries(source: str) -> Iterator[Entry]:
             continue
         function, is_class = _find_function(node), isinstance(node, ast.ClassDef)
         parameters, defaults = ("", ()) if function is None else _read_parameters(function.args)
-        yield Entry(name, parameters, prose, defaults, is_class)
+        yield DocstringEntry(name, parameters, prose, defaults, is_class)
 
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -188,7 +188,9 @@ def _read_prose(docstring: str) -> str:
     return " ".join(kept)
 
 
-def compose_rows(module: str, entries: Sequence[Entry], random: np.random.Generator) -> Iterator[dict[str, Any]]:
+def compose_rows(
+    module: str, entries: Sequence[DocstringEntry], random: np.random.Generator
+) -> Iterator[dict[str, Any]]:
     """Yield rows with `question`, `context` and `answers`, of passages of entries that follow each other."""
     for start in range(0, len(entries) - ENTRIES_PER_PASSAGE + 1, ENTRIES_PER_PASSAGE):
         passage = entries[start : start + ENTRIES_PER_PASSAGE]
@@ -204,10 +206,10 @@ def compose_rows(module: str, entries: Sequence[Entry], random: np.random.Genera
                 yield {"module": module, "question": question.text, "context": context, "answers": answers}
 
 
-def ask(entry: Entry, random: np.random.Generator) -> list[Question]:
+def ask(entry: DocstringEntry, random: np.random.Generator) -> list[DocstringQuestion]:
     """Return every question that the rules find in an entry.
 
-    >>> entry = Entry("half", "x, digits=2", "Return half of x.", (("digits", "2"),))
+    >>> entry = DocstringEntry("half", "x, digits=2", "Return half of x.", (("digits", "2"),))
     >>> [question.answer for question in ask(entry, np.random.default_rng(0))]
     ['half of x', '2']
     """
@@ -215,19 +217,19 @@ def ask(entry: Entry, random: np.random.Generator) -> list[Question]:
     return [question for question in questions if len(question.answer.split()) <= MOST_ANSWER_WORDS]
 
 
-def _ask_purpose(entry: Entry, random: np.random.Generator) -> Iterator[Question]:
+def _ask_purpose(entry: DocstringEntry, random: np.random.Generator) -> Iterator[DocstringQuestion]:
     name, prose_begin = entry.name, len(entry.text) - len(entry.prose)
     returned = _RETURNS.match(entry.first_sentence)
     if returned is None:
         opening = "What is {}?" if entry.is_class else "What does {} do?"
         text = _choose([opening, "What is {} for?", "What is the purpose of {}?"], random).format(name)
-        yield Question(text, entry.first_sentence.rstrip(".:"), prose_begin)
+        yield DocstringQuestion(text, entry.first_sentence.rstrip(".:"), prose_begin)
     else:
         text = _choose([f"What does {name} return?", f"What is the result of {name}?"], random)
-        yield Question(text, returned[1].rstrip(".:"), prose_begin + returned.start(1))
+        yield DocstringQuestion(text, returned[1].rstrip(".:"), prose_begin + returned.start(1))
 
 
-def _ask_defaults(entry: Entry, random: np.random.Generator) -> Iterator[Question]:
+def _ask_defaults(entry: DocstringEntry, random: np.random.Generator) -> Iterator[DocstringQuestion]:
     for parameter, value in entry.defaults:
         text = _choose(
             [
@@ -238,7 +240,7 @@ def _ask_defaults(entry: Entry, random: np.random.Generator) -> Iterator[Questio
         )
         written = re.search(rf"(?<![\w*]){re.escape(parameter)}={re.escape(value)}", entry.text)
         assert written is not None
-        yield Question(text, value, written.end() - len(value))
+        yield DocstringQuestion(text, value, written.end() - len(value))
 
 
 def measure_baselines(folder: Path) -> dict[str, dict[str, float]]:
