@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ from deepseek.artifact.reading import read_manifest
 from deepseek.checkpoint.restoring import newest_valid
 from deepseek.core.errors import ArtifactError, CheckpointError, ConfigError
 from deepseek.data.tokenizing import save_tokenizer, train_tokenizer
+from deepseek.models.adapters import continue_adapter
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import load_model, make_int8_, save_model
+from deepseek.models.starting_weights import HeadSpec
 from deepseek.train.config import TrainConfig
-from deepseek.train.events import Evaluated, StepDone
+from deepseek.train.events import Evaluated, InitLoaded, StepDone
 from deepseek.train.loop import train
+from deepseek.train.model_evaluation import evaluate_model
 from deepseek.train.tasks.causal_lm import CausalLM
 from tests.train.own_task import Line
+from tests.train.tasks import test_sequence_classification
 from tests.train.tasks.test_causal_lm import TINY, configure, write_text
+from tests.train.tiny_texts import write_rows
 
 LORA = {"rank": 4, "targets": ["q_proj", "v_proj"]}
 
@@ -159,3 +165,68 @@ def test_a_folder_of_hugging_face_is_fine_tuned_and_opens_there_again(has_adapte
     else:
         model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / "model")
     torch.testing.assert_close(tuned(tokens), model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_goes_on_with_what_it_learned(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    first = list(train(configure_adapter(tmp_path, "first", adapter=LORA | {"alpha": 4.0})))
+    (evaluated,) = [event for event in first if isinstance(event, Evaluated)]
+    before = load_file(tmp_path / "first" / "model" / "adapter_model.safetensors")
+    still = {"name": "sgd", "base_learning_rate": 1e-9, "warmup_steps": 0, "weight_decay": 0.0}
+    changes: dict[str, Any] = {"init": str(tmp_path / "first"), "adapter": None}
+    events = list(train(configure_adapter(tmp_path, "still", **changes, optimizer=still)))
+    # A run that hardly moves ends with the adapter that it began with, in the same file.
+    (again,) = [event for event in events if isinstance(event, Evaluated)]
+    assert again.heldout_loss == pytest.approx(evaluated.heldout_loss, rel=1e-5)
+    after = load_file(tmp_path / "still" / "model" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor)
+    assert read_manifest(tmp_path / "still" / "model").parent_digest == read_manifest(base).digest
+    # One that moves, and is stopped on the way, ends as one that was not.
+    list(train(configure_adapter(tmp_path, "whole", **changes)))
+    events = train(configure_adapter(tmp_path, "stopped", **changes))
+    for event in events:
+        if isinstance(event, StepDone) and event.step == 4:
+            break
+    events.close()
+    list(train(configure_adapter(tmp_path, "stopped", **changes)))
+    whole, stopped = (
+        load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+    assert any((tensor - before[name]).abs().max() > 1e-3 for name, tensor in whole.items())
+
+
+def test_an_adapter_of_another_base_rank_or_task_is_not_gone_on_with(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    list(train(configure_adapter(tmp_path, "first")))
+    init = {"init": str(tmp_path / "first")}
+    with pytest.raises(ConfigError, match=r"is an adapter of rank=4, .* and adapter has rank=8; leave adapter out"):
+        list(train(configure_adapter(tmp_path, "second", **init, adapter=LORA | {"rank": 8})))
+    with pytest.raises(ConfigError, match="is an adapter for causal_lm, and this run trains one for masked_lm"):
+        continue_adapter(tmp_path / "first" / "model", HeadSpec("masked_lm"))
+    shutil.rmtree(tmp_path / "base")
+    make_base(tmp_path / "base", seed=1)
+    with pytest.raises(ArtifactError, match=r"was trained on the model .* give the folder of its own base"):
+        list(train(configure_adapter(tmp_path, "second", **init, adapter=None)))
+    assert not (tmp_path / "second" / "model").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the texts yield")
+def test_an_adapter_with_a_head_of_its_own_goes_on_and_is_measured(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "rows.jsonl", test_sequence_classification.draw_rows())
+    list(train(test_sequence_classification.make(tmp_path / "base", table)))
+    config = test_sequence_classification.make(tmp_path / "first", table)
+    changes = {"init": str(tmp_path / "base"), "init_settings": {}, "adapter": {"rank": 2}}
+    config = config.override({**changes, "task.labels": ["animals", "places", "other"], "evaluation_units": 0})
+    (evaluated,) = [event for event in train(config) if isinstance(event, Evaluated)]
+    report = evaluate_model(tmp_path / "first")
+    assert report.metrics["loss"] == pytest.approx(evaluated.heldout_loss, rel=1e-4)
+    assert report.metrics["accuracy"] == evaluated.metrics["accuracy"]
+    again = config.override({"folder": str(tmp_path / "second"), "init": str(tmp_path / "first"), "adapter": None})
+    events = list(train(again))
+    assert next(event for event in events if isinstance(event, InitLoaded)).new_tensors == ()
+    assert read_manifest(tmp_path / "second" / "model").architecture == "adapter"
+    with pytest.raises(ConfigError, match=r"with 3 outputs \(animals, places, other\), and this run trains one for"):
+        list(train(again.override({"folder": str(tmp_path / "third"), "task.labels": ["animals", "places"]})))

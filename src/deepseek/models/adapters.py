@@ -59,7 +59,8 @@ from deepseek.models.starting_weights import (
     refuse_no_numbers,
 )
 from deepseek.models.transformers_models.model import TransformersModel
-from deepseek.models.weight_loading import main_dtype, name_precision
+from deepseek.models.weight_loading import NUM_NAMED, main_dtype, name_precision
+from deepseek.nn.freezing import hold_norms_
 from deepseek.nn.lora import LoRAConfig, LoRALinear, add_lora_, find_adapted, merge_lora_, put_, scaling_of
 from deepseek.nn.quantized import Int8Linear
 
@@ -199,7 +200,60 @@ def open_adapter(folder: str | Path, base: str | Path | None = None, *, verify: 
     `base` is the folder of the base, where it is no longer the one that the adapter names. Raises `ArtifactError` where
     there is no base, for another base than the adapter was trained on, and for an adapter that does not fit it.
     """
+    start, names, _ = _open_on_base(Path(folder), base, verify=verify)
+    if all(isinstance(layer.base, nn.Linear) for layer in find_adapted(names.model).values()):
+        merge_lora_(names.model)
+    return replace(start, model=start.model.requires_grad_(True).eval())
+
+
+def continue_adapter(folder: str | Path, head: HeadSpec) -> tuple[StartingModel, LoRAConfig]:
+    """Open the base of the adapter in `folder` with the adapter beside its weights, to be trained further.
+
+    The config is the adapter's own. Raises what `open_adapter` raises, and `ConfigError` for an adapter whose answers
+    are not those of `head`, or that adapts layers which are several of ours.
+    """
     folder = Path(folder)
+    start, names, settings = _open_on_base(folder, None, verify=True)
+    theirs, model = start.source.head, start.model
+    if theirs.purpose != head.purpose or (head.num_outputs, head.labels) != (theirs.num_outputs, theirs.labels):
+        raise ConfigError(
+            f"{folder} is an adapter for {_describe_head(theirs)}, and this run trains one for {_describe_head(head)}; "
+            "begin with its base instead, or give data with the same classes"
+        )
+    adapted = find_adapted(model)
+    if fused := [path for path in adapted if len(names.ours(names.theirs(path))) > 1]:
+        raise ConfigError(
+            f"{folder} adapts {names.theirs(fused[0])}, which is several layers of ours side by side, so that its rank "
+            "would grow each time; make one model of both with `deepseek merge-adapter`, and train a new adapter on it"
+        )
+    config = LoRAConfig(
+        rank=int(settings["r"]),
+        alpha=float(settings["lora_alpha"]),
+        dropout=float(settings.get("lora_dropout") or 0.0),
+        targets=tuple(adapted),
+        modules_to_save=tuple(settings.get("modules_to_save") or ()),
+        rank_stabilized=bool(settings.get("use_rslora")),
+    )
+    saved = {name for name, parameter in model.named_parameters() if parameter.requires_grad and ".lora_" not in name}
+    model.requires_grad_(False)
+    for layer in adapted.values():
+        layer.dropout = config.dropout
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in saved or ".lora_" in name)
+    hold_norms_(model)
+    new = tuple(name for name in start.new_tensors if name not in saved)
+    return replace(start, model=model.train(), new_tensors=new), config
+
+
+def _describe_head(head: HeadSpec) -> str:
+    named = f" ({', '.join(head.labels[:NUM_NAMED])})" if head.labels else ""
+    return head.purpose if head.num_outputs is None else f"{head.purpose} with {head.num_outputs} outputs{named}"
+
+
+def _open_on_base(
+    folder: Path, base: str | Path | None, *, verify: bool
+) -> tuple[StartingModel, _Names, dict[str, Any]]:
+    """Open a base with its adapter beside the weights; what was trained in full is all that has gradients besides."""
     refuse_pickles(folder)
     manifest = open_artifact(folder, verify=verify).manifest if is_artifact(folder) else None
     settings = _read_settings(folder)
@@ -211,9 +265,10 @@ def open_adapter(folder: str | Path, base: str | Path | None = None, *, verify: 
             f"{folder} was trained on the model {str(manifest.parent_digest)[:_DIGITS]} and {source.name} is "
             f"{str(start.parent_digest)[:_DIGITS]}; give the folder of its own base, with --base or base="
         )
-    _put_on_(_Names.of(start), settings, tensors, folder)
-    summary = f"{folder}, an adapter on {start.summary}"
-    return replace(start, model=start.model.requires_grad_(True).eval(), summary=summary)
+    names = _Names.of(start)
+    start.model.requires_grad_(False)
+    _put_on_(names, settings, tensors, folder)
+    return replace(start, summary=f"{folder}, an adapter on {start.summary}", source=source), names, settings
 
 
 def find_tokenizer_folder(folder: str | Path) -> Path:
@@ -225,7 +280,7 @@ def find_tokenizer_folder(folder: str | Path) -> Path:
 
 
 def _put_on_(names: _Names, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Put an adapter that was read from `folder` on a model, in place, and merge it where the weights are floats."""
+    """Put an adapter that was read from `folder` on a model, in place."""
     pairs: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -242,8 +297,6 @@ def _put_on_(names: _Names, settings: Mapping[str, Any], tensors: Mapping[str, T
             )
         _put_pair_(names, theirs, pair["A"], pair["B"], settings, folder)
     _put_saved_(names, saved, folder)
-    if all(isinstance(layer.base, nn.Linear) for layer in find_adapted(names.model).values()):
-        merge_lora_(names.model)
 
 
 def _put_pair_(

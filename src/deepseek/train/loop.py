@@ -118,7 +118,7 @@ def train_in_locked_folder(config: TrainConfig, *, task: type[Task] | None = Non
     if learned.start is not None:
         yield InitLoaded(learned.start.summary, learned.start.new_tensors, learned.start.parent_digest)
     resume(run)
-    write_file(Path(config.folder) / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+    write_file(Path(config.folder) / CONFIG_FILE, yaml.safe_dump(run.config.to_dict(), sort_keys=False).encode())
     yield RunStarted(
         num_parameters=count_parameters(run.model),
         task=type(learned).__name__ if task else config.task.kind,

@@ -52,6 +52,7 @@ from deepseek.train.tasks import find_task
 
 MEAN_LOSS, PERPLEXITY = "loss", "perplexity"
 _CAUSAL_LM = "causal_lm"
+_CONTRASTIVE = "sentence_embedding"
 _ROW = 1024  # tokens of a row, where no run says it
 _MOST_TOGETHER = 8  # samples of a batch: few, since intervals may come from resampling batches
 _TEXT_TASKS = (_CAUSAL_LM, "masked_lm")  # whose batches are rows of text, one by one
@@ -202,7 +203,8 @@ def _configure(
         settings["task"] = task
     if base.data.kind != kind:
         settings["data.kind"] = kind
-    settings["data.batch_size"] = 1 if task in _TEXT_TASKS else _MOST_TOGETHER
+    if task != _CONTRASTIVE or subject.settings is None:  # whose loss depends on what is in a batch
+        settings["data.batch_size"] = 1 if task in _TEXT_TASKS else _MOST_TOGETHER
     if data is not None:
         settings |= {f"data.{name}": value for name, value in _place_data(str(kind), Path(data), folder).items()}
     elif (tokenizer := find_tokenizer_folder(folder) / TOKENIZER_NAME).is_file():

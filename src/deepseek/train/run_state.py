@@ -30,7 +30,7 @@ from deepseek.mixed_precision.dynamic import DynamicPrecision
 from deepseek.mixed_precision.forward_precision import Precision, autocast, choose_precision
 from deepseek.models.adapters import attach_
 from deepseek.nn.freezing import freeze_
-from deepseek.nn.lora import LoRAConfig
+from deepseek.nn.lora import LoRAConfig, find_adapted
 from deepseek.optim.clipping import GradientBound, build_bound
 from deepseek.optim.gradient_prediction import GradientPrediction
 from deepseek.optim.learning_rates import scale_learning_rate
@@ -136,7 +136,8 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
     data = task.open_data(folder)
     _seed(config.seed)
     model = task.build_model(data)
-    if config.adapter is not None:
+    config = replace_adapter(config, task)
+    if config.adapter is not None and not find_adapted(model):
         _attach(task, model, config.adapter)
     if config.freeze:
         freeze_(model, config.freeze)
@@ -311,6 +312,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     restore_rng(state["rng"])
     run.step = run.saved_step = checkpoint.step
     run.evaluated_step = state.get("evaluated_step", checkpoint.step)
+
+
+def replace_adapter(config: TrainConfig, task: Task) -> TrainConfig:
+    """Return `config` with the adapter that `init` brought along, if it was one."""
+    return config if config.adapter is not None else config.model_copy(update={"adapter": task.config.adapter})
 
 
 def _attach(task: Task, model: nn.Module, config: LoRAConfig) -> None:

@@ -37,11 +37,12 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from torch import Tensor, nn
 
 from deepseek.artifact.format import Manifest
+from deepseek.artifact.reading import find_model_folder, is_adapter
 from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
 from deepseek.data.config import ChatConfig, DataConfig, TableConfig
 from deepseek.data.tokenizing import Tokenizer
-from deepseek.models.adapters import save_adapter
+from deepseek.models.adapters import continue_adapter, save_adapter
 from deepseek.models.architectures import is_known
 from deepseek.models.loading import save_model, save_own_model, tokenizer_files
 from deepseek.models.starting_weights import HeadSpec, StartingModel, find_tokenizer, open_start
@@ -136,6 +137,10 @@ class Task(ABC):
             raise ConfigError(
                 f"task {config.task.kind} begins with a model, and init is not given; give a folder or a name as init"
             )
+        folder = find_model_folder(config.init)
+        if is_adapter(folder):
+            self.start = self._continue_adapter(folder, head)
+            return self.start.model
         self.start = open_start(
             config.init,
             head,
@@ -144,6 +149,24 @@ class Task(ABC):
             allow_int8=config.adapter is not None,
         )
         return self.start.model
+
+    def _continue_adapter(self, folder: Path, head: HeadSpec) -> StartingModel:
+        """Open the adapter that `init` names on its base, to go on with; what it adapts is its own setting."""
+        start, own = continue_adapter(folder, head)
+        asked = self.config.adapter
+        changed = [
+            f"{name}={getattr(asked, name)}"
+            for name in ("rank", "alpha", "rank_stabilized")
+            if asked is not None and getattr(asked, name) != getattr(own, name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"init={folder} is an adapter of rank={own.rank}, alpha={own.alpha}, "
+                f"rank_stabilized={own.rank_stabilized}, and adapter has {', '.join(changed)}; leave adapter out to go "
+                "on with it, or merge it first"
+            )
+        self.config = self.config.model_copy(update={"adapter": own})
+        return start
 
     def with_tokenizer_of_init(self, settings: T) -> T:
         """Return the settings of the data, with the tokenizer of the model that `init` names unless they name one."""
