@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-SUPPORT = {"__init__", "__main__", "measuring", "smollm2"}
+SUPPORT = {"__init__", "__main__", "measuring", "smollm2", "collective_ranks", "shaped_hosts"}
 
 
 def main() -> None:

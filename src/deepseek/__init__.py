@@ -25,6 +25,7 @@ _PUBLIC = {
     "prepare": "deepseek.train.own_loop",
     "plan": "deepseek.planning.search.planner",
     "Plan": "deepseek.distributed.plan",
+    "comm_overlap": "deepseek.distributed.overlap",
     "parallelize": "deepseek.models.parallelizing",
     "load_model": "deepseek.models.loading",
     "save_model": "deepseek.models.loading",

@@ -11,7 +11,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"DeepSeekComm": "communicator"}
+_PUBLIC = {
+    "DeepSeekComm": "communicator",
+    "average_gradients": "gradient_reduction",
+    "average_shards": "gradient_reduction",
+    "comm_overlap": "overlap",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from deepseek.core.errors import ConfigError
 
 NUM_ROUNDS = 3
+HOPELESS = 2.5  # who takes that many times the fastest in the first round is not run again
+LONG_ROUND_S = 1.0  # one more round has to do where each takes longer
 WORTH_LEAVING = 1.05  # how much faster than torch's own another has to be
 
 

@@ -35,13 +35,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from deepseek.core.errors import CollectiveMismatchError, ConfigError, PermanentError
 from deepseek.core.names import explain_unknown
-from deepseek.distributed.algorithm_choice import NUM_ROUNDS, AlgorithmTable
+from deepseek.distributed.algorithm_choice import HOPELESS, LONG_ROUND_S, NUM_ROUNDS, AlgorithmTable
 from deepseek.distributed.collective_ledger import CollectiveCall, CollectiveLedger
 from deepseek.distributed.collectives.executing import RankSteps
 from deepseek.distributed.communication_metrics import render_metrics
 from deepseek.distributed.differentiable_all_to_all import ALL_TO_ALLS, exchange_rows, swap_lengths
 from deepseek.distributed.hang_doctor import HangDoctor, first_sentence
 from deepseek.distributed.launch_environment import LaunchEnvironment, read_launch_environment
+from deepseek.distributed.overlap import note_communication, note_exposed
 from deepseek.distributed.reduction_algorithms import (
     ALL_REDUCES,
     RankGroup,
@@ -78,6 +79,11 @@ class _Session:
     waited_s: float = 0.0
     is_closed: bool = False
 
+    def note_waited(self, seconds: float) -> None:
+        """Count seconds in which the program waited for a collective."""
+        self.waited_s += seconds
+        note_exposed(seconds)
+
 
 class PendingCollective:
     """A collective that runs while the program goes on; `wait()` returns its result."""
@@ -92,7 +98,22 @@ class PendingCollective:
         try:
             return self._future.result()
         finally:
-            self._session.waited_s += time.perf_counter() - began_s
+            self._session.note_waited(time.perf_counter() - began_s)
+
+    def pass_on(self, future: torch.futures.Future[torch.Tensor], *, is_waited_for: bool) -> None:
+        """Hand the result to a future of torch; seconds from now on are exposed where nothing is left to compute."""
+        began_s = time.perf_counter()
+
+        def tell(done: Future[Any]) -> None:
+            if is_waited_for:
+                self._session.note_waited(time.perf_counter() - began_s)
+            error = done.exception()
+            if error is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(error)  # type: ignore[arg-type]
+
+        self._future.add_done_callback(tell)
 
     def is_done(self) -> bool:
         """Whether it ended."""
@@ -417,20 +438,25 @@ class DeepSeekComm:
         """Run every candidate in turns on a scratch buffer of the size, on all ranks."""
         names = [name for name in list_candidates(self.topology) if payload is None or name != "flat"]
         scratch = torch.zeros_like(tensor)
-        times_s: dict[str, list[float]] = {name: [] for name in names}
-        for round_index in range(NUM_ROUNDS + 1):
-            for name in names:
-                run = self._prepare_all_reduce(scratch, dist.ReduceOp.SUM, name, payload)
-                self.barrier()
-                began_s = time.perf_counter()
-                self._call(f"measure({name})", scratch, run, self._count_all_reduce(scratch, name, payload), False)
-                if scratch.is_cuda:
-                    torch.cuda.synchronize(scratch.device)
-                slowest_s = torch.tensor([time.perf_counter() - began_s], device=scratch.device)
-                self.all_reduce(slowest_s, dist.ReduceOp.MAX, algorithm="flat")
-                if round_index:
-                    times_s[name].append(float(slowest_s))
+        first_s = {name: self._time_slowest(scratch, name, payload) for name in names}  # connects, and warms up
+        fastest_s = min(first_s.values())
+        worthy = [name for name in names if first_s[name] <= HOPELESS * fastest_s]
+        times_s: dict[str, list[float]] = {name: [] for name in worthy}
+        for _ in range(NUM_ROUNDS if fastest_s < LONG_ROUND_S else 1):
+            for name in worthy:
+                times_s[name].append(self._time_slowest(scratch, name, payload))
         return self._session.algorithms.learn(operation, wire_bytes, "flat", times_s)
+
+    def _time_slowest(self, scratch: torch.Tensor, name: str, payload: torch.dtype | None) -> float:
+        """Seconds that one run takes the slowest rank, which all ranks agree on."""
+        run = self._prepare_all_reduce(scratch, dist.ReduceOp.SUM, name, payload)
+        self.barrier()
+        began_s = time.perf_counter()
+        self._call(f"measure({name})", scratch, run, self._count_all_reduce(scratch, name, payload), False)
+        if scratch.is_cuda:
+            torch.cuda.synchronize(scratch.device)
+        slowest_s = torch.tensor([time.perf_counter() - began_s], device=scratch.device)
+        return float(self.all_reduce(slowest_s, dist.ReduceOp.MAX, algorithm="flat"))
 
     def _choose_ring(self, algorithm: str, standard: str | None = None) -> str:
         _check_name("algorithm", algorithm, ("auto", "flat", "ring"))
@@ -499,7 +525,7 @@ class DeepSeekComm:
                 session.thread.submit(self._work, call, run, sent_bytes, self.ranks, True), session
             ).wait()
         result = self._work(call, run, sent_bytes, self.ranks, True)
-        session.waited_s += (call.ended_s or call.began_s) - call.began_s
+        session.note_waited((call.ended_s or call.began_s) - call.began_s)
         return result
 
     def _work(
@@ -513,6 +539,7 @@ class DeepSeekComm:
         doctor = self._session.doctor
         if doctor is not None and is_checked and len(ranks) > 1:
             doctor.check(call, ranks)
+        began_s = time.perf_counter()
         try:
             result = run()
         except RuntimeError as error:
@@ -520,6 +547,7 @@ class DeepSeekComm:
                 raise
             raise doctor.explain(call, ranks, error) from error
         self._session.ledger.end(call, sent_bytes)
+        note_communication(time.perf_counter() - began_s)
         return result
 
     def _exchange_with(self, tensor: torch.Tensor, source: int, target: int, run: Callable[[], object]) -> None:
@@ -539,7 +567,7 @@ class DeepSeekComm:
         )
         sent_bytes = self._count_by_link({target: tensor.nbytes}) if source == self._group.rank else {}
         self._work(call, run, sent_bytes, [self.ranks[source], self.ranks[target]], False)
-        self._session.waited_s += (call.ended_s or call.began_s) - call.began_s
+        self._session.note_waited((call.ended_s or call.began_s) - call.began_s)
 
 
 def choose_backend(name: str) -> str:
