@@ -62,15 +62,21 @@ def time_all_reduces(comm: DeepSeekComm, job: dict[str, Any]) -> list[dict[str, 
 
 
 def time_all_to_alls(comm: DeepSeekComm, job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of skewed expert traffic padded to the longest part, and as it is."""
+    """Seconds of skewed expert traffic padded to the longest part, and as it is; for two kinds of skew."""
+    return {kind: _time_all_to_all(comm, job, kind) for kind in ("own favorites", "one favorite")}
+
+
+def _time_all_to_all(comm: DeepSeekComm, job: dict[str, Any], kind: str) -> dict[str, list[float]]:
+    """Loads follow Zipf's law: with the ranks' favorite experts spread over all, or with one that all prefer."""
     size, rank, width = comm.get_world_size(), comm.get_rank(), 256
-    weights = [1.0 / (expert + 1) for expert in range(size)]  # the load of experts follows Zipf's law
-    tokens = job["tokens"]
-    sent = [round(tokens * weight / sum(weights)) for weight in weights]
-    longest = max(sent)
-    rows = torch.ones(sum(sent), width)
-    padded = torch.ones(longest * size, width)
-    received = [sent[rank]] * size
+    weights = [1.0 / (expert + 1) for expert in range(size)]
+    parts = [round(job["tokens"] * weight / sum(weights)) for weight in weights]
+    counts = [
+        [parts[(target - (source if kind == "own favorites" else 0)) % size] for target in range(size)]
+        for source in range(size)
+    ]
+    sent, received = counts[rank], [row[rank] for row in counts]
+    rows, padded = torch.ones(sum(sent), width), torch.ones(max(parts) * size, width)
     arrived = torch.empty_like(padded)
     sides: dict[str, Callable[[], object]] = {
         "padded, gloo": lambda: dist.all_to_all_single(arrived, padded),
@@ -86,7 +92,7 @@ def time_all_to_alls(comm: DeepSeekComm, job: dict[str, Any]) -> dict[str, Any]:
             seconds, _ = _measure(comm, run)
             if round_index:
                 times[name].append(seconds)
-    return {"seconds": times, "sent": sent}
+    return times
 
 
 def time_links(comm: DeepSeekComm, job: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
