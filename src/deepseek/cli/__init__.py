@@ -46,6 +46,7 @@ VERBS = {
     "quickstart": "Train, quantize and serve a small language model on this machine, in minutes.",
     "plan": "Find the fastest parallel plan for a model on a cluster, with its time and memory.",
     "train": "Train a model from a recipe or a config file.",
+    "verify": "Hold parallel plans of a run against one process: every gradient, every weight.",
     "quantize": "Make an int8 version of a model, and say what it costs.",
     "convert": "Make an artifact of a Hugging Face folder, or of an artifact in another precision.",
     "merge-adapter": "Make one model of an adapter and the model it was trained on.",

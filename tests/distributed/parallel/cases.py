@@ -8,7 +8,7 @@ from deepseek.distributed.parallel.mesh import build_mesh
 from deepseek.distributed.parallel.parity import compare_steps, record_steps
 from deepseek.distributed.plan import Plan
 from deepseek.models.decoder.model import Decoder, DecoderConfig
-from deepseek.models.parallelizing import list_model_rows, parallelize
+from deepseek.models.parallelizing import parallelize
 from deepseek.models.vit.model import ViT, ViTConfig
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
@@ -128,4 +128,3 @@ def compare_all(rank, cases):
 
 
 OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
-__all__ = ["compare", "compare_all", "list_model_rows"]

@@ -23,14 +23,14 @@ def test_a_bucket_has_one_dtype_and_frozen_parameters_are_in_none():
 
 
 def reduce_uneven(rank):
-    """Four weights: all ranks use the first, rank 1 alone the second, nobody the third; two passes add up."""
+    """All ranks use the first weight, nobody the second, rank 1 alone the last, whose bucket comes first; twice."""
     weights = [nn.Parameter(torch.tensor([float(index)])) for index in range(3)]
     reducer = GradientReducer(weights, dist.group.WORLD, bucket_bytes=4)
     for index in range(2):
         if index == 1:
             reducer.begin()
         loss = weights[0] * (rank + 1)
-        (loss + weights[1] * 10 if rank == 1 else loss).sum().backward()
+        (loss + weights[2] * 10 if rank == 1 else loss).sum().backward()
     early = weights[0].grad.item()
     reducer.finish()
     return early, [None if weight.grad is None else weight.grad.item() for weight in weights]
@@ -39,5 +39,5 @@ def reduce_uneven(rank):
 def test_gradients_are_summed_once_a_step_also_where_a_rank_has_none():
     answers = run_ranks(reduce_uneven, 2)
     # Summed after two passes: 2 * (1 + 2); 2 * 10 of rank 1 alone; none of a weight that nobody used.
-    assert [found for _, found in answers] == [[6.0, 20.0, None]] * 2
+    assert [found for _, found in answers] == [[6.0, None, 20.0]] * 2
     assert [early for early, _ in answers] == [2.0, 4.0]

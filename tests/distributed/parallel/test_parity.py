@@ -3,6 +3,7 @@
 import pytest
 
 from tests.distributed.parallel.cases import compare_all
+from tests.distributed.parallel.faults import FAULTS, find_all
 from tests.distributed.ranks import run_ranks
 
 SEQUENCES = {"tp": 2, "sequence_parallel": True}
@@ -75,3 +76,14 @@ def test_a_plan_trains_as_a_single_process_does(world_size):
 
 def test_there_are_forty_plans():
     assert len({label(case) for cases in CASES.values() for case in cases}) >= 40
+
+
+def test_every_seeded_fault_is_caught_and_named():
+    assert len(FAULTS) >= 20
+    for found in run_ranks(find_all, 2, list(FAULTS)):
+        missed = {name: first for name, first in found.items() if not is_named(FAULTS[name], first)}
+        assert missed == {}
+
+
+def is_named(fault, first):
+    return first is not None and first[0] == fault.kind and fault.name in first[1]

@@ -56,22 +56,31 @@ class GradientReducer:
         self._sent = []
 
     def finish(self) -> None:
-        """Send what is left, wait, and leave the sums in the gradients."""
-        parameters = [parameter for bucket in self._buckets for parameter in bucket]
-        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        if parameters:
-            has_gradient = has_gradient.to(as_local(parameters[0]).device)
-            dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX, group=self._group)
-        for parameter, is_there in zip(parameters, has_gradient.tolist(), strict=True):
-            if is_there and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        """Send what is left, wait, and leave the sums in the gradients.
+
+        Which gradients are there at all is asked last: before, ranks would send their buckets in different orders.
+        """
         for waiting in self._waiting:
             waiting.clear()
         self._send_ready()
+        is_there = self._find_present()
         for bucket, (work, flat) in zip(self._buckets, self._sent, strict=True):
             work.wait()
+            for parameter in bucket:
+                if parameter.grad is None and parameter in is_there:
+                    parameter.grad = torch.zeros_like(parameter)
             _spread_out(bucket, flat)
         self._is_last = False
+
+    def _find_present(self) -> set[nn.Parameter]:
+        """Return the parameters that have a gradient on some rank."""
+        parameters = [parameter for bucket in self._buckets for parameter in bucket]
+        if not parameters:
+            return set()
+        flags = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        flags = flags.to(as_local(parameters[0]).device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return {parameter for parameter, flag in zip(parameters, flags.tolist(), strict=True) if flag}
 
     def _note(self, parameter: nn.Parameter) -> None:
         if self._is_last:

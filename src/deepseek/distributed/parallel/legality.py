@@ -134,6 +134,33 @@ def _list_candidates(plan: Plan) -> Iterator[Plan]:
                 yield replace(plan, **(changed | kept | {"shard_group": shard_group}))
 
 
+def list_plans(parts: ModelParts, num_ranks: int) -> list[Plan]:
+    """List the plans for `num_ranks` ranks that can run on such a model, each with another combination of axes.
+
+    >>> [describe(plan) for plan in list_plans(ModelParts("Mine"), 2)]
+    ['dp=2', 'dp=2 zero_stage=1', 'dp=2 zero_stage=2', 'dp=2 zero_stage=3']
+    """
+    found: dict[Plan, None] = {}
+    for dp, tp in itertools.product(reversed(_divisors(num_ranks)), _divisors(num_ranks)):
+        if num_ranks % (dp * tp):
+            continue
+        pp = num_ranks // (dp * tp)
+        for zero_stage, has_sequences, ep in itertools.product((0, 1, 2, 3), (False, True), _divisors(dp)):
+            if zero_stage and dp == 1:
+                continue
+            plan = Plan(tp=tp, pp=pp, dp=dp, ep=ep, zero_stage=zero_stage, sequence_parallel=has_sequences)
+            found |= dict.fromkeys(
+                candidate for candidate in _vary_schedule(plan) if explain_illegal(candidate, parts) is None
+            )
+    return list(found)
+
+
+def _vary_schedule(plan: Plan) -> list[Plan]:
+    if plan.pp == 1:
+        return [plan]
+    return [plan, replace(plan, schedule="gpipe"), replace(plan, schedule="interleaved", virtual_stages=2)]
+
+
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 

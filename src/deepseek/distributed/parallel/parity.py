@@ -30,8 +30,9 @@ Merge = Callable[[Sequence[Any]], Any]
 
 RELATIVE_TOLERANCE = 1e-9
 """Largest difference between float64 sums in another order, as a share of a tensor's largest value."""
-LEAST_TOLERANCE = 1e-13
-"""The same, as a share of the largest value of all tensors: for gradients that are zero but for rounding."""
+LEAST_SHARE = 1e-4
+"""The same for gradients that are zero but for rounding: a share of that, of the largest value of all tensors."""
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,13 @@ def compare_steps(
     steps: Steps,
     records: Sequence[StepRecord],
     build_optimizer: BuildOptimizer,
+    *,
+    tolerance: float = RELATIVE_TOLERANCE,
 ) -> Parity:
-    """Train under the plan and compare each step with its record; every rank calls it."""
+    """Train under the plan and compare each step with its record; every rank calls it.
+
+    `tolerance` is what counts as rounding, as a share of a tensor's largest value.
+    """
     optimizer = build_optimizer(parallel.parameter_groups())
     dp, mine = parallel.plan.dp, parallel.mesh.coordinate("dp")
     found: list[Parting] = []
@@ -141,10 +147,10 @@ def compare_steps(
     for step, (batches, record) in enumerate(zip(steps, records, strict=True)):
         optimizer.zero_grad()
         totals = parallel.accumulate_gradients(learner, batches[mine::dp])
-        compared = [*_compare_numbers(step, totals.loss, parallel.gradient_norm(), record)]
-        compared += _compare_gradients(step, parallel, record)
+        compared = [*_compare_numbers(step, totals.loss, parallel.gradient_norm(), record, tolerance)]
+        compared += _compare_gradients(step, parallel, record, tolerance)
         optimizer.step()
-        compared += _compare_parameters(step, parallel, record)
+        compared += _compare_parameters(step, parallel, record, tolerance)
         num_compared += len(compared)
         shares = [parting.difference / parting.allowed for parting in compared]
         largest = max(largest, *shares)
@@ -165,7 +171,7 @@ def _join(
     dist.all_gather_object(answers, (names, found, num_compared, largest))
     held = set().union(*(answer[0] for answer in answers))
     missing = [
-        Parting(0, "parameter", name, 0, float("inf"), LEAST_TOLERANCE, 0)
+        Parting(0, "parameter", name, 0, float("inf"), RELATIVE_TOLERANCE, 0)
         for name in records[0].parameters
         if name not in held
     ]
@@ -174,38 +180,43 @@ def _join(
     return Parity(sum(answer[2] for answer in answers), max(answer[3] for answer in answers), tuple(partings))
 
 
-def _compare_numbers(step: int, loss: float, norm: float, record: StepRecord) -> Iterator[Parting]:
+def _compare_numbers(step: int, loss: float, norm: float, record: StepRecord, tolerance: float) -> Iterator[Parting]:
     for kind, value, expected in (("loss", loss, record.loss), ("norm", norm, record.norm)):
-        allowed = RELATIVE_TOLERANCE * abs(expected) + LEAST_TOLERANCE
+        allowed = tolerance * (abs(expected) + LEAST_SHARE)
         yield Parting(step, kind, "", dist.get_rank(), _as_difference(abs(value - expected)), allowed, 0)  # type: ignore[arg-type]
 
 
-def _compare_gradients(step: int, parallel: ParallelModel, record: StepRecord) -> Iterator[Parting]:
+def _compare_gradients(step: int, parallel: ParallelModel, record: StepRecord, tolerance: float) -> Iterator[Parting]:
     order = {name: place for place, name in enumerate(reversed(list(record.parameters)))}
-    least = LEAST_TOLERANCE * _largest(record.gradients)
+    least = max(_largest(record.gradients), _TINY) * LEAST_SHARE
     for name, parameter in parallel.named_parameters():
         whole = None if parameter.grad is None else parallel.gather(name, parameter.grad)
-        yield _compare(step, "gradient", name, whole, record.gradients.get(name), least, order[name])
+        yield _compare(step, "gradient", name, whole, record.gradients.get(name), least, tolerance, order[name])
 
 
-def _compare_parameters(step: int, parallel: ParallelModel, record: StepRecord) -> Iterator[Parting]:
-    least = LEAST_TOLERANCE * _largest(record.parameters)
+def _compare_parameters(step: int, parallel: ParallelModel, record: StepRecord, tolerance: float) -> Iterator[Parting]:
+    least = max(_largest(record.parameters), _TINY) * LEAST_SHARE
     for place, (name, parameter) in enumerate(parallel.named_parameters()):
         whole = parallel.gather(name, parameter)
-        yield _compare(step, "parameter", name, whole, record.parameters[name], least, place)
+        yield _compare(step, "parameter", name, whole, record.parameters[name], least, tolerance, place)
 
 
 def _compare(
-    step: int, kind: Kind, name: str, value: Tensor | None, expected: Tensor | None, least: float, order: int
+    step: int,
+    kind: Kind,
+    name: str,
+    value: Tensor | None,
+    expected: Tensor | None,
+    least: float,
+    tolerance: float,
+    order: int,
 ) -> Parting:
-    rank = dist.get_rank()
     if value is None or expected is None or value.shape != expected.shape:
         difference = 0.0 if value is None and expected is None else float("inf")
-        return Parting(step, kind, name, rank, difference, max(least, LEAST_TOLERANCE), order)
-    expected = expected.to(value.device)
-    difference = _as_difference(float((value - expected).abs().max())) if value.numel() else 0.0
-    allowed = RELATIVE_TOLERANCE * (float(expected.abs().max()) if expected.numel() else 0.0) + least
-    return Parting(step, kind, name, rank, difference, max(allowed, LEAST_TOLERANCE), order)
+        return Parting(step, kind, name, dist.get_rank(), difference, tolerance * least, order)
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    difference = float((value - expected.to(value.device)).abs().max()) if expected.numel() else 0.0
+    return Parting(step, kind, name, dist.get_rank(), _as_difference(difference), tolerance * (largest + least), order)
 
 
 def _as_difference(value: float) -> float:
