@@ -73,7 +73,7 @@ class PlanVerdict:
 
 
 @dataclass(frozen=True)
-class Subject:
+class SmallRun:
     """What is trained: a task, the small model that it begins with, and batches for the steps."""
 
     task: Task
@@ -114,7 +114,7 @@ def verify_plans(
 
 def build_subject(
     config: TrainConfig, task: type[Task] | None, plans: Sequence[Plan], num_ranks: int, num_steps: int
-) -> tuple[Subject, list[list[Any]]]:
+) -> tuple[SmallRun, list[list[Any]]]:
     """Build the small model of a run and draw its first batches: enough of each step for the largest plan."""
     if config.adapter is not None:
         raise ConfigError("plans are held against whole models and adapter is set; leave it out")
@@ -136,7 +136,7 @@ def build_subject(
     widen_inputs_(model)
     dtype = learned.loss(learned.forward(model, batches[0][0]), batches[0][0]).dtype
     tolerance = RELATIVE_TOLERANCE if dtype == torch.float64 else NARROW_TOLERANCE
-    return Subject(learned, model, tolerance), batches
+    return SmallRun(learned, model, tolerance), batches
 
 
 def shrink(config: TrainConfig, num_stages: int) -> TrainConfig:
@@ -227,7 +227,7 @@ def _one_thread() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _verify_on_rank(subject: Subject, batches: list[list[Any]], plans: Sequence[Plan]) -> list[PlanVerdict]:
+def _verify_on_rank(subject: SmallRun, batches: list[list[Any]], plans: Sequence[Plan]) -> list[PlanVerdict]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
@@ -236,7 +236,7 @@ def _verify_on_rank(subject: Subject, batches: list[list[Any]], plans: Sequence[
         dist.destroy_process_group()
 
 
-def verify_plan(subject: Subject, batches: list[list[Any]], plan: Plan) -> PlanVerdict:
+def verify_plan(subject: SmallRun, batches: list[list[Any]], plan: Plan) -> PlanVerdict:
     """Hold one plan against one process; every rank calls it."""
     verdicts = []
     for name, build_optimizer in OPTIMIZERS.items():
