@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError, DataError
-from deepseek.data.batching import Batch, BatchLoader, evaluation_batches, fill_batches, warn_of_losses
+from deepseek.data.batching import IGNORED_TARGET, Batch, BatchLoader, evaluation_batches, fill_batches, warn_of_losses
 from deepseek.data.config import ChatConfig, DataConfig
 from deepseek.data.token_cache import CacheManifest, TokenCache
 
@@ -329,6 +329,21 @@ def test_evaluation_of_chats_reads_each_learned_token_once(world_size: int) -> N
         (token, token + 1) for token in range(len(cache.tokens) - 1) if (token + 1) % 3 and token + 1 not in firsts
     )
     assert all(batch.documents_BT is not None for batch in batches)
+
+
+@pytest.mark.parametrize(
+    "config", [_config(), ChatConfig(sources=("x",), sequence_length=8, batch_size=2, too_long="split")]
+)
+def test_evaluations_say_which_document_each_target_is_from(config: DataConfig | ChatConfig) -> None:
+    cache = _learned(_cache([5, 20, 1, 9, 30]))
+    document_of = [number for number in range(5) for _ in cache.document(number)]
+    batches = evaluation_batches(cache, config)
+    assert len(batches) == len(list(batches)) > 2  # counted, and read again from the beginning
+    for batch in batches:
+        assert batch.sources_BT is not None
+        is_target = batch.targets_BT != IGNORED_TARGET
+        expected = [document_of[target] for target in batch.targets_BT[is_target].tolist()]  # a token is its own place
+        assert batch.sources_BT[is_target].tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,17 @@ def test_evaluation_is_every_sample_once_as_it_is_over_all_ranks() -> None:
         list(evaluation_batches(Numbers(broken=(4,)), 2, list))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_load_an_evaluation_as_one_process_does(num_workers: int) -> None:
+    batches = evaluation_batches(Numbers(), 2, list, num_workers=num_workers)
+    assert len(batches) == 6
+    for _ in range(2):
+        assert [index for batch in batches for index, _ in batch] == list(range(11))
+    with pytest.raises(BrokenSampleError, match="number 4"):
+        list(evaluation_batches(Numbers(broken=(4,)), 2, list, num_workers=num_workers))
+    assert next(iter(batches)) == [(0, 0.0), (1, 0.0)]
+
+
 def test_what_does_not_fit_is_one_sentence() -> None:
     with pytest.raises(DataError, match="there are 2 samples and a batch takes 3; lower batch_size or add samples"):
         loader(source=Numbers(2))
