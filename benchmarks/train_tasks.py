@@ -51,7 +51,7 @@ from tests.models.smollm2 import write_huggingface_folder
 RANK, ALPHA, TARGETS = 8, 16.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-5}
 GRAD_CLIP, HELDOUT_ROWS = 1.0, 8
-OTHER_SECTIONS = ("detection",)
+OTHER_SECTIONS = ("images", "masked_lm", "detection", "resume")
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,6 +157,12 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         loader().load_state_dict({})
 
 
+def test_workers_draw_nothing_from_the_generator_that_dropout_draws_from() -> None:
+    before = torch.get_rng_state()
+    loader(num_workers=1).next_batch()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_torch_tensors_come_back_from_workers() -> None:
     numbers = loader(num_workers=1, collate=torch.tensor)
     assert numbers.next_batch().shape == (3, 2)

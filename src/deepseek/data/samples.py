@@ -29,6 +29,7 @@ from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -317,6 +318,8 @@ def _load_in_workers(dataset: Dataset[_Loaded[B]], plan: Iterable[Any], num_work
         num_workers=num_workers,
         worker_init_fn=_leave_signals,
         prefetch_factor=2,
+        # Else torch draws a seed for the workers from the generator of dropout, once more in a run that is resumed.
+        generator=torch.Generator(),
     )
     before = set(multiprocessing.active_children())
     with _quiet_child_signals():

@@ -32,6 +32,7 @@ from deepseek.data.labelled_images import ImageBatch, collate_images, open_image
 from deepseek.data.samples import SampleLoader, choose_num_workers, evaluation_batches
 from deepseek.models import zoo
 from deepseek.models.starting_weights import HeadSpec
+from deepseek.nn.small_convolutions import speed_up_convolutions_
 from deepseek.train.scores import score_share
 from deepseek.train.task import Measurements, Task, TaskData, UnitLosses
 from deepseek.train.task_settings import ImageClassificationSettings
@@ -101,6 +102,7 @@ class ImageClassification(Task):
         if getattr(getattr(model, "config", None), "in_channels", 3) != 3:
             raise ConfigError("images have 3 channels and the model of init takes another number; leave in_channels 3")
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs do not know it
+        speed_up_convolutions_(model)
         return model
 
     def inputs(self, batch: ImageBatch) -> tuple[Tensor, ...]:
