@@ -11,8 +11,8 @@ not made for them. Measured on one core of an EPYC (Zen 3), batch 32, forward an
   one weighted sum for each tap.
 - A 1x1 convolution of a few positions is a matmul, since an image with its channels last is a matrix: 26 ms become 9 in
   the eighteen of a MobileNetV3-small that squeeze and excite.
-- A 1x1 convolution of stride 2 is a matmul, too: with channels last, torch 2.13 writes past the end of some memory for 4
-  channels on one thread (`tests/train/tasks/test_image_classification.py` died of it).
+- A 1x1 convolution of stride 2 is a matmul, too: with channels last, torch 2.13 writes past the end of some memory for
+  4 channels on one thread, which ended the process.
 
 Elsewhere (larger images, inference, a GPU, autocast, compiled code) the layers are torch's own. Called by the task
 `image_classification`. Results differ from torch's by rounding, as sums in another order do.
