@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 MOST_POSITIONS = 16
 """Positions of an image up to which a 1x1 convolution is computed as a matmul."""
@@ -66,7 +67,7 @@ class DepthwiseConv2d(nn.Conv2d):
         """(B, C, H, W) to (B, C, H', W')."""
         if not trains_on_cpu(self, input) or self.kernel_size[0] <= max(input.shape[2:]):
             return super().forward(input)
-        output: Tensor = _Depthwise.apply(input, self.weight, self.stride[0], int(self.padding[0]))
+        output: Tensor = _Depthwise.apply(input, self.weight, self.stride[0], int(self.padding[0]))  # type: ignore[no-untyped-call]
         return output if self.bias is None else output + self.bias[:, None, None]
 
 
@@ -74,19 +75,19 @@ class _Depthwise(torch.autograd.Function):
     """A depthwise convolution with a backward pass of its own for the weights."""
 
     @staticmethod
-    def forward(context: Any, image_BCHW: Tensor, weight_C1KK: Tensor, stride: int, padding: int) -> Tensor:  # type: ignore[override]
+    def forward(context: Any, image_BCHW: Tensor, weight_C1KK: Tensor, stride: int, padding: int) -> Tensor:
         context.save_for_backward(image_BCHW, weight_C1KK)
         context.stride, context.padding = stride, padding
         return F.conv2d(image_BCHW, weight_C1KK, None, stride, padding, groups=len(weight_C1KK))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(context: Any, gradient_BCHW: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(context: Any, gradient_BCHW: Tensor) -> tuple[Tensor | None, ...]:
         image_BCHW, weight_C1KK = context.saved_tensors
         stride, padding = context.stride, context.padding
         to_image = to_weight = None
         if context.needs_input_grad[0]:
-            to_image = torch.nn.grad.conv2d_input(
+            to_image = conv2d_input(
                 image_BCHW.shape, weight_C1KK, gradient_BCHW, stride, padding, groups=len(weight_C1KK)
             )
         if context.needs_input_grad[1]:
