@@ -41,6 +41,50 @@ def test_outputs_and_gradients_are_those_of_the_formula(bias: bool) -> None:
     assert base.weight.grad is None
 
 
+def written_out(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
+    return layer.base(x) + layer.scaling * (x @ layer.lora_A.T) @ layer.lora_B.T
+
+
+def make_adapted() -> tuple[LoRALinear, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(16, 12), rank=4, scaling=0.5)
+    layer.lora_B.data.normal_()
+    return layer, torch.randn(2, 5, 16, requires_grad=True)
+
+
+def test_under_autocast_outputs_and_gradients_are_those_of_the_written_out_form() -> None:
+    layer, x = make_adapted()
+    results = []
+    for run in (layer, lambda x: written_out(layer, x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, layer.lora_A, layer.lora_B))))
+    assert results[0][0].dtype == torch.bfloat16
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_what_watches_or_trains_the_layer_below_is_served() -> None:
+    layer, x = make_adapted()
+    seen = []
+    handle = layer.base.register_forward_hook(lambda *arguments: seen.append(arguments[2].shape))
+    layer(x)
+    handle.remove()
+    assert seen == [(2, 5, 12)]
+    layer.base.requires_grad_(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.base.weight.grad, x.detach().sum((0, 1)).expand(12, 16))
+
+
+def test_a_compiled_layer_gives_the_same_gradients() -> None:
+    layer, x = make_adapted()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for tensor in (x, layer.lora_A, layer.lora_B):
+        ours, theirs = (torch.autograd.grad(run(x).square().sum(), tensor)[0] for run in (compiled, layer))
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_dropout_is_before_the_correction_and_only_in_training() -> None:
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(8, 4), rank=2, scaling=2.0, dropout=0.5)

@@ -80,6 +80,15 @@ def set_compute_(module: nn.Module, compute: Compute) -> None:
         module.__dict__[_TALLY] = Tally()
 
 
+def has_compute(module: nn.Module) -> bool:
+    """Return whether the module's forward runs under a setting of its own.
+
+    >>> has_compute(nn.Identity())
+    False
+    """
+    return _SETTING in vars(module)
+
+
 def clear_compute_(module: nn.Module) -> None:
     """Put back the forward that the module had."""
     if module.__dict__.pop(_SETTING, None) is None:

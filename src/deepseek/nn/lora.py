@@ -6,6 +6,10 @@ B starts at zero, so that a model with fresh adapters answers as before. W gets 
 optimizer states are those of A and B alone. `add_lora_` wraps the layers, `merge_lora_` adds B A to the weights and
 takes the wrappers off.
 
+What an adapter costs beside its layer is skinny matmuls, whose speed depends on which side is thin: on a Zen 3, 512
+rows of 1,536 gradients times B take 1.4 ms, and B^T times their transpose 0.4. So float layers and their corrections
+are one autograd function, in which the rank comes first and sums are taken in place; the bases are as they were.
+
 Source: Hu et al. 2021, "LoRA", section 4; Kalajdzievski 2023 for `rank_stabilized` (alpha / sqrt(rank)).
 """
 
@@ -14,15 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from deepseek.core.config import Config
 from deepseek.core.errors import ConfigError
 from deepseek.nn.freezing import explain_no_match, hold_norms_
+from deepseek.nn.plain_linear import is_plain_linear, matmul_dtype
 from deepseek.nn.quantized import Int8Linear
 
 ALL_LINEAR = "all-linear"
@@ -82,15 +89,68 @@ class LoRALinear(nn.Module):
         return self.lora_A.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_one_function:
+            return _run_adapted(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling)
         y: Tensor = self.base(x)
         inner = F.linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, self.lora_A)
         # One kernel multiplies by B and adds, instead of three that pass over the outputs.
         added = torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.lora_B.t().to(y.dtype), alpha=self.scaling)
         return added.view(y.shape)
 
+    @property
+    def _is_one_function(self) -> bool:
+        """Whether base and correction are computed by `_AdaptedLinear`; compilers read the written-out form."""
+        if torch.compiler.is_compiling() or (self.dropout and self.training):
+            return False
+        return is_plain_linear(self.base) and not any(tensor.requires_grad for tensor in self.base.parameters())
+
     def correction(self) -> Tensor:
         """Return scaling * B A, (outputs, inputs)."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+
+def _run_adapted(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
+) -> Tensor:
+    """Run `_AdaptedLinear` in the precision of a linear layer here."""
+    dtype = matmul_dtype(x)
+    if dtype != x.dtype:
+        x, weight_OI = x.to(dtype), weight_OI.to(dtype)
+        bias_O = None if bias_O is None else bias_O.to(dtype)
+    y: Tensor = _AdaptedLinear.apply(x, weight_OI, bias_O, a_RI.to(dtype), b_OR.to(dtype), scaling)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x W^T + bias + scaling (x A^T) B^T with a frozen W; M rows, I inputs, O outputs, R rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
+    ) -> Tensor:
+        x_MI = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            y_MO = F.linear(x_MI, weight_OI, bias_O)
+            inner_RM = a_RI @ x_MI.t()
+            y_MO.addmm_(inner_RM.t(), b_OR.t(), alpha=scaling)
+        ctx.save_for_backward(x_MI, weight_OI, a_RI, b_OR, inner_RM)
+        ctx.scaling = scaling
+        return y_MO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x_MI, weight_OI, a_RI, b_OR, inner_RM = ctx.saved_tensors
+        gradient_MO = gradient.reshape(-1, gradient.shape[-1])
+        inner_gradient_RM = (ctx.scaling * b_OR.t()).contiguous() @ gradient_MO.t()
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient_MI = gradient_MO @ weight_OI
+            x_gradient_MI.addmm_(inner_gradient_RM.t(), a_RI)
+            x_gradient = x_gradient_MI.view(*gradient.shape[:-1], -1)
+        a_gradient_RI = inner_gradient_RM @ x_MI
+        b_gradient_OR = (ctx.scaling * (inner_RM @ gradient_MO)).t()
+        return x_gradient, None, None, a_gradient_RI, b_gradient_OR, None
 
 
 def add_lora_(

@@ -88,7 +88,12 @@ def accumulate_gradients(task: Task, model: nn.Module, batch: Any, num_units: in
 
 def summed_loss(task: Task, model: nn.Module, batch: Any, *, precision: Precision) -> Tensor:
     """() sum of the loss over the units of `batch`."""
-    batch = move(batch, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    batch = move(batch, device)
+    with autocast(precision, device):
+        loss = task.loss_without_outputs(model, batch)
+    if loss is not None:
+        return loss
     return task.loss(run_forward(task, model, batch, precision=precision), batch)
 
 

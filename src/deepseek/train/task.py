@@ -190,6 +190,13 @@ class Task(ABC):
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """Return the () sum of the loss over the units of `batch`, from what `forward` returned."""
 
+    def loss_without_outputs(self, model: nn.Module, batch: Any) -> Tensor | None:
+        """Return the () sum of the loss where the task computes it without outputs, which a training step needs not.
+
+        `None`, as here, means `forward` and then `loss`. Runs in the precision of the run, as `forward` does.
+        """
+        return None
+
     @abstractmethod
     def count_units(self, batch: Any) -> int:
         """Count the units of `batch`, which its loss is weighted with."""

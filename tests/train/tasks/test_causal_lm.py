@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,11 +18,14 @@ from deepseek.artifact.reading import read_manifest
 from deepseek.core.errors import ConfigError
 from deepseek.data.batching import IGNORED_TARGET, Batch
 from deepseek.data.tokenizing import load_tokenizer, save_tokenizer
+from deepseek.mixed_precision.layer_precision import Compute, set_compute_
 from deepseek.models.decoder.model import Decoder, DecoderConfig
-from deepseek.models.loading import load_model
+from deepseek.models.loading import load_model, make_int8_
+from deepseek.nn.lora import LoRALinear
 from deepseek.train.config import TrainConfig
 from deepseek.train.events import InitLoaded, StepDone
 from deepseek.train.loop import train
+from deepseek.train.steps import summed_loss
 from deepseek.train.tasks.causal_lm import CausalLM
 from tests.data.chat_examples import CHATML, CHATS, make_tokenizer, without_marks
 
@@ -39,6 +43,60 @@ def test_the_loss_is_torchs_over_the_targets_that_count() -> None:
     expected = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(task.loss(outputs, batch), expected)
     assert task.count_units(batch) == 20
+
+
+def make_batch() -> Batch:
+    torch.manual_seed(0)
+    targets = torch.randint(0, 32, (3, 8))
+    targets[1, 4:] = IGNORED_TARGET
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]).expand(3, 8)
+    return Batch(torch.randint(0, 32, (3, 8)), targets, 20, documents_BT=documents)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"logits_softcap": 2.0}])
+def test_a_step_without_logits_has_the_loss_and_the_gradients_of_them(changes: dict[str, Any]) -> None:
+    batch, task = make_batch(), CausalLM(TrainConfig())
+    model = Decoder(DecoderConfig.from_dict(SHAPE | changes)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    loss, expected = task.loss_without_outputs(model, batch), task.loss(task.forward(model, batch), batch)
+    assert loss is not None
+    torch.testing.assert_close(loss, expected)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Halved(CausalLM):
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return super().loss(outputs, batch) / 2
+
+
+def test_a_step_has_logits_where_anything_else_sees_or_changes_them() -> None:
+    batch, task = make_batch(), CausalLM(TrainConfig())
+    seen: list[int] = []
+
+    def adapt_(model: Decoder) -> None:
+        model.head = LoRALinear(model.head, 2, 1.0)  # type: ignore[assignment]
+
+    for change in (
+        adapt_,
+        make_int8_,
+        lambda model: model.head.register_forward_hook(lambda *_: seen.append(1)),
+        lambda model: model.register_forward_hook(lambda *_: seen.append(1)),
+        lambda model: set_compute_(model.head, Compute("cpu", torch.bfloat16, is_layer=True)),
+        lambda model: set_compute_(model, Compute("cpu", torch.bfloat16, is_root=True)),
+    ):
+        model = Decoder(DecoderConfig.from_dict(SHAPE | {"tie_embeddings": False}))
+        change(model)
+        assert task.loss_without_outputs(model, batch) is None
+        summed_loss(task, model, batch, precision="fp32")
+    assert len(seen) == 2
+    model = Decoder(DecoderConfig.from_dict(SHAPE))
+    half = summed_loss(Halved(TrainConfig()), model, batch, precision="fp32")
+    torch.testing.assert_close(half, summed_loss(task, model, batch, precision="fp32") / 2)
 
 
 def test_evaluation_sees_the_mask_wholly_in_force() -> None:

@@ -252,8 +252,11 @@ class Decoder(nn.Module):
         lengths_B1: Tensor | None = None,
         last_only: bool = False,
         documents_BT: Tensor | None = None,
+        without_head: bool = False,
     ) -> Tensor:
         """Return logits (B, T, V), or (B, 1, V) of the last token with `last_only`.
+
+        With `without_head` these are the (B, T, D) inputs of the head, for a loss that never holds all logits.
 
         With a `cache`, the tokens at `positions_BT` are added to it and see what it holds, for one slot per row.
         `lengths_B1` are those of the whole texts, for rotary angles that depend on them, where these tokens are not
@@ -302,7 +305,10 @@ class Decoder(nn.Module):
             x_BTD = layer(x_BTD, table, visibility, cache.layers[index] if cache else None)
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        logits_BTV: Tensor = self.head(self.norm(x_BTD))
+        hidden_BTD: Tensor = self.norm(x_BTD)
+        if without_head:
+            return hidden_BTD
+        logits_BTV: Tensor = self.head(hidden_BTD)
         if self.config.logits_softcap is not None:
             logits_BTV = self.config.logits_softcap * (logits_BTV / self.config.logits_softcap).tanh()
         return logits_BTV

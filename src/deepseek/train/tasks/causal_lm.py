@@ -23,10 +23,12 @@ from deepseek.data.chat_corpus import load_chats, prepare_chats
 from deepseek.data.config import ChatConfig, DataConfig
 from deepseek.data.corpus import load_data, prepare_data
 from deepseek.data.tokenizing import Tokenizer
+from deepseek.mixed_precision.layer_precision import has_compute
 from deepseek.models.decoder.keymap import FAMILIES
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.starting_weights import CAUSAL_LM
-from deepseek.nn.losses import sum_cross_entropy
+from deepseek.nn.losses import sum_cross_entropy, sum_linear_cross_entropy
+from deepseek.nn.plain_linear import has_hooks, is_plain_linear
 from deepseek.train.task import Task, TaskData, UnitLosses
 
 
@@ -112,13 +114,36 @@ class CausalLM(Task):
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return (B, T, V) logits, in which documents of one row know nothing of each other."""
-        documents = {} if batch.documents_BT is None else {"documents_BT": batch.documents_BT}
-        logits_BTV: Tensor = model(*self.inputs(batch), **documents)
+        logits_BTV: Tensor = model(*self.inputs(batch), **_documents(batch))
         return logits_BTV
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """() sum of the cross-entropy over the targets, in nats."""
         return sum_cross_entropy(outputs, batch.targets_BT, ignored_target=IGNORED_TARGET)
+
+    def loss_without_outputs(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """Return the loss of the head's inputs, whose logits are never held all at once.
+
+        `None` where something else wants them: a head that is not plain, hooks, a class of one's own.
+        """
+        if not isinstance(model, Decoder) or not self._has_own_loss:
+            return None
+        is_usual = type(model).forward is Decoder.forward and not has_hooks(model) and not has_compute(model)
+        if not is_usual or not is_plain_linear(model.head):
+            return None
+        hidden_BTD: Tensor = model(*self.inputs(batch), **_documents(batch), without_head=True)
+        return sum_linear_cross_entropy(
+            hidden_BTD,
+            model.head.weight,
+            batch.targets_BT,
+            ignored_target=IGNORED_TARGET,
+            softcap=model.config.logits_softcap,
+        )
+
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether no class derived from this one computes outputs or loss in another way."""
+        return all(getattr(type(self), name) is getattr(CausalLM, name) for name in ("inputs", "forward", "loss"))
 
     def class_logits(self, outputs: Tensor, batch: Batch) -> Tensor:
         """(N, V) logits for the targets that count."""
@@ -135,3 +160,7 @@ class CausalLM(Task):
     def count_units(self, batch: Batch) -> int:
         """Targets that count."""
         return batch.num_target_tokens
+
+
+def _documents(batch: Batch) -> dict[str, Tensor]:
+    return {} if batch.documents_BT is None else {"documents_BT": batch.documents_BT}
