@@ -7,7 +7,8 @@ The second never holds the logits of all tokens. It takes some rows at a time: t
 what the loss adds to the gradients of `hidden` and `weight`, so that the backward pass has only to scale these. Tokens
 without a target do not go through the head. The usual way holds the logits of N tokens, their softmax and the gradients
 of both, N x V each; this one those of some rows. The matmuls are the same; what is saved is memory that is written,
-read and, where it is new, mapped. Time of the processor for head, loss and backward, one Zen 3 core, FP32, and peak memory:
+read and, where it is new, mapped. Processor time of head, loss and backward, one
+Zen 3 core, FP32, and peak memory:
 
     2,048 tokens, D 384, V 4,096                      506 -> 395 ms      99 -> 46 MiB
     512 tokens, D 576, V 49,152, the head frozen     1644 -> 1395 ms     189 MiB less

@@ -81,8 +81,12 @@ def test_a_step_has_logits_where_anything_else_sees_or_changes_them() -> None:
     def adapt_(model: Decoder) -> None:
         model.head = LoRALinear(model.head, 2, 1.0)  # type: ignore[assignment]
 
+    def add_bias_(model: Decoder) -> None:
+        model.head = torch.nn.Linear(16, 32)
+
     for change in (
         adapt_,
+        add_bias_,
         make_int8_,
         lambda model: model.head.register_forward_hook(lambda *_: seen.append(1)),
         lambda model: model.register_forward_hook(lambda *_: seen.append(1)),

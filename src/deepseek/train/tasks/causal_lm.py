@@ -129,7 +129,7 @@ class CausalLM(Task):
         if not isinstance(model, Decoder) or not self._has_own_loss:
             return None
         is_usual = type(model).forward is Decoder.forward and not has_hooks(model) and not has_compute(model)
-        if not is_usual or not is_plain_linear(model.head):
+        if not is_usual or not is_plain_linear(model.head) or model.head.bias is not None:
             return None
         hidden_BTD: Tensor = model(*self.inputs(batch), **_documents(batch), without_head=True)
         return sum_linear_cross_entropy(
