@@ -129,7 +129,8 @@ class CausalLM(Task):
         if not isinstance(model, Decoder) or not self._has_own_loss:
             return None
         is_usual = type(model).forward is Decoder.forward and not has_hooks(model) and not has_compute(model)
-        if not is_usual or not is_plain_linear(model.head) or model.head.bias is not None:
+        has_bias = any(name == "bias" for name, _ in model.head.named_parameters())
+        if not is_usual or not is_plain_linear(model.head) or has_bias:
             return None
         hidden_BTD: Tensor = model(*self.inputs(batch), **_documents(batch), without_head=True)
         return sum_linear_cross_entropy(
