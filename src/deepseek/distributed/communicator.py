@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -261,12 +262,14 @@ class DeepSeekComm:
             raise ConfigError(
                 f"algorithm='flat' knows no payload={payload}; use 'ring', 'hierarchical', 'tree' or 'auto'"
             )
-        if op == dist.ReduceOp.AVG and not tensor.dtype.is_floating_point:
+        operator = _name_reduction(op)
+        if operator == "AVG" and not tensor.dtype.is_floating_point:
             raise ConfigError(f"an average of {tensor.dtype} is no {tensor.dtype}; reduce with SUM and divide")
         chosen = self._choose(tensor, algorithm, payload)
         reduce_ = self._prepare_all_reduce(tensor, op, chosen, payload)
-        detail = f"all_reduce({str(op).rpartition('.')[2]})"
-        return self._call(detail, tensor, reduce_, self._count_all_reduce(tensor, chosen, payload), async_op)
+        return self._call(
+            f"all_reduce({operator})", tensor, reduce_, self._count_all_reduce(tensor, chosen, payload), async_op
+        )
 
     def reduce_scatter(
         self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, *, algorithm: str = "auto", async_op: bool = False
@@ -514,9 +517,7 @@ class DeepSeekComm:
         session = self._session
         if session.is_closed:
             raise PermanentError(f"{operation} came after the communicator was closed; make a new one with init")
-        call = session.ledger.begin(
-            self.name, operation, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes
-        )
+        call = session.ledger.begin(self.name, operation, tuple(tensor.shape), _name_dtype(tensor.dtype), tensor.nbytes)
         if async_op:
             session.last_submitted = session.thread.submit(self._work, call, run, sent_bytes, self.ranks, True)
             return PendingCollective(session.last_submitted, session)
@@ -562,7 +563,7 @@ class DeepSeekComm:
             f"{self.name} {source}->{target}",
             "message",
             tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
+            _name_dtype(tensor.dtype),
             tensor.nbytes,
         )
         sent_bytes = self._count_by_link({target: tensor.nbytes}) if source == self._group.rank else {}
@@ -683,6 +684,16 @@ def _build_mesh(mesh: Mesh | None, world_size: int, backend: str) -> DeviceMesh 
         )
     kind = "cuda" if backend == "nccl" else "cpu"
     return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+@cache
+def _name_reduction(op: Any) -> str:
+    return str(op).rpartition(".")[2]
+
+
+@cache
+def _name_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_name(noun: str, name: str, known: Sequence[str]) -> None:
