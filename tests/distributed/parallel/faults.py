@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import RowwiseParallel
 
+from deepseek.distributed.differentiable_all_to_all import _RowExchange
 from deepseek.distributed.parallel import data_parallel, experts, parallel_model, tensor_parallel
 from deepseek.distributed.parallel.data_parallel import GradientReducer
-from deepseek.distributed.parallel.experts import _Exchange
 from deepseek.distributed.parallel.parallel_model import ParallelModel
 from deepseek.distributed.parallel.pipeline import Pipeline, PipelineStage
 from deepseek.distributed.plan import Plan
@@ -121,13 +121,13 @@ def count_a_loss_twice(original, self, loss):
     return original(self, 2 * loss)
 
 
-def scramble_answers(original, run, group, groups):
-    answers = original(run, group, groups)
+def scramble_answers(original, run, group, travel, groups):
+    answers = original(run, group, travel, groups)
     return [answer.flip(0) for answer in answers]
 
 
 def lose_gradients(ctx, gradient):
-    return gradient.new_zeros((sum(ctx.sent), *gradient.shape[1:])), None, None, None
+    return gradient.new_zeros((sum(ctx.exchange[0]), *gradient.shape[1:])), None, None, None, None
 
 
 def own_units_only(self, learner, micro_batches):
@@ -251,7 +251,11 @@ FAULTS = {
         "moe", {"dp": 2, "ep": 2}, wrap(experts, "_run_over_ranks", scramble_answers), "loss"
     ),
     "gradients do not travel back to the tokens": Fault(
-        "moe", {"dp": 2, "ep": 2}, replace(_Exchange, "backward", staticmethod(lose_gradients)), "gradient", "experts"
+        "moe",
+        {"dp": 2, "ep": 2},
+        replace(_RowExchange, "backward", staticmethod(lose_gradients)),
+        "gradient",
+        "experts",
     ),
     "loads are counted on each rank alone": Fault(
         "moe", {"dp": 2}, replace(parallel_model, "balance_over_ranks_", nothing), "loss"

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed.parallel.experts import exchange, measure_balance, spread_experts_
+from deepseek.distributed.parallel.experts import measure_balance, spread_experts_
 from deepseek.distributed.parallel.mesh import build_mesh
 from deepseek.distributed.plan import Plan
 from deepseek.models.parallelizing import parallelize
@@ -13,20 +15,25 @@ from tests.distributed.parallel.cases import TokenTask, build_batches, build_mod
 from tests.distributed.ranks import run_ranks
 
 
-def exchange_rows(rank):
-    """Rank 0 sends 1 row to itself and 2 to rank 1, which sends none to rank 0 and 3 to itself."""
-    sent, received = ([1, 2], [1, 0]) if rank == 0 else ([0, 3], [2, 3])
-    x = (torch.arange(3.0)[:, None] + 10 * rank).requires_grad_()
-    y = exchange(x, received, sent, dist.group.WORLD)
-    (y * (rank + 1)).sum().backward()
-    nothing = exchange(torch.zeros(0, 2), [0, 0], [0, 0], dist.group.WORLD)
-    return y.flatten().tolist(), x.grad.flatten().tolist(), tuple(nothing.shape)
+def answer(rank, algorithm):
+    """What each rank's own tokens are answered, and the gradients of its experts, with rank 1 sending all it can."""
+    torch.manual_seed(0)
+    router = MoERouter(SwiGLUExperts(4, 6, 5), hidden_size=6).double()
+    alone = copy.deepcopy(router)
+    tokens = [torch.randn(3, 6, dtype=torch.float64), torch.randn(1, 6, dtype=torch.float64).repeat(5, 1)]
+    spread_experts_(router, dist.group.WORLD, algorithm=algorithm)
+    y_ND = router(tokens[rank])
+    (y_ND.square().sum()).backward()
+    alone(torch.cat(tokens)).square().sum().backward()
+    own = slice(2 * rank, 2 * rank + 2)
+    torch.testing.assert_close(y_ND, alone(tokens[rank]))
+    torch.testing.assert_close(router.experts.up_proj.grad, alone.experts.up_proj.grad[own])
+    return len(y_ND)
 
 
-def test_rows_travel_in_uneven_parts_and_gradients_travel_back():
-    answers = run_ranks(exchange_rows, 2)
-    assert answers[0] == ([0.0], [1.0, 2.0, 2.0], (0, 2))
-    assert answers[1] == ([1.0, 2.0, 10.0, 11.0, 12.0], [2.0, 2.0, 2.0], (0, 2))
+@pytest.mark.parametrize("algorithm", ["native", "ring"])
+def test_tokens_in_uneven_parts_are_answered_by_experts_of_other_ranks(algorithm):
+    assert run_ranks(answer, 2, algorithm) == [3, 5]
 
 
 def refuse(rank):

@@ -23,8 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseek.core.errors import ConfigError
+from deepseek.distributed.differentiable_all_to_all import exchange_rows
+from deepseek.distributed.reduction_algorithms import RankGroup
+from deepseek.distributed.topology import RankTopology
 
 Groups = Sequence[Tensor]
+Travel = Callable[[Tensor, list[int], list[int]], Tensor]
+"""Rows, how many go to each rank, and how many come from each -> the rows that came; gradients travel back."""
 
 
 class Router(Protocol):
@@ -35,9 +40,10 @@ class Router(Protocol):
     _balance: Callable[[Tensor], None]
 
 
-def spread_experts_(router: nn.Module, group: dist.ProcessGroup) -> list[nn.Parameter]:
+def spread_experts_(router: nn.Module, group: dist.ProcessGroup, *, algorithm: str = "native") -> list[nn.Parameter]:
     """Keep this rank's experts of `router` and let tokens travel over `group`; return the weights that are kept.
 
+    `algorithm` is how they travel, one of `ALL_TO_ALLS`: `native`, `ring` or `pairwise`.
     Raises `ConfigError` for experts that are not stacked in one tensor per projection, and for a number of them that
     the ranks do not divide.
     """
@@ -58,8 +64,12 @@ def spread_experts_(router: nn.Module, group: dist.ProcessGroup) -> list[nn.Para
     for name, weight in stacked.items():
         mine = weight.detach().chunk(num_ranks)[rank].clone()
         experts.register_parameter(name, nn.Parameter(mine, requires_grad=weight.requires_grad))
-    experts.run = partial(_run_over_ranks, experts.run, group)
-    experts.forward = partial(_forward_over_ranks, experts.forward, group)
+    # Who shares a host matters to the hierarchical algorithm alone, which is not offered here.
+    travel = partial(
+        exchange_rows, group=RankGroup(group, rank, RankTopology.of(["?"] * num_ranks)), algorithm=algorithm
+    )
+    experts.run = partial(_run_over_ranks, experts.run, group, travel)
+    experts.forward = partial(_forward_over_ranks, experts.forward, num_ranks, travel)
     return list(experts.parameters())
 
 
@@ -85,7 +95,9 @@ def balance_over_ranks_(router: nn.Module, groups: Sequence[dist.ProcessGroup]) 
     typed._balance = balance_over_ranks
 
 
-def _run_over_ranks(run: Callable[[Groups], list[Tensor]], group: dist.ProcessGroup, groups: Groups) -> list[Tensor]:
+def _run_over_ranks(
+    run: Callable[[Groups], list[Tensor]], group: dist.ProcessGroup, travel: Travel, groups: Groups
+) -> list[Tensor]:
     """Answer groups of any length, (n, D) each, one for every expert of all ranks."""
     num_ranks = dist.get_world_size(group)
     num_mine = len(groups) // num_ranks
@@ -93,44 +105,22 @@ def _run_over_ranks(run: Callable[[Groups], list[Tensor]], group: dist.ProcessGr
     received_RE = torch.empty_like(sent_RE)
     dist.all_to_all_single(received_RE, sent_RE, group=group)
     sent, received = sent_RE.sum(1).tolist(), received_RE.sum(1).tolist()
-    x_ND = exchange(torch.cat(list(groups)), received, sent, group)
+    x_ND = travel(torch.cat(list(groups)), sent, received)
     pieces = x_ND.split(received_RE.flatten().tolist())
     answers = run([torch.cat(pieces[expert::num_mine]) for expert in range(num_mine)])
     back = [answer.to(x_ND.dtype).split(received_RE[:, expert].tolist()) for expert, answer in enumerate(answers)]
     y_ND = torch.cat([back[expert][rank] for rank in range(num_ranks) for expert in range(num_mine)])
-    return list(exchange(y_ND, sent, received, group).split(sent_RE.flatten().tolist()))
+    return list(travel(y_ND, received, sent).split(sent_RE.flatten().tolist()))
 
 
-def _forward_over_ranks(forward: Callable[[Tensor], Tensor], group: dist.ProcessGroup, x_ECD: Tensor) -> Tensor:
+def _forward_over_ranks(forward: Callable[[Tensor], Tensor], num_ranks: int, travel: Travel, x_ECD: Tensor) -> Tensor:
     """Answer groups of equal length, (E, C, D) for the experts of all ranks."""
-    num_ranks = dist.get_world_size(group)
     num_experts, capacity, size = x_ECD.shape
     even = [num_experts // num_ranks] * num_ranks
-    x_RECD = exchange(x_ECD.contiguous(), even, even, group).view(num_ranks, -1, capacity, size)
+    x_RECD = travel(x_ECD, even, even).view(num_ranks, -1, capacity, size)
     y_ECD = forward(x_RECD.transpose(0, 1).reshape(-1, num_ranks * capacity, size))
     y_RECD = y_ECD.view(-1, num_ranks, capacity, size).transpose(0, 1).contiguous()
-    return exchange(y_RECD.view(num_experts, capacity, size), even, even, group)
-
-
-def exchange(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send `sent[r]` rows of `x` to each rank r, in order, and return the rows received; gradients travel back."""
-    return cast("Tensor", _Exchange.apply(x, received, sent, group))  # type: ignore[no-untyped-call]
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.received, ctx.sent, ctx.group = received, sent, group
-        y = x.new_empty((sum(received), *x.shape[1:]))
-        dist.all_to_all_single(y, x.contiguous(), received, sent, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = gradients
-        x = gradient.new_empty((sum(ctx.sent), *gradient.shape[1:]))
-        dist.all_to_all_single(x, gradient.contiguous(), ctx.sent, ctx.received, group=ctx.group)
-        return x, None, None, None
+    return travel(y_RECD.view(num_experts, capacity, size), even, even)
 
 
 def measure_balance(load_factor_E: Tensor) -> dict[str, float]:
