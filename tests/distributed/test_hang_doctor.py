@@ -1,6 +1,7 @@
 """Ranks that are late, gone, or call something else: what the others are told, and that all of them end."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -62,6 +63,15 @@ def let_one_die(rank):
             comm.all_reduce(torch.ones(2), algorithm="ring")
 
 
+def let_the_store_die(rank, port):
+    """Ranks that meet over TCP without a launcher: the store is in rank 0, and goes with it."""
+    with DeepSeekComm.init("gloo", init_method=f"tcp://127.0.0.1:{port}", timeout_s=20) as comm:
+        comm.barrier()
+        if rank == 0:
+            os._exit(9)
+        comm.all_reduce(torch.ones(2), algorithm="flat")
+
+
 def let_one_fail(rank):
     with join(20) as comm:
         if rank == 0:
@@ -92,6 +102,16 @@ def test_a_rank_that_dies_ends_the_others_within_the_timeout_and_is_named():
         assert ended[rank].exit_code == 1
         assert "CommunicationError" in ended[rank].error
         assert "rank 1 gives no sign of life" in ended[rank].error or "failed: " in ended[rank].error
+
+
+def test_the_death_of_the_rank_that_holds_the_store_is_told_as_that():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ended = end_ranks(let_the_store_die, 2, port, is_grouped=False, timeout_s=60)
+    assert [each.exit_code for each in ended] == [9, 1]
+    assert "CommunicationError: all_reduce(SUM) #2 of group 'world'" in ended[1].error
+    assert "the store that ranks report to is gone" in ended[1].error
 
 
 def test_a_rank_that_fails_tells_the_others_why_it_left():

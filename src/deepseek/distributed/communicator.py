@@ -537,11 +537,11 @@ class DeepSeekComm:
         ranks: Sequence[int],
         is_checked: bool,
     ) -> Result:
-        doctor = self._session.doctor
-        if doctor is not None and is_checked and len(ranks) > 1:
-            doctor.check(call, ranks)
-        began_s = time.perf_counter()
+        doctor, began_s = self._session.doctor, time.perf_counter()
         try:
+            if doctor is not None and is_checked and len(ranks) > 1:
+                doctor.check(call, ranks)
+                began_s = time.perf_counter()
             result = run()
         except RuntimeError as error:
             if doctor is None or not (isinstance(error, dist.DistError) or _is_from_the_wire(error)):
