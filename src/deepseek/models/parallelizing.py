@@ -29,7 +29,7 @@ from deepseek.models.vit.model import ViT
 def parallelize(
     model: nn.Module, plan: Plan, mesh: PlanMesh | None = None, *, rows: Mapping[str, str] | Rows | None = None
 ) -> ParallelModel:
-    """Cut `model` by `plan`, in place, so that this rank holds its part; weights are those of rank 0.
+    """Cut `model` by `plan`, in place, so that this rank holds its part; weights and the random seed are rank 0's.
 
     Every rank calls it, with the process group there. Without a `mesh` one is made on the device of the model. `rows`
     replace those known of the model. Raises `ConfigError` for a plan that cannot run on such a model or on so many

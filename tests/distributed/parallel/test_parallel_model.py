@@ -7,8 +7,9 @@ from deepseek.core.errors import ConfigError, TrainingError
 from deepseek.distributed.parallel.mesh import build_mesh
 from deepseek.distributed.plan import Plan
 from deepseek.models.parallelizing import parallelize
+from deepseek.models.vit.model import ViT
 from deepseek.nn.utils import clip_grad_norm_
-from tests.distributed.parallel.cases import IGNORED, TokenTask, build_batches, build_model
+from tests.distributed.parallel.cases import CONFIGS, IGNORED, ImageTask, TokenTask, build_batches, build_model
 from tests.distributed.ranks import run_ranks
 
 BOUND = 0.05
@@ -86,3 +87,24 @@ def test_a_rank_holds_its_part_and_refuses_what_cannot_run():
     rest = sum(cut.values()) - cut["embed.weight"]
     assert [local for local, _ in answers] == [whole + rest // 2 + 15 * 16, whole + rest // 2 + 14 * 16]
     assert all(sorted(map(sorted, kinds)) == [["DTensor"], ["Parameter"]] for _, kinds in answers)
+
+
+def drop(rank):
+    """Outputs and gradients of a model with dropout whose ranks were seeded differently, under tp=2 and under dp=2."""
+    batch = build_batches("vit", 1)[0][0]
+    found = []
+    for settings in ({"tp": 2}, {"dp": 2}):
+        plan = Plan(**settings)
+        torch.manual_seed(rank + 7)
+        model = ViT(CONFIGS["vit"].model_copy(update={"dropout": 0.5})).double().train()
+        parallel = parallelize(model, plan, build_mesh(plan))
+        loss = parallel.accumulate_gradients(ImageTask(), [batch]).loss
+        norm_grad = dict(parallel.named_parameters())["encoder.ln.weight"].grad.tolist()
+        found.append((loss, norm_grad, torch.rand(1).item()))
+    return found
+
+
+def test_tensor_neighbors_drop_the_same_values_and_data_ranks_their_own():
+    (tensor_first, data_first), (tensor_second, data_second) = run_ranks(drop, 2)
+    assert tensor_first == tensor_second
+    assert data_first[2] != data_second[2]

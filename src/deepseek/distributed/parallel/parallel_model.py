@@ -284,7 +284,7 @@ def _find_kind(parameter: nn.Parameter) -> object:
 
 
 def cut(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> ParallelModel:
-    """Cut `model` by `plan`, in place, so that this rank holds its part; weights are those of rank 0.
+    """Cut `model` by `plan`, in place, so that this rank holds its part; weights and the random seed are rank 0's.
 
     Raises `ConfigError` for a plan that cannot run on such a model, with the nearest one that can.
     """
@@ -299,6 +299,7 @@ def cut(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> Parall
     chunks = _split_stages(model, rows, plan, mesh)
     expert_names = frozenset(name for chunk in chunks for name in _spread_experts(chunk.module, rows, plan, mesh))
     partial_names = frozenset(name for chunk in chunks for name in _cut_tensors(chunk.module, rows, plan, mesh))
+    seed_ranks_(mesh)
     for chunk in chunks:
         _shard(chunk.module, rows, plan, mesh, expert_names)
     return ParallelModel(plan, mesh, chunks, tied=tied, partial_names=partial_names, expert_names=expert_names)
@@ -308,6 +309,21 @@ def broadcast_(model: nn.Module) -> None:
     """Give every rank the weights and buffers of rank 0."""
     for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values():
         dist.broadcast(tensor.detach(), src=0)
+
+
+def seed_ranks_(mesh: PlanMesh) -> None:
+    """Let ranks draw random numbers from rank 0's seed: tensor parallel neighbors the same ones, all others their own.
+
+    Dropout between the layers that are cut has to drop the same values on all tensor parallel ranks, or their copies of
+    the activations part. A single rank is left as it is.
+    """
+    if mesh.plan.num_devices == 1:
+        return
+    seed = torch.tensor(torch.initial_seed() % 2**62, device=mesh.base.device_type)
+    dist.broadcast(seed, src=0)
+    plan = mesh.plan
+    own = (mesh.coordinate("pp") * plan.dp + mesh.coordinate("dp")) * plan.cp + mesh.coordinate("cp")
+    torch.manual_seed(int(seed) + own)
 
 
 def _split_stages(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> list[StageModule]:
