@@ -3,9 +3,9 @@
 Weights that multiply (two or more dims, embeddings aside) are decayed; norms, biases and embeddings are not. AdamW runs
 torch's fused kernel. SGD is for convolutions and for comparing gradients, since Adam hides a wrong scale.
 
-`muon` orthogonalizes the updates of the matrices between the embedding and the head (Jordan et al. 2024; torch's
-`Muon`) and leaves everything else to AdamW, stacked experts too. A head is known by its name, `head` or `lm_head`.
-Muon's updates are scaled to the size that AdamW's would have (Liu et al. 2025), so that one learning rate serves both.
+`muon` orthogonalizes the updates of the matrices between the embedding and the head (Jordan et al. 2024; `muon.py`) and
+leaves everything else to AdamW, stacked experts too. A head is known by its name, `head` or `lm_head`. Its updates are
+scaled to the size that AdamW's would have (Liu et al. 2025), so that one learning rate serves both.
 On the quickstart's run it is worth more than twice the steps: see docs/log.md.
 
 `schedule_free` is AdamW whose model is an average along its path, so that no schedule is needed (`schedule_free.py`).
@@ -25,6 +25,7 @@ from deepseek.optim.clipping import CLIP_WINDOW
 from deepseek.optim.gradient_prediction import GradientPredictionConfig, read_gradient_prediction
 from deepseek.optim.layer_depths import find_depths
 from deepseek.optim.learning_rates import BASE_LEARNING_RATE, REFERENCE_BATCH_SIZE, Schedule, read_schedule
+from deepseek.optim.muon import Muon
 from deepseek.optim.schedule_free import build_schedule_free
 
 
@@ -169,7 +170,7 @@ def _build_muon(model: nn.Module, config: OptimizerConfig, learning_rate: float)
         raise ConfigError("muon is for matrices and this model has none between its embedding and head; choose 'adamw'")
     chosen = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in decayed if id(parameter) not in chosen]
-    muon = torch.optim.Muon(_groups(model, matrices, [], config), lr=learning_rate, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(_groups(model, matrices, [], config), learning_rate)
     return JointOptimizer(muon, _adamw(_groups(model, others, kept, config), config, learning_rate))
 
 
