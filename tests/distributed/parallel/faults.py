@@ -274,7 +274,7 @@ def find_all(rank, names):
         seed = rank if fault.patch is FAULTS["ranks begin with weights of their own"].patch else 0
         with contextlib.ExitStack() as stack:
             stack.enter_context(fault.patch())
-            parity = compare(fault.model, Plan(**fault.plan), seed=seed)
+            parity = compare(fault.model, Plan(**fault.plan), seed=seed, num_steps=1)
         first = parity.partings[0] if parity.partings else None
         found[name] = None if first is None else (first.kind, first.name, first.step)
     return found
