@@ -153,6 +153,10 @@ def bad(**changes: Any) -> list[dict[str, Any]]:
         ({"images": [{"id": 1, "file_name": "a.png", "width": "9"}]}, "entry 0 of images in .* has the width '9'"),
         ({"categories": [{"id": 1, "name": "a"}] * 2}, "has the id 1 twice in categories"),
         ({"categories": "cat"}, "has no list of categories"),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": "2", "name": "b"}]},
+            "categories 1, '2', whose ids are numbers",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_one_sentence(

@@ -50,6 +50,28 @@ def test_every_mode_becomes_red_green_blue(tmp_path, mode, color, expected):
     torch.testing.assert_close(image[:, 0, 0], torch.tensor(expected, dtype=torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (np.float32, 0.5, "has floats for pixels"),
+        (np.int32, 70000, "has pixels from 70000 to 70000, and 0 to 65535 are read"),
+        (np.int32, -1, "has pixels from -1 to -1"),
+    ],
+)
+def test_pixels_of_unknown_range_are_refused(tmp_path, kind, value, said):
+    Image.fromarray(np.full((2, 3), value, dtype=kind)).save(tmp_path / "image.tiff")
+    for read in (read_image, read_rgb):
+        with pytest.raises(DataError, match=f"image.tiff {said}.*; save it with 8 or 16 bits"):
+            read(tmp_path / "image.tiff")
+
+
+def test_an_image_beyond_the_limit_of_pillow_is_told_to_be_smaller(tmp_path, monkeypatch):
+    Image.new("L", (40, 10)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"has too many pixels .*; make it smaller"):
+        read_image(tmp_path / "large.png")
+
+
 def test_an_image_is_turned_the_way_its_camera_says(tmp_path):
     turned = Image.new("RGB", (6, 2), "black")
     turned.paste("white", (0, 0, 3, 2))

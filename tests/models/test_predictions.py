@@ -296,6 +296,43 @@ def test_a_regression_estimates_the_number_of_transformers_and_no_class(tmp_path
         load_model(minilm.find_folder()).estimate(TEXTS)
 
 
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "regression"])
+def test_pairs_are_answered_as_transformers_answers_them(tmp_path, problem_type):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        vocab_size=30522, num_labels=1 if problem_type == "regression" else 2, problem_type=problem_type, **shape
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "bert")
+    shutil.copy(minilm.find_folder() / "tokenizer.json", tmp_path / "bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm.find_folder())
+    pairs = [*TEXTS[1:], "another"]
+    loaded = load_model(tmp_path / "bert")
+    for text, pair, answer in zip(TEXTS, pairs, getattr(loaded, find_task(loaded.module))(TEXTS, pairs), strict=True):
+        with torch.inference_mode():
+            (scores,) = model(**tokenizer(text, pair, return_tensors="pt")).logits
+        expected = float(scores[0]) if problem_type == "regression" else float(scores.softmax(0)[0])
+        found = answer if isinstance(answer, float) else dict(answer)["LABEL_0"]
+        assert found == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ConfigError, match="second texts 1; give as many of both"):
+        getattr(loaded, find_task(loaded.module))(TEXTS, "one")
+
+
+def test_a_model_that_was_trained_on_pairs_takes_no_single_texts_and_the_reverse(tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name, is_pair in (("pairs", True), ("singles", False)):
+        config = transformers.BertConfig(vocab_size=30522, text_pair=is_pair, **shape)
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / name)
+        shutil.copy(minilm.find_folder() / "tokenizer.json", tmp_path / name)
+    with pytest.raises(ConfigError, match="give the second text of each"):
+        load_model(tmp_path / "pairs").classify("one")
+    with pytest.raises(ConfigError, match="not trained on pairs"):
+        load_model(tmp_path / "singles").classify("one", "other")
+    with pytest.raises(ConfigError, match="images and no pairs"):
+        classify(predictor_of(Mean()), torch.rand(3, 8, 8), "other")
+
+
 class Mean(nn.Module):
     """One score for each channel: its mean over the image."""
 

@@ -180,11 +180,31 @@ def test_adapters_learn_on_int8_weights() -> None:
         ({"targets": ("q_porj",)}, r"adapter\.targets has the pattern 'q_porj', which matches no layer .*q_proj"),
         ({"modules_to_save": ("had",)}, r"adapter\.modules_to_save has the pattern 'had', which matches no layer"),
         ({"targets": ("head",)}, "shares its weights with embed, so that neither can be adapted alone"),
+        (
+            {"targets": ("q_proj", "embed")},
+            "the pattern 'embed', which names embed, a TokenEmbedding, and adapters are for",
+        ),
+        ({"targets": ("*norm",)}, "which names layers.0.attention_norm, a .*, and adapters are for linear layers"),
     ],
 )
 def test_patterns_that_cannot_be_followed_are_refused(settings: dict[str, tuple[str, ...]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         add_lora_(Decoder(EXAMPLES["gpt2"]), LoRAConfig(**settings))
+
+
+@pytest.mark.parametrize(("pattern", "kind"), [("experts", "SwiGLUExperts"), ("*.experts", "SwiGLUExperts")])
+def test_experts_whose_weights_are_one_tensor_take_no_adapter(pattern: str, kind: str) -> None:
+    settings = EXAMPLES["llama"].override({"moe": {"num_experts": 2, "top_k": 1}})
+    with pytest.raises(ConfigError, match=f"which names layers.0.feedforward.experts, a {kind}, and adapters are for"):
+        add_lora_(Decoder(settings), LoRAConfig(targets=("q_proj", pattern)))
+
+
+def test_convolutions_take_no_adapter() -> None:
+    with pytest.raises(ConfigError, match=r"which names conv1, a Conv2d, .* or train it in full with adapter.modules_"):
+        add_lora_(zoo.build("resnet18", width=8), LoRAConfig(targets=("fc", "conv1")))
+    model = zoo.build("resnet18", width=8)
+    assert add_lora_(model, LoRAConfig(targets=("fc",), modules_to_save=("conv1",))) == ["fc"]
+    assert model.conv1.weight.requires_grad and not model.layer1[0].conv2.weight.requires_grad
 
 
 def test_a_model_with_nothing_but_a_head_is_refused() -> None:

@@ -15,6 +15,7 @@ from deepseek.core.errors import CheckpointError
 from deepseek.models import zoo
 from deepseek.train.loop import train
 from deepseek.train.run_state import compile_blocks_
+from tests.train import tiny_texts
 from tests.train.own_task import Line, configure
 
 
@@ -100,3 +101,15 @@ def test_blocks_of_many_shapes_are_all_compiled_for_training_and_evaluation(monk
         for is_training in (True, False):
             model.train(is_training)(torch.randn(2, 3, 8, 8))
     assert len(compiled) == 2 * 3  # in each stage the first block and the others, which are alike in the first stage
+
+
+@pytest.mark.filterwarnings("ignore:the texts yield")
+def test_a_key_that_is_new_in_a_users_own_settings_is_another_run(tmp_path: Path) -> None:
+    rows = [{"text": f"text {number}", "label": number % 2} for number in range(8)]
+    sources = tiny_texts.write_rows(tmp_path / "rows.jsonl", rows)
+    data = {"sources": sources, "batch_size": 4, "heldout_fraction": 0, "max_len": 32}
+    config = tiny_texts.configure(tmp_path / "run", {"kind": "sequence_classification"}, data, num_steps=1)
+    list(train(config))
+    changed = config.override({"num_steps": 2, "init_settings": {**config.init_settings, "hidden_act": "relu"}})
+    with pytest.raises(CheckpointError, match=r"other settings \(init_settings\.hidden_act was None and is 'relu'\)"):
+        list(train(changed))

@@ -221,6 +221,11 @@ def read_annotations(
     if not images or not content["annotations"]:
         what = "images" if not images else "annotations"
         raise DataError(f"{path} has no {what}, so that there is nothing to learn; give a file with images and boxes")
+    if len({type(identifier) for identifier in categories}) > 1:
+        raise DataError(
+            f"{path} has the categories {_name([repr(identifier) for identifier in categories])}, whose ids are "
+            "numbers and texts; give all of them numbers, as COCO has them"
+        )
     numbers = {identifier: number for number, identifier in enumerate(sorted(categories))}
     missing = [image["file_name"] for image in images.values() if not (folder / image["file_name"]).is_file()]
     if missing:

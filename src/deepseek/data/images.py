@@ -33,6 +33,7 @@ Pixels = NDArray[np.uint8]
 """Bytes (H, W, 3) of red, green and blue, unless said otherwise."""
 MAX_PIXELS = 2**28
 """A file that holds more is refused: 3 GB as floats."""
+_WHITE_16 = 65535  # of 16 bits
 _LINE_SHARE = 400  # of the shorter side: the thickness of a box's line
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
@@ -104,11 +105,26 @@ def _decode(source: str | Path | bytes, name: str, convert: Callable[[Any, Any],
                 raise DataError(
                     f"{name} is {image.width} x {image.height} and {MAX_PIXELS} pixels are the limit; make it smaller"
                 )
+            _check_values(image, name)
             return convert(library, ops.exif_transpose(image))
         except DataError:
             raise
+        except library.DecompressionBombError as error:  # Pillow's own limit, which is below ours for some formats
+            raise DataError(f"{name} has too many pixels ({error}); make it smaller") from error
         except Exception as error:  # Pillow's readers raise whatever their format's code runs into
             raise DataError(f"{name} cannot be read as an image ({error}); give a PNG, JPEG or WebP file") from error
+
+
+def _check_values(image: Any, name: str) -> None:
+    """Raise `DataError` for pixels that are floats or integers beyond 16 bits: nobody says which of them is white."""
+    if image.mode == "F":
+        raise DataError(f"{name} has floats for pixels, whose range is not known; save it with 8 or 16 bits")
+    if image.mode == "I":
+        least, most = image.getextrema()
+        if least < 0 or most > _WHITE_16:
+            raise DataError(
+                f"{name} has pixels from {least} to {most}, and 0 to {_WHITE_16} are read; save it with 8 or 16 bits"
+            )
 
 
 def save_with_boxes(
@@ -144,7 +160,7 @@ def change_colors(image_CHW: Tensor, *, hue: float, saturation: float, value: fl
 def _as_floats(library: Any, image: Any) -> NDArray[np.float32]:
     """RGB floats (H, W, 3) of any mode, 16-bit ones scaled by their own range."""
     if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float32) / np.float32(65535)
+        grey = np.asarray(image, dtype=np.float32) / np.float32(_WHITE_16)
         return np.repeat(grey[..., None], 3, axis=2)
     return np.asarray(_as_rgb(library, image), dtype=np.float32) / np.float32(255)
 

@@ -146,7 +146,9 @@ def leave_out_broken(
             parsed.append(parse(row))
         except BrokenSampleError as error:
             problems.append(str(error))
-    if len(problems) > max_broken or (problems and not parsed):
+    if problems and not parsed:
+        raise DataError(f"none of the {len(problems)} rows can be used; the first one: {problems[0]}")
+    if len(problems) > max_broken:
         raise DataError(
             f"{len(problems)} rows cannot be used and {max_broken} may be left out; the first one: {problems[0]}"
         )

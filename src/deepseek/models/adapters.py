@@ -213,7 +213,7 @@ def continue_adapter(folder: str | Path, head: HeadSpec) -> tuple[StartingModel,
     are not those of `head`, or that adapts layers which are several of ours.
     """
     folder = Path(folder)
-    start, names, settings = _open_on_base(folder, None, verify=True)
+    start, names, settings = _open_on_base(folder, None, verify=True, entries=head.entries)
     theirs, model = start.source.head, start.model
     if theirs.purpose != head.purpose or (head.num_outputs, head.labels) != (theirs.num_outputs, theirs.labels):
         raise ConfigError(
@@ -251,7 +251,7 @@ def _describe_head(head: HeadSpec) -> str:
 
 
 def _open_on_base(
-    folder: Path, base: str | Path | None, *, verify: bool
+    folder: Path, base: str | Path | None, *, verify: bool, entries: Mapping[str, Any] | None = None
 ) -> tuple[StartingModel, _Names, dict[str, Any]]:
     """Open a base with its adapter beside the weights; what was trained in full is all that has gradients besides."""
     refuse_pickles(folder)
@@ -259,6 +259,8 @@ def _open_on_base(
     settings = _read_settings(folder)
     tensors = _read_tensors(folder)
     source = _find_source(folder, manifest, settings, tensors, base)
+    if entries is not None:
+        source = replace(source, head=replace(source.head, entries=entries))
     start = open_start(source.name, source.head, weights=source.weights, settings=source.settings, allow_int8=True)
     if manifest is not None and manifest.parent_digest != start.parent_digest:
         raise ArtifactError(

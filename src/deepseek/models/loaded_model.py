@@ -128,12 +128,15 @@ class LoadedModel(nn.Module):
         return predictions.embed(self._predictor(), texts, normalize=normalize)
 
     @yields_to_layer
-    def classify(self, inputs: Image | Sequence[Image]) -> list[list[tuple[str, float]]]:
+    def classify(
+        self, inputs: Image | Sequence[Image], pairs: str | Sequence[str] | None = None
+    ) -> list[list[tuple[str, float]]]:
         """Name the likeliest classes of each image or text, at most five, with their probabilities, best first.
 
-        Raises `ConfigError` for a model that is no classifier.
+        `pairs` are the second texts of a model that was trained on pairs, one for each of `inputs`. Raises
+        `ConfigError` for a model that is no classifier, and for pairs where it wants single texts or the reverse.
         """
-        return predictions.classify(self._predictor(), inputs)
+        return predictions.classify(self._predictor(), inputs, pairs)
 
     @yields_to_layer
     def answer(self, question: str, context: str) -> FoundAnswer:
@@ -141,9 +144,12 @@ class LoadedModel(nn.Module):
         return find_answer(self.module, self.origin.folder, question, context)
 
     @yields_to_layer
-    def estimate(self, texts: str | Sequence[str]) -> list[float]:
-        """Estimate the number of each text; raises `ConfigError` for a model that was not trained for one."""
-        return predictions.estimate(self._predictor(), texts)
+    def estimate(self, texts: str | Sequence[str], pairs: str | Sequence[str] | None = None) -> list[float]:
+        """Estimate the number of each text, or of each text and the one of `pairs` in the same place.
+
+        Raises `ConfigError` for a model that was not trained for a number, or for pairs where it wants single texts.
+        """
+        return predictions.estimate(self._predictor(), texts, pairs)
 
     def _predictor(self) -> Predictor:
         return Predictor(self.module, self, None, self.origin.folder)

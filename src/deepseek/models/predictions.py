@@ -18,7 +18,7 @@ Shapes: N inputs, C channels, H x W image, T tokens, D hidden, K classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from deepseek.core.errors import ConfigError, CorruptArtifactError
 from deepseek.data.images import read_image
 from deepseek.data.letterbox import letterbox, restore
+from deepseek.data.text_collate import INPUT_NAMES
 from deepseek.data.tokenizing import TOKENIZER_FILE, read_tokenizer_file
 from deepseek.models.answering import answers_questions
 from deepseek.models.decoder.model import Decoder
@@ -43,6 +44,8 @@ Image = str | Path | Tensor
 BATCH_SIZE = 16
 """Inputs that go through a model together where no backend fixed another number."""
 NUM_TOP = 5
+TEXT_PAIR = "text_pair"
+"""The entry of a `config.json` that says whether a classifier was trained on pairs of texts."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_SHARE = 0.875  # of the shorter side that a classifier looks at, as torchvision and timm train and measure it
 _MODE = "pooling_mode_"
@@ -131,10 +134,10 @@ def embed(predictor: Predictor, texts: str | Sequence[str], *, normalize: bool) 
         run = predictor.run
     texts = [texts] if isinstance(texts, str) else list(texts)
     recipe = _read_recipe(predictor.folder)
-    tokens_NT, mask_NT = _tokenize(predictor, model, [recipe.prompt + text for text in texts], recipe.max_length)
+    inputs = _tokenize(predictor, model, [recipe.prompt + text for text in texts], max_length=recipe.max_length)
     if not texts:
         return torch.zeros(0, 0)
-    hidden_NTD = _run_text(replace(predictor, run=run), model, tokens_NT, mask_NT)
+    hidden_NTD, mask_NT = _run_text(replace(predictor, run=run), model, inputs), inputs["attention_mask"]
     vectors_ND = POOLINGS[recipe.pooling](hidden_NTD.float(), mask_NT)
     return F.normalize(vectors_ND, dim=-1) if normalize else vectors_ND
 
@@ -176,9 +179,14 @@ def _read_recipe(folder: Path | None) -> _Recipe:
 
 
 def _tokenize(
-    predictor: Predictor, model: TransformersModel, texts: Sequence[str], max_length: int | None
-) -> tuple[Tensor, Tensor]:
-    """Tokenize to tokens and mask (N, T), padded to the longest text or to what a backend was compiled for."""
+    predictor: Predictor,
+    model: TransformersModel,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    max_length: int | None = None,
+) -> dict[str, Tensor]:
+    """Tokenize texts, or pairs, to inputs (N, T), padded to the longest or to what a backend was compiled for."""
     if predictor.folder is None or not (predictor.folder / TOKENIZER_FILE).is_file():
         where = predictor.folder or "a model by name"
         raise ConfigError(f"{where} has no {TOKENIZER_FILE}, and texts need one; load a folder that holds it")
@@ -190,28 +198,32 @@ def _tokenize(
     tokenizer.no_truncation()
     if known:
         tokenizer.enable_truncation(min(known))
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=True)]
-    longest = max((len(ids) for ids in encoded), default=0)
+    items = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    encoded = tokenizer.encode_batch(items, add_special_tokens=True)
+    longest = max((len(encoding.ids) for encoding in encoded), default=0)
     fixed = predictor.fixed[1] if predictor.fixed else 0
     length = fixed if longest <= fixed else longest
     tokens_NT = torch.full((len(encoded), length), model.pad_id, dtype=torch.int64)
-    mask_NT = torch.zeros(len(encoded), length, dtype=torch.int64)
-    for row, ids in enumerate(encoded):
-        tokens_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        mask_NT[row, : len(ids)] = 1
-    return tokens_NT, mask_NT
+    mask_NT, segments_NT = torch.zeros_like(tokens_NT), torch.zeros_like(tokens_NT)
+    for row, encoding in enumerate(encoded):
+        tokens_NT[row, : len(encoding.ids)] = torch.tensor(encoding.ids, dtype=torch.int64)
+        mask_NT[row, : len(encoding.ids)] = 1
+        if pairs is not None:  # single texts are all of segment 0, whatever a tokenizer says, as in training
+            segments_NT[row, : len(encoding.ids)] = torch.tensor(encoding.type_ids, dtype=torch.int64)
+    return dict(zip(INPUT_NAMES, (tokens_NT, mask_NT, segments_NT), strict=True))
 
 
-def _run_text(predictor: Predictor, model: TransformersModel, tokens_NT: Tensor, mask_NT: Tensor) -> Tensor:
-    inputs = {"input_ids": tokens_NT, "attention_mask": mask_NT, "token_type_ids": torch.zeros_like(tokens_NT)}
+def _run_text(predictor: Predictor, model: TransformersModel, inputs: Mapping[str, Tensor]) -> Tensor:
     return run_in_batches(predictor, *(inputs[name] for name in model.input_names if name in inputs))
 
 
 # ---- classes
 
 
-def classify(predictor: Predictor, inputs: Image | str | Sequence[Image | str]) -> list[list[tuple[str, float]]]:
-    """Return the likeliest classes of each image or text with their probabilities, at most `NUM_TOP`, best first."""
+def classify(
+    predictor: Predictor, inputs: Image | Sequence[Image], pairs: str | Sequence[str] | None = None
+) -> list[list[tuple[str, float]]]:
+    """Return the likeliest classes of each image, text or pair, at most `NUM_TOP`, with probabilities, best first."""
     model = predictor.module
     if model is None or isinstance(model, YOLOv7 | Decoder):
         raise ConfigError(f"this is {predictor.name}, which predicts no classes; load a classifier")
@@ -219,7 +231,7 @@ def classify(predictor: Predictor, inputs: Image | str | Sequence[Image | str]) 
         raise ConfigError(f"this is {predictor.name} that finds answers in texts; call answer")
     if is_regression(model):
         raise ConfigError(f"this is {predictor.name} that estimates a number and knows no classes; call estimate")
-    scores = _score(predictor, model, inputs)
+    scores = _score(predictor, model, inputs, pairs)
     labels = _read_labels(model, scores.shape[1])
     best = scores.float().softmax(dim=1).topk(min(NUM_TOP, scores.shape[1]), dim=1)
     return [
@@ -228,12 +240,12 @@ def classify(predictor: Predictor, inputs: Image | str | Sequence[Image | str]) 
     ]
 
 
-def estimate(predictor: Predictor, texts: str | Sequence[str]) -> list[float]:
-    """Return the number that a regression estimates for each text."""
+def estimate(predictor: Predictor, texts: str | Sequence[str], pairs: str | Sequence[str] | None = None) -> list[float]:
+    """Return the number that a regression estimates for each text or pair."""
     model = predictor.module
     if model is None or not is_regression(model):
         raise ConfigError(f"this is {predictor.name}, which estimates no number; load a model trained for regression")
-    return [float(number) for number in _score(predictor, model, texts)[:, 0]]
+    return [float(number) for number in _score(predictor, model, texts, pairs)[:, 0]]
 
 
 def is_regression(module: nn.Module | None) -> bool:
@@ -242,11 +254,40 @@ def is_regression(module: nn.Module | None) -> bool:
     return is_text and module.config.get("problem_type") == "regression"  # type: ignore[union-attr, operator]
 
 
-def _score(predictor: Predictor, model: nn.Module, inputs: Image | str | Sequence[Image | str]) -> Tensor:
+def takes_pairs(module: nn.Module | None) -> bool | None:
+    """Return whether a model was trained on pairs of texts; `None` where its config does not say."""
+    is_text = isinstance(module, TransformersModel) and module.is_text
+    return module.config.get(TEXT_PAIR) if is_text else False  # type: ignore[union-attr, operator]
+
+
+def _list_pairs(predictor: Predictor, texts: Sequence[str], pairs: str | Sequence[str] | None) -> list[str] | None:
+    """Return the second text of each pair; raises `ConfigError` where the model or the texts want another number."""
+    wanted = takes_pairs(predictor.module)
+    if pairs is None:
+        if wanted:
+            raise ConfigError(
+                f"this is {predictor.name} that was trained on pairs of texts, and single ones were given; give the "
+                "second text of each as well (pairs=, or --pair)"
+            )
+        return None
+    if wanted is False:
+        raise ConfigError(f"this is {predictor.name} that was not trained on pairs; leave the second texts out")
+    seconds = [pairs] if isinstance(pairs, str) else [str(text) for text in pairs]
+    if len(seconds) != len(texts):
+        raise ConfigError(f"first texts are {len(texts)} and second texts {len(seconds)}; give as many of both")
+    return seconds
+
+
+def _score(
+    predictor: Predictor, model: nn.Module, inputs: Image | Sequence[Image], pairs: str | Sequence[str] | None
+) -> Tensor:
     """Return one score for each input and class, (N, K)."""
     if isinstance(model, TransformersModel) and model.is_text:
         texts = [inputs] if isinstance(inputs, str) else [str(text) for text in _as_list(inputs)]
-        scores = _run_text(predictor, model, *_tokenize(predictor, model, texts, None)) if texts else torch.zeros(0, 1)
+        tokens = _tokenize(predictor, model, texts, _list_pairs(predictor, texts, pairs))
+        scores = _run_text(predictor, model, tokens) if texts else torch.zeros(0, 1)
+    elif pairs is not None:
+        raise ConfigError(f"this is {predictor.name}, which takes images and no pairs of texts; leave pairs out")
     else:
         images = _as_list(inputs)
         scores = run_in_batches(predictor, prepare_images(predictor, images)) if images else torch.zeros(0, 1)

@@ -64,6 +64,8 @@ class HeadSpec:
     """Names of the classes in their order, for models that keep them."""
     settings: Mapping[str, JsonValue] = field(default_factory=dict)
     """Settings of a named model that the task knows better than its defaults: {"vocab_size": 1000}."""
+    entries: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What a `config.json` says of the task: {"problem_type": "regression", "text_pair": True}."""
 
 
 CAUSAL_LM = HeadSpec("causal_lm")
@@ -199,7 +201,13 @@ def _open_name(name: str, head: HeadSpec, weights: Path | None, settings: dict[s
     summary = f"{name} with {origin}"
     if isinstance(config, dict):
         model, new = start_transformers(
-            config, tensors, head.purpose, head.num_outputs, head.labels, source=weights or name
+            config,
+            tensors,
+            head.purpose,
+            head.num_outputs,
+            head.labels,
+            entries=head.entries,
+            source=weights or name,
         )
         start = StartingModel(model, summary, new if tensors is not None else ())
     else:
@@ -250,7 +258,9 @@ def _open_huggingface(folder: Path, values: Mapping[str, Any], tensors: Tensors,
         config = read_config(values)
         ours = read_tensors(tensors, config)
         return _start_ours(architecture, config.to_dict(), ours, head, source=folder, summary=summary)
-    model, new = start_transformers(values, tensors, head.purpose, head.num_outputs, head.labels, source=folder)
+    model, new = start_transformers(
+        values, tensors, head.purpose, head.num_outputs, head.labels, entries=head.entries, source=folder
+    )
     return StartingModel(model, f"{folder}, a {type(model.model).__name__} of transformers", new)
 
 

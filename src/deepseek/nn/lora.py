@@ -171,6 +171,7 @@ def add_lora_(
     heads |= set(_find(names, config.modules_to_save, "modules_to_save"))
     linear = {path for path, module in model.named_modules() if _is_target(path, module)} - heads
     patterns = [pattern for pattern in config.targets if pattern != ALL_LINEAR]
+    _refuse_kinds(model, names, linear, patterns)
     chosen = set(_find({path: names[path] for path in names if path in linear}, patterns, "targets"))
     if len(patterns) < len(config.targets):
         chosen |= linear - _find_head(model)
@@ -238,6 +239,22 @@ def _find(names: Mapping[str, Sequence[str]], patterns: Sequence[str], setting: 
             raise ConfigError(explain_no_match(f"adapter.{setting}", pattern, known, "layer that can have an adapter"))
         found += fitting
     return found
+
+
+def _refuse_kinds(
+    model: nn.Module, names: Mapping[str, Sequence[str]], linear: Collection[str], patterns: Sequence[str]
+) -> None:
+    """Raise for a pattern that names modules with weights of their own, but none that an adapter can be put on."""
+    for pattern in patterns:
+        fitting = [path for path, both in names.items() if any(_matches(name, pattern) for name in both)]
+        others = {path: model.get_submodule(path) for path in fitting if path not in linear}
+        others = {path: module for path, module in others.items() if module._parameters}
+        if others and len(others) == len(fitting):
+            path, module = next(iter(others.items()))
+            raise ConfigError(
+                f"adapter.targets has the pattern {pattern!r}, which names {path}, a {type(module).__name__}, and "
+                "adapters are for linear layers; leave it out, or train it in full with adapter.modules_to_save"
+            )
 
 
 def _matches(name: str, pattern: str) -> bool:

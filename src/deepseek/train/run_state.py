@@ -361,10 +361,13 @@ def is_default(config: Config, name: str) -> bool:
     A setting that a checkpoint does not know is newer than the checkpoint, which was written under its default.
     """
     *parents, last = name.split(".")
+    holder: Any = config
     for parent in parents:
-        config = getattr(config, parent)
-    field = type(config).model_fields.get(last)
-    return field is not None and field.get_default(call_default_factory=True) == getattr(config, last)
+        holder = getattr(holder, parent)
+        if isinstance(holder, dict):  # keys of the user's own, of which none is there by default
+            return False
+    field = type(holder).model_fields.get(last)
+    return field is not None and bool(field.get_default(call_default_factory=True) == getattr(holder, last))
 
 
 def find_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

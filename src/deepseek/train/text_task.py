@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -52,7 +53,7 @@ class TextTask(Task, Generic[B]):
         """Open the model that `init` names; raises `ConfigError` where the tokenizer or the rows do not fit it."""
         is_encoder = isinstance(text_zoo.MODELS.get(str(self.config.init)), Mapping)
         known = {"vocab_size": tokenizer.vocab_size, "pad_token_id": find_pad_id(tokenizer)} if is_encoder else {}
-        model = self.open_init(HeadSpec(head.purpose, head.num_outputs, head.labels, known))
+        model = self.open_init(replace(head, settings=known))
         source = self.config.init
         if not isinstance(model, TransformersModel) or not model.is_text:
             raise ConfigError(

@@ -45,6 +45,25 @@ def test_boxes_are_printed_as_json_and_drawn(capsys, tmp_path, detector):
     assert read_image(tmp_path / "out" / "red-boxes.png").shape == (3, 30, 40)
 
 
+def test_pairs_come_from_options_or_from_lines_with_a_tab(capsys, tmp_path, monkeypatch):
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    values = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "text_pair": True}
+    save_model(build_transformers(values | settings), tmp_path / "model")
+    shutil.copy(minilm.find_folder() / "tokenizer.json", tmp_path / "model")
+    model = tmp_path / "model"
+    status, out, _ = predict(capsys, model, "a cat", "a dog", "--pair", "a bird", "--pair", "a frog", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [line["input"] for line in lines] == ["a cat | a bird", "a dog | a frog"]
+    found = load_model(model).classify(["a cat", "a dog"], ["a bird", "a frog"])
+    assert [[(one["label"], one["probability"]) for one in line["classes"]] for line in lines] == found
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\ta bird\na dog\ta frog\n"))
+    assert predict(capsys, model, "--json")[1] == out
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\n"))
+    assert "line 1 has 0 tabs" in predict(capsys, model, "--json")[2]
+    assert "give the second text of each" in predict(capsys, model, "a cat")[2]
+    assert "takes no --pair" in predict(capsys, minilm.find_folder(), "a cat", "--pair", "a dog")[2]
+
+
 def test_an_image_in_which_nothing_is_found_is_a_row_that_says_so(capsys, tmp_path, detector):
     status, out, _ = predict(capsys, detector, tmp_path / "red.png", "--min-score", 1.0)
     assert status == 0 and "nothing" in out

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepseek.core.errors import ConfigError, DataError
+from deepseek.data.table_rows import TableRow
 from deepseek.models.loading import load_model
 from deepseek.train.config import TrainConfig
 from deepseek.train.loop import train
@@ -73,6 +74,7 @@ def test_the_loss_is_that_of_transformers(settings: dict[str, Any], table: str, 
         ({"labels": ["places", "animals", "people"]}, ("places", "animals", "people")),
     ],
 )
+@pytest.mark.filterwarnings("ignore:no text to train on has the class people")
 def test_classes_are_sorted_or_as_listed_and_go_into_the_model(
     settings: dict[str, Any], expected: tuple[str, ...], table: str, tmp_path: Path
 ) -> None:
@@ -84,6 +86,11 @@ def test_classes_are_sorted_or_as_listed_and_go_into_the_model(
         tokens = tuple(data.tokenizer.encode(row["text"], add_special_tokens=True))
         if tokens in by_row:
             assert expected[int(by_row[tokens])] == str(row[settings.get("label", "label")])
+
+
+def test_a_listed_class_without_a_text_is_named(table: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no text to train on has the class people, so that nothing is learned"):
+        open_task(make(tmp_path, table, {"labels": ["places", "animals", "people"]}))
 
 
 def test_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
@@ -144,6 +151,34 @@ def test_a_regression_measures_correlations(table: str, tmp_path: Path) -> None:
         model.classify("dog")
 
 
+@pytest.mark.parametrize("settings", [{"label": "label"}, {"label": "length", "is_regression": True}])
+@pytest.mark.parametrize("adapter", [None, {"rank": 2, "targets": ["query"]}])
+def test_a_model_of_pairs_is_asked_with_pairs_as_in_training(
+    settings: dict[str, Any], adapter: dict[str, Any] | None, table: str, tmp_path: Path
+) -> None:
+    settings = settings | {"text_pair": "pair"}
+    changes: dict[str, Any] = {}
+    if adapter is not None:
+        list(train(make(tmp_path / "base", table, settings, num_steps=1)))
+        changes = {"init": str(tmp_path / "base"), "init_settings": {}, "adapter": adapter}
+    config = make(tmp_path / "run", table, settings, num_steps=1, **changes)
+    list(train(config))
+    loaded = load_model(tmp_path / "run" / "model")
+    task, data, _ = open_task(config)
+    model = load_model(tmp_path / "run" / "model").module
+    rows = draw_rows(8)
+    read = [TableRow(f"row {number}", row) for number, row in enumerate(rows)]
+    expected = task.forward(model, task.collate(task.encode(read, data.tokenizer, is_heldout=True))).detach()
+    texts, pairs = [row["text"] for row in rows], [row["pair"] for row in rows]
+    if "is_regression" in settings:
+        assert loaded.estimate(texts, pairs) == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
+    else:
+        found = [dict(classes)["animals"] for classes in loaded.classify(texts, pairs)]
+        assert found == pytest.approx(expected.softmax(1)[:, 0].tolist(), abs=1e-5)
+    with pytest.raises(ConfigError, match="was trained on pairs of texts, and single ones were given"):
+        (loaded.estimate if "is_regression" in settings else loaded.classify)(texts)
+
+
 def test_a_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
     rows = [*draw_rows(), {"text": "somewhere else", "label": "people"}]
     table = write_rows(tmp_path / "rows.jsonl", rows)
@@ -158,6 +193,7 @@ def test_a_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
 
 def test_rows_without_text_or_label_are_left_out_by_name(tmp_path: Path) -> None:
     broken = [{"text": "", "label": "animals"}, {"text": "dog", "label": None}, {"text": 3, "label": "places"}]
+    broken += [{"text": "dog", "label": number} for number in (float("inf"), float("nan"), 0.5)]
     table = write_rows(tmp_path / "rows.jsonl", [*draw_rows(20), *broken])
     config = make(tmp_path / "run", table).override({"data.heldout_fraction": 0})
     with pytest.warns(
@@ -165,7 +201,7 @@ def test_rows_without_text_or_label_are_left_out_by_name(tmp_path: Path) -> None
     ):
         task, data, _ = open_task(config)
     assert data.num_train_units == 20
-    with pytest.raises(DataError, match="3 rows cannot be used and 2 may be left out"):
+    with pytest.raises(DataError, match="6 rows cannot be used and 2 may be left out"):
         open_task(config.override({"data.max_broken": 2}))
     assert task.labels == ("animals", "places")
 
@@ -177,6 +213,7 @@ def test_rows_without_text_or_label_are_left_out_by_name(tmp_path: Path) -> None
         ({"text_pair": "pear"}, {}, "column 'pear'; did you mean 'pair'"),
         ({"label": "label", "is_regression": True}, {}, "expected a finite number"),
         ({"label": "pair", "labels": ["x"]}, {}, "the classes are x"),
+        ({"labels": ["animals", "places", "animals"]}, {}, "task.labels lists animals twice"),
         ({}, {"data.batch_size": 500}, "lower batch_size"),
         ({}, {"data.max_len": 100}, "rows may have 100 tokens and the model of init=bert-base takes 64"),
         ({}, {"data.kind": "text"}, "learns from data of the kind table and data.kind is text"),

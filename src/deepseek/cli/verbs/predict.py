@@ -21,6 +21,7 @@ def predict(
     *inputs: str,
     weights: Path | None = None,
     backend: str | None = None,
+    pair: list[str] | None = None,
     context: Path | None = None,
     out: Path | None = None,
     min_score: float = 0.25,
@@ -31,7 +32,8 @@ def predict(
 
     A model for question answering takes questions, and finds their answers in the text of --context.
 
-    Texts are given in quotes; without INPUT each line of standard input is one. `deepseek generate` continues texts.
+    Texts are given in quotes; without INPUT each line of standard input is one. A model that was trained on pairs takes
+    the second text of each INPUT as --pair, or behind a tab in its line. `deepseek generate` continues texts.
 
     Example: deepseek predict yolov7 street.jpg --weights yolov7.safetensors --out boxes
 
@@ -45,6 +47,8 @@ def predict(
         Trained weights for a model that is given by name: a safetensors file or a model folder.
     backend
         Who runs it: auto measures what is fastest here; none is torch.
+    pair
+        Second text of an INPUT, for a model of pairs; given once for each INPUT, in their order.
     context
         Text file in which the answers to questions are.
     out
@@ -58,12 +62,14 @@ def predict(
     """
     from deepseek.core.errors import ConfigError
     from deepseek.models.loading import load_model
-    from deepseek.models.predictions import find_task
+    from deepseek.models.predictions import find_task, takes_pairs
 
     loaded = load_model(model, {"backend": backend, "weights": weights})
     given = list(inputs)
     if not given and not sys.stdin.isatty():
         given = [line.rstrip("\r\n") for line in sys.stdin]
+        if takes_pairs(loaded.module) and pair is None:
+            given, pair = _split_pairs(given)
     if not given:
         raise ConfigError("nothing was given to look at; name image files, or texts in quotes, after the model")
     task = find_task(loaded.module)
@@ -72,6 +78,9 @@ def predict(
     if (task == "answer") != (context is not None):
         needed = "needs --context FILE, the text it" if task == "answer" else "takes no --context, since it never"
         raise ConfigError(f"{model} {needed} finds answers in")
+    if pair is not None and task not in ("classify", "estimate"):
+        raise ConfigError(f"{model} takes no --pair, since it compares no texts; leave it out")
+    names = given if pair is None else [f"{one} | {two}" for one, two in zip(given, pair, strict=False)]
     if task == "detect":
         found = loaded.detect(given, min_score=min_score, max_overlap=max_overlap)
         _show_objects(given, found, as_json=json)
@@ -82,9 +91,22 @@ def predict(
     elif context is not None:
         _show_answers(given, loaded, context, as_json=json)
     elif task == "estimate":
-        _show_numbers(given, loaded.estimate(given), as_json=json)
+        _show_numbers(names, loaded.estimate(given, pair), as_json=json)
     else:
-        _show_classes(given, loaded, as_json=json)
+        _show_classes(names, loaded.classify(given, pair), as_json=json)
+
+
+def _split_pairs(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Split lines at their tab; raises `ConfigError` for a line without one, or with more."""
+    from deepseek.core.errors import ConfigError
+
+    for number, line in enumerate(lines, start=1):
+        if line.count("\t") != 1:
+            raise ConfigError(
+                f"line {number} has {line.count(chr(9))} tabs, and the model takes pairs; put one tab between two texts"
+            )
+    pairs = [line.split("\t") for line in lines]
+    return [one for one, _ in pairs], [two for _, two in pairs]
 
 
 def _show_objects(inputs: list[str], found: list[Objects], *, as_json: bool) -> None:
@@ -100,9 +122,9 @@ def _show_objects(inputs: list[str], found: list[Objects], *, as_json: bool) -> 
         _show_table("Objects", ("input", "object", "score", "left top right bottom"), rows)
 
 
-def _show_classes(inputs: list[str], loaded: LoadedModel, *, as_json: bool) -> None:
+def _show_classes(inputs: list[str], found: list[list[tuple[str, float]]], *, as_json: bool) -> None:
     rows: list[tuple[str, ...]] = []
-    for name, classes in zip(inputs, loaded.classify(inputs), strict=True):
+    for name, classes in zip(inputs, found, strict=True):
         if as_json:
             _print({"input": name, "classes": [{"label": label, "probability": share} for label, share in classes]})
         rows += [(name, label, f"{share:.1%}") for label, share in classes]

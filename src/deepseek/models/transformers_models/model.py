@@ -90,10 +90,6 @@ class TransformersModel(nn.Module):
                 return getattr(answer, name)  # type: ignore[no-any-return]
         raise ConfigError(f"{type(self.model).__name__} answers with none of {', '.join(_ANSWERS)}; load another class")
 
-    def describe_(self, *, problem_type: str) -> None:
-        """Set what the scores of a classifier are, in place: `regression`, or `single_label_classification`."""
-        self._settings.problem_type = problem_type
-
     def draw_inputs(self, batch_size: int, sequence_length: int) -> tuple[Tensor, ...]:
         """Draw random inputs of that many rows and tokens, always the same; images have the size of the config."""
         generator = torch.Generator().manual_seed(0)
@@ -209,15 +205,17 @@ def start_transformers(
     num_outputs: int | None,
     labels: Sequence[str] = (),
     *,
+    entries: Mapping[str, Any] | None = None,
     source: Path | str,
 ) -> tuple[TransformersModel, tuple[str, ...]]:
     """Build the model of a `config.json` to be trained for `purpose`, in training mode and in float32.
 
     What `tensors` lack of its head is new, drawn from torch's global generator and returned by name; all is without
-    tensors. Raises `ConfigError` where the library has no such class, and `ArtifactError` for weights that do not fit.
+    tensors. `entries` go into its `config.json`. Raises `ConfigError` where the library has no such class, and
+    `ArtifactError` for weights that do not fit.
     """
     name = _find_class_name(values, purpose, source)
-    values = dict(values) | {"architectures": [name]}
+    values = dict(values) | {"architectures": [name]} | dict(entries or {})
     if num_outputs is not None:
         known = values.get("id2label")
         if known is None or len(known) != num_outputs:

@@ -5,8 +5,8 @@
 
 Classes are those of `task.labels`, or those that occur in the training rows: in the order of the model that training
 begins with where it has the same ones, else sorted, as numbers where all of them are. Their names go into the
-`config.json` of the model, so that `deepseek predict` answers with them. The loss is that of the model in
-`transformers` for these labels, summed over texts.
+`config.json` of the model, so that `deepseek predict` answers with them, and so does whether it takes pairs. The loss
+is that of the model in `transformers` for these labels, summed over texts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import JsonValue
 from torch import Tensor, nn
 
+from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import DataError
 from deepseek.core.model_folder import ModelFolder
 from deepseek.data.samples import BrokenSampleError
 from deepseek.data.table_rows import TableColumns, TableRow, leave_out_broken
 from deepseek.data.text_collate import TextBatch, TextEncoder, TextSample, collate_texts
 from deepseek.data.tokenizing import Tokenizer
+from deepseek.models.predictions import TEXT_PAIR
 from deepseek.models.starting_weights import HeadSpec
 from deepseek.train.scores import score_classes, score_numbers
 from deepseek.train.task import Measurements, TaskData, UnitLosses
@@ -103,7 +106,7 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
 
     def _label_of(self, row: TableRow) -> str:
         value = row.values.get(self.settings.label)
-        is_label = isinstance(value, str | int) or (isinstance(value, float) and value == int(value))
+        is_label = isinstance(value, str | int) or (isinstance(value, float) and value.is_integer())
         if not is_label or value == "":
             raise BrokenSampleError(
                 f"{row.name} has {value!r} in {self.settings.label!r}; expected the name or number of a class"
@@ -112,7 +115,7 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
 
     def _find_labels(self, found: set[str]) -> tuple[str, ...]:
         if self.settings.labels:
-            return self.settings.labels
+            return self._check_labels(self.settings.labels, found)
         if len(found) < 2:
             raise DataError(
                 f"all texts have the label {min(found)}; expected two classes or more, check the column "
@@ -124,6 +127,19 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
         are_numbers = all(label.removeprefix("-").isdecimal() for label in found)
         return tuple(sorted(found, key=int) if are_numbers else sorted(found))
 
+    def _check_labels(self, listed: tuple[str, ...], found: set[str]) -> tuple[str, ...]:
+        """Return the classes that are listed; raises `DataError` for one that is listed twice."""
+        twice = [label for label in dict.fromkeys(listed) if listed.count(label) > 1]
+        if twice:
+            raise DataError(f"task.labels lists {', '.join(twice[:_NUM_NAMED])} twice; list each class once")
+        empty = [label for label in listed if label not in found]
+        if empty and found <= set(listed):
+            warn_caller(
+                f"no text to train on has the class {', '.join(empty[:_NUM_NAMED])}, so that nothing is learned "
+                "about it"
+            )
+        return listed
+
     def _labels_of_init(self) -> tuple[str, ...]:
         """Return the classes of the folder that training begins with, if it has any."""
         folder = self.init_folder
@@ -134,10 +150,12 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
         """Open the encoder of `init` with a score for each class, or one for a number."""
         assert data.tokenizer is not None
         num_outputs = 1 if self.settings.is_regression else len(self.labels)
-        head = HeadSpec("sequence_classification", num_outputs, self.labels)
-        model = self.open_encoder(data.tokenizer, head, max_len=self.data_settings.max_len)
-        model.describe_(problem_type="regression" if self.settings.is_regression else "single_label_classification")
-        return model
+        entries: dict[str, JsonValue] = {
+            "problem_type": "regression" if self.settings.is_regression else "single_label_classification",
+            TEXT_PAIR: self.settings.text_pair is not None,
+        }
+        head = HeadSpec("sequence_classification", num_outputs, self.labels, entries=entries)
+        return self.open_encoder(data.tokenizer, head, max_len=self.data_settings.max_len)
 
     def collate(self, samples: list[LabelledText]) -> LabelledTexts:
         """Put texts and labels together."""
