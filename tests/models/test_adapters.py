@@ -240,7 +240,7 @@ def test_another_base_is_refused_by_its_digest(tmp_path: Path) -> None:
         ({"use_dora": True}, ArtifactError, "uses use_dora of peft, which plain LoRA does not have"),
         ({"bias": "all"}, ArtifactError, "uses bias of peft"),
         ({"task_type": "SEQ_2_SEQ_LM"}, ArtifactError, "was trained for SEQ_2_SEQ_LM, which is not read"),
-        ({"lora_alpha": None}, CorruptArtifactError, "has no lora_alpha; copy the adapter again"),
+        ({"lora_alpha": None}, CorruptArtifactError, "has lora_alpha=None, and a finite number is needed"),
         (
             {"base_model_name_or_path": "nobody/nothing"},
             ArtifactError,

@@ -257,6 +257,8 @@ def test_the_tokenizer_is_that_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     assert find_tokenizer(str(tmp_path), None) == tmp_path
     assert find_tokenizer("gpt2", str(tmp_path)) == tmp_path
+    with pytest.raises(ArtifactError, match="nowhere does not exist; give the folder"):
+        find_tokenizer(str(tmp_path / "nowhere"), None)
 
 
 def test_a_tied_head_stays_tied(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_an_adapter_goes_on_with_what_it_learned(tmp_path: Path) -> None:
         torch.testing.assert_close(after[name], tensor)
     assert read_manifest(tmp_path / "still" / "model").parent_digest == read_manifest(base).digest
     # One that moves, and is stopped on the way, ends as one that was not.
-    list(train(configure_adapter(tmp_path, "whole", **changes)))
+    list(train(configure_adapter(tmp_path, "whole", **changes | {"adapter": LORA | {"alpha": 4.0}})))
     events = train(configure_adapter(tmp_path, "stopped", **changes))
     for event in events:
         if isinstance(event, StepDone) and event.step == 4:
@@ -204,6 +204,10 @@ def test_an_adapter_of_another_base_rank_or_task_is_not_gone_on_with(tmp_path: P
     init = {"init": str(tmp_path / "first")}
     with pytest.raises(ConfigError, match=r"is an adapter of rank=4, .* and adapter has rank=8; leave adapter out"):
         list(train(configure_adapter(tmp_path, "second", **init, adapter=LORA | {"rank": 8})))
+    with pytest.raises(
+        ConfigError, match=r"adapter has targets=\['q_proj', 'k_proj'\], which are other layers than its"
+    ):
+        list(train(configure_adapter(tmp_path, "second", **init, adapter=LORA | {"targets": ["q_proj", "k_proj"]})))
     with pytest.raises(ConfigError, match="is an adapter for causal_lm, and this run trains one for masked_lm"):
         continue_adapter(tmp_path / "first" / "model", HeadSpec("masked_lm"))
     shutil.rmtree(tmp_path / "base")

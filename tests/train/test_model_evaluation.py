@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.core.errors import ConfigError, DataError
+from deepseek.core.errors import ArtifactError, ConfigError, DataError
 from deepseek.data.tokenizing import Tokenizer, load_tokenizer, train_tokenizer
 from deepseek.models import zoo
 from deepseek.models.adapters import attach_, save_adapter
@@ -191,7 +191,8 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(decoder: Path, text: P
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     cases: list[tuple[type[Exception], str, Any]] = [
         (ConfigError, "has no tokenizer.json, by which texts become tokens", (bare, text, {})),
-        (ConfigError, "holds a ResNet", (classifier, text, {})),
+        (ConfigError, "holds a resnet, and what it was trained for is known to its run alone", (classifier, text, {})),
+        (ArtifactError, "gone does not exist", (tmp_path / "gone", text, {"task": "sequence_classification"})),
         (ConfigError, "unknown kind of task", (decoder, text, {"task": "sleeping"})),
         (DataError, "there is no text in", (decoder, tmp_path / "empty.txt", {})),
         (DataError, "holds no file", (decoder, tmp_path / "nowhere", {})),

@@ -61,7 +61,7 @@ from deepseek.models.starting_weights import (
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.models.weight_loading import NUM_NAMED, main_dtype, name_precision
 from deepseek.nn.freezing import hold_norms_
-from deepseek.nn.lora import LoRAConfig, LoRALinear, add_lora_, find_adapted, merge_lora_, put_, scaling_of
+from deepseek.nn.lora import LoRAConfig, LoRALinear, add_lora_, find_adapted, is_named, merge_lora_, put_, scaling_of
 from deepseek.nn.quantized import Int8Linear
 
 ARCHITECTURE = "adapter"
@@ -245,6 +245,13 @@ def continue_adapter(folder: str | Path, head: HeadSpec) -> tuple[StartingModel,
     return replace(start, model=model.train(), new_tensors=new), config
 
 
+def adapts_just(start: StartingModel, patterns: Sequence[str]) -> bool:
+    """Return whether `patterns` name the layers with an adapter, and no other linear layer."""
+    names = _Names.of(start)
+    chosen = {path for path, theirs in names.linear.items() if is_named((path, theirs), patterns)}
+    return chosen == set(find_adapted(names.model))
+
+
 def _describe_head(head: HeadSpec) -> str:
     named = f" ({', '.join(head.labels[:NUM_NAMED])})" if head.labels else ""
     return head.purpose if head.num_outputs is None else f"{head.purpose} with {head.num_outputs} outputs{named}"
@@ -354,8 +361,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             f"{folder} uses {', '.join(unread)} of peft, which plain LoRA does not have; merge it with peft "
             "(`merge_and_unload`) and give the merged folder"
         )
-    if not isinstance(settings.get("lora_alpha"), int | float):
-        raise CorruptArtifactError(f"{folder / ADAPTER_CONFIG_NAME} has no lora_alpha; copy the adapter again")
+    alpha = settings.get("lora_alpha")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CorruptArtifactError(
+            f"{folder / ADAPTER_CONFIG_NAME} has lora_alpha={alpha!r}, and a finite number is needed; copy the adapter "
+            "again"
+        )
     return settings
 
 

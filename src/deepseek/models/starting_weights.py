@@ -165,11 +165,16 @@ def _open(
 
 
 def find_tokenizer(source: str | None, weights: str | None) -> Path | None:
-    """Return the folder whose tokenizer goes with the model that a run begins with; none where it brings none."""
+    """Return the folder whose tokenizer goes with the model that a run begins with; none where it brings none.
+
+    Raises `ConfigError` or `ArtifactError` where there is nothing of that name, before a tokenizer is trained for it.
+    """
     named = weights if source in KNOWN_NAMES else source
     if named is None:
         return None
     folder = find_model_folder(named)
+    if not folder.exists():
+        raise explain_nothing(named, folder)
     return folder if (folder / TOKENIZER_NAME).is_file() else None
 
 

@@ -198,6 +198,15 @@ def find_adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def is_named(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Return whether any of the names of a layer matches any of `patterns`, as targets do.
+
+    >>> is_named(["layers.0.attention.q_proj"], ["k_proj", "q_proj"])
+    True
+    """
+    return any(_matches(name, pattern) for name in names for pattern in patterns)
+
+
 def merge_lora_(model: nn.Module) -> nn.Module:
     """Add the corrections to the weights and take the adapters off, in place, and return `model`.
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
-from deepseek.artifact.format import TOKENIZER_NAME
+from deepseek.artifact.format import CONFIG_NAME, TOKENIZER_NAME
 from deepseek.artifact.reading import find_model_folder, is_adapter, is_artifact, read_manifest
 from deepseek.core.config import list_kinds
 from deepseek.core.errors import ConfigError, DataError
@@ -37,10 +38,10 @@ from deepseek.core.model_folder import ModelFolder
 from deepseek.data.config import BoxesConfig, ChatConfig, DataConfig
 from deepseek.data.samples import TooFewSamplesError
 from deepseek.models.adapters import find_tokenizer_folder
-from deepseek.models.architectures import OWN
+from deepseek.models.architectures import DECODER, OWN, TRANSFORMERS
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import load_decoder
-from deepseek.models.model_sources import load_weights_
+from deepseek.models.model_sources import explain_nothing, load_weights_
 from deepseek.train.config import TrainConfig
 from deepseek.train.evaluation import BatchMeasurements, measure
 from deepseek.train.loop import CONFIG_FILE, DATA_FOLDER
@@ -100,6 +101,8 @@ def evaluate_model(
     model does not fit the task, or no data are known, and `DataError` for data that cannot be used. Nothing is written.
     """
     subject = _find_subject(model, data)
+    if not subject.folder.exists():
+        raise explain_nothing(model, subject.folder)
     kind = task if isinstance(task, str) else _choose_task(subject) if task is None else None
     decoder = load_decoder(subject.folder) if kind == _CAUSAL_LM else None
     with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +173,23 @@ def _choose_task(subject: _Subject) -> str:
             f"{subject.folder} is a model of a class of its own, which only its task can build; name the task with "
             "--task MODULE:CLASS"
         )
+    if subject.settings is None and (other := _name_other_than_decoder(subject.folder)):
+        raise ConfigError(
+            f"{subject.folder} holds a {other}, and what it was trained for is known to its run alone; name the task "
+            "with --task"
+        )
     return _CAUSAL_LM if subject.settings is None else subject.settings.task.kind
+
+
+def _name_other_than_decoder(folder: Path) -> str | None:
+    """Return the architecture of a model that is plainly no language model, `None` for all others."""
+    if is_adapter(folder):
+        return None
+    if is_artifact(folder) and (name := read_manifest(folder).architecture) not in (DECODER, TRANSFORMERS):
+        return name
+    names = (ModelFolder(folder).config if (folder / CONFIG_NAME).is_file() else {}).get("architectures") or [""]
+    is_other = re.search(r"For(?!CausalLM)[A-Z]", str(names[0]))
+    return str(names[0]) if is_other else None
 
 
 def _configure(

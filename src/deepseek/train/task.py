@@ -42,10 +42,11 @@ from deepseek.core.errors import ConfigError
 from deepseek.core.events import Event
 from deepseek.data.config import ChatConfig, DataConfig, TableConfig
 from deepseek.data.tokenizing import Tokenizer
-from deepseek.models.adapters import continue_adapter, save_adapter
+from deepseek.models.adapters import adapts_just, continue_adapter, save_adapter
 from deepseek.models.architectures import is_known
 from deepseek.models.loading import save_model, save_own_model, tokenizer_files
 from deepseek.models.starting_weights import HeadSpec, StartingModel, find_tokenizer, open_start
+from deepseek.nn.lora import ALL_LINEAR
 from deepseek.train.config import TrainConfig
 
 T = TypeVar("T", DataConfig, ChatConfig, TableConfig)
@@ -159,6 +160,9 @@ class Task(ABC):
             for name in ("rank", "alpha", "rank_stabilized")
             if asked is not None and getattr(asked, name) != getattr(own, name)
         ]
+        # Patterns are other words for the same layers, so that they are held against the names.
+        if asked is not None and ALL_LINEAR not in asked.targets and not adapts_just(start, asked.targets):
+            changed.append(f"targets={list(asked.targets)}, which are other layers than its own")
         if changed:
             raise ConfigError(
                 f"init={folder} is an adapter of rank={own.rank}, alpha={own.alpha}, "

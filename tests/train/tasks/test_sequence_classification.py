@@ -74,7 +74,6 @@ def test_the_loss_is_that_of_transformers(settings: dict[str, Any], table: str, 
         ({"labels": ["places", "animals", "people"]}, ("places", "animals", "people")),
     ],
 )
-@pytest.mark.filterwarnings("ignore:no text to train on has the class people")
 def test_classes_are_sorted_or_as_listed_and_go_into_the_model(
     settings: dict[str, Any], expected: tuple[str, ...], table: str, tmp_path: Path
 ) -> None:
@@ -88,9 +87,11 @@ def test_classes_are_sorted_or_as_listed_and_go_into_the_model(
             assert expected[int(by_row[tokens])] == str(row[settings.get("label", "label")])
 
 
-def test_a_listed_class_without_a_text_is_named(table: str, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no text to train on has the class people, so that nothing is learned"):
-        open_task(make(tmp_path, table, {"labels": ["places", "animals", "people"]}))
+def test_labels_that_are_names_and_numbers_are_told(tmp_path: Path) -> None:
+    rows = [*draw_rows(20), *[row | {"label": row["number"]} for row in draw_rows(20)]]
+    with pytest.warns(UserWarning, match="has names, such as '(animals|places)', and numbers, such as (0|1), each of"):
+        task, _, _ = open_task(make(tmp_path, write_rows(tmp_path / "rows.jsonl", rows)))
+    assert task.labels == ("0", "1", "animals", "places")
 
 
 def test_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:

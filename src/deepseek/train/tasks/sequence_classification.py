@@ -85,6 +85,7 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
         settings = self.settings
         read = leave_out_broken(rows, self._read, max_broken=self.data_settings.max_broken)
         if not is_heldout and not settings.is_regression:
+            self._warn_of_two_kinds(rows)
             self.labels = self._find_labels({str(label) for _, _, label in read})
         numbers = {name: float(number) for number, name in enumerate(self.labels)}
         for name, _, label in read:
@@ -113,9 +114,20 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
             )
         return str(int(value)) if isinstance(value, float) else str(value)
 
+    def _warn_of_two_kinds(self, rows: Sequence[TableRow]) -> None:
+        """Warn where some labels are names and others numbers, as where two files were put together."""
+        values = [row.values.get(self.settings.label) for row in rows]
+        numbers = next((value for value in values if isinstance(value, int)), None)
+        names = next((value for value in values if isinstance(value, str) and value and not _is_number(value)), None)
+        if numbers is not None and names is not None:
+            warn_caller(
+                f"the column {self.settings.label!r} has names, such as {names!r}, and numbers, such as {numbers}, "
+                "each of which is a class of its own; write all labels in one way if that is not meant"
+            )
+
     def _find_labels(self, found: set[str]) -> tuple[str, ...]:
         if self.settings.labels:
-            return self._check_labels(self.settings.labels, found)
+            return self._check_labels(self.settings.labels)
         if len(found) < 2:
             raise DataError(
                 f"all texts have the label {min(found)}; expected two classes or more, check the column "
@@ -124,20 +136,14 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
         known = self._labels_of_init()
         if set(known) == found:
             return known
-        are_numbers = all(label.removeprefix("-").isdecimal() for label in found)
+        are_numbers = all(_is_number(label) for label in found)
         return tuple(sorted(found, key=int) if are_numbers else sorted(found))
 
-    def _check_labels(self, listed: tuple[str, ...], found: set[str]) -> tuple[str, ...]:
+    def _check_labels(self, listed: tuple[str, ...]) -> tuple[str, ...]:
         """Return the classes that are listed; raises `DataError` for one that is listed twice."""
         twice = [label for label in dict.fromkeys(listed) if listed.count(label) > 1]
         if twice:
             raise DataError(f"task.labels lists {', '.join(twice[:_NUM_NAMED])} twice; list each class once")
-        empty = [label for label in listed if label not in found]
-        if empty and found <= set(listed):
-            warn_caller(
-                f"no text to train on has the class {', '.join(empty[:_NUM_NAMED])}, so that nothing is learned "
-                "about it"
-            )
         return listed
 
     def _labels_of_init(self) -> tuple[str, ...]:
@@ -188,6 +194,10 @@ class SequenceClassification(TableTask[LabelledText, LabelledTexts]):
     def new_metrics(self) -> Measurements:
         """Accuracy, F1 and Matthews' correlation, or correlations of the numbers."""
         return LabelScores(is_regression=self.settings.is_regression)
+
+
+def _is_number(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()
 
 
 class LabelScores:
