@@ -117,6 +117,13 @@ def test_a_broken_sample_is_named_once_and_left_out(num_workers: int) -> None:
     assert sum(map(len, batches)) == 33 - 3
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_epoch_of_broken_samples_ends_the_run_though_the_limit_is_higher(num_workers: int) -> None:
+    numbers = loader(source=Numbers(broken=tuple(range(11))), num_workers=num_workers, max_broken=100)
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(DataError, match="no sample of a whole epoch can"):
+        numbers.next_batch()
+
+
 def test_too_many_broken_samples_end_the_run() -> None:
     numbers = loader(source=Numbers(broken=(1, 2, 3)), max_broken=2)
     with warnings.catch_warnings():

@@ -122,6 +122,7 @@ class SampleLoader(Generic[S, B]):
 
     def next_batch(self) -> B:
         """Return the batch at the position, and move the position on; raises `DataError` after too many broken ones."""
+        num_passed = 0
         while True:
             if self._batches is None:
                 self._batches = self._start()
@@ -130,6 +131,9 @@ class SampleLoader(Generic[S, B]):
             self._count_broken(loaded.broken)
             if loaded.batch is not None:
                 return loaded.batch
+            num_passed += self.batch_size * self.world_size
+            if num_passed >= len(self.source) + self.batch_size * self.world_size:  # each sample once, surely
+                raise DataError(f"no sample of a whole epoch can be loaded; the last one: {loaded.broken[-1]}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, as JSON values."""
