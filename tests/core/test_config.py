@@ -180,6 +180,14 @@ def test_names_of_other_programs_lead_to_what_they_mean_or_nowhere(key, nearest)
         ({"model": {"depth": 0}}, "setting 'model.depth' is 0: input should be greater than or equal to 1"),
         ({"model": {"rate": {"betas": [0.9]}}}, "setting 'model.rate.betas.1' of Job is missing; give it a value"),
         ({"model": {"stages": [{"peak": -1}]}}, "setting 'model.stages.0.peak' is -1: input should be greater than 0"),
+        (
+            {"model": {"rate": {"peak": float("inf")}}},
+            "setting 'model.rate.peak' is inf: input should be a finite number",
+        ),
+        (
+            {"model": {"stages": [{"betas": [0.9, float("nan")]}]}},
+            "'model.stages.0.betas.1' is nan: input should be a fin",
+        ),
         ({"model": 3}, "setting 'model' is 3: input should be a valid dictionary or instance of Model"),
         ({"kind": "train"}, "setting 'kind' is 'train': input should be 'Train' or 'Serve'"),
         ({"model": {"width": 4}}, "^width=4 is one more than a multiple of depth=3; choose another$"),

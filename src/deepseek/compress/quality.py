@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from deepseek.core.config import Config
@@ -22,6 +22,8 @@ from deepseek.nn.losses import sum_cross_entropy
 
 class Comparison(Config):
     """A compressed model beside its original."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # a broken model's loss is reported as it is
 
     bytes_before: int
     """Bytes of the original's weights, in FP32 and before any file's header."""

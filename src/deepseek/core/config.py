@@ -48,9 +48,11 @@ _SHORT.maxlevel = 3
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, typed, and strict about names. Construction raises `ConfigError`."""
+    """Base of every config: frozen, typed, strict about names, numbers finite. Construction raises `ConfigError`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     other_names: ClassVar[Mapping[str, str]] = {}
     """Names that settings have elsewhere, each with the dotted name it stands for; they are read and never written."""
