@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from deepseek.core.errors import ConfigError, PermanentError
 from deepseek.distributed.plan import Plan
@@ -80,6 +81,17 @@ def test_messages_that_get_faster_with_size_are_no_measurement():
 def test_nothing_is_measured_without_repeats():
     with pytest.raises(ConfigError, match="give at least 1"):
         measure_machine(repeats=0)
+
+
+def test_what_takes_long_is_timed_once(monkeypatch):
+    calls = []
+    counted = {}
+    for limit_s in (1e9, 0.0):
+        monkeypatch.setattr(measurement, "LONG_S", limit_s)
+        calls.clear()
+        measurement._median_s(lambda: calls.append(1), torch.device("cpu"), 5)
+        counted[limit_s] = len(calls)
+    assert counted == {1e9: 6, 0.0: 1}
 
 
 def test_measurements_are_kept_where_the_environment_says(monkeypatch, tmp_path):
