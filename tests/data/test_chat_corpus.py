@@ -107,7 +107,10 @@ def test_broken_rows_are_named_counted_and_said_again_where_the_cache_is_used_ag
     ("lines", "message"),
     [
         ([json.dumps(ROWS[0]), "{broken"], r"chats.jsonl line 2 is not JSON"),
-        (['{"text": "a"}', '{"text": "b"}'], r"2 rows cannot be used .* the first one: chats.jsonl:0 holds no chat"),
+        (
+            ['{"text": "a"}', '{"text": "b"}'],
+            r"none of the 2 rows can be used; .* chats.jsonl:0 holds no chat",
+        ),
         (['{"messages": [{"role": "user", "content": "Hi"}]}'], "there is no chat to learn from: 1 chats have no"),
     ],
 )
