@@ -13,6 +13,7 @@ from deepseek.models.loading import make_int8_
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.nn.packed import PackedLinear, pack_
+from tests.processors import needs_avx512
 
 SHAPES = {
     "llama": DecoderConfig(vocab_size=96, num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, ffn_size=96),
@@ -66,6 +67,7 @@ def test_packed_int8_model_gives_the_logits_of_the_int8_model(shape: str) -> Non
     torch.testing.assert_close(pack_(copy.deepcopy(model))(tokens), model(tokens), rtol=1e-4, atol=1e-4)
 
 
+@needs_avx512
 @torch.no_grad()
 def test_packed_bf16_layer_is_as_close_as_bf16_allows() -> None:
     torch.manual_seed(0)

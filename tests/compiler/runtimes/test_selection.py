@@ -30,6 +30,7 @@ from deepseek.compiler.runtimes.selection_policy import Candidate, Tolerance, ju
 from deepseek.core.errors import ConfigError
 from deepseek.core.registry import Registry
 from tests.compiler.models import Tagger, small_mlp, small_resnet
+from tests.processors import needs_avx512
 
 LOOSE = Tolerance(relative_error=1.0, cosine=-1.0, agreement=0.0)
 
@@ -403,7 +404,7 @@ def test_zeros_agree_with_zeros_only():
 
 
 @pytest.mark.skipif(not BACKENDS["openvino"].is_available(), reason="openvino is not installed")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_avx512), "int8"])
 def test_openvino_by_name_answers_within_the_bound(precision):
     pictures = small_resnet()
     chosen = select(pictures.model, pictures.samples, backend="openvino", precision=precision, time_budget_s=5)

@@ -7,8 +7,10 @@ from torch import nn
 from deepseek.onnx.files import read_onnx
 from deepseek.onnx.importing import import_onnx
 from tests.onnx.checks import export, quiet, run_reference
+from tests.processors import needs_avx512
 
 
+@needs_avx512
 @pytest.mark.parametrize("kind", ["QDQ", "QOperator", "dynamic"])
 def test_quantized_files_agree_with_onnx_runtime(kind, tmp_path):
     """A small network quantized by ONNX Runtime's own tool, run as floats on the same steps."""

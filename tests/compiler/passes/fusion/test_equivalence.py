@@ -10,6 +10,7 @@ from deepseek.compiler.passes.fusion.batch_norm import match_convolution_batch_n
 from deepseek.compiler.passes.fusion.graphs import ProposedRewrite
 from deepseek.compiler.passes.fusion.rewrite_rules import FusionRule, fuse
 from tests.compiler.passes.fusion.fused_models import IMAGES, settle
+from tests.processors import needs_avx512
 
 # torch warns about itself when it decomposes an exported graph.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -71,7 +72,9 @@ def test_weights_that_overflow_when_folded_are_kept_apart():
     assert all("batch norm" not in each.rule for each in fused.report.fusions)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_avx512), torch.float16, torch.float64]
+)
 def test_every_precision_is_fused_within_its_own_rounding(dtype):
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).to(dtype)
     x = torch.randn(IMAGES).to(dtype)

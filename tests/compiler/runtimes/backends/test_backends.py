@@ -14,6 +14,7 @@ from deepseek.compiler.runtimes.selection_policy import PRECISIONS, BackendSelec
 from deepseek.core.errors import ConfigError
 from tests.compiler.models import Tagger, small_mlp
 from tests.compiler.runtimes.backends.offered import BOUNDS, HERE, relative_error, tagger_inputs, threads
+from tests.processors import HAS_AVX512, NO_AVX512
 
 ON_PICTURES = [
     (name, variant.name, variant.precision)
@@ -50,6 +51,8 @@ def test_an_unknown_precision_or_variant_is_answered_with_what_there_is():
 
 @pytest.mark.parametrize(("name", "variant", "precision"), ON_PICTURES, ids=lambda value: str(value))
 def test_a_variant_answers_like_eager_and_is_what_it_says(name, variant, precision, pictures, job):
+    if name == "openvino" and precision != "fp32" and not HAS_AVX512:
+        pytest.skip(NO_AVX512)
     chosen = BACKENDS[name].find_variant(precision, variant)
     if chosen.find_obstacle(job.traits) is not None:
         pytest.skip(chosen.find_obstacle(job.traits))
