@@ -154,6 +154,7 @@ FEATURES = {
         "torch.cpu._is_vnni_supported",
     ),
     "packed models: weights in oneDNN's order": (
+        "torch.ops.mkldnn._is_mkldnn_bf16_supported",
         "torch.ops.mkldnn._linear_pointwise",
         "torch.ops.mkldnn._reorder_linear_weight",
     ),

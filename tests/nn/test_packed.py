@@ -78,6 +78,14 @@ def test_packed_bf16_layer_is_as_close_as_bf16_allows() -> None:
 
 
 @torch.no_grad()
+def test_a_model_in_bf16_runs_packed_on_every_processor() -> None:
+    model = make_model("llama").bfloat16()
+    tokens = torch.randint(0, 96, (2, 20))
+    expected = copy.deepcopy(model)(tokens)
+    torch.testing.assert_close(pack_(model)(tokens), expected, rtol=5e-2, atol=5e-2)
+
+
+@torch.no_grad()
 def test_packing_twice_changes_nothing() -> None:
     packed = pack_(make_model("llama"))
     tokens = torch.randint(0, 96, (1, 8))

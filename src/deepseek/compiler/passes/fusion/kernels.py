@@ -183,4 +183,6 @@ def _why_no_kernel_for(node: Node, weight: Tensor, graph: Rewriting) -> str | No
         return f"the fused kernel is oneDNN's, for CPUs; the weights are on {weight.device}"
     if weight.dtype not in (torch.float32, torch.bfloat16) or graph.values[node].dtype != weight.dtype:
         return f"the fused kernel takes float32 and bfloat16, not {weight.dtype}"
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "the fused kernel takes bfloat16 on a processor with AVX-512, which this one has not"
     return None
