@@ -10,15 +10,15 @@ The gradient of rows that went out comes back by the same algorithm with the spl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
-from deepseek.core.errors import ConfigError
 from deepseek.distributed.collectives.executing import exchange_, select_steps
 from deepseek.distributed.collectives.uneven_all_to_all import order_pairs, order_ring
-from deepseek.distributed.reduction_algorithms import RankGroup
+from deepseek.distributed.reduction_algorithms import RankGroup, check_levels
 
 ALL_TO_ALLS = ("native", "ring", "pairwise", "hierarchical")
 
@@ -81,10 +81,7 @@ def _exchange_by_messages(
     order: Callable[[list[list[int]]], tuple[tuple[object, ...], ...]],
 ) -> torch.Tensor:
     """Exchange rows among some ranks of the group, of which this one knows its own row and column of the lengths."""
-    own, width = (
-        list(members).index(group.rank),
-        rows[:1].numel() if len(rows) else rows.new_empty(rows.shape[1:]).numel(),
-    )
+    own, width = list(members).index(group.rank), math.prod(rows.shape[1:])
     lengths = [[0] * len(members) for _ in members]
     for index in range(len(members)):
         lengths[index][own] = received[index] * width
@@ -98,13 +95,8 @@ def _exchange_by_messages(
 def _exchange_in_levels(rows: torch.Tensor, sent: list[int], received: list[int], group: RankGroup) -> torch.Tensor:
     """Inside the host to the rank with the target's number there, then across the hosts."""
     topology = group.topology
-    local = topology.domain_size
-    if local == 1 and topology.num_hosts != group.size:
-        raise ConfigError(
-            f"algorithm='hierarchical' needs equally many ranks on each host, and ranks are on hosts "
-            f"{list(topology.hosts)}; use 'ring' or 'pairwise'"
-        )
-    placement = topology.placement
+    check_levels(topology, "'ring' or 'pairwise'")
+    local, placement = topology.domain_size, topology.placement
     by_host = [placement[first : first + local] for first in range(0, group.size, local)]
     own_host = next(host for host in by_host if group.rank in host)
     number = own_host.index(group.rank)

@@ -93,14 +93,19 @@ def all_reduce_(
 
 def find_steps(algorithm: str, group: RankGroup, num_elements: int) -> RankSteps:
     """Return this rank's messages of an all-reduce of that many elements."""
-    topology = group.topology
-    if algorithm == "hierarchical" and (topology.domain_size == 1 and topology.num_hosts != group.size):
+    if algorithm == "hierarchical":
+        check_levels(group.topology, "'ring' or 'auto'")
+    domain_size = group.topology.domain_size if algorithm == "hierarchical" else 1
+    return list_own_steps(f"{algorithm}_all_reduce", group.size, num_elements, domain_size, group.position)
+
+
+def check_levels(topology: RankTopology, others: str) -> None:
+    """Raise `ConfigError`, which names `others` to use, where hosts do not have equally many ranks."""
+    if topology.domain_size == 1 and topology.num_hosts != len(topology.hosts):
         raise ConfigError(
             f"algorithm='hierarchical' needs equally many ranks on each host, and ranks are on hosts "
-            f"{list(topology.hosts)}; use 'ring' or 'auto'"
+            f"{list(topology.hosts)}; use {others}"
         )
-    domain_size = topology.domain_size if algorithm == "hierarchical" else 1
-    return list_own_steps(f"{algorithm}_all_reduce", group.size, num_elements, domain_size, group.position)
 
 
 def reduce_scatter(tensor: torch.Tensor, group: RankGroup, operator: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ reads the sentence.
 
 from __future__ import annotations
 
+from deepseek.core.divisors import explain_division
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.plan import Plan
 from deepseek.planning.machines.cluster import Cluster
@@ -74,14 +75,14 @@ def _explain_shape(plan: Plan, model: ModelShape | OperatorList, is_padding_laye
             else None
         )
     if model.heads % plan.tp:
-        return _explain_division("tp", plan.tp, "heads", model.heads)
+        return explain_division("tp", plan.tp, "heads", model.heads)
     if model.sequence % (plan.cp * (plan.tp if plan.sequence_parallel else 1)):
         return f"sequence={model.sequence} cannot be cut into cp*tp = {plan.cp}*{plan.tp} parts; choose powers of two"
     slots = plan.pp * plan.virtual_stages
     if slots > model.layers:
         return f"pp*virtual_stages = {slots} is more than layers={model.layers}; use at most {model.layers}"
     if model.layers % slots and not is_padding_layers:
-        return _explain_division("pp*virtual_stages", slots, "layers", model.layers)
+        return explain_division("pp*virtual_stages", slots, "layers", model.layers)
     return _explain_experts(plan, model)
 
 
@@ -91,15 +92,10 @@ def _explain_experts(plan: Plan, model: ModelShape) -> str | None:
     if not model.experts:
         return f"ep={plan.ep} needs a model with experts; use ep=1"
     if model.experts % plan.ep:
-        return _explain_division("ep", plan.ep, "experts", model.experts)
+        return explain_division("ep", plan.ep, "experts", model.experts)
     if (plan.tp * plan.cp * plan.dp) % (plan.ep * plan.etp):
         return (
             f"ep*etp = {plan.ep}*{plan.etp} does not divide tp*cp*dp = {plan.tp * plan.cp * plan.dp}, the ranks of a "
             "stage; lower one of them"
         )
     return None
-
-
-def _explain_division(name: str, value: int, of: str, total: int) -> str:
-    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
-    return f"{name}={value} does not divide {of}={total}; choose one of {', '.join(map(str, divisors))}"

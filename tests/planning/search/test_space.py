@@ -11,7 +11,7 @@ from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import get_model_shape
 from deepseek.planning.search.planner import plan
 from deepseek.planning.search.request import Request, Space
-from deepseek.planning.search.space import build_plan, expand, list_divisors, list_families, list_shardings
+from deepseek.planning.search.space import build_plan, expand, list_families, list_shardings
 from tests.planning.search.brute_force import EXPERTS, SMALL
 
 LLAMA = get_model_shape("Llama3-8B")
@@ -53,8 +53,3 @@ def test_every_row_of_every_family_is_a_plan_that_fits_and_none_comes_twice(devi
         reason = explain_misfit(candidate, model, request.cluster, batch, is_padding_layers=is_uneven)
         assert reason is None
         assert candidate.precision == precision
-
-
-@given(st.integers(1, 5000))
-def test_divisors_are_all_numbers_that_divide(number):
-    assert list_divisors(number) == [divisor for divisor in range(1, number + 1) if number % divisor == 0]

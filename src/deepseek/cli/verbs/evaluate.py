@@ -43,10 +43,10 @@ def evaluate(
     """
     from deepseek.cli.screen.events import progress_on_errors
     from deepseek.cli.screen.tables import show_table
-    from deepseek.cli.verbs.train import import_task
+    from deepseek.cli.verbs.train import find_own_task
     from deepseek.train.model_evaluation import evaluate_model
 
-    wanted = import_task(task) if task is not None and ":" in task else task
+    wanted = find_own_task(task) or task
     with progress_on_errors() as show:
         report = evaluate_model(model, data, task=wanted, changes=parse_overrides(set or []), on_event=show)
     if data is None:

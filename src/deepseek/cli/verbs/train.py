@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -60,9 +61,7 @@ def train(
     json
         Print events as JSON lines instead of progress bars, and settings as JSON.
     """
-    own_task = import_task(task) if task is not None and ":" in task else None
-    chosen = {} if task is None or own_task else {"task": task}
-    settings = choose_config(recipe, config, task).override(chosen | parse_overrides(set or []))
+    settings, own_task = choose_run(recipe, config, task, parse_overrides(set or []))
     if show:
         _print_settings(settings, as_json=json)
         return
@@ -98,6 +97,20 @@ def _print_settings(settings: TrainConfig, *, as_json: bool) -> None:
     import yaml
 
     print(settings.model_dump_json() if as_json else yaml.safe_dump(settings.to_dict(), sort_keys=False).rstrip())
+
+
+def choose_run(
+    recipe: str | None, config: Path | None, task: str | None, changes: Mapping[str, Any]
+) -> tuple[TrainConfig, type[Task] | None]:
+    """The settings of a run with `changes`, and its task where that is one's own."""
+    own_task = find_own_task(task)
+    chosen = {} if task is None or own_task else {"task": task}
+    return choose_config(recipe, config, task).override({**chosen, **changes}), own_task
+
+
+def find_own_task(task: str | None) -> type[Task] | None:
+    """Import a task that is written MODULE:CLASS; `None` for the name of one of ours."""
+    return import_task(task) if task is not None and ":" in task else None
 
 
 def choose_config(recipe: str | None, config: Path | None, task: str | None = None) -> TrainConfig:

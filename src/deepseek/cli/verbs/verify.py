@@ -54,14 +54,12 @@ def verify(
 
     from deepseek.bench.plan_parity import verify_plans
     from deepseek.cli.screen.tables import show_table, working
-    from deepseek.cli.verbs.train import choose_config, import_task
+    from deepseek.cli.verbs.train import choose_run
     from deepseek.distributed.plan_files import read_plan
 
-    own_task = import_task(task) if task is not None and ":" in task else None
+    settings, own_task = choose_run(recipe, config, task, parse_overrides(set or []))
     if own_task is not None:
         sys.path.append(str(Path.cwd()))  # ranks import the task as well
-    chosen = {} if task is None or own_task else {"task": task}
-    settings = choose_config(recipe, config, task).override(chosen | parse_overrides(set or []))
     plans = [read_plan(text) for text in plan or ()]
     with working("training under the plans, and in one process"):
         verdicts = list(verify_plans(settings, plans, num_ranks=ranks, num_steps=steps, task=own_task))

@@ -31,6 +31,12 @@ def as_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def read_loss(loss: Tensor) -> float:
+    """Return a loss as a number, also where it is a DTensor."""
+    plain = loss.detach()
+    return float(plain.full_tensor() if isinstance(plain, DTensor) else plain)
+
+
 class GradientReducer:
     """Sums gradients over a group, a bucket at a time, while the backward pass computes others.
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepseek.core.divisors import explain_division
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.differentiable_all_to_all import exchange_rows
 from deepseek.distributed.reduction_algorithms import RankGroup
@@ -56,10 +57,7 @@ def spread_experts_(router: nn.Module, group: dist.ProcessGroup, *, algorithm: s
             f"{type(experts).__name__}; use SwiGLUExperts, or ep=1"
         )
     if num_experts % num_ranks:
-        divisors = [divisor for divisor in range(1, num_experts + 1) if num_experts % divisor == 0]
-        raise ConfigError(
-            f"ep={num_ranks} does not divide experts={num_experts}; choose one of {', '.join(map(str, divisors))}"
-        )
+        raise ConfigError(explain_division("ep", num_ranks, "experts", num_experts))
     rank = dist.get_rank(group)
     for name, weight in stacked.items():
         mine = weight.detach().chunk(num_ranks)[rank].clone()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from deepseek.core.divisors import explain_division, list_divisors
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.plan import Plan
 
@@ -67,12 +68,12 @@ def _explain_unknown_parts(plan: Plan, parts: ModelParts) -> str | None:
 def _explain_sizes(plan: Plan, parts: ModelParts) -> str | None:
     for name, count in parts.head_counts:
         if count % plan.tp:
-            return _explain_division("tp", plan.tp, name, count)
+            return explain_division("tp", plan.tp, name, count)
     num_stages = plan.pp * plan.virtual_stages
     if plan.pp > 1 and num_stages > parts.num_layers:
         return f"pp*virtual_stages = {num_stages} is more than layers={parts.num_layers}; use fewer stages"
     if plan.ep > 1 and parts.num_experts % plan.ep:
-        return _explain_division("ep", plan.ep, "experts", parts.num_experts)
+        return explain_division("ep", plan.ep, "experts", parts.num_experts)
     if plan.dp % plan.ep:
         return (
             f"ep={plan.ep} spreads experts over data parallel ranks and does not divide dp={plan.dp}; choose a divisor"
@@ -105,11 +106,6 @@ def _explain_combination(plan: Plan) -> str | None:
     return next((sentence for is_broken, sentence in rules if is_broken), None)
 
 
-def _explain_division(name: str, value: int, of: str, total: int) -> str:
-    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
-    return f"{name}={value} does not divide {of}={total}; choose one of {', '.join(map(str, divisors))}"
-
-
 def find_nearest_legal(plan: Plan, parts: ModelParts) -> Plan | None:
     """Find the legal plan for as many ranks that is least unlike `plan`."""
     legal = [candidate for candidate in _list_candidates(plan) if explain_illegal(candidate, parts) is None]
@@ -119,9 +115,9 @@ def find_nearest_legal(plan: Plan, parts: ModelParts) -> Plan | None:
 def _list_candidates(plan: Plan) -> Iterator[Plan]:
     """Plans of as many ranks, whose choices are those of `plan` or the plainest."""
     world = plan.num_devices
-    sizes = [(tp, pp, world // tp // pp) for tp in _divisors(world) for pp in _divisors(world // tp)]
+    sizes = [(tp, pp, world // tp // pp) for tp in list_divisors(world) for pp in list_divisors(world // tp)]
     stages = sorted({plan.zero_stage, min(plan.zero_stage, 1), 0}, reverse=True)
-    choices = itertools.product(sizes, stages, _divisors(plan.ep), {plan.sequence_parallel, False})
+    choices = itertools.product(sizes, stages, list_divisors(plan.ep), {plan.sequence_parallel, False})
     for (tp, pp, dp), zero_stage, ep, sequence_parallel in choices:
         changed: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "cp": 1, "etp": 1, "ep": ep, "zero_stage": zero_stage}
         changed |= {"sequence_parallel": sequence_parallel, "virtual_stages": 1, "schedule": "1f1b"}
@@ -141,11 +137,11 @@ def list_plans(parts: ModelParts, num_ranks: int) -> list[Plan]:
     ['dp=2', 'dp=2 zero_stage=1', 'dp=2 zero_stage=2', 'dp=2 zero_stage=3']
     """
     found: dict[Plan, None] = {}
-    for dp, tp in itertools.product(reversed(_divisors(num_ranks)), _divisors(num_ranks)):
+    for dp, tp in itertools.product(reversed(list_divisors(num_ranks)), list_divisors(num_ranks)):
         if num_ranks % (dp * tp):
             continue
         pp = num_ranks // (dp * tp)
-        for zero_stage, has_sequences, ep in itertools.product((0, 1, 2, 3), (False, True), _divisors(dp)):
+        for zero_stage, has_sequences, ep in itertools.product((0, 1, 2, 3), (False, True), list_divisors(dp)):
             if zero_stage and dp == 1:
                 continue
             plan = Plan(tp=tp, pp=pp, dp=dp, ep=ep, zero_stage=zero_stage, sequence_parallel=has_sequences)
@@ -159,10 +155,6 @@ def _vary_schedule(plan: Plan) -> list[Plan]:
     if plan.pp == 1:
         return [plan]
     return [plan, replace(plan, schedule="gpipe"), replace(plan, schedule="interleaved", virtual_stages=2)]
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _measure_distance(plan: Plan, other: Plan) -> float:

@@ -34,7 +34,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from deepseek.core.errors import ConfigError, TrainingError
 from deepseek.distributed.parallel.cut_tensors import gather_whole, measure_norm, scale_, sum_over
-from deepseek.distributed.parallel.data_parallel import GradientReducer, as_local, shard_
+from deepseek.distributed.parallel.data_parallel import GradientReducer, as_local, read_loss, shard_
 from deepseek.distributed.parallel.experts import balance_over_ranks_, measure_balance, spread_experts_
 from deepseek.distributed.parallel.legality import ModelParts, check_plan_runs
 from deepseek.distributed.parallel.mesh import PlanMesh
@@ -270,12 +270,6 @@ class ParallelModel:
             assert sent is not None
             sent.wait()
             gradient.add_(other)
-
-
-def read_loss(loss: Tensor) -> float:
-    """Return a loss as a number, also where it is a DTensor."""
-    plain = loss.detach()
-    return float(plain.full_tensor() if isinstance(plain, DTensor) else plain)
 
 
 def _find_kind(parameter: nn.Parameter) -> object:

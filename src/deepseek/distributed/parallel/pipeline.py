@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseek.core.errors import ConfigError
+from deepseek.distributed.parallel.data_parallel import read_loss
 from deepseek.distributed.plan import Plan
 from deepseek.distributed.schedules import Work, order_work
 
@@ -164,7 +165,7 @@ class Pipeline:
                 if chunk.stage.is_last:
                     with loss_context():
                         outputs = learner.loss(outputs, batch) / num_units
-                    loss += _as_number(outputs)
+                    loss += read_loss(outputs)
                 else:
                     self._send(outputs.detach(), chunk.stage.index + 1, work, is_gradient=False)
                 chunk.outputs[work.micro_batch] = outputs
@@ -219,7 +220,3 @@ class Pipeline:
         tensor = torch.empty(sizes[:ndim], dtype=_DTYPES[dtype], device=self._device)
         dist.recv(tensor, group=self._group, group_src=source, tag=tag + 1)
         return tensor
-
-
-def _as_number(loss: Tensor) -> float:
-    return float(loss.detach())

@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from deepseek.core.divisors import explain_division
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.distributed.parallel.pipeline import Received, TakenOut
@@ -144,10 +145,7 @@ def divide(*names: str) -> Style:
         for name in names:
             value = getattr(module, name)
             if value % size:
-                divisors = [divisor for divisor in range(1, value + 1) if value % divisor == 0]
-                raise ConfigError(
-                    f"tp={size} does not divide {name}={value}; choose one of {', '.join(map(str, divisors))}"
-                )
+                raise ConfigError(explain_division("tp", size, name, value))
             setattr(module, name, value // size)
 
     return divide_attributes

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek.core.divisors import list_divisors
 from deepseek.core.errors import ConfigError, InfeasibleError
 from deepseek.distributed.plan import Plan
 from deepseek.planning.estimate.step import predict
@@ -40,7 +41,7 @@ from deepseek.planning.search.mixed_clusters import plan_mixed
 from deepseek.planning.search.remedies import explain_memory
 from deepseek.planning.search.request import USUAL_HEADROOM, Limits, Request, Space, choose_space
 from deepseek.planning.search.results import NUM_RUNNERS_UP, EstimatedPlan, PlanningResult, compare
-from deepseek.planning.search.space import KNOBS, build_columns, list_divisors, list_families
+from deepseek.planning.search.space import KNOBS, build_columns, list_families
 from deepseek.planning.search.throughput import measure_throughput
 
 if TYPE_CHECKING:

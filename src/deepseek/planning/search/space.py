@@ -20,6 +20,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek.core.divisors import list_divisors
 from deepseek.distributed.plan import RECOMPUTATIONS, SCHEDULES, Plan, Schedule
 from deepseek.planning.estimate.columns import Columns, spread_plans
 from deepseek.planning.machines.cluster import Cluster
@@ -47,16 +48,6 @@ class PlanFamily:
     def num_candidates(self) -> int:
         """Number of plans."""
         return len(self.sharding) * len(self.passing)
-
-
-def list_divisors(number: int) -> list[int]:
-    """List all divisors in ascending order.
-
-    >>> list_divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
-    low = [divisor for divisor in range(1, int(number**0.5) + 1) if number % divisor == 0]
-    return low + [number // divisor for divisor in reversed(low) if divisor * divisor != number]
 
 
 def list_families(request: Request[ModelShape]) -> tuple[list[PlanFamily], Counter[str], Counter[str]]:
