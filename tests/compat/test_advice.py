@@ -104,7 +104,7 @@ def test_a_named_change_really_leads_to_the_named_generation(question: dict[str,
         ({"hardware": "a1000"}, r"unknown hardware 'a1000'; did you mean 'a100'"),
         ({"latency": "soon"}, "realtime"),
         ({"params": -1}, "greater than 0"),
-        ({"params": float("nan")}, "greater than 0"),
+        ({"params": float("nan")}, "finite number"),
     ],
 )
 def test_a_value_outside_the_question_is_refused(question: dict[str, Any], message: str) -> None:

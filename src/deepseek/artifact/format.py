@@ -22,10 +22,10 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, Literal
 
-from pydantic import AwareDatetime, Field, FiniteFloat, JsonValue, field_validator
+from pydantic import AwareDatetime, Field, JsonValue, field_validator
 
 from deepseek.core.config import Config
-from deepseek.core.errors import ArtifactError, ConfigError, CorruptArtifactError, UnsupportedSchemaError
+from deepseek.core.errors import ConfigError, CorruptArtifactError, UnsupportedSchemaError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -69,7 +69,7 @@ class Description(Config):
     """Digest of the run's config; null where no run made it."""
     data_position: dict[str, JsonValue] = Field(default_factory=dict)
     """Where in the data training stopped."""
-    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
     """Measurements of it, by name: `heldout_loss`, in nats per token, ..."""
 
 
@@ -101,12 +101,7 @@ class Manifest(Description):
     def to_json(self) -> bytes:
         """Serialize to the bytes of `manifest.json`, sealed with their own SHA-256."""
         values = self.to_dict()
-        try:
-            return json.dumps({_CHECKSUM_KEY: _checksum(values)} | values, indent=1, allow_nan=False).encode()
-        except ValueError as error:
-            raise ArtifactError(
-                f"the manifest holds a number that is not finite ({error}); give finite ones"
-            ) from error
+        return json.dumps({_CHECKSUM_KEY: _checksum(values)} | values, indent=1, allow_nan=False).encode()
 
     @classmethod
     def from_json(cls, content: bytes, *, source: str) -> Manifest:
