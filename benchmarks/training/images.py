@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks import measuring
 from benchmarks.measuring import Bar, Row, Side, measure, ratio, report
-from benchmarks.training.turns import Round, RunningSide, serve, started
+from benchmarks.training.turns import Round, RunningSide, serve, set_up_as_the_command_does, started
 
 OURS, PLAIN, PLAIN_LAST, FABRIC = "deepseek", "plain eager", "plain eager, channels last", "Lightning Fabric"
 IMAGE_SIZE, BATCH_SIZE, GRAD_CLIP, MOMENTUM = 64, 32, 1.0, 0.9
@@ -158,13 +158,9 @@ def configure(order: dict[str, Any]) -> Any:
 
 def train_ours(order: dict[str, Any]) -> Iterator[Round]:
     """Train with the trainer, in a process set up as the command line does."""
-    from deepseek.core.allocator import keep_freed_memory
-    from deepseek.core.openmp import yield_cores
-
-    yield_cores()
+    set_up_as_the_command_does()
     from deepseek.train import train
 
-    keep_freed_memory()
     losses: list[float] = []
     for event in train(configure(order)):
         if event.kind == "step_done":

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import measuring
 from benchmarks.measuring import Bar, Side, measure, ratio, report
-from benchmarks.training.turns import Round, RunningSide, Turns, serve, started
+from benchmarks.training.turns import Round, RunningSide, Turns, serve, set_up_as_the_command_does, started
 
 OURS, TRAINER, TRAINER_BF16 = "deepseek", "Trainer fp32", "Trainer bf16"
 BATCH_SIZE, LENGTH, LEARNING_RATE, GRAD_CLIP = 16, 128, 1e-3, 1.0
@@ -109,13 +109,9 @@ def prepare(folder: Path) -> None:
 
 def train_ours(folder: Path) -> Iterator[Round]:
     """Train with the trainer, in a process set up as the command line does."""
-    from deepseek.core.allocator import keep_freed_memory
-    from deepseek.core.openmp import yield_cores
-
-    yield_cores()
+    set_up_as_the_command_does()
     from deepseek.train import train
 
-    keep_freed_memory()
     losses: list[float] = []
     for event in train(configure(folder)):
         if event.kind == "step_done":

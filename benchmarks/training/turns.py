@@ -77,6 +77,15 @@ class Turns:
         print(json.dumps({"units": num_units, "seconds": seconds, "losses": losses}), file=self._answers, flush=True)
 
 
+def set_up_as_the_command_does() -> None:
+    """Do what `deepseek train` does to its process; before torch is loaded."""
+    from deepseek.core.allocator import keep_freed_memory
+    from deepseek.core.openmp import yield_cores
+
+    yield_cores()
+    keep_freed_memory()
+
+
 def serve(rounds: Iterator[Round]) -> None:
     """Do a round whenever one is asked for."""
     turns = Turns()

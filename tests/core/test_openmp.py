@@ -21,16 +21,24 @@ def count_threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-def test_waiting_decides_at_once_and_calm_decides_after_a_while() -> None:
+def contended() -> YieldPolicy:
     policy = YieldPolicy()
-    assert not policy.decide(0.01)
-    assert policy.decide(0.4)
+    assert [policy.decide(0.4) for _ in range(2)] == [False, True]
+    return policy
+
+
+def test_waiting_twice_in_a_row_decides_and_calm_decides_after_a_while() -> None:
+    policy = contended()
     assert [policy.decide(0.01) for _ in range(4)] == [True, True, True, False]
 
 
-def test_one_calm_moment_among_others_changes_nothing() -> None:
+def test_short_bursts_change_nothing() -> None:
     policy = YieldPolicy()
-    policy.decide(0.4)
+    assert not any(policy.decide(share) for share in (0.9, 0.01, 0.9, 0.1) * 5)
+
+
+def test_one_calm_moment_among_others_changes_nothing() -> None:
+    policy = contended()
     assert all(policy.decide(share) for share in (0.01, 0.01, 0.01, 0.07) * 5)
 
 
@@ -38,7 +46,7 @@ def test_one_calm_moment_among_others_changes_nothing() -> None:
 def test_what_is_neither_much_nor_little_waiting_leaves_it_as_it_is(shares: list[float]) -> None:
     policy = YieldPolicy()
     assert not any(policy.decide(share) for share in shares)
-    policy.decide(0.5)
+    policy = contended()
     assert all(policy.decide(share) for share in shares)
 
 

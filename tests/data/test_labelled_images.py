@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,28 @@ def test_files_that_are_no_images_of_a_class_are_named(tmp_path: Path) -> None:
     write_images(tmp_path, "a/1.png", "b/1.png", "loose.png", "a/notes.txt")
     with pytest.warns(UserWarning, match=r"left out, .*loose\.png, .*a/notes\.txt"):
         assert len(open_folder(tmp_path).train) == 2
+
+
+def test_links_are_followed_once_and_pipes_never_opened(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "birds", "a/1.png", "b/1.png")
+    write_images(tmp_path / "more", "2.png")
+    (source / "b" / "more").symlink_to(tmp_path / "more")
+    for loop in (source / "self", source / "a" / "loop", source / "b" / "birds"):
+        loop.symlink_to(source)
+    (source / "a" / "circle.png").symlink_to("circle.png")
+    os.mkfifo(source / "a" / "pipe.png")
+    with pytest.warns(UserWarning, match=r"left out, .*self, .*a/circle\.png, .*a/loop and 2 more"):
+        images = open_folder(source)
+    assert named(images.train) == [("a/1.png", 0), ("b/1.png", 1), ("b/more/2.png", 1)]
+
+
+def test_a_pipe_in_a_table_is_a_broken_sample(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "labels.csv").write_text("image,label\n1.png,a\npipe.png,b\n")
+    images = open_folder(tmp_path / "labels.csv")
+    with pytest.raises(BrokenSampleError, match=r"pipe\.png is no regular file; give the path of an image"):
+        images.train.load(1, None)
 
 
 @pytest.mark.parametrize(

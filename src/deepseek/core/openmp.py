@@ -42,25 +42,28 @@ class Waited:
 
 
 class YieldPolicy:
-    """When to stop spinning: at once where threads wait for cores, and no longer once they have not for a while.
+    """When to stop spinning: once threads have waited for cores twice in a row, and no longer once they have not for a
+    while. A short burst of somebody else's work costs less than sleeping through all that follows it.
 
     >>> policy = YieldPolicy()
-    >>> [policy.decide(share) for share in (0.0, 0.3, 0.02, 0.02, 0.02, 0.02)]
-    [False, True, True, True, True, False]
+    >>> [policy.decide(share) for share in (0.0, 0.3, 0.3, 0.02, 0.02, 0.02, 0.02)]
+    [False, False, True, True, True, True, False]
     """
 
     CONTENDED = 0.25
     CALM = 0.05
+    NUM_CONTENDED = 2
     NUM_CALM = 4
 
     def __init__(self) -> None:
         self._is_yielding = False
-        self._num_calm = 0
+        self._num_contended = self._num_calm = 0
 
     def decide(self, waiting_share: float) -> bool:
         """Return whether to yield from now on; `waiting_share` is waiting over waiting and running, 0 to 1."""
+        self._num_contended = self._num_contended + 1 if waiting_share > self.CONTENDED else 0
         self._num_calm = self._num_calm + 1 if waiting_share < self.CALM else 0
-        if waiting_share > self.CONTENDED:
+        if self._num_contended >= self.NUM_CONTENDED:
             self._is_yielding = True
         elif self._num_calm >= self.NUM_CALM:
             self._is_yielding = False

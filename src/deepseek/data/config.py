@@ -149,6 +149,10 @@ class SamplesConfig(Config):
         return self.batch_size
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(gt=0, le=1)]
+
+
 class AugmentationConfig(Config):
     """What training images go through, each with random numbers of its own; held-out images are left as they are."""
 
@@ -191,10 +195,10 @@ class ImagesConfig(SamplesConfig):
     """Height and width of the images as the model sees them, in pixels."""
     crop_share: float = Field(default=0.875, gt=0, le=1)
     """Share of the shorter side that an evaluation sees, in the middle."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
     """Red, green and blue that are taken from every pixel, of values from 0 to 1."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Red, green and blue that every pixel is then divided by."""
+    std: tuple[Spread, Spread, Spread] = (0.229, 0.224, 0.225)
+    """Red, green and blue that every pixel is then divided by, more than 0 and at most 1."""
     augmentation: AugmentationConfig = AugmentationConfig()
     """Random changes of the training images."""
 

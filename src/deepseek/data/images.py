@@ -93,6 +93,8 @@ def _decode(source: str | Path | bytes, name: str, convert: Callable[[Any, Any],
     ops = require("PIL.ImageOps", extra="models")
     if not isinstance(source, bytes) and not Path(source).exists():
         raise DataError(f"{name} does not exist; give the path of an image")
+    if not isinstance(source, bytes) and not Path(source).is_file():  # to open a pipe would wait forever
+        raise DataError(f"{name} is no regular file; give the path of an image")
     with ExitStack() as stack:
         if isinstance(source, bytes):
             file: IO[bytes] = io.BytesIO(source)

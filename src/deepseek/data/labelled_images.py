@@ -40,7 +40,7 @@ from deepseek.data.augmentation import augment, center
 from deepseek.data.config import ImagesConfig
 from deepseek.data.images import Pixels, read_rgb
 from deepseek.data.samples import BrokenSampleError
-from deepseek.data.sources import is_heldout, name_some
+from deepseek.data.sources import is_heldout, name_some, walk_files
 from deepseek.data.table_rows import TableColumns, read_rows
 
 TRAIN_FOLDER, HELDOUT_FOLDER = "train", "val"
@@ -215,31 +215,27 @@ def _list_folder(folder: Path, source: Path) -> FoundImages:
     """List the images in the folders of `folder`, each of which is a class."""
     images: list[LabelledImage] = []
     left_out: list[str] = []
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    left_out += [str(folder / name) for name in classes if not (folder / name).is_dir()]
-    classes = [name for name in classes if (folder / name).is_dir()]
+    above = frozenset({os.path.realpath(source), os.path.realpath(folder)})
+    classes: list[str] = []
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.is_dir() and os.path.realpath(path) not in above:
+            classes.append(path.name)
+        else:
+            left_out.append(str(path))
     for label in classes:
-        for path in _walk(folder / label):
-            if path.suffix.lower() in SUFFIXES:
-                images.append(LabelledImage(path.relative_to(source).as_posix(), path, label))
+        for found, is_file in walk_files(str(folder / label), above=above):
+            if is_file and Path(found).suffix.lower() in SUFFIXES:
+                images.append(LabelledImage(Path(found).relative_to(source).as_posix(), Path(found), label))
             else:
-                left_out.append(str(path))
+                left_out.append(found)
     if not images:
         raise DataError(
             f"{folder} holds no image in a folder; expected a folder for each class, as in {folder}/wren/1.jpg, or "
             "give a table of images"
         )
     if left_out:
-        warn_caller(f"left out, since they are no images of a class by their names: {name_some(left_out)}")
+        warn_caller(f"left out, since they are no image files in the folder of a class: {name_some(left_out)}")
     return FoundImages(tuple(images), folders=frozenset(classes))
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files in and below `folder`, sorted, without hidden ones."""
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(where) / name for name in sorted(names) if not name.startswith("."))
 
 
 def _read_table(path: Path, config: ImagesConfig) -> Iterator[LabelledImage]:

@@ -224,7 +224,7 @@ def _list_local(filesystem: Any, path: str, said: set[str]) -> list[SourceFile]:
     if glob.has_magic(path) and not Path(path).is_dir():
         root, matches = _fixed_part(path), re.compile(glob_translate(path))
         depth = None if "**" in path else path.count("/") - root.rstrip("/").count("/")
-    found = list(_walk(root, depth, above=frozenset())) if Path(root).is_dir() else []
+    found = list(walk_files(root, depth)) if Path(root).is_dir() else []
     found = [(path, is_file) for path, is_file in found if matches.match(path)]
     if strange := sorted(path for path, is_file in found if not is_file):
         _warn_once(f"neither a file nor a folder is {name_some(strange)}, which is left out", said)
@@ -235,14 +235,18 @@ def _list_local(filesystem: Any, path: str, said: set[str]) -> list[SourceFile]:
     ]
 
 
-def _walk(folder: str, depth: int | None, *, above: frozenset[str]) -> Iterator[tuple[str, bool]]:
-    """Every visible path below `folder` that is no folder, and whether it is a file; links to folders above are not.
+def walk_files(
+    folder: str, depth: int | None = None, *, above: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, bool]]:
+    """Yield every visible path below `folder` that is no folder, and whether it is a file.
 
-    `depth` bounds the levels; `above` holds the real paths of the folders on the way here.
+    Each folder is sorted, what lies right in it first; links to folders above are no files. `depth` bounds the levels;
+    `above` holds the real paths of the folders on the way here.
     """
     above |= {os.path.realpath(folder)}
+    folders: list[str] = []
     with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
             path = f"{folder.rstrip('/')}/{entry.name}"
             if entry.name.startswith("."):
                 continue
@@ -250,8 +254,11 @@ def _walk(folder: str, depth: int | None, *, above: frozenset[str]) -> Iterator[
                 yield path, Path(path).is_file()
             elif os.path.realpath(path) in above:
                 yield path, False
-            elif depth is None or depth > 1:
-                yield from _walk(path, None if depth is None else depth - 1, above=above)
+            else:
+                folders.append(path)
+    if depth is None or depth > 1:
+        for path in folders:
+            yield from walk_files(path, None if depth is None else depth - 1, above=above)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
