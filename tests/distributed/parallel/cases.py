@@ -1,8 +1,11 @@
 """Small models and their batches, and what a rank does to hold one plan against a single process."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deepseek.distributed.parallel.mesh import build_mesh
 from deepseek.distributed.parallel.parity import compare_steps, record_steps
@@ -67,13 +70,20 @@ def find_task(name):
     return ImageTask() if name == "vit" else TokenTask()
 
 
+def checkpoint_(layer):
+    """Recompute a layer in its backward pass."""
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
 def build_model(name, seed=0):
     torch.manual_seed(seed)
     if name == "own":
         layers = (nn.Embedding(29, 8), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 8), nn.LayerNorm(8), nn.Linear(8, 29))
         return nn.Sequential(*layers).double()
-    config = CONFIGS[name]
-    return (ViT if name == "vit" else Decoder)(config).double().train()
+    model = (ViT if name == "vit" else Decoder)(CONFIGS[name.removeprefix("checkpointed ")]).double().train()
+    for layer in model.layers if name.startswith("checkpointed") else ():
+        checkpoint_(layer)
+    return model
 
 
 def build_batches(name, num_steps=NUM_STEPS):

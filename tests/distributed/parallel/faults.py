@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import RowwiseParallel
 
 from deepseek.distributed.differentiable_all_to_all import _RowExchange
-from deepseek.distributed.parallel import data_parallel, experts, parallel_model, tensor_parallel
+from deepseek.distributed.parallel import data_parallel, experts, parallel_model, pipeline, tensor_parallel
 from deepseek.distributed.parallel.data_parallel import GradientReducer
 from deepseek.distributed.parallel.parallel_model import ParallelModel
 from deepseek.distributed.parallel.pipeline import Pipeline, PipelineStage
+from deepseek.distributed.parallel.weight_gradients import WeightGradients
 from deepseek.distributed.plan import Plan
 from deepseek.models import parallelizing
 from deepseek.models.decoder import plan as decoder_plan
@@ -117,6 +118,26 @@ def send_transposed_rows(original, self, tensor, *given, **named):
     original(self, tensor.flip(0), *given, **named)
 
 
+def forget_the_first(original, self):
+    """The weight gradients of the first micro-batch are lost."""
+    taken = original(self)
+    is_first = not getattr(self, "has_taken", False)
+    self.has_taken = True
+    return {} if is_first else taken
+
+
+def play_twice(original, deferred):
+    original(deferred)
+    original(deferred)
+
+
+def mix_the_layers(original, self, layer, x, gradient):
+    """The gradient of a layer is computed from the input that the layer before noted."""
+    before = getattr(self, "before", {}).get(x.shape, x)
+    self.before = getattr(self, "before", {}) | {x.shape: x}
+    original(self, layer, before, gradient)
+
+
 def count_a_loss_twice(original, self, loss):
     return original(self, 2 * loss)
 
@@ -158,6 +179,7 @@ def spread_namelessly(original, *given):
 
 
 SEQUENCES = {"tp": 2, "sequence_parallel": True}
+ZERO_BUBBLE = {"pp": 2, "schedule": "zero_bubble"}
 FAULTS = {
     "gradients are not summed over ranks": Fault(
         "llama", {"dp": 2}, replace(GradientReducer, "finish", nothing), "gradient", "norm.weight"
@@ -243,6 +265,15 @@ FAULTS = {
     ),
     "a stage sends no gradient back": Fault(
         "llama", {"pp": 2}, wrap(Pipeline, "_send", send_no_gradient), "gradient", "layers.0.feedforward.down_proj"
+    ),
+    "a weight gradient is forgotten": Fault(
+        "llama", ZERO_BUBBLE, wrap(WeightGradients, "take", forget_the_first), "gradient", "layers.1.feedforward"
+    ),
+    "a weight gradient is played twice": Fault(
+        "llama", ZERO_BUBBLE, wrap(pipeline, "accumulate_", play_twice), "gradient", "layers.1.feedforward"
+    ),
+    "a weight gradient is computed from the input of another layer": Fault(
+        "llama", ZERO_BUBBLE, wrap(WeightGradients, "note", mix_the_layers), "gradient", "layers.1"
     ),
     "gradients of different experts are summed": Fault(
         "moe", {"dp": 2, "ep": 2}, wrap(parallel_model, "_spread_experts", spread_namelessly), "gradient", "experts"

@@ -20,7 +20,7 @@ ILLEGAL = [
     (Plan(pp=2, zero_stage=3), DECODER, "zero_stage=3 gathers weights for every micro-batch and excludes pp=2"),
     (Plan(cp=2), DECODER, "cp=2 needs attention over a ring of ranks"),
     (Plan(tp=2, dp=2, etp=2, ep=2), DECODER, "etp=2 cuts inside experts"),
-    (Plan(pp=2, schedule="zero_bubble"), DECODER, "zero_bubble"),
+    (Plan(pp=2, dp=2, zero_stage=1, schedule="zero_bubble"), DECODER, "after ZeRO has reduced them and excludes"),
     (Plan(dp=2, sequence_parallel=True), DECODER, "tp=1; leave it out"),
     (Plan(dp=4, shard_group=2), DECODER, "shard_group=2 says who shares weights and zero_stage=0 shares none"),
 ]

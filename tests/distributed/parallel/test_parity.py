@@ -7,6 +7,7 @@ from tests.distributed.parallel.faults import FAULTS, find_all
 from tests.distributed.ranks import run_ranks
 
 SEQUENCES = {"tp": 2, "sequence_parallel": True}
+ZERO_BUBBLE = {"pp": 2, "schedule": "zero_bubble"}
 INTERLEAVED = {"pp": 2, "schedule": "interleaved", "virtual_stages": 2}
 # World -> (model, plan, optimizer) of each case.
 CASES = {
@@ -31,6 +32,15 @@ CASES = {
         ("deep", {"pp": 2}, "sgd"),
         ("gpt2", {"pp": 2}, "sgd"),
         ("gemma", {"pp": 2}, "sgd"),
+        ("llama", ZERO_BUBBLE, "adamw"),
+        ("deep", ZERO_BUBBLE, "sgd"),
+        ("gpt2", ZERO_BUBBLE, "sgd"),
+        ("moe", ZERO_BUBBLE, "sgd"),
+        ("vit", ZERO_BUBBLE, "sgd"),
+        ("checkpointed deep", {"pp": 2}, "sgd"),
+        ("checkpointed deep", {"pp": 2, "schedule": "gpipe"}, "sgd"),
+        ("checkpointed deep", INTERLEAVED, "sgd"),
+        ("checkpointed deep", ZERO_BUBBLE, "sgd"),
         ("moe", {"dp": 2}, "sgd"),
         ("moe", {"dp": 2, "ep": 2}, "sgd"),
         ("moe", {"dp": 2, "ep": 2}, "adamw"),
@@ -52,6 +62,12 @@ CASES = {
         ("llama", {"dp": 2, "pp": 2, "zero_stage": 1}, "adamw"),
         ("llama", {"dp": 4, "zero_stage": 3, "shard_group": 2}, "sgd"),
         ("deep", {"pp": 4}, "sgd"),
+        ("deep", ZERO_BUBBLE | {"pp": 4}, "sgd"),
+        ("llama", {"dp": 2} | ZERO_BUBBLE, "sgd"),
+        ("llama", SEQUENCES | ZERO_BUBBLE, "sgd"),
+        ("vit", {"tp": 2} | ZERO_BUBBLE, "sgd"),
+        ("checkpointed llama", {"dp": 2, "pp": 2}, "sgd"),
+        ("checkpointed llama", {"dp": 2} | ZERO_BUBBLE, "sgd"),
         ("deep", {"dp": 2} | INTERLEAVED, "sgd"),
         ("moe", {"dp": 4, "ep": 2}, "sgd"),
         ("moe", {"dp": 4, "ep": 2, "zero_stage": 3}, "sgd"),

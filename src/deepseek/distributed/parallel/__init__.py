@@ -18,6 +18,8 @@ _PUBLIC = {
     "PipelineStage": "pipeline",
     "compare_steps": "parity",
     "record_steps": "parity",
+    "measure_layers": "layer_costs",
+    "split_layers": "layer_costs",
 }
 
 

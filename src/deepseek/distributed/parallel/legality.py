@@ -91,8 +91,9 @@ def _explain_combination(plan: Plan) -> str | None:
         (plan.cp > 1, f"cp={plan.cp} needs attention over a ring of ranks, which is not there yet; use cp=1"),
         (plan.etp > 1, f"etp={plan.etp} cuts inside experts, which is not there yet; use etp=1"),
         (
-            plan.schedule == "zero_bubble" and plan.pp > 1,
-            "schedule='zero_bubble' needs weight gradients apart, which is not there yet; use '1f1b'",
+            plan.schedule == "zero_bubble" and plan.pp > 1 and plan.zero_stage > 0,
+            f"schedule='zero_bubble' computes weight gradients after ZeRO has reduced them and excludes "
+            f"zero_stage={plan.zero_stage}; use zero_stage=0 or schedule='1f1b'",
         ),
         (
             plan.sequence_parallel and plan.tp == 1,
@@ -154,7 +155,8 @@ def list_plans(parts: ModelParts, num_ranks: int) -> list[Plan]:
 def _vary_schedule(plan: Plan) -> list[Plan]:
     if plan.pp == 1:
         return [plan]
-    return [plan, replace(plan, schedule="gpipe"), replace(plan, schedule="interleaved", virtual_stages=2)]
+    others = (("gpipe", 1), ("interleaved", 2), ("zero_bubble", 1))
+    return [plan, *(replace(plan, schedule=schedule, virtual_stages=chunks) for schedule, chunks in others)]
 
 
 def _measure_distance(plan: Plan, other: Plan) -> float:

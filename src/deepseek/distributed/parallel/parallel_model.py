@@ -36,10 +36,12 @@ from deepseek.core.errors import ConfigError, TrainingError
 from deepseek.distributed.parallel.cut_tensors import gather_whole, measure_norm, scale_, sum_over
 from deepseek.distributed.parallel.data_parallel import GradientReducer, as_local, read_loss, shard_
 from deepseek.distributed.parallel.experts import balance_over_ranks_, measure_balance, spread_experts_
+from deepseek.distributed.parallel.layer_costs import split_layers
 from deepseek.distributed.parallel.legality import ModelParts, check_plan_runs
 from deepseek.distributed.parallel.mesh import PlanMesh
-from deepseek.distributed.parallel.pipeline import Learner, Pipeline, PipelineStage, Received, StageModule, split_layers
+from deepseek.distributed.parallel.pipeline import Learner, Pipeline, PipelineStage, Received, StageModule
 from deepseek.distributed.parallel.tensor_parallel import Rows, TensorParallel, apply_rows, find_tied, match_modules
+from deepseek.distributed.parallel.weight_gradients import split_backward_
 from deepseek.distributed.plan import Plan
 
 
@@ -57,8 +59,31 @@ class ModelRows:
     """Pattern of the layers with experts."""
     keep_stage: Callable[[nn.Module, PipelineStage], Received | None] | None = None
     """Takes out of a model, in place, what the stage does not hold; returns where its input comes in."""
+    embed_cost: float = 0.0
+    """What the first stage computes besides its layers, in layers."""
     head_cost: float = 0.0
     """What the last stage computes besides its layers, in layers."""
+    layer_costs: tuple[float, ...] = ()
+    """Measured costs of the layers, embedding and head included; without them, layers are taken for equal."""
+
+    def list_costs(self) -> list[float]:
+        """List what each layer costs, embedding and head included.
+
+        >>> ModelRows(ModelParts("Mine", num_layers=3), head_cost=2.0).list_costs()
+        [1.0, 1.0, 3.0]
+        """
+        num_layers = self.parts.num_layers
+        if self.layer_costs and len(self.layer_costs) != num_layers:
+            raise ConfigError(
+                f"{len(self.layer_costs)} layer costs were given for layers={num_layers}; give one for each layer"
+            )
+        if any(not (math.isfinite(cost) and cost > 0) for cost in self.layer_costs):
+            raise ConfigError(f"the layer costs are {list(self.layer_costs)}; give positive numbers")
+        costs = list(self.layer_costs) or [1.0] * num_layers
+        if not self.layer_costs:
+            costs[0] += self.embed_cost
+            costs[-1] += self.head_cost
+        return costs
 
 
 @dataclass(frozen=True)
@@ -256,7 +281,8 @@ class ParallelModel:
         """Sum the gradients of parameters that the first and the last stage share, so that both stay alike."""
         if self._shared_with is None:
             return
-        shared = {*self._first_name.values()}
+        held = {name for chunk in self.chunks for name, _ in chunk.module.named_parameters(remove_duplicate=False)}
+        shared = {first for other, first in self._first_name.items() if (first in held) != (other in held)}
         group = self.mesh.group("pp")
         for _, parameter in sorted(
             ((name, parameter) for name, parameter in self.named_parameters() if name in shared),
@@ -296,6 +322,8 @@ def cut(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> Parall
     seed_ranks_(mesh)
     for chunk in chunks:
         _shard(chunk.module, rows, plan, mesh, expert_names)
+        if plan.pp > 1 and plan.schedule == "zero_bubble":
+            chunk.weights = split_backward_(chunk.module)
     return ParallelModel(plan, mesh, chunks, tied=tied, partial_names=partial_names, expert_names=expert_names)
 
 
@@ -324,7 +352,9 @@ def _split_stages(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh)
     if plan.pp == 1:
         return [StageModule(PipelineStage(0, 1, 0, rows.parts.num_layers, rows.parts.num_layers), model, None)]
     assert rows.keep_stage is not None
-    stages = split_layers(rows.parts.num_layers, plan.pp * plan.virtual_stages, last_cost=rows.head_cost)
+    costs = torch.tensor(rows.list_costs(), dtype=torch.float64).to(mesh.base.device_type)
+    dist.broadcast(costs, src=0)  # each rank may have measured others
+    stages = split_layers(costs.tolist(), plan.pp * plan.virtual_stages)
     mine = stages[mesh.coordinate("pp") :: plan.pp]
     modules = [*(copy.deepcopy(model) for _ in mine[1:]), model]
     return [

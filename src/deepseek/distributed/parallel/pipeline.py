@@ -3,6 +3,8 @@
     stage 0     embed, layers 0-1      forward 0, forward 1, backward 0, ...
     stage 1     layers 2-3, head                  forward 0, backward 0, forward 1, ...
 
+Zero-bubble orders have a third kind of pass: `weight_gradients.py` splits the backward pass for them.
+
 Each rank holds one chunk of the model, or several when stages are interleaved: a whole model whose other layers are
 taken out (`models/<name>/plan.py` says how), so that parameters keep their names. Every rank reads every micro-batch;
 between stages only activations and their gradients travel, each behind a header with its shape, so that micro-batches
@@ -14,7 +16,7 @@ The planner times the same orders (`planning/estimate/simulation.py`), so what w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepseek.core.errors import ConfigError
 from deepseek.distributed.parallel.data_parallel import read_loss
+from deepseek.distributed.parallel.weight_gradients import Deferred, WeightGradients, accumulate_
 from deepseek.distributed.plan import Plan
 from deepseek.distributed.schedules import Work, order_work
 
@@ -69,33 +71,6 @@ class PipelineStage:
         return self.first <= layer < self.stop
 
 
-def split_layers(
-    num_layers: int, num_stages: int, *, first_cost: float = 0.0, last_cost: float = 0.0
-) -> list[PipelineStage]:
-    """Split layers over stages so that the costliest stage costs least.
-
-    `first_cost` and `last_cost` are what the embedding and the head cost, in layers. Raises `ConfigError` for more
-    stages than layers.
-
-    >>> [(stage.first, stage.stop) for stage in split_layers(6, 3, last_cost=2.0)]
-    [(0, 3), (3, 5), (5, 6)]
-    """
-    if num_stages > num_layers:
-        raise ConfigError(
-            f"pp*virtual_stages = {num_stages} is more than layers={num_layers}; use at most {num_layers}"
-        )
-    extras = [0.0] * num_stages
-    extras[0] += first_cost
-    extras[-1] += last_cost
-    sizes = [1] * num_stages
-    for _ in range(num_layers - num_stages):  # one layer at a time, to the stage that costs least with it
-        sizes[min(range(num_stages), key=lambda stage: (sizes[stage] + extras[stage], stage))] += 1
-    bounds = [sum(sizes[:stage]) for stage in range(num_stages + 1)]
-    return [
-        PipelineStage(index, num_stages, bounds[index], bounds[index + 1], num_layers) for index in range(num_stages)
-    ]
-
-
 class Received(nn.Module):
     """Stands where a stage's input comes in: whatever it is called with, it returns what was received."""
 
@@ -123,8 +98,22 @@ class StageModule:
     module: nn.Module
     received: Received | None
     """Where the input comes in; `None` in the first stage."""
+    weights: WeightGradients | None = None
+    """Where linear layers leave their weight gradients, if the schedule has a pass for them."""
     inputs: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    deferred: dict[int, Deferred] = field(default_factory=dict)
+    """By micro-batch: weight gradients between the backward and the weight pass."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all passes of a step share."""
+
+    learner: Learner
+    micro_batches: Sequence[Any]
+    num_units: int
+    loss_context: Callable[[], AbstractContextManager[None]]
 
 
 class Pipeline:
@@ -151,31 +140,49 @@ class Pipeline:
     ) -> float:
         """Compute the gradients of the summed loss over `num_units`; return this rank's part of the loss.
 
-        `before_backward` is told before each backward pass of a chunk whether it is the chunk's last of the step.
+        `before_backward` is told before each pass that adds to the gradients of all weights of a chunk whether it is
+        the chunk's last of the step.
         """
-        plan, num_micro_batches = self._plan, len(micro_batches)
-        orders = order_work(plan.schedule, plan.pp, self._rank, num_micro_batches, plan.virtual_stages)
-        left = [num_micro_batches] * len(self.chunks)
+        plan, step = self._plan, _Step(learner, micro_batches, num_units, loss_context)
+        left = [len(micro_batches)] * len(self.chunks)
         loss = 0.0
-        for work in orders:
-            chunk, batch = self.chunks[work.chunk], micro_batches[work.micro_batch]
-            if work.kind == "forward":
-                self._receive_input(chunk, work)
-                outputs = learner.forward(chunk.module, batch)
-                if chunk.stage.is_last:
-                    with loss_context():
-                        outputs = learner.loss(outputs, batch) / num_units
-                    loss += read_loss(outputs)
+        with self._deferring():
+            for work in order_work(plan.schedule, plan.pp, self._rank, len(micro_batches), plan.virtual_stages):
+                chunk = self.chunks[work.chunk]
+                if work.kind == "weight" or (work.kind == "backward" and chunk.weights is None):
+                    left[work.chunk] -= 1
+                    before_backward(chunk, left[work.chunk] == 0)
+                if work.kind == "forward":
+                    loss += self._go_forward(chunk, work, step)
+                elif work.kind == "backward":
+                    self._go_back(chunk, work, step)
                 else:
-                    self._send(outputs.detach(), chunk.stage.index + 1, work, is_gradient=False)
-                chunk.outputs[work.micro_batch] = outputs
-            elif work.kind == "backward":
-                left[work.chunk] -= 1
-                before_backward(chunk, left[work.chunk] == 0)
-                self._go_back(chunk, work, loss_context)
+                    accumulate_(chunk.deferred.pop(work.micro_batch))
         for sent, _ in self._kept:
             sent.wait()
         self._kept.clear()
+        return loss
+
+    def _deferring(self) -> AbstractContextManager[object]:
+        """Let linear layers leave their weight gradients to the passes that the schedule has for them."""
+        stack = ExitStack()
+        for chunk in self.chunks:
+            if chunk.weights is not None:
+                stack.enter_context(chunk.weights.deferring())
+        return stack
+
+    def _go_forward(self, chunk: StageModule, work: Work, step: _Step) -> float:
+        """Compute one micro-batch, and return its part of the loss, which only the last stage has."""
+        batch, loss = step.micro_batches[work.micro_batch], 0.0
+        self._receive_input(chunk, work)
+        outputs = step.learner.forward(chunk.module, batch)
+        if chunk.stage.is_last:
+            with step.loss_context():
+                outputs = step.learner.loss(outputs, batch) / step.num_units
+            loss = read_loss(outputs)
+        else:
+            self._send(outputs.detach(), chunk.stage.index + 1, work, is_gradient=False)
+        chunk.outputs[work.micro_batch] = outputs
         return loss
 
     def _receive_input(self, chunk: StageModule, work: Work) -> None:
@@ -183,15 +190,15 @@ class Pipeline:
             value = self._receive(chunk.stage.index - 1, chunk.stage.index, work, is_gradient=False)
             chunk.received.value = chunk.inputs[work.micro_batch] = value.requires_grad_()
 
-    def _go_back(
-        self, chunk: StageModule, work: Work, loss_context: Callable[[], AbstractContextManager[None]]
-    ) -> None:
+    def _go_back(self, chunk: StageModule, work: Work, step: _Step) -> None:
         output = chunk.outputs.pop(work.micro_batch)
         if chunk.stage.is_last:
-            with loss_context():
+            with step.loss_context():
                 output.backward()
         else:
             output.backward(self._receive(chunk.stage.index + 1, chunk.stage.index, work, is_gradient=True))
+        if chunk.weights is not None:
+            chunk.deferred[work.micro_batch] = chunk.weights.take()
         if chunk.received is not None:
             gradient = chunk.inputs.pop(work.micro_batch).grad
             assert gradient is not None

@@ -17,7 +17,7 @@ from deepseek.distributed.parallel.legality import ModelParts
 from deepseek.distributed.parallel.parallel_model import ModelRows
 from deepseek.distributed.parallel.pipeline import PipelineStage, Received, TakenOut
 from deepseek.distributed.parallel.tensor_parallel import TensorParallel, columns, enter, leave, outputs, rows
-from deepseek.models.vit.model import SelfAttention, ViT
+from deepseek.models.vit.model import SelfAttention, ViT, ViTConfig
 
 _BLOCKS = "encoder.layers.*"
 
@@ -43,7 +43,20 @@ def list_rows(model: ViT) -> ModelRows:
         ),
         blocks=_BLOCKS,
         keep_stage=keep_stage,
+        embed_cost=_measure_embedding(config),
+        head_cost=config.num_classes / (config.num_tokens * _measure_layer(config)),
     )
+
+
+def _measure_layer(config: ViTConfig) -> int:
+    """Return the multiply-adds of a token in a block, over its channels."""
+    return 4 * config.hidden_size + 2 * config.mlp_size
+
+
+def _measure_embedding(config: ViTConfig) -> float:
+    """Return the multiply-adds of cutting an image into patches over those of a block."""
+    share = (config.num_tokens - 1) / config.num_tokens
+    return share * config.in_channels * config.patch_size**2 / _measure_layer(config)
 
 
 def divide_heads(module: nn.Module, tensor: TensorParallel) -> None:
