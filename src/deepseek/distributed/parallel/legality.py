@@ -155,8 +155,8 @@ def list_plans(parts: ModelParts, num_ranks: int) -> list[Plan]:
 def _vary_schedule(plan: Plan) -> list[Plan]:
     if plan.pp == 1:
         return [plan]
-    others = (("gpipe", 1), ("interleaved", 2), ("zero_bubble", 1))
-    return [plan, *(replace(plan, schedule=schedule, virtual_stages=chunks) for schedule, chunks in others)]
+    interleaved = replace(plan, schedule="interleaved", virtual_stages=2)
+    return [plan, replace(plan, schedule="gpipe"), interleaved, replace(plan, schedule="zero_bubble")]
 
 
 def _measure_distance(plan: Plan, other: Plan) -> float:

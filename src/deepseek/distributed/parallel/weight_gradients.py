@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-Deferred = dict[nn.Parameter, list[Callable[[], Tensor]]]
+Deferred = dict[Tensor, list[Callable[[], Tensor]]]
 """Parameters with the parts of their gradients that are still to be computed."""
 
 

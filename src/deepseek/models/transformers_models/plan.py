@@ -61,9 +61,8 @@ def keep_stage(model: nn.Module, stage: PipelineStage) -> Received | None:
 
 def _measure_head(config: Mapping[str, Any]) -> float:
     """Return the multiply-adds of a token in the head of a masked language model over those in a layer."""
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    head: int = hidden + config["vocab_size"]
-    return head / (4 * hidden + 2 * ffn)
+    hidden, ffn, vocabulary = (int(config[name]) for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    return (hidden + vocabulary) / (4 * hidden + 2 * ffn)
 
 
 def _list_bert_rows(model: TransformersModel, layers: str) -> Rows:
