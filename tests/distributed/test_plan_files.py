@@ -5,7 +5,7 @@ import pytest
 
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.plan import Plan
-from deepseek.distributed.plan_files import read_plan
+from deepseek.distributed.plan_files import read_plan, read_plan_settings
 from deepseek.planning.machines.cluster import Cluster
 from deepseek.planning.models.model_shape import get_model_shape
 from deepseek.planning.search.planner import plan as search
@@ -16,6 +16,13 @@ def test_settings_on_a_line_are_a_plan():
     assert read_plan("sequence_parallel=true,tp=2,schedule=gpipe") == Plan(
         tp=2, sequence_parallel=True, schedule="gpipe"
     )
+
+
+def test_what_is_written_is_told_from_what_is_usual(tmp_path):
+    assert read_plan_settings("tp=2,precision=bf16") == {"tp": 2, "precision": "bf16"}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"best": {"plan": Plan(pp=2).as_dict()}}))
+    assert read_plan_settings(str(path)) == Plan(pp=2).as_dict()
 
 
 @pytest.mark.parametrize("wrap", [lambda plan: plan, lambda plan: {"plan": plan}])

@@ -3,6 +3,7 @@
     deepseek quickstart                 the main job, end to end
     deepseek plan MODEL --cluster ...   ->  a parallel plan, its time and memory
     deepseek train RECIPE ...           ->  an artifact
+    deepseek launch --ranks N train ... ->  the same from several processes, under a plan
     deepseek quantize MODEL OUT         ->  a smaller artifact
     deepseek convert MODEL OUT          ->  an artifact of a Hugging Face folder, or in another precision
     deepseek merge-adapter ADAPTER OUT  ->  an artifact of an adapter and its base
@@ -31,7 +32,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
@@ -46,6 +47,7 @@ VERBS = {
     "quickstart": "Train, quantize and serve a small language model on this machine, in minutes.",
     "plan": "Find the fastest parallel plan for a model on a cluster, with its time and memory.",
     "train": "Train a model from a recipe or a config file.",
+    "launch": "Start the ranks of a training run on this machine, and end them together.",
     "verify": "Hold parallel plans of a run against one process: every gradient, every weight.",
     "quantize": "Make an int8 version of a model, and say what it costs.",
     "convert": "Make an artifact of a Hugging Face folder, or of an artifact in another precision.",
@@ -102,12 +104,17 @@ def build_app(asked: str | None = None) -> App:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
+    words = prepare(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(build_app(asked=words[0] if words else None), words))
+
+
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """Set up this process as one that runs a verb, and return the arguments as `run` takes them."""
     yield_cores()
-    words = _as_options(list(sys.argv[1:] if arguments is None else arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character shows "?"
     warnings.formatwarning = lambda message, *_, **__: f"deepseek: warning: {_one_line(str(message))}\n"
-    sys.exit(run(build_app(asked=words[0] if words else None), words))
+    return _set_apart(_as_options(list(arguments)))
 
 
 def _as_options(words: list[str]) -> list[str]:
@@ -122,6 +129,18 @@ def _as_options(words: list[str]) -> list[str]:
         case ["version"]:
             return ["--version"]
     return words
+
+
+def _set_apart(words: list[str]) -> list[str]:
+    """Mark the command that `launch` runs as one, so that its options are not read as those of `launch`.
+
+    >>> _set_apart(["launch", "--ranks", "2", "train", "decoder_tiny", "--plan", "dp=2"])
+    ['launch', '--ranks', '2', '--', 'train', 'decoder_tiny', '--plan', 'dp=2']
+    """
+    if words[:1] != ["launch"] or "--" in words:
+        return words
+    begin = next((index for index, word in enumerate(words) if index and word in VERBS), len(words))
+    return words if begin == len(words) else [*words[:begin], "--", *words[begin:]]
 
 
 def serve_main() -> None:
@@ -139,8 +158,13 @@ def benchmark_main() -> None:
     main(["benchmark", *sys.argv[1:]])
 
 
-def run(app: App, arguments: list[str]) -> int:
-    """Run one verb; errors come out as one sentence on standard error and a status.
+def print_error(error: BaseException) -> None:
+    """Say in one sentence on standard error what ended a verb."""
+    print(f"deepseek: {_one_line(explain(error))}", file=sys.stderr)
+
+
+def run(app: App, arguments: list[str], say: Callable[[BaseException], None] = print_error) -> int:
+    """Run one verb; errors come out as one sentence, which `say` says, and a status.
 
     A verb that returns a number has chosen its status itself.
     """
@@ -151,7 +175,7 @@ def run(app: App, arguments: list[str]) -> int:
         if isinstance(error, BrokenPipeError):  # as in `deepseek ... | head`: a filter says nothing about that
             abandon_output()
             return 128 + signal.SIGPIPE
-        print(f"deepseek: {_one_line(_explain(error))}", file=sys.stderr)
+        say(error)
         return _status_of(error)
     return status if isinstance(status, int) else DONE
 
@@ -164,7 +188,8 @@ def _status_of(error: BaseException) -> int:
     return WRONG_USAGE if isinstance(error, CycloptsError | ConfigError) else FAILED
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
+    """Say what ended a verb, and what to do next."""
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return (
             f"{' '.join(error.unused_tokens)!r} is not expected here; options are written --name value, text with "

@@ -544,7 +544,7 @@ class DeepSeekComm:
                 began_s = time.perf_counter()
             result = run()
         except RuntimeError as error:
-            if doctor is None or not (isinstance(error, dist.DistError) or _is_from_the_wire(error)):
+            if doctor is None or not is_from_the_wire(error):
                 raise
             raise doctor.explain(call, ranks, error) from error
         self._session.ledger.end(call, sent_bytes)
@@ -701,7 +701,9 @@ def _check_name(noun: str, name: str, known: Sequence[str]) -> None:
         raise ConfigError(explain_unknown(noun, name, known))
 
 
-def _is_from_the_wire(error: RuntimeError) -> bool:
-    """Whether a message is gloo's about a connection, and not torch's about an argument."""
+def is_from_the_wire(error: RuntimeError) -> bool:
+    """Return whether an error is about a connection to other ranks, and not torch's about an argument."""
     text = str(error).lower()
-    return any(word in text for word in ("gloo", "timed out", "timeout", "connection", "socket", "nccl", "peer"))
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "timed out", "timeout", "connection", "socket", "nccl", "peer")
+    )

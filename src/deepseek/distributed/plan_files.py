@@ -21,9 +21,24 @@ def read_plan(text: str) -> Plan:
     >>> read_plan("tp=2,dp=2").num_devices
     4
     """
+    return Plan(**read_plan_settings(text))
+
+
+def read_plan_settings(text: str) -> dict[str, Any]:
+    """Read a plan as `read_plan` does, as those of its settings that are written there.
+
+    >>> read_plan_settings("tp=2,dp=2")
+    {'tp': 2, 'dp': 2}
+    """
     if Path(text).suffix in SETTINGS_SUFFIXES:
-        return _build_plan(_find_plan(read_settings(Path(text))), text)
-    return _build_plan(parse_overrides([part.strip() for part in text.split(",") if part.strip()]), text)
+        settings = _find_plan(read_settings(Path(text)))
+    else:
+        settings = parse_overrides([part.strip() for part in text.split(",") if part.strip()])
+    known = [field.name for field in fields(Plan)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"{explain_unknown('setting of a plan', name, known)} in {text!r}")
+    return dict(settings)
 
 
 def _find_plan(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -32,11 +47,3 @@ def _find_plan(values: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(values.get(key), Mapping):
             values = values[key]
     return values
-
-
-def _build_plan(settings: Mapping[str, Any], source: str) -> Plan:
-    known = [field.name for field in fields(Plan)]
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"{explain_unknown('setting of a plan', name, known)} in {source!r}")
-    return Plan(**settings)

@@ -47,6 +47,19 @@ class InitLoaded(Event):
 
 
 @dataclass(frozen=True)
+class PlanApplied(Event):
+    """Several ranks share the work of the run."""
+
+    plan: str
+    """The settings that are not the defaults."""
+    num_ranks: int
+    num_micro_batches: int
+    """Micro-batches of each rank in a step; ranks that differ in `dp` have different ones."""
+    micro_batch_rows: int
+    """Rows of one of them."""
+
+
+@dataclass(frozen=True)
 class ActivationsCheckpointed(Event):
     """Blocks compute again in the backward pass what they do not keep."""
 
@@ -212,6 +225,7 @@ class ModelSaved(Event):
 TrainEvent = (
     InitLoaded
     | RunStarted
+    | PlanApplied
     | ActivationsCheckpointed
     | StepDone
     | StepDamped

@@ -14,6 +14,8 @@ function of the step's number (`run_state.py`).
 A step whose loss or gradient is no number changes nothing. `on_bad_step` decides what follows: `skip` goes on with the
 next batch, `rewind` goes back to the last checkpoint and leaves the batch out when it comes again, `stop` ends the run
 with the batch's position; after `max_bad_steps` in a row the other two end it as well.
+
+Under a plan every rank runs this loop, with the same numbers and the same decisions (`ranks.py`, `parallel_run.py`).
 """
 
 from __future__ import annotations
@@ -24,20 +26,18 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
 
 from deepseek.artifact.reading import RUN_MODEL_NAME, read_manifest
-from deepseek.checkpoint.restoring import newest_valid
 from deepseek.core.caller_warnings import warn_caller
 from deepseek.core.errors import ConfigError, TrainingError
 from deepseek.core.events import Event
 from deepseek.core.folder_lock import locked_folder
 from deepseek.core.storage import new_folder, write_file
-from deepseek.models.decoder.model import count_parameters
 from deepseek.optim.learning_rates import schedule_factor
 from deepseek.optim.optimizers import set_learning_rate
 from deepseek.train.config import TrainConfig
@@ -46,6 +46,7 @@ from deepseek.train.events import (
     Evaluated,
     InitLoaded,
     ModelSaved,
+    PlanApplied,
     RunRewound,
     RunStarted,
     StepDamped,
@@ -53,10 +54,24 @@ from deepseek.train.events import (
     StepSkipped,
     StoppedEarly,
 )
-from deepseek.train.run_state import CHECKPOINT_FOLDER, Run, build, open_device, restore, resume, save_checkpoint
-from deepseek.train.steps import StepResult, take_step
+from deepseek.train.run_state import (
+    Run,
+    build,
+    find_newest,
+    flatten_settings,
+    open_device,
+    restore,
+    resume,
+    save_checkpoint,
+)
+from deepseek.train.steps import StepResult, take_parallel_step, take_step
 from deepseek.train.task import LOSS, Task
 from deepseek.train.tasks import find_task
+
+if TYPE_CHECKING:
+    from deepseek.distributed.plan import Plan
+    from deepseek.train.parallel_run import PlanChooser
+    from deepseek.train.ranks import Ranks
 
 DATA_FOLDER, MODEL_FOLDER, BEST_FOLDER = "data", RUN_MODEL_NAME, "best"
 CONFIG_FILE = "config.yaml"
@@ -93,35 +108,76 @@ class RunEvents(Generator[Event, None, None]):
             )
 
 
-def train(config: TrainConfig, *, task: type[Task] | None = None) -> RunEvents:
+def train(config: TrainConfig, *, task: type[Task] | None = None, plan: Plan | PlanChooser | None = None) -> RunEvents:
     """Train from `config`, or go on with it where an earlier call was stopped; the model is in `folder/model`.
 
-    `task` is a task of your own instead of the one that `config.task` names. Raises `ConfigError`, `DataError`,
-    `TrainingError`, `CheckpointError` or `StorageError`, the last where another run is at work in the folder as well.
+    `task` is a task of your own instead of the one that `config.task` names. Under a `plan` of several ranks, all of
+    which call this, rank 0 has the events and writes the folder; a function chooses a plan for a config and a number of
+    ranks, and is called on rank 0. Raises `ConfigError`, `DataError`, `TrainingError`,
+    `CheckpointError`, `CommunicationError` or `StorageError`, the last where another run is at work in the folder.
     """
-    return RunEvents(_train(config, task))
+    return RunEvents(_train(config, task, plan))
 
 
-def _train(config: TrainConfig, task: type[Task] | None) -> Generator[Event, None, None]:
+def _train(
+    config: TrainConfig, task: type[Task] | None, plan: Plan | PlanChooser | None
+) -> Generator[Event, None, None]:
     open_device(config.device)
-    with locked_folder(Path(config.folder)):
-        yield from train_in_locked_folder(config, task=task)
+    if plan is None:
+        with locked_folder(Path(config.folder)):
+            yield from train_in_locked_folder(config, task=task)
+        return
+    from deepseek.train.parallel_run import apply_settings, choose_plan
+    from deepseek.train.ranks import joined
+
+    with joined(config, None if callable(plan) else plan) as ranks:
+        chosen = choose_plan(plan, config, ranks)
+        config = apply_settings(config, chosen)
+        is_first = ranks is None or ranks.is_first
+        with locked_folder(Path(config.folder)) if is_first else nullcontext():
+            yield from train_in_locked_folder(config, task=task, plan=chosen, ranks=ranks)
 
 
-def train_in_locked_folder(config: TrainConfig, *, task: type[Task] | None = None) -> Generator[Event, None, None]:
-    """Train as `train` does, for a caller who holds the folder's lock for longer."""
+def train_in_locked_folder(
+    config: TrainConfig, *, task: type[Task] | None = None, plan: Plan | None = None, ranks: Ranks | None = None
+) -> Generator[Event, None, None]:
+    """Train as `train` does, for a caller who holds the folder's lock for longer, and has joined the ranks."""
     open_device(config.device)
     folder = Path(config.folder) / DATA_FOLDER
-    learned = (task or find_task(config.task.kind))(config)
-    yield from learned.prepare(folder)
-    run = build(config, learned, folder)
+    own = config
+    if plan is not None:
+        from deepseek.train.parallel_run import split_step
+
+        own = split_step(config, plan)
+    learned = (task or find_task(config.task.kind))(own)
+    if ranks is None:
+        yield from learned.prepare(folder)
+        yield from _train_prepared(config, learned, folder)
+        return
+    assert plan is not None
+    from deepseek.train.ranks import digest_code, in_step
+
+    settings = dict(flatten_settings(config.to_dict())) | plan.as_dict()
+    ranks.require_alike(settings, digest_code(type(learned)))
+    if ranks.is_first:
+        yield from learned.prepare(folder)
+    ranks.share(lambda: None)  # the others open what rank 0 has prepared
+    yield from in_step(_train_prepared(config, learned, folder, plan=plan, ranks=ranks), ranks)
+
+
+def _train_prepared(
+    config: TrainConfig, learned: Task, folder: Path, *, plan: Plan | None = None, ranks: Ranks | None = None
+) -> Generator[Event, None, None]:
+    """Train on data that are there; every rank comes by the same events."""
+    run = build(config, learned, folder, plan=plan, ranks=ranks)
     if learned.start is not None:
         yield InitLoaded(learned.start.summary, learned.start.new_tensors, learned.start.parent_digest)
     resume(run)
-    write_file(Path(config.folder) / CONFIG_FILE, yaml.safe_dump(run.config.to_dict(), sort_keys=False).encode())
+    if run.is_first:
+        write_file(Path(config.folder) / CONFIG_FILE, yaml.safe_dump(run.config.to_dict(), sort_keys=False).encode())
     yield RunStarted(
-        num_parameters=count_parameters(run.model),
-        task=type(learned).__name__ if task else config.task.kind,
+        num_parameters=run.num_parameters,
+        task=config.task.kind if type(learned) is find_task(config.task.kind) else type(learned).__name__,
         unit=learned.unit,
         num_train_units=run.data.num_train_units,
         precision=run.precision if run.dynamic is None else "dynamic",
@@ -129,6 +185,13 @@ def train_in_locked_folder(config: TrainConfig, *, task: type[Task] | None = Non
         num_steps=config.num_steps,
         learning_rate=run.peak_learning_rate,
     )
+    if run.parallel is not None:
+        yield PlanApplied(
+            run.parallel.description,
+            run.parallel.ranks.world_size,
+            run.num_micro_batches,
+            learned.config.data.rows_per_batch,
+        )
     if run.checkpointed is not None:
         yield run.checkpointed
     try:
@@ -201,25 +264,23 @@ def _follow(run: Run, result: StepResult) -> Iterator[Event]:
 def _find_position(run: Run) -> dict[str, Any]:
     """Return where the next step's batches begin, past the steps that are left out."""
     while (position := run.loader.state_dict()) in run.bad_steps.left_out:
-        for _ in range(run.config.accum_steps):
+        for _ in range(run.num_micro_batches):
             run.loader.next_batch()
     return position
 
 
 def _take_one(run: Run) -> StepResult:
     set_learning_rate(run.optimizer, learning_rate_at(run, run.step))
-    run.task.on_step(run.model, run.step)
-    micro_batches = [run.loader.next_batch() for _ in range(run.config.accum_steps)]
+    for module in run.trained_modules:
+        run.task.on_step(module, run.step)
+    micro_batches = [run.loader.next_batch() for _ in range(run.num_micro_batches)]
     before = _copy_statistics(run) if run.config.on_bad_step == "skip" else {}
-    result = take_step(
-        run.task,
-        run.model,
-        run.optimizer,
-        micro_batches,
-        precision=run.precision,
-        bound=run.bound,
-        prediction=run.prediction,
-    )
+    how: dict[str, Any] = {"precision": run.precision, "bound": run.bound, "prediction": run.prediction}
+    if run.parallel is None:
+        result = take_step(run.task, run.model, run.optimizer, micro_batches, **how)
+    else:
+        result = take_parallel_step(run.task, run.parallel, run.optimizer, micro_batches, **how)
+        run.parallel.average_statistics_()
     if not result.is_taken:
         for buffer, value in before.items():
             buffer.copy_(value)
@@ -234,7 +295,8 @@ def _copy_statistics(run: Run) -> dict[Tensor, Tensor]:
     """
     buffers = [
         tensor
-        for tensor in run.model.state_dict(keep_vars=True).values()
+        for module in run.trained_modules
+        for tensor in module.state_dict(keep_vars=True).values()
         if not isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.int8
     ]
     return {tensor: tensor.clone() for tensor in buffers}
@@ -248,7 +310,7 @@ def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> 
     bad_steps.num_in_a_row += 1
     bad_steps.last = max(bad_steps.last, run.step)
     if config.on_bad_step == "stop" or bad_steps.num_in_a_row >= config.max_bad_steps:
-        checkpoint = newest_valid(Path(config.folder) / CHECKPOINT_FOLDER)
+        checkpoint = find_newest(run)
         saved = f"the last checkpoint is {checkpoint.path}" if checkpoint else "there is no checkpoint yet"
         many = f", {bad_steps.num_in_a_row} bad steps in a row" if bad_steps.num_in_a_row > 1 else ""
         raise TrainingError(
@@ -259,7 +321,7 @@ def _answer_bad_step(run: Run, result: StepResult, position: dict[str, Any]) -> 
     if config.on_bad_step == "skip":
         changes = run.dynamic.step(is_skipped=True) if run.dynamic is not None else ()
         return (StepSkipped(run.step, reason, bad_steps.num_in_a_row, position), *changes)
-    checkpoint = newest_valid(Path(config.folder) / CHECKPOINT_FOLDER)
+    checkpoint = find_newest(run)
     assert checkpoint is not None  # one was saved before the first step
     bad_step = run.step
     bad_steps.left_out.append(position)
@@ -298,10 +360,12 @@ def _evaluate(run: Run) -> Iterator[Evaluated]:
     """Measure the model as it would be if training ended here; nothing where nothing is held out."""
     if run.data.heldout is None:
         return
-    run.task.on_step(run.model, run.step, is_evaluating=True)
-    limit = run.config.evaluation_units
+    heldout, limit = run.data.heldout, run.config.evaluation_units
     with run.as_model():
-        metrics, num_units = evaluate(run.task, run.model, run.data.heldout(), precision=run.precision, max_units=limit)
+        run.task.on_step(run.model, run.step, is_evaluating=True)
+        metrics, num_units = run.share(
+            lambda: evaluate(run.task, run.model, heldout(), precision=run.precision, max_units=limit)
+        )
     yield Evaluated(run.step, metrics.pop(LOSS), metrics, num_units, run.task.unit)
 
 
@@ -341,21 +405,24 @@ def _finish(run: Run) -> Iterator[Event]:
     path = Path(run.config.folder) / MODEL_FOLDER
     if is_best or not run.config.stopping.keep_best:
         _save_model(run, MODEL_FOLDER, metrics)
-    else:
+    elif run.is_first:
         with new_folder(path) as temporary:
             shutil.copytree(Path(run.config.folder) / BEST_FOLDER, temporary, dirs_exist_ok=True)
-    manifest = read_manifest(path)
+    manifest = run.share(lambda: read_manifest(path))
     yield ModelSaved(str(path), manifest.digest, sum(file.num_bytes for file in manifest.files.values()))
 
 
 def _save_model(run: Run, name: str, metrics: dict[str, float]) -> None:
+    plan = {} if run.parallel is None else {"plan": run.parallel.plan.as_dict()}
     with run.as_model():
-        run.task.save(
-            run.model,
-            run.data,
-            Path(run.config.folder) / name,
-            metrics=metrics,
-            config_digest=run.config.digest,
-            parent_digest=None if run.task.start is None else run.task.start.parent_digest,
-            data_position=run.loader.state_dict(),
-        )
+        if run.is_first:
+            run.task.save(
+                run.model,
+                run.data,
+                Path(run.config.folder) / name,
+                metrics=metrics,
+                config_digest=run.config.digest,
+                parent_digest=None if run.task.start is None else run.task.start.parent_digest,
+                data_position=run.loader.state_dict(),
+                **plan,
+            )

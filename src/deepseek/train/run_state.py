@@ -6,13 +6,14 @@ becomes bit-equal to one that never was.
 
 from __future__ import annotations
 
+import copy
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from deepseek.mixed_precision.amp_levels import choose_level
 from deepseek.mixed_precision.dynamic import DynamicPrecision
 from deepseek.mixed_precision.forward_precision import Precision, autocast, choose_precision
 from deepseek.models.adapters import attach_
+from deepseek.models.decoder.model import count_parameters
 from deepseek.nn.freezing import freeze_
 from deepseek.nn.lora import LoRAConfig, find_adapted
 from deepseek.optim.clipping import GradientBound, build_bound
@@ -44,6 +46,12 @@ from deepseek.train.stopping import BestMetric
 from deepseek.train.task import Loader, Task, TaskData
 from deepseek.train.weight_average import WeightAverage
 
+if TYPE_CHECKING:  # torch's parallel parts take a second to import, and most runs have one process
+    from deepseek.distributed.plan import Plan
+    from deepseek.train.parallel_run import ParallelRun
+    from deepseek.train.ranks import Ranks
+
+T = TypeVar("T")
 CHECKPOINT_FOLDER = "checkpoints"
 # Settings that a resumed run may change without becoming another run.
 _FREE_SETTINGS = (
@@ -94,6 +102,9 @@ class Run:
     task: Task
     data: TaskData
     model: nn.Module
+    """What is evaluated and saved: the model, or under a plan a copy of it on rank 0, which is brought up to date for
+    that; on other ranks the part that they hold."""
+    num_parameters: int
     optimizer: torch.optim.Optimizer
     bound: GradientBound
     precision: Precision
@@ -110,6 +121,8 @@ class Run:
     """Which blocks are recomputed in the backward pass, if any."""
     memory: MemoryProfiler | None = None
     """Watches the memory, where that is asked for."""
+    parallel: ParallelRun | None = None
+    """The pieces of the model that this rank trains, under a plan of several ranks."""
     bad_steps: BadSteps = field(default_factory=BadSteps)
     step: int = 0
     """Optimizer steps done."""
@@ -123,20 +136,52 @@ class Run:
         """The batches that are trained on."""
         return self.data.loader
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's folder: the only one, or rank 0."""
+        return self.parallel is None or self.parallel.ranks.is_first
+
+    @property
+    def trained_modules(self) -> list[nn.Module]:
+        """The model, or the parts of it that this rank holds."""
+        return [self.model] if self.parallel is None else self.parallel.parallel.modules
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of this process in a step."""
+        num_batches = self.task.config.accum_steps
+        return num_batches if self.parallel is None else num_batches // self.parallel.plan.dp
+
+    def share(self, function: Callable[[], T]) -> T:
+        """Call `function` where the run's folder is written, and return its result on all ranks."""
+        return function() if self.parallel is None else self.parallel.ranks.share(function)
+
     @contextmanager
     def as_model(self) -> Iterator[None]:
-        """The model has the weights that it would be saved with while the block runs: averages, where they are kept."""
+        """The model has the weights that it would be saved with while the block runs: averages, where they are kept.
+
+        All ranks enter the block, and only rank 0 has the whole model in it.
+        """
         with self.average.swapped() if self.average is not None else averaged(self.optimizer):
+            if self.parallel is not None:
+                self.parallel.refresh_whole()
             yield
 
 
-def build(config: TrainConfig, task: Task, folder: Path) -> Run:
-    """Assemble a new run, with the data that `task` prepared in `folder`."""
+def build(
+    config: TrainConfig, task: Task, folder: Path, *, plan: Plan | None = None, ranks: Ranks | None = None
+) -> Run:
+    """Assemble a new run, with the data that `task` prepared in `folder`; of several `ranks`, the part of this one."""
     device = open_device(config.device)
     data = task.open_data(folder)
     _seed(config.seed)
     model = task.build_model(data)
     config = replace_adapter(config, task)
+    if plan is not None and ranks is not None:
+        from deepseek.train.parallel_run import check_batches, cut_run, deal_, refuse_unsupported
+
+        refuse_unsupported(config, plan)  # with the adapter that `init` may be
+        check_batches(data.loader, config, task.config)
     if config.adapter is not None and not find_adapted(model):
         _attach(task, model, config.adapter)
     if config.freeze:
@@ -148,27 +193,47 @@ def build(config: TrainConfig, task: Task, folder: Path) -> Run:
         reference_batch_size=config.optimizer.reference_batch_size,
     )
     optimizer = build_optimizer(model, config.optimizer, learning_rate)
+    num_parameters = count_parameters(model)
+    whole = copy.deepcopy(model) if ranks is not None and ranks.is_first else None
     checkpointed = checkpoint_activations_(model, task, data, device)
     if config.compile == "blocks":
         compile_blocks_(model)
     precision, dynamic = open_precision(config, model, device)
+    parallel = None
+    if plan is not None and ranks is not None:
+        precision = ranks.share(lambda: precision)  # measured, where it is chosen, and one run computes in one
+        parallel = cut_run(model, optimizer, plan, ranks, whole)
+        data = replace(data, loader=deal_(data.loader, parallel.parallel.mesh.coordinate("dp"), plan.dp))
     foreseeing = config.optimizer.gradient_prediction
     return Run(
         config,
         task,
         data,
-        model,
+        model if whole is None else whole,
+        num_parameters,
         optimizer,
         build_bound(config.optimizer.grad_clip, config.optimizer.adaptive_clip, config.optimizer.adaptive_clip_window),
         precision,
         learning_rate,
         best=BestMetric(config.stopping.metric in task.lower_is_better, config.stopping.min_change),
-        average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
+        average=build_average(config, model, parallel),
         dynamic=dynamic,
         memory=open_memory_profiler(config, model, optimizer, device),
         prediction=None if foreseeing is None else GradientPrediction(foreseeing),
         checkpointed=checkpointed,
+        parallel=parallel,
     )
+
+
+def build_average(config: TrainConfig, model: nn.Module, parallel: ParallelRun | None) -> WeightAverage | None:
+    """Build the average of the weights that `ema_decay` asks for, of what this rank holds of them."""
+    if config.ema_decay is None:
+        return None
+    if parallel is None:
+        return WeightAverage(model, config.ema_decay)
+    from deepseek.distributed.parallel.data_parallel import as_local
+
+    return WeightAverage(parallel.parallel, config.ema_decay, as_local=as_local)
 
 
 def compile_blocks_(model: nn.Module) -> None:
@@ -270,7 +335,7 @@ def _seed(seed: int) -> None:
 def resume(run: Run) -> None:
     """Take up the newest valid checkpoint of the run's folder, or else the one that `resume_from` names, if any."""
     config = run.config
-    checkpoint = newest_valid(Path(config.folder) / CHECKPOINT_FOLDER)
+    checkpoint = find_newest(run)
     if checkpoint is None and config.resume_from is not None:
         checkpoint = load(config.resume_from)
     if checkpoint is None:
@@ -290,15 +355,32 @@ def resume(run: Run) -> None:
     restore(run, checkpoint)
 
 
+def find_newest(run: Run) -> Checkpoint | None:
+    """Find the newest valid checkpoint of the run's folder: the one that rank 0 finds, on every rank."""
+    folder = Path(run.config.folder) / CHECKPOINT_FOLDER
+    if run.parallel is None:
+        return newest_valid(folder)
+    found = newest_valid(folder) if run.is_first else None
+    path = run.share(lambda: None if found is None else found.path)
+    return found if run.is_first or path is None else load(path)
+
+
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Bring the run to where it was when `checkpoint` was saved."""
     state = checkpoint.state
-    _restore_weights(run, checkpoint)
-    load_optimizer_state(run.optimizer, state["optimizer"])
+    if run.parallel is None:
+        _restore_weights(run, checkpoint)
+        load_optimizer_state(run.optimizer, state["optimizer"])
+    else:
+        run.parallel.load_weights(state["model"])
+        run.parallel.load_optimizer(state["optimizer"])
     run.loader.load_state_dict(state["loader"])
     run.bound.load_state_dict(state.get("bound", {}))
     if run.average is not None:
-        run.average.load_state_dict(state["average"])
+        average = state["average"]
+        if run.parallel is not None:
+            average = average | {"averages": run.parallel.cut_pieces(average["averages"])}
+        run.average.load_state_dict(average)
     if run.dynamic is not None:
         run.dynamic.load_state_dict(state["precision"])
     if run.prediction is not None:
@@ -310,6 +392,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         # The process that began has measured, maybe on another machine; one run computes in one precision.
         run.precision = state.get("forward_precision", run.precision)
     restore_rng(state["rng"])
+    if run.parallel is not None:
+        run.parallel.restore_rng(state.get("ranks_rng"))
     run.step = run.saved_step = checkpoint.step
     run.evaluated_step = state.get("evaluated_step", checkpoint.step)
 
@@ -331,6 +415,9 @@ def _attach(task: Task, model: nn.Module, config: LoRAConfig) -> None:
 
 def _state_of(run: Run) -> dict[str, Any]:
     """Return what a checkpoint keeps of the weights: with an adapter, what is trained, and what it is trained on."""
+    if run.parallel is not None:
+        run.parallel.refresh_whole()
+        return {"model": run.model.state_dict() if run.is_first else {}}
     state = run.model.state_dict()
     if run.config.adapter is None:
         return {"model": state}
@@ -390,12 +477,13 @@ def flatten_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tup
 
 
 def save_checkpoint(run: Run) -> CheckpointSaved:
-    """Write everything the next step depends on."""
+    """Write everything the next step depends on, as one process would have it; all ranks call it."""
     began_s = time.perf_counter()
+    parallel = run.parallel
     state: dict[str, Any] = {
         "settings": deciding_settings(run.config),
         **_state_of(run),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": run.optimizer.state_dict() if parallel is None else parallel.gather_optimizer(),
         "loader": run.loader.state_dict(),
         "bound": run.bound.state_dict(),
         "best": run.best.state_dict(),
@@ -405,11 +493,16 @@ def save_checkpoint(run: Run) -> CheckpointSaved:
         "forward_precision": run.precision,
     }
     if run.average is not None:
-        state["average"] = run.average.state_dict()
+        average = state["average"] = run.average.state_dict()
+        if parallel is not None:
+            average["averages"] = parallel.gather_pieces(average["averages"])
+    if parallel is not None:
+        state["ranks_rng"] = parallel.capture_rng()
     if run.dynamic is not None:
         state["precision"] = run.dynamic.state_dict()
     if run.prediction is not None:
         state["prediction"] = run.prediction.state_dict()
-    path = save(Path(run.config.folder) / CHECKPOINT_FOLDER, run.step, state, keep=run.config.keep_checkpoints)
+    folder = Path(run.config.folder) / CHECKPOINT_FOLDER
+    path = run.share(lambda: save(folder, run.step, state, keep=run.config.keep_checkpoints))
     run.saved_step = run.step
     return CheckpointSaved(run.step, str(path), time.perf_counter() - began_s)

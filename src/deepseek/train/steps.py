@@ -10,11 +10,13 @@ A step whose loss or gradient is no number is not taken: weights and moments sta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseek.core.errors import TrainingError
@@ -24,6 +26,9 @@ from deepseek.optim.gradient_prediction import UNDAMPED, Damping, GradientPredic
 from deepseek.optim.optimizers import scale_learning_rate_
 from deepseek.train.own_loop import move
 from deepseek.train.task import Task
+
+if TYPE_CHECKING:
+    from deepseek.train.parallel_run import ParallelRun
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,45 @@ def take_step(
     )
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     result = StepResult(loss, gradient_norm(gradients), num_units)
+    return _update(result, optimizer, partial(scale_gradients_, gradients), bound, prediction)
+
+
+def take_parallel_step(
+    task: Task,
+    run: ParallelRun,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Any],
+    *,
+    precision: Precision,
+    bound: GradientBound,
+    prediction: GradientPrediction | None = None,
+) -> StepResult:
+    """Do what `take_step` does, on all ranks of a plan, of which this one has `micro_batches`.
+
+    Loss and norm are sums over ranks, and all take rank 0's, so that a step which is no number on one rank is taken by
+    none.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    learner = run.build_learner(task, precision)
+    totals = run.parallel.accumulate_gradients(learner, [run.move(batch) for batch in micro_batches])
+    numbers = torch.tensor([totals.loss, run.parallel.gradient_norm()], dtype=torch.float64)
+    numbers = numbers.to(run.parallel.mesh.base.device_type)
+    dist.broadcast(numbers, 0)
+    loss, norm = numbers.tolist()
+    result = StepResult(loss, norm, totals.num_units)
+    return _update(result, optimizer, run.parallel.scale_gradients_, bound, prediction)
+
+
+def _update(
+    result: StepResult,
+    optimizer: torch.optim.Optimizer,
+    scale_: Callable[[float], None],
+    bound: GradientBound,
+    prediction: GradientPrediction | None,
+) -> StepResult:
+    """Take the step whose gradients are there, which `scale_` multiplies, unless something is no number."""
     if result.is_taken:
-        scale_gradients_(gradients, bound.factor(result.loss, result.grad_norm))
+        scale_(bound.factor(result.loss, result.grad_norm))
         if prediction is not None:
             result = replace(result, damping=prediction.observe(result.loss, result.grad_norm))
             scale_learning_rate_(optimizer, result.damping.factor)

@@ -4,20 +4,28 @@ After each step every average moves towards its weight by 1 - decay (Polyak and 
 2017). The decay is lower at first, (1 + steps) / (10 + steps), so that the random weights of the beginning are soon
 forgotten. `swapped` puts the averages in place of the weights for an evaluation or for saving; buffers, such as the
 statistics of batch normalization, are averages already and stay. Costs one copy of the trained weights in memory.
+Under a plan each rank keeps the averages of its pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
+class HasParameters(Protocol):
+    """A module, or the part of one that a rank holds."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return the parameters by name."""
+
+
 class WeightAverage:
-    """The averages of the trained weights of one model.
+    """The averages of the trained weights of one model, or of a rank's pieces of them, which `as_local` lays open.
 
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(layer.weight)
@@ -29,8 +37,11 @@ class WeightAverage:
     (0.82, 1)
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(
+        self, model: HasParameters, decay: float, *, as_local: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> None:
         self.decay = decay
+        self._as_local = as_local
         self.num_updates = 0
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
@@ -40,7 +51,8 @@ class WeightAverage:
         """Move the averages towards the weights, once after each step."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), 1 - decay)
+        averages = [self._as_local(average) for average in self._averages.values()]
+        torch._foreach_lerp_(averages, [self._as_local(weight) for weight in self._weights.values()], 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -1,7 +1,13 @@
 import pytest
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed.parallel.legality import ModelParts, check_plan_runs, explain_illegal, find_nearest_legal
+from deepseek.distributed.parallel.legality import (
+    ModelParts,
+    check_plan_runs,
+    explain_illegal,
+    find_nearest_legal,
+    list_nearest,
+)
 from deepseek.distributed.plan import Plan
 
 HEADS = (("num_heads", 4), ("num_kv_heads", 2))
@@ -34,6 +40,14 @@ def test_an_illegal_plan_is_refused_with_the_rule_and_the_nearest_legal_one(plan
     assert nearest is not None and nearest.num_devices == plan.num_devices
     assert explain_illegal(nearest, parts) is None
     assert f"the nearest plan that runs on {plan.num_devices} ranks is " in str(refusal.value)
+
+
+def test_the_nearest_plans_for_another_number_of_ranks_can_run_there():
+    nearest = list_nearest(Plan(tp=2, dp=2, zero_stage=1), DECODER, 2)
+    assert nearest[0] in (Plan(dp=2, zero_stage=1), Plan(tp=2))
+    assert len(nearest) == 3
+    assert all(plan.num_devices == 2 and explain_illegal(plan, DECODER) is None for plan in nearest)
+    assert list_nearest(Plan(dp=2), DECODER, 1) == [Plan()]
 
 
 def test_the_nearest_plan_keeps_what_it_can():

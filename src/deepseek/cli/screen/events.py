@@ -150,6 +150,17 @@ def _write_line(text: str) -> None:
         sys.stdout.flush()
 
 
+@contextmanager
+def ignored_signals() -> Iterator[None]:
+    """Leave Ctrl-C, SIGTERM and SIGHUP to somebody else while the block runs: rank 0 stops all ranks together."""
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class Interrupt:
     """Remembers the first Ctrl-C, SIGTERM or SIGHUP while the block runs, and lets the second one through.
 
@@ -298,6 +309,10 @@ _LINES = {
     "cache_ready": "text: {num_documents} documents, {num_tokens} tokens in {folder}",
     "init_loaded": "begins with {summary}{new_tensors}",
     "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
+    "plan_applied": (
+        "plan: {plan} on {num_ranks} ranks, each with {num_micro_batches} micro-batches of {micro_batch_rows} rows "
+        "a step"
+    ),
     "activations_checkpointed": "activations: {policy}, {num_blocks} blocks computed again in the backward pass",
     "step_done": "step {step} of {num_steps}: loss {loss:.3f}, {units_per_s} {unit}/s",
     "step_damped": "step {step} damped to {factor:.3g} of its learning rate: {reason}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,13 @@ from deepseek.core.allocator import keep_freed_memory
 from deepseek.core.config import SETTINGS_SUFFIXES, parse_overrides, read_settings
 from deepseek.core.errors import ConfigError, first_line
 from deepseek.core.extras import has_library
+from deepseek.distributed.launch_environment import LaunchEnvironment, read_launch_environment
 from deepseek.recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
+    from deepseek.distributed.plan import Plan
     from deepseek.train.config import TrainConfig
+    from deepseek.train.parallel_run import PlanChooser
     from deepseek.train.task import Task
 
 EVENTS_FILE = "events.jsonl"
@@ -30,6 +34,7 @@ def train(
     config: Path | None = None,
     task: str | None = None,
     set: Annotated[list[str] | None, Parameter(name=["--set", "-s"])] = None,
+    plan: str | None = None,
     log: str | None = None,
     show: bool = False,
     json: bool = False,
@@ -53,6 +58,10 @@ def train(
         module that can be imported from here, with the settings of the recipe or file if there is one.
     set
         One setting to change, as KEY=VALUE with dots between levels; may be given several times.
+    plan
+        How several ranks share the run, which `deepseek launch --ranks N train ...` starts: tp=2,dp=2,zero_stage=3, a
+        file that `deepseek plan --json` wrote, or auto for what the planner finds fastest here. What is learned stays
+        the same: the rows of a step are dealt over the dp ranks. A micro_batch_size above 1 cuts them so.
     log
         Where losses and metrics go besides, with commas between: tensorboard (files in FOLDER/tensorboard), mlflow,
         wandb. Each takes the extra of that name.
@@ -62,19 +71,63 @@ def train(
         Print events as JSON lines instead of progress bars, and settings as JSON.
     """
     settings, own_task = choose_run(recipe, config, task, parse_overrides(set or []))
+    chosen: Plan | PlanChooser | None = None
+    if plan is not None:
+        settings, chosen = choose_plan(plan, settings)
     if show:
         _print_settings(settings, as_json=json)
         return
-    from deepseek.cli.screen.events import follow
+    launched = read_launch_environment(os.environ) if plan is not None or "RANK" in os.environ else LaunchEnvironment()
+    if plan is None and launched.world_size > 1:
+        raise ConfigError(
+            f"{launched.world_size} ranks were started and no plan says what each of them does; add for example "
+            f"--plan dp={launched.world_size}, or --plan auto"
+        )
+    from deepseek.cli.screen.events import follow, ignored_signals
     from deepseek.train.loop import train as run
     from deepseek.train.metric_logs import log_metrics, open_logs
 
     keep_freed_memory()
+    if launched.rank:
+        with ignored_signals():
+            for _ in run(settings, task=own_task, plan=chosen):  # events are rank 0's
+                pass
+        return
     events_file = Path(settings.folder) / EVENTS_FILE
     logs = open_logs(log.split(","), settings) if log is not None else []
-    events = run(settings, task=own_task)
+    events = run(settings, task=own_task, plan=chosen)
     follow(log_metrics(events, logs) if logs else events, file=events_file, as_json=json)
     _draw_curves(events_file, is_shown=not json)
+
+
+def choose_plan(text: str, settings: TrainConfig) -> tuple[TrainConfig, Plan | PlanChooser]:
+    """The plan that `text` says, and the settings with the precision that it names, if it does."""
+    if text == "auto":
+        return settings, _choose_fastest
+    from deepseek.distributed.plan import Plan
+    from deepseek.distributed.plan_files import read_plan_settings
+
+    named = read_plan_settings(text)
+    plan = Plan(**named)
+    if "precision" not in named or plan.precision == settings.precision:
+        return settings, plan
+    if settings.precision != "auto":
+        raise ConfigError(
+            f"the plan has precision={plan.precision} and the run precision={settings.precision}; make the two equal"
+        )
+    if plan.precision not in ("fp32", "bf16"):
+        raise ConfigError(
+            f"the plan has precision={plan.precision}, which the trainer does not compute in; plan with --precision "
+            "bf16 or fp32"
+        )
+    return settings.override({"precision": plan.precision}), plan
+
+
+def _choose_fastest(settings: TrainConfig, num_ranks: int) -> Plan:
+    from deepseek.bench.rank_plans import choose_rank_plan
+    from deepseek.cli.verbs.plan_measure import find_machine
+
+    return choose_rank_plan(settings, num_ranks, find_machine())
 
 
 def _draw_curves(events_file: Path, *, is_shown: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,3 +82,25 @@ def gather_whole(tensor: Tensor, mesh: PlanMesh, *, is_expert: bool) -> Tensor:
         dist.all_gather(parts, whole.contiguous(), group=mesh.group(EXPERT_AXIS))
         whole = torch.cat(parts)
     return whole
+
+
+def cut_whole(whole: Tensor, like: Tensor, mesh: PlanMesh, *, is_expert: bool) -> Tensor:
+    """Return this rank's piece of a whole tensor, cut as `like` is, on its device; what `gather_whole` undoes.
+
+    No rank hears of another: each one needs the whole.
+    """
+    piece = whole.detach()
+    if is_expert and mesh.plan.ep > 1:
+        piece = piece.chunk(mesh.plan.ep)[mesh.coordinate(EXPERT_AXIS)]
+    if not isinstance(like, DTensor):
+        return piece.to(like.device)
+    for axis in reversed(range(like.device_mesh.ndim)):  # inner axes first: outer ones cut what those left
+        placement: Any = like.placements[axis]
+        if not isinstance(placement, Replicate):
+            pieces = piece.chunk(like.device_mesh.size(axis), placement.dim)
+            place = like.device_mesh.get_local_rank(axis)
+            piece = pieces[place] if place < len(pieces) else pieces[0].narrow(placement.dim, 0, 0)
+    local = piece.to(like.to_local().device).contiguous()
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

@@ -113,6 +113,15 @@ def find_nearest_legal(plan: Plan, parts: ModelParts) -> Plan | None:
     return min(legal, key=lambda candidate: _measure_distance(plan, candidate), default=None)
 
 
+def list_nearest(plan: Plan, parts: ModelParts, num_ranks: int, *, limit: int = 3) -> list[Plan]:
+    """List the plans for `num_ranks` ranks that can run on such a model and are least unlike `plan`.
+
+    >>> [describe(found) for found in list_nearest(Plan(dp=4, zero_stage=1), ModelParts("Mine"), 2)]
+    ['dp=2 zero_stage=1', 'dp=2', 'dp=2 zero_stage=2']
+    """
+    return sorted(list_plans(parts, num_ranks), key=lambda other: _measure_distance(plan, other))[:limit]
+
+
 def _list_candidates(plan: Plan) -> Iterator[Plan]:
     """Plans of as many ranks, whose choices are those of `plan` or the plainest."""
     world = plan.num_devices

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from deepseek.core.errors import ConfigError, TrainingError
-from deepseek.distributed.parallel.cut_tensors import gather_whole, measure_norm, scale_, sum_over
+from deepseek.distributed.parallel.cut_tensors import cut_whole, gather_whole, measure_norm, scale_, sum_over
 from deepseek.distributed.parallel.data_parallel import GradientReducer, as_local, read_loss, shard_
 from deepseek.distributed.parallel.experts import balance_over_ranks_, measure_balance, spread_experts_
 from deepseek.distributed.parallel.layer_costs import split_layers
@@ -124,6 +124,11 @@ class ParallelModel:
         """The model, or this rank's first stage of it."""
         return self.chunks[0].module
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, or all stages of it that this rank holds."""
+        return [chunk.module for chunk in self.chunks]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters that this rank holds a piece of, by their names in the whole model."""
         for chunk in self.chunks:
@@ -145,6 +150,10 @@ class ParallelModel:
     def gather(self, name: str, tensor: Tensor) -> Tensor:
         """Return the whole of a parameter's tensor (its value, gradient or moment); all ranks of its stage call it."""
         return gather_whole(tensor, self.mesh, is_expert=self.is_expert(name))
+
+    def cut(self, name: str, whole: Tensor, like: Tensor) -> Tensor:
+        """Return this rank's piece of a whole tensor of a parameter, cut as `like` is; what `gather` undoes."""
+        return cut_whole(whole, like, self.mesh, is_expert=self.is_expert(name))
 
     def count_units(self, learner: Learner, micro_batches: Sequence[Any]) -> int:
         """Count the units of a step over all ranks."""
@@ -190,9 +199,13 @@ class ParallelModel:
                 "for extreme values, or use precision 'fp32'"
             )
         if max_norm is not None and norm > max_norm:
-            gradients = (parameter.grad for _, parameter in self.named_parameters())
-            scale_((gradient for gradient in gradients if gradient is not None), max_norm / norm)
+            self.scale_gradients_(max_norm / norm)
         return norm
+
+    def scale_gradients_(self, factor: float) -> None:
+        """Multiply the gradient by `factor`, in place."""
+        gradients = (parameter.grad for _, parameter in self.named_parameters())
+        scale_((gradient for gradient in gradients if gradient is not None), factor)
 
     def measure_experts(self) -> dict[str, dict[str, float]]:
         """Return how unevenly each layer of this rank used its experts in the last training pass, over all tokens."""
