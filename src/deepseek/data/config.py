@@ -51,12 +51,12 @@ class DataConfig(Config):
     sequence_length: int = Field(default=256, ge=1)
     """Tokens of a row in packed batches."""
     batch_size: int = Field(default=16, ge=1)
-    """Rows of one packed batch of one rank."""
+    """Rows of one packed micro-batch; ranks of a plan deal the rows of a step out in smaller ones."""
     too_long: TooLong = "split"
     """What becomes of a document that is longer than a row of packed documents: it is cut off (`truncate`), left out
     (`drop`), or cut into pieces that do not see each other (`split`)."""
     max_tokens: int = Field(default=4096, ge=1)
-    """Tokens of one token-budget batch of one rank, padding included."""
+    """Tokens of one token-budget micro-batch, padding included."""
     max_len: int = Field(default=2048, ge=1)
     """Tokens after which a document is cut off in token-budget batches."""
     seed: int = Field(default=0, ge=0)
@@ -64,7 +64,7 @@ class DataConfig(Config):
 
     @property
     def rows_per_batch(self) -> int:
-        """Rows of one batch of one rank; a token budget counts as its number of longest rows."""
+        """Rows of one micro-batch; a token budget counts as its number of longest rows."""
         return max(1, self.max_tokens // self.max_len) if self.batching == "token_budget" else self.batch_size
 
     @property
@@ -105,7 +105,7 @@ class ChatConfig(Config):
     sequence_length: int = Field(default=1024, ge=1)
     """Tokens of a row; several chats share one and do not see each other."""
     batch_size: int = Field(default=8, ge=1)
-    """Rows of one batch of one rank."""
+    """Rows of one micro-batch; ranks of a plan deal the rows of a step out in smaller ones."""
     too_long: TooLong = "truncate"
     """What becomes of a chat that is longer than a row: it is cut off (`truncate`), left out (`drop`), or cut into
     pieces that do not see each other (`split`)."""
@@ -121,7 +121,7 @@ class ChatConfig(Config):
 
     @property
     def rows_per_batch(self) -> int:
-        """Rows of one batch of one rank."""
+        """Rows of one micro-batch."""
         return self.batch_size
 
     @property
@@ -134,7 +134,7 @@ class SamplesConfig(Config):
     """How samples that are loaded one by one become batches."""
 
     batch_size: int = Field(default=32, ge=1)
-    """Samples of one batch of one rank."""
+    """Samples of one micro-batch; ranks of a plan deal the samples of a step out in smaller ones."""
     seed: int = Field(default=0, ge=0)
     """Decides the order of the samples and their random changes, on any number of workers and ranks."""
     num_workers: int | None = Field(default=None, ge=0)
@@ -145,7 +145,7 @@ class SamplesConfig(Config):
 
     @property
     def rows_per_batch(self) -> int:
-        """Samples of one batch of one rank."""
+        """Samples of one micro-batch."""
         return self.batch_size
 
 
@@ -230,7 +230,7 @@ class TableConfig(Config):
     max_len: int = Field(default=128, ge=3)
     """Tokens after which a text or pair is cut off."""
     batch_size: int = Field(default=32, ge=1)
-    """Rows, or windows of them, of one batch of one rank."""
+    """Rows, or windows of them, of one micro-batch; ranks of a plan deal those of a step out in smaller ones."""
     seed: int = Field(default=0, ge=0)
     """Decides the order of the rows."""
     max_broken: int = Field(default=100, ge=0)
@@ -238,7 +238,7 @@ class TableConfig(Config):
 
     @property
     def rows_per_batch(self) -> int:
-        """Rows of one batch of one rank."""
+        """Rows of one micro-batch."""
         return self.batch_size
 
     @property

@@ -74,7 +74,7 @@ class TrainConfig(Config):
     num_steps: int = Field(default=1000, ge=1)
     """Optimizer steps of the whole run."""
     accum_steps: int = Field(default=1, ge=1)
-    """Micro-batches whose gradients are added up before each optimizer step."""
+    """Micro-batches whose gradients are added up before each optimizer step, of all ranks of a plan together."""
     precision: Literal["auto", "fp32", "bf16", "dynamic"] = "auto"
     """Precision of matmuls: `bf16`, `fp32`, `auto` for bf16 where it is faster, or `dynamic` for a
     choice per layer from its gradients, which also keeps activations in bf16."""

@@ -42,7 +42,7 @@ def test_what_ranks_hold_alike_counts_once_and_what_is_cut_counts_whole():
 
 
 def cut_and_gather(rank):
-    """Whole tensors of other values, cut as weights are: in rows, in columns, unevenly, twice, by experts, not at all."""
+    """Whole tensors, cut as weights are: in rows, in columns, unevenly, twice, by experts, not at all."""
     answers = []
     for name, settings in (
         ("llama", {"tp": 2, "dp": 2, "zero_stage": 3}),
