@@ -42,4 +42,5 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         optimizer.train()  # type: ignore[attr-defined]
         with torch.no_grad():
-            torch._foreach_copy_(parameters, kept)  # computing them back would round
+            for parameter, value in zip(parameters, kept, strict=True):  # some may be pieces, of which no list is made
+                parameter.copy_(value)  # computing it back would round

@@ -208,12 +208,14 @@ class ParallelRun:
 
     def __init__(
         self,
+        plan: Plan,
         parallel: ParallelModel,
         ranks: Ranks,
         whole: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         group_names: Sequence[Sequence[Sequence[str]]],
     ) -> None:
+        self.plan = plan
         self.parallel = parallel
         self.ranks = ranks
         self.whole = whole
@@ -232,11 +234,6 @@ class ParallelRun:
             for module in root.modules()
             if isinstance(module, _BATCH_NORMS) and module.running_mean is not None
         ]
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that is applied."""
-        return self.parallel.plan
 
     @property
     def description(self) -> str:
@@ -476,4 +473,4 @@ def cut_run(
         )
     group_names = name_groups(optimizer, model)
     parallel = parallelize(model, replace(plan, recomputation="none"))
-    return ParallelRun(parallel, ranks, whole, optimizer, group_names)
+    return ParallelRun(plan, parallel, ranks, whole, optimizer, group_names)
