@@ -201,6 +201,15 @@ def test_rows_of_a_step_are_dealt_over_ranks() -> None:
         assert split.accum_steps % dp == 0
 
 
+def test_a_pipeline_gets_micro_batches_enough_to_be_busy() -> None:
+    config = TrainConfig.from_dict({"data": {"batch_size": 16}})
+    interleaved = Plan(pp=4, schedule="interleaved", virtual_stages=2)
+    plans = {Plan(pp=2): 4, Plan(pp=4, dp=2): 1, Plan(pp=2, micro_batch_size=8): 8, interleaved: 2}
+    assert {plan: split_step(config, plan).data.rows_per_batch for plan in plans} == plans
+    with pytest.raises(ConfigError, match="1 micro-batches cannot be interleaved over 4 stages"):
+        split_step(config, Plan(pp=4, schedule="interleaved", virtual_stages=2, micro_batch_size=16))
+
+
 def test_rows_that_cannot_be_dealt_are_refused_with_those_that_can() -> None:
     config = TrainConfig.from_dict({"data": {"batch_size": 4}})
     with pytest.raises(ConfigError, match=r"dp=3 does not divide the 4 rows of a step .* choose one of 1, 2, 4"):
@@ -208,7 +217,7 @@ def test_rows_that_cannot_be_dealt_are_refused_with_those_that_can() -> None:
     with pytest.raises(ConfigError, match="micro_batch_size=3 does not divide the 2 rows"):
         split_step(config, Plan(dp=2, micro_batch_size=3))
     whole = TrainConfig.from_dict({"data": {"batching": "token_budget", "max_len": 64}})
-    with pytest.raises(ConfigError, match=r"whole batches, .* accum_steps to a multiple of 2"):
+    with pytest.raises(ConfigError, match=r"whole batches, .* accum_steps=1 to a multiple of dp=2"):
         split_step(whole, Plan(dp=2))
 
 

@@ -29,6 +29,7 @@ from deepseek.data.samples import SampleLoader
 from deepseek.distributed.parallel.legality import describe, list_nearest
 from deepseek.distributed.parallel.parallel_model import ParallelModel
 from deepseek.distributed.plan import Plan
+from deepseek.distributed.schedules import order_work
 from deepseek.mixed_precision.forward_precision import Precision, autocast
 from deepseek.models.parallelizing import list_model_rows, parallelize
 from deepseek.optim.optimizers import JointOptimizer
@@ -101,35 +102,43 @@ def split_step(config: TrainConfig, plan: Plan) -> TrainConfig:
     """Return `config` with micro-batches that the dp ranks of `plan` can deal out, of the same rows a step.
 
     They have `micro_batch_size` rows where the plan has more than 1, else those of the config, or the largest number
-    below that deals a step evenly. Raises `ConfigError` where none does.
+    below that deals a step evenly and keeps the stages of a pipeline busy. Raises `ConfigError` where none does.
 
     >>> split = split_step(TrainConfig.from_dict({"data": {"batch_size": 16}}), Plan(dp=4))
     >>> split.data.rows_per_batch, split.accum_steps
     (4, 4)
     """
     rows, num_batches, dp, asked = config.data.rows_per_batch, config.accum_steps, plan.dp, plan.micro_batch_size
-    if num_batches % dp == 0 and asked in (1, rows):
-        return config
+    num_rows = rows * num_batches
     if isinstance(config.data, DataConfig) and config.data.batching == "token_budget":
+        if num_batches % dp or asked > 1:
+            raise ConfigError(
+                f"data.batching=token_budget makes whole batches, which the plan {describe(plan)} cannot cut; set "
+                f"accum_steps={num_batches} to a multiple of dp={dp}, and leave micro_batch_size out"
+            )
+        return config
+    if num_rows % dp:
         raise ConfigError(
-            f"data.batching=token_budget makes whole batches, which are not cut, and the plan {describe(plan)} asks "
-            f"for {f'dp={dp} of accum_steps={num_batches}' if num_batches % dp else f'micro_batch_size={asked}'}; set "
-            f"accum_steps to a multiple of {dp} and leave micro_batch_size out"
+            f"dp={dp} does not divide the {num_rows} rows of a step (data.batch_size={rows}, accum_steps="
+            f"{num_batches}); choose one of {', '.join(map(str, list_divisors(num_rows)))}, or change data.batch_size or "
+            "accum_steps"
         )
-    rows_of_rank, left = divmod(rows * num_batches, dp)
-    if left:
+    if asked > 1 and num_rows // dp % asked:
         raise ConfigError(
-            f"dp={dp} does not divide the {rows * num_batches} rows of a step (data.batch_size={rows}, "
-            f"accum_steps={num_batches}); choose one of {', '.join(map(str, list_divisors(rows * num_batches)))}, or "
-            "change data.batch_size or accum_steps"
+            f"micro_batch_size={asked} does not divide the {num_rows // dp} rows that each of dp={dp} ranks has of a "
+            f"step; choose one of {', '.join(map(str, list_divisors(num_rows // dp)))}"
         )
-    if asked > 1 and rows_of_rank % asked:
-        raise ConfigError(
-            f"micro_batch_size={asked} does not divide the {rows_of_rank} rows that each of dp={dp} ranks has of a "
-            f"step; choose one of {', '.join(map(str, list_divisors(rows_of_rank)))}"
-        )
-    size = asked if asked > 1 else max(number for number in list_divisors(rows_of_rank) if number <= rows)
-    return config.override({"data.batch_size": size, "accum_steps": rows * num_batches // size})
+    size = asked if asked > 1 else _choose_size(rows, num_rows // dp, plan)
+    order_work(plan.schedule, plan.pp, 0, num_rows // dp // size, plan.virtual_stages)  # or says why it cannot
+    return config if size == rows else config.override({"data.batch_size": size, "accum_steps": num_rows // size})
+
+
+def _choose_size(rows: int, rows_of_rank: int, plan: Plan) -> int:
+    """Choose the rows of a micro-batch: up to `rows`, and fewer where a pipeline would stand idle for long."""
+    least = 2 * plan.pp if plan.pp > 1 else 1
+    divisor = plan.pp if plan.schedule == "interleaved" else 1
+    counts = {size: rows_of_rank // size for size in list_divisors(rows_of_rank) if size <= rows}
+    return max((size for size, count in counts.items() if count >= least and count % divisor == 0), default=1)
 
 
 def check_batches(loader: Loader, config: TrainConfig, split: TrainConfig) -> None:
