@@ -120,8 +120,8 @@ def split_step(config: TrainConfig, plan: Plan) -> TrainConfig:
     if num_rows % dp:
         raise ConfigError(
             f"dp={dp} does not divide the {num_rows} rows of a step (data.batch_size={rows}, accum_steps="
-            f"{num_batches}); choose one of {', '.join(map(str, list_divisors(num_rows)))}, or change data.batch_size or "
-            "accum_steps"
+            f"{num_batches}); choose one of {', '.join(map(str, list_divisors(num_rows)))}, or change data.batch_size "
+            "or accum_steps"
         )
     if asked > 1 and num_rows // dp % asked:
         raise ConfigError(
