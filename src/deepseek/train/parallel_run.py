@@ -225,7 +225,7 @@ class ParallelRun:
         group_names: Sequence[Sequence[Sequence[str]]],
     ) -> None:
         self.plan = plan
-        self.parallel = parallel
+        self.model = parallel
         self.ranks = ranks
         self.whole = whole
         """The copy on rank 0; `None` on all others."""
@@ -267,7 +267,7 @@ class ParallelRun:
             buffer for norm in self._norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
         ]
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-        dist.all_reduce(flat, group=self.parallel.mesh.group("dp"))
+        dist.all_reduce(flat, group=self.model.mesh.group("dp"))
         flat /= self.plan.dp
         for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(mean.view_as(buffer))
@@ -275,7 +275,7 @@ class ParallelRun:
     @torch.no_grad()
     def refresh_whole(self) -> None:
         """Give the whole model on rank 0 the weights and buffers that the ranks hold; all ranks call it."""
-        held = dict(self._gather_each(dict(self.parallel.named_parameters())))
+        held = dict(self._gather_each(dict(self.model.named_parameters())))
         if self._is_leader:
             held |= self._list_buffers()
         found = self._collect(held)
@@ -290,8 +290,8 @@ class ParallelRun:
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take this rank's pieces out of the state of a whole model."""
-        for name, parameter in self.parallel.named_parameters():
-            parameter.copy_(self.parallel.cut(name, weights[name], parameter))
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self.model.cut(name, weights[name], parameter))
         for name, buffer in self._list_buffers().items():
             buffer.copy_(weights[name])
 
@@ -308,7 +308,7 @@ class ParallelRun:
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Take this rank's pieces out of the optimizer's state of one process."""
         states = state["parts"] if self._is_joint else [state]
-        held = dict(self.parallel.named_parameters())
+        held = dict(self.model.named_parameters())
         for part, saved, group_names, origins in zip(
             self._parts, states, self._group_names, self._origins, strict=True
         ):
@@ -330,8 +330,8 @@ class ParallelRun:
     def cut_pieces(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's pieces of whole tensors, cut as the parameters of their names."""
         return {
-            name: self.parallel.cut(name, wholes[name], parameter)
-            for name, parameter in self.parallel.named_parameters()
+            name: self.model.cut(name, wholes[name], parameter)
+            for name, parameter in self.model.named_parameters()
             if name in wholes
         }
 
@@ -344,26 +344,26 @@ class ParallelRun:
         if state is not None and state["plan"] == self.plan.as_dict():
             torch.set_rng_state(state["torch"][self.ranks.rank])
             return
-        mesh, plan = self.parallel.mesh, self.plan
+        mesh, plan = self.model.mesh, self.plan
         drawn = self.ranks.share(lambda: int(torch.randint(2**62, ())))
         own = (mesh.coordinate("pp") * plan.dp + mesh.coordinate("dp")) * plan.cp + mesh.coordinate("cp")
         torch.manual_seed(drawn + own)
 
     @property
     def _device(self) -> torch.device:
-        parameter = next(self.parallel.module.parameters())
+        parameter = next(self.model.module.parameters())
         return parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
 
     @property
     def _is_leader(self) -> bool:
         """Whether this rank speaks for its stage."""
-        return all(self.parallel.mesh.coordinate(axis) == 0 for axis in ("dp", "cp", "tp"))
+        return all(self.model.mesh.coordinate(axis) == 0 for axis in ("dp", "cp", "tp"))
 
     def _list_buffers(self) -> dict[str, Tensor]:
         """Return the buffers that are saved."""
         return {
             name: buffer
-            for module in self.parallel.modules
+            for module in self.model.modules
             for name, buffer in module.state_dict(keep_vars=True).items()
             if not isinstance(buffer, nn.Parameter)
         }
@@ -371,13 +371,13 @@ class ParallelRun:
     def _gather_each(self, pieces: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield whole tensors by name on the rank that speaks for its stage; the others only help, one at a time."""
         for name, piece in pieces.items():
-            whole = self.parallel.gather(name, piece)
+            whole = self.model.gather(name, piece)
             if self._is_leader:
                 yield name, whole
 
     def _collect(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return on rank 0 what the leaders of all stages hold."""
-        plan, mesh = self.plan, self.parallel.mesh
+        plan, mesh = self.plan, self.model.mesh
         if plan.pp == 1 or not self._is_leader:
             return held
         group, device = mesh.group("pp"), self._device
@@ -399,9 +399,9 @@ class ParallelRun:
         self, part: torch.optim.Optimizer, group_names: Sequence[Sequence[str]], origins: Sequence[int]
     ) -> dict[str, Any]:
         held: dict[str, Tensor] = {}
-        for name, parameter in self.parallel.named_parameters():
+        for name, parameter in self.model.named_parameters():
             for key, value in part.state.get(parameter, {}).items():
-                whole = self.parallel.gather(name, value) if value.ndim else value
+                whole = self.model.gather(name, value) if value.ndim else value
                 if self._is_leader:
                     held[f"{name}:{key}"] = whole
         found = self._collect(held)
@@ -422,7 +422,7 @@ class ParallelRun:
     def _cut_value(self, name: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
         """Return a rank's piece of a moment; a number, such as the count of steps, stays whole."""
         if value.ndim:
-            piece = self.parallel.cut(name, value, parameter)
+            piece = self.model.cut(name, value, parameter)
             return piece if isinstance(piece, DTensor) else torch.empty_like(parameter, dtype=value.dtype).copy_(piece)
         return value.clone()
 

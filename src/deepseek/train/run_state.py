@@ -144,7 +144,7 @@ class Run:
     @property
     def trained_modules(self) -> list[nn.Module]:
         """The model, or the parts of it that this rank holds."""
-        return [self.model] if self.parallel is None else self.parallel.parallel.modules
+        return [self.model] if self.parallel is None else self.parallel.model.modules
 
     @property
     def num_micro_batches(self) -> int:
@@ -203,7 +203,7 @@ def build(
     if plan is not None and ranks is not None:
         precision = ranks.share(lambda: precision)  # measured, where it is chosen, and one run computes in one
         parallel = cut_run(model, optimizer, plan, ranks, whole)
-        data = replace(data, loader=deal_(data.loader, parallel.parallel.mesh.coordinate("dp"), plan.dp))
+        data = replace(data, loader=deal_(data.loader, parallel.model.mesh.coordinate("dp"), plan.dp))
     foreseeing = config.optimizer.gradient_prediction
     return Run(
         config,
@@ -233,7 +233,7 @@ def build_average(config: TrainConfig, model: nn.Module, parallel: ParallelRun |
         return WeightAverage(model, config.ema_decay)
     from deepseek.distributed.parallel.data_parallel import as_local
 
-    return WeightAverage(parallel.parallel, config.ema_decay, as_local=as_local)
+    return WeightAverage(parallel.model, config.ema_decay, as_local=as_local)
 
 
 def compile_blocks_(model: nn.Module) -> None:

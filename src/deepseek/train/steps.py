@@ -95,13 +95,13 @@ def take_parallel_step(
     """
     optimizer.zero_grad(set_to_none=True)
     learner = run.build_learner(task, precision)
-    totals = run.parallel.accumulate_gradients(learner, [run.move(batch) for batch in micro_batches])
-    numbers = torch.tensor([totals.loss, run.parallel.gradient_norm()], dtype=torch.float64)
-    numbers = numbers.to(run.parallel.mesh.base.device_type)
+    totals = run.model.accumulate_gradients(learner, [run.move(batch) for batch in micro_batches])
+    numbers = torch.tensor([totals.loss, run.model.gradient_norm()], dtype=torch.float64)
+    numbers = numbers.to(run.model.mesh.base.device_type)
     dist.broadcast(numbers, 0)
     loss, norm = numbers.tolist()
     result = StepResult(loss, norm, totals.num_units)
-    return _update(result, optimizer, run.parallel.scale_gradients_, bound, prediction)
+    return _update(result, optimizer, run.model.scale_gradients_, bound, prediction)
 
 
 def _update(
