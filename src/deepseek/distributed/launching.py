@@ -36,7 +36,8 @@ _SHUTDOWN_S = 120
 """Seconds for ranks that are stopped to save the run, before they are killed."""
 _THREADS = "OMP_NUM_THREADS"
 _LAST_LINES = 5
-_INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_INTERRUPTED = {128 + number: number for number in _STOPPING}
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,12 @@ def launch_ranks(module: str, words: Sequence[str], *, num_ranks: int, meeting: 
     """
     if num_ranks < 1:
         raise ConfigError(f"{num_ranks} ranks do nothing; start at least 1")
-    with tempfile.TemporaryDirectory(prefix="deepseek-launch-") as folder, _quiet_launcher(), _one_thread(num_ranks):
+    with (
+        tempfile.TemporaryDirectory(prefix="deepseek-launch-") as folder,
+        _quiet_launcher(),
+        _own_signals() as handled,
+        _one_thread(num_ranks),
+    ):
         config = LaunchConfig(
             min_nodes=meeting.num_nodes,
             max_nodes=meeting.num_nodes,
@@ -133,6 +139,7 @@ def launch_ranks(module: str, words: Sequence[str], *, num_ranks: int, meeting: 
             local_addr=HERE if meeting.num_nodes == 1 else None,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(folder, redirects=dict.fromkeys(range(1, num_ranks), Std.ALL)),
+            signals_to_handle=",".join(number.name for number in handled),
             shutdown_timeout=_SHUTDOWN_S,
         )
         try:
@@ -205,6 +212,18 @@ def _quiet_launcher() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _own_signals() -> Iterator[list[signal.Signals]]:
+    """List the signals that stop the ranks, without ignored ones (`nohup`), and take torch's handlers back."""
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    try:
+        yield [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 @contextmanager
