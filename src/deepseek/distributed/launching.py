@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from deepseek.core.errors import CommunicationError, ConfigError, PermanentError, first_line
+from deepseek.core.errors import CommunicationError, ConfigError, DeepSeekError, PermanentError, first_line
 from deepseek.distributed.launch_environment import LaunchEnvironment, read_launch_environment
 
 HERE = "localhost"
@@ -142,21 +142,28 @@ def launch_ranks(module: str, words: Sequence[str], *, num_ranks: int, meeting: 
             signals_to_handle=",".join(number.name for number in handled),
             shutdown_timeout=_SHUTDOWN_S,
         )
-        try:
-            elastic_launch(config, sys.executable)("-m", module, *words)
-        except SignalException as error:
-            raise LaunchStoppedError(signal.Signals(error.sigval)) from None
-        except ChildFailedError as error:
-            ordered = sorted(error.failures.items(), key=lambda pair: pair[1].timestamp)
-            failure = choose_cause([_read_failure(rank, failed, Path(folder)) for rank, failed in ordered])
-            if failure.status in _INTERRUPTED:
-                raise LaunchStoppedError(_INTERRUPTED[failure.status]) from None
-            raise RankFailedError(failure) from None
-        except (RendezvousError, TimeoutError) as error:
-            raise CommunicationError(
-                f"the machines of this launch did not meet at {meeting.endpoint} ({first_line(error)}); start it on "
-                f"all {meeting.num_nodes}, with one endpoint that each can reach"
-            ) from error
+        if (error := _run(config, module, words, Path(folder))) is not None:
+            raise error  # here, where nothing holds torch's frames any more, and with them a port
+
+
+def _run(config: LaunchConfig, module: str, words: Sequence[str], folder: Path) -> DeepSeekError | None:
+    """Run the ranks to their end; return what went wrong."""
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *words)
+    except SignalException as error:
+        return LaunchStoppedError(signal.Signals(error.sigval))
+    except ChildFailedError as error:
+        ordered = sorted(error.failures.items(), key=lambda pair: pair[1].timestamp)
+        failure = choose_cause([_read_failure(rank, failed, folder) for rank, failed in ordered])
+        if failure.status in _INTERRUPTED:
+            return LaunchStoppedError(_INTERRUPTED[failure.status])
+        return RankFailedError(failure)
+    except (RendezvousError, TimeoutError) as error:
+        return CommunicationError(
+            f"the machines of this launch did not meet at {config.rdzv_endpoint} ({first_line(error)}); start it on "
+            f"all {config.max_nodes}, with one endpoint that each can reach"
+        )
+    return None
 
 
 def choose_cause(failures: Sequence[RankFailure]) -> RankFailure:

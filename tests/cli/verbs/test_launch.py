@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.commands import Result, as_options, assert_one_sentence, deepseek, start
+from tests.cli.commands import Result, as_options, assert_one_sentence, start
 
 Call = Callable[..., Result]
 
@@ -48,24 +48,15 @@ def end_with(process: subprocess.Popen[str]) -> Result:
     return Result(process.returncode, out, err)
 
 
-def test_two_ranks_learn_as_one_process_though_they_are_stopped_and_killed(
+def test_two_ranks_that_are_killed_and_stopped_learn_as_one_process_that_goes_on(
     call: Call, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     folder, changes = tmp_path / "run", tiny | {"optimizer.schedule": "constant", "num_steps": 5000}
     words = ["launch", "--ranks", "2", "train", "decoder_tiny", "--plan", "dp=2", "--json", f"--set=folder={folder}"]
 
-    with start(*words, *as_options(changes)) as process:  # as by Ctrl-C: the step that was reached is saved
-        read_until(process, "step_done")
-        process.send_signal(signal.SIGINT)
-        result = end_with(process)
-    assert result.status == 130, result.err
-    assert result.err.splitlines()[-1] == "deepseek: stopped; the same command goes on where it was"
-    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())[-1]
-    assert saved == f"step-{result.events[-1]['step']:08d}"
-    assert find_ranks(folder) == {}
-
     with start(*words, *as_options(changes)) as process:  # one is killed: all end, and nothing half-written is left
-        assert read_until(process, "run_started")["first_step"] == int(saved.removeprefix("step-"))
+        read_until(process, "plan_applied")
+        read_until(process, "checkpoint_saved")
         os.kill(find_ranks(folder)[1], signal.SIGKILL)
         result = end_with(process)
     assert result.status == 137, result.err
@@ -74,25 +65,41 @@ def test_two_ranks_learn_as_one_process_though_they_are_stopped_and_killed(
     assert not (folder / "model").exists()
     assert not list(folder.rglob("*.tmp*"))
 
+    saved = newest_step(folder)
+    with start(*words, *as_options(changes)) as process:  # as by Ctrl-C: the step that was reached is saved
+        assert read_until(process, "run_started")["first_step"] == saved
+        read_until(process, "step_done")
+        process.send_signal(signal.SIGINT)
+        result = end_with(process)
+    assert result.status == 130, result.err
+    assert result.err.splitlines()[-1] == "deepseek: stopped; the same command goes on where it was"
+    assert newest_step(folder) == max(event["step"] for event in result.events if "step" in event) > saved
+    assert find_ranks(folder) == {}
+
     changes["num_steps"] = newest_step(folder) + 6
-    result = deepseek(*words, *as_options(changes))
-    assert result.status == 0, result.err
+    here = call("train", "decoder_tiny", "--json", f"--set=folder={folder}", *as_options(changes))
     alone = call("train", "decoder_tiny", "--json", f"--set=folder={tmp_path / 'alone'}", *as_options(changes))
+    assert (here.status, alone.status) == (0, 0)
     usual = {event["step"]: event["loss"] for event in alone.events if event["kind"] == "step_done"}
-    losses = {event["step"]: event["loss"] for event in result.events if event["kind"] == "step_done"}
-    assert len(losses) >= 3
-    assert losses == pytest.approx({step: usual[step] for step in losses}, rel=1e-2)
-    assert result.kinds.count("plan_applied") == 1
-    assert result.kinds[-1] == "model_saved"
+    of_ranks = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    losses = {event["step"]: event["loss"] for event in of_ranks if event["kind"] == "step_done"}
+    assert losses == pytest.approx(usual, rel=1e-2)
+    assert here.kinds[-1] == "model_saved"
 
 
 def newest_step(folder: Path) -> int:
     return max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
 
 
-def test_a_failure_of_ranks_is_said_once(tiny: dict[str, Any], tmp_path: Path) -> None:
-    result = deepseek("launch", "--ranks", 2, "train", "decoder_tiny", f"--set=folder={tmp_path}", *as_options(tiny))
+def test_ranks_without_a_plan_are_refused(
+    call: Call, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    result = call("train", "decoder_tiny", f"--set=folder={tmp_path}", *as_options(tiny))
     assert_one_sentence(result, 2, "2 ranks were started and no plan says what each of them does", "--plan dp=2")
+    result = call("launch", "--ranks", "2", "--", "train", "decoder_tiny", "--plan", "dp=2")
+    assert_one_sentence(result, 2, "already rank 1 of a launch")
 
 
 def test_what_cannot_be_launched_is_one_sentence(call: Call) -> None:
