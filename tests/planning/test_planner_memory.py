@@ -22,18 +22,18 @@ PLAIN = Software(
 STATE = ("weights", "gradients", "optimizer")
 HELD = (*STATE, "activations", "logits")  # a driver's context, its communicators and gaps are not torch's tensors
 HELD_WITH_MESSAGES = (*HELD, "communication_buffers")
-SMALL = ModelShape(layers=4, hidden=256, heads=4, ffn=768, vocabulary=1024, sequence=256)
+SMALL = ModelShape(layers=4, hidden=128, heads=4, ffn=384, vocabulary=512, sequence=128)
 CASES = {
     "plain": (SMALL, 2, False),
     "grouped": (replace(SMALL, kv_heads=2), 2, False),
     "grouped, recomputing": (replace(SMALL, kv_heads=2), 2, True),
     "wide vocabulary": (
-        replace(SMALL, layers=2, hidden=512, heads=8, head_dim=64, vocabulary=4096, sequence=128),
+        replace(SMALL, layers=2, hidden=256, heads=8, head_dim=32, vocabulary=2048, sequence=64),
         4,
         False,
     ),
-    "deep": (replace(SMALL, layers=8, kv_heads=1, ffn=1024, vocabulary=512), 4, False),
-    "deep, recomputing": (replace(SMALL, layers=8, kv_heads=1, ffn=1024, vocabulary=512, sequence=512), 4, True),
+    "deep": (replace(SMALL, layers=8, kv_heads=1, ffn=512, vocabulary=256), 4, False),
+    "deep, recomputing": (replace(SMALL, layers=8, kv_heads=1, ffn=512, vocabulary=256, sequence=256), 4, True),
 }
 
 
@@ -78,7 +78,7 @@ def test_more_micro_batches_hold_no_more_at_once():
 
 
 def test_sharded_training_holds_what_is_predicted():
-    shapes = [replace(SMALL, layers=8, kv_heads=2), replace(SMALL, layers=8, hidden=128, head_dim=32, ffn=384)]
+    shapes = [replace(SMALL, layers=8, kv_heads=2), replace(SMALL, layers=8, hidden=64, head_dim=16, ffn=192)]
     measured = run_ranks(measure_shapes, 2, shapes, 2, 2)
     for place, shape in enumerate(shapes):
         items = predict_items(shape, Plan(dp=2, zero_stage=3, micro_batch_size=2), 4)
@@ -98,7 +98,7 @@ def test_tensors_cut_over_ranks_hold_what_is_predicted():
 
 
 def test_stages_of_a_pipeline_hold_no_more_than_is_predicted():
-    shapes = [replace(SMALL, layers=8), replace(SMALL, layers=8, hidden=128, head_dim=32, ffn=384)]
+    shapes = [replace(SMALL, layers=8), replace(SMALL, layers=8, hidden=64, head_dim=16, ffn=192)]
     measured = run_ranks(measure_pipeline, 2, shapes, 2, 2, 4)
     for place, shape in enumerate(shapes):
         items = predict_items(shape, Plan(pp=2, micro_batch_size=2), 8)
