@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deepseek.core.errors import ConfigError
-from deepseek.nn.moe import MoEConfig, MoERouter, SwiGLUExperts
+from deepseek.nn.moe import MoEConfig, MoERouter, SwiGLUExperts, measure_load
 
 D, FFN = 5, 4
 sizes = {
@@ -173,6 +173,22 @@ def test_the_load_factor_is_the_load_over_the_average_counted_before_any_drop():
     expected_E = torch.tensor([loads[expert] / (8 * 2 / 4) for expert in range(4)], dtype=torch.float64)
     torch.testing.assert_close(router.load_factor_E, expected_E)
     assert router.load_factor_E.mean() == 1
+
+
+def test_balance_is_that_of_the_formula():
+    load_E = torch.tensor([0.5, 1.5, 2.0, 0.0])
+    gini = sum(abs(a - b) for a in load_E.tolist() for b in load_E.tolist()) / (2 * 4 * 4 * load_E.mean().item())
+    assert measure_load(load_E) == {"gini": pytest.approx(gini), "largest": 2.0, "idle": 0.25}
+    assert measure_load(torch.ones(8)) == {"gini": 0.0, "largest": 1.0, "idle": 0.0}
+
+
+@pytest.mark.parametrize("capacity_factor", [0.25, 0.6, 1.0, None])
+def test_the_dropped_share_counts_the_assignments_that_found_no_room(capacity_factor):
+    router, x_ND = make_router(4, 2, capacity_factor=capacity_factor), make_tokens(11)
+    router(x_ND)
+    capacity = 11 if capacity_factor is None else math.ceil(capacity_factor * 11 * 2 / 4)
+    placed = place([choose(router, x_D) for x_D in x_ND], capacity)
+    assert router.measure_balance()["dropped"] == pytest.approx(1 - len(placed) / (11 * 2))
 
 
 def test_evaluation_leaves_the_balance_alone():

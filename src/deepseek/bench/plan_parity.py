@@ -17,7 +17,7 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ class SmallRun:
 
     @property
     def parts(self) -> ModelParts:
-        """What plans may cut of it."""
-        return list_model_rows(self.model).parts
+        """What plans may cut of it; sequences where the task says how as well."""
+        parts = list_model_rows(self.model).parts
+        return replace(parts, has_context_rows=parts.has_context_rows and hasattr(self.task, "cut_sequence"))
 
 
 def verify_plans(

@@ -77,11 +77,17 @@ class Visibility:
         local_BNTS = near_B1TS.expand(-1, num_local_heads, -1, -1)
         return torch.cat((local_BNTS, self.causal_B1TS.expand(-1, num_heads - num_local_heads, -1, -1)), dim=1)
 
+    def far_bias(self, gate_BTN: Tensor) -> Tensor:
+        """(B, N, T) what the gates of local heads add to the scores of far keys, in at least float32."""
+        assert self.openness is not None
+        wide_BTN = gate_BTN.to(torch.promote_types(gate_BTN.dtype, torch.float32))
+        return (F.logsigmoid(wide_BTN) * self.openness).transpose(1, 2)
+
     def soft_mask(self, num_heads: int, gate_BTN: Tensor) -> Tensor:
-        """(B, N, T, S) additive float32 bias from the gates of the local heads, which come first."""
-        assert self.causal_B1TS is not None and self.far_B1TS is not None and self.openness is not None
+        """(B, N, T, S) additive bias, of at least float32, from the gates of the local heads, which come first."""
+        assert self.causal_B1TS is not None and self.far_B1TS is not None
         batch, _, num_local_heads = gate_BTN.shape
-        far_bias_BNT1 = (F.logsigmoid(gate_BTN.float()) * self.openness).transpose(1, 2)[..., None]
+        far_bias_BNT1 = self.far_bias(gate_BTN)[..., None]
         bias_BNTS = torch.where(self.far_B1TS, far_bias_BNT1, 0.0)
         global_BNTS = bias_BNTS.new_zeros(()).expand(batch, num_heads - num_local_heads, *bias_BNTS.shape[2:])
         return torch.cat((bias_BNTS, global_BNTS), dim=1).masked_fill(~self.causal_B1TS, -torch.inf)

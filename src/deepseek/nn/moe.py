@@ -109,7 +109,8 @@ class MoERouter(nn.Module):
 
     `experts` is a dict of modules, or a `SwiGLUExperts`. `hidden_size` may be left out; the gate then takes its width
     from the first input. In training `capacity_factor` bounds the load; in evaluation no token is dropped. After a
-    training pass `load_factor_E` holds each expert's load over the average, counted before any is dropped. Raises
+    training pass `load_factor_E` holds each expert's load over the average, counted before any is dropped,
+    `dropped_share` the share of assignments that found no room, and `measure_balance()` gives both in numbers. Raises
     `ConfigError` for a `top_k` or `num_candidates` that the experts do not allow, and for no capacity.
 
     >>> router = MoERouter({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}, top_k=1)
@@ -118,6 +119,7 @@ class MoERouter(nn.Module):
     """
 
     load_factor_E: Tensor
+    dropped_share: Tensor
     balance_bias_E: Tensor
 
     def __init__(
@@ -150,12 +152,14 @@ class MoERouter(nn.Module):
         self.refine = _linear(hidden_size, num_experts) if num_candidates else None
         self.register_buffer("balance_bias_E", torch.zeros(num_experts))
         self.register_buffer("load_factor_E", torch.ones(num_experts), persistent=False)
+        self.register_buffer("dropped_share", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
         routing = self.route(x_ND)
         if self.training:
-            self._balance(routing.load_factor_E)
+            load_factor_E = routing.load_factor_E
+            self._balance(load_factor_E, self._count_dropped(load_factor_E, len(x_ND)))
         is_bounded = self.training and self.capacity_factor is not None
         y_ND = self._run_bounded(x_ND, routing) if is_bounded else self._run_dropless(x_ND, routing)
         return y_ND.view(x.shape)
@@ -182,9 +186,32 @@ class MoERouter(nn.Module):
         outside_NE = torch.ones_like(refined_NE, dtype=torch.bool).scatter(1, candidates_NM, False)
         return refined_NE.masked_fill(outside_NE, -torch.inf).softmax(dim=-1)
 
+    def measure_balance(self) -> dict[str, float]:
+        """Return how unevenly the last training pass used the experts, and the share of assignments it `dropped`.
+
+        >>> router = MoERouter({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}, top_k=2)
+        >>> _ = router(torch.ones(3, 4))
+        >>> router.measure_balance()
+        {'gini': 0.0, 'largest': 1.0, 'idle': 0.0, 'dropped': 0.0}
+        """
+        return {**measure_load(self.load_factor_E), "dropped": float(self.dropped_share)}
+
+    def _find_capacity(self, num_tokens: int) -> int:
+        """Return how many of `num_tokens` tokens each expert takes."""
+        assert self.capacity_factor is not None
+        return min(num_tokens, math.ceil(self.capacity_factor * num_tokens * self.top_k / self.experts.num_experts))
+
+    def _count_dropped(self, load_factor_E: Tensor, num_tokens: int) -> Tensor:
+        """() share of assignments beyond the capacity of their expert."""
+        if self.capacity_factor is None or num_tokens == 0:
+            return load_factor_E.new_zeros(())
+        average = num_tokens * self.top_k / self.experts.num_experts
+        return (load_factor_E - self._find_capacity(num_tokens) / average).clamp(min=0).mean()
+
     @torch.no_grad()
-    def _balance(self, load_factor_E: Tensor) -> None:
+    def _balance(self, load_factor_E: Tensor, dropped_share: Tensor) -> None:
         self.load_factor_E.copy_(load_factor_E)
+        self.dropped_share.copy_(dropped_share)
         if self.balance_rate:
             self.balance_bias_E.sub_(self.balance_rate * (load_factor_E - 1))
 
@@ -213,9 +240,8 @@ class MoERouter(nn.Module):
 
     def _run_bounded(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """Compute the same with a fixed number of slots per expert, so that every shape is known beforehand."""
-        assert self.capacity_factor is not None
         num_tokens, num_experts = x_ND.shape[0], self.experts.num_experts
-        capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens * self.top_k / num_experts))
+        capacity = self._find_capacity(num_tokens)
         num_slots = num_experts * capacity
         slot_KN, has_slot_KN = _assign_slots(routing.experts_NK, num_experts, capacity)
         choices_A = torch.arange(self.top_k * num_tokens, device=x_ND.device)
@@ -227,6 +253,19 @@ class MoERouter(nn.Module):
         answers_KND = _take_rows(answers_SD, slot_KN.reshape(-1), choice_1S).view(self.top_k, num_tokens, -1)
         weights_KN = routing.weights_NK.t() * has_slot_KN
         return (answers_KND * weights_KN[..., None].to(answers_KND.dtype)).sum(dim=0)
+
+
+def measure_load(load_factor_E: Tensor) -> dict[str, float]:
+    """Return how unevenly experts are used: the Gini coefficient of their loads, the largest, and the share of idle.
+
+    >>> measure_load(torch.tensor([2.0, 2.0, 0.0, 0.0]))
+    {'gini': 0.5, 'largest': 2.0, 'idle': 0.5}
+    """
+    load_E = load_factor_E.double().sort().values
+    count = len(load_E)
+    ranks_E = torch.arange(1, count + 1, dtype=torch.float64, device=load_E.device)
+    gini = float((2 * ranks_E - count - 1) @ load_E / (count * load_E.sum()))
+    return {"gini": round(gini, 6), "largest": float(load_E[-1]), "idle": float((load_E == 0).double().mean())}
 
 
 def _assign_slots(experts_NK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from deepseek.models.parallelizing import parallelize
 from deepseek.models.vit.model import ViT, ViTConfig
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
+from deepseek.nn.rotary import RopeScaling
 
 BATCHES_PER_STEP = 4
 NUM_STEPS = 2
@@ -32,6 +33,9 @@ CONFIGS = {
     "gpt2": DecoderConfig(**(SHAPE | GPT2)),
     "gemma": DecoderConfig(**(SHAPE | GEMMA)),
     "mask": DecoderConfig(**SHAPE, mask=MaskConfig(local_distance=2, local_heads=0.75)),
+    "hard": DecoderConfig(**SHAPE, mask=MaskConfig(local_distance=2, local_heads=0.5, is_dynamic=False)),
+    "window": DecoderConfig(**SHAPE, sliding_window=3, full_layers=(1,), rope_theta_window=100.0),
+    "documents": DecoderConfig(**SHAPE, rope_scaling=RopeScaling(kind="dynamic", factor=2.0, original_length=4)),
     "moe": DecoderConfig(**SHAPE, moe=MoEConfig(num_experts=4, top_k=2, ffn_size=8, balance_rate=0.1)),
     "bounded": DecoderConfig(**SHAPE, moe=MoEConfig(num_experts=4, top_k=2, ffn_size=8, capacity_factor=4.0)),
     "vit": ViTConfig(image_size=8, patch_size=4, num_layers=3, num_heads=4, hidden_size=16, mlp_size=12, num_classes=5),
@@ -52,6 +56,16 @@ class TokenTask:
     def count_units(self, batch):
         return int((batch[1] != IGNORED).sum())
 
+    def cut_sequence(self, batch, ring):
+        return tuple(ring.cut(tensor) for tensor in batch)
+
+
+class DocumentTask(TokenTask):
+    """The same where each row holds two documents that do not see each other."""
+
+    def forward(self, model, batch):
+        return model(batch[0], documents_BT=batch[2])
+
 
 class ImageTask:
     """The class of images."""
@@ -67,7 +81,8 @@ class ImageTask:
 
 
 def find_task(name):
-    return ImageTask() if name == "vit" else TokenTask()
+    tasks = {"vit": ImageTask, "documents": DocumentTask}
+    return tasks.get(name, TokenTask)()
 
 
 def checkpoint_(layer):
@@ -101,7 +116,11 @@ def _build_batch(name, generator, *, is_empty):
         return images, torch.randint(5, (2,), generator=generator)
     tokens = torch.randint(29, (2, 9), generator=generator)
     is_hidden = torch.rand(2, 8, generator=generator) < (1.0 if is_empty else 0.3)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].masked_fill(is_hidden, IGNORED)
+    batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].masked_fill(is_hidden, IGNORED))
+    if name != "documents":
+        return batch
+    ends = torch.randint(1, 8, (2, 1), generator=generator)
+    return *batch, (torch.arange(8) >= ends).long()
 
 
 def merge(batches):

@@ -5,6 +5,7 @@ A fault is a row: the model, the plan, what is patched, and the kind and name of
 
 import contextlib
 from dataclasses import dataclass
+from dataclasses import replace as replace_value
 from functools import partial
 from unittest import mock
 
@@ -15,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import RowwiseParallel
 
 from deepseek.distributed.differentiable_all_to_all import _RowExchange
-from deepseek.distributed.parallel import data_parallel, experts, parallel_model, pipeline, tensor_parallel
+from deepseek.distributed.parallel import context, data_parallel, experts, parallel_model, pipeline, tensor_parallel
+from deepseek.distributed.parallel.context import SequenceRing
 from deepseek.distributed.parallel.data_parallel import GradientReducer
 from deepseek.distributed.parallel.parallel_model import ParallelModel
 from deepseek.distributed.parallel.pipeline import Pipeline, PipelineStage
@@ -178,6 +180,26 @@ def spread_namelessly(original, *given):
     return []
 
 
+def skip_a_block(original, ring, owner, num_local):
+    """Rank 1 does not look at the keys of rank 0."""
+    return iter(()) if ring.rank > owner else original(ring, owner, num_local)
+
+
+def see_the_future(original, ring, owner, num_local):
+    """The first queries of each block see one key too many of a later rank."""
+    for block in original(ring, owner, num_local):
+        yield replace_value(block, queries=slice(block.queries.start - (owner > ring.rank), block.queries.stop))
+
+
+def keep_gradients_of_keys(original, gradient, ring):
+    return gradient
+
+
+def take_neighboring_targets(original, self, tensor, dim=1):
+    other = SequenceRing(self.group, 1 - self.rank, self.size)
+    return original(other if tensor.min() < 0 else self, tensor, dim)
+
+
 SEQUENCES = {"tp": 2, "sequence_parallel": True}
 ZERO_BUBBLE = {"pp": 2, "schedule": "zero_bubble"}
 FAULTS = {
@@ -290,6 +312,16 @@ FAULTS = {
     ),
     "loads are counted on each rank alone": Fault(
         "moe", {"dp": 2}, replace(parallel_model, "balance_over_ranks_", nothing), "loss"
+    ),
+    "a block of keys is skipped": Fault("llama", {"cp": 2}, wrap(context, "_list_blocks", skip_a_block), "loss"),
+    "a query sees a key of its future": Fault(
+        "llama", {"cp": 2}, wrap(context, "_list_blocks", see_the_future), "loss"
+    ),
+    "gradients of keys do not travel home": Fault(
+        "llama", {"cp": 2}, wrap(context, "_take_home", keep_gradients_of_keys), "gradient", "layers.1.attention"
+    ),
+    "a rank learns the targets of another one": Fault(
+        "llama", {"cp": 2}, wrap(SequenceRing, "cut", take_neighboring_targets), "loss"
     ),
     "an optimizer knows half of the weights": Fault(
         "llama", {"tp": 2}, wrap(ParallelModel, "parameter_groups", forget_a_group), "parameter"

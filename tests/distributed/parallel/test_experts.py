@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed.parallel.experts import measure_balance, spread_experts_
+from deepseek.distributed.parallel.experts import spread_experts_
 from deepseek.distributed.parallel.mesh import build_mesh
 from deepseek.distributed.plan import Plan
 from deepseek.models.parallelizing import parallelize
@@ -53,13 +53,6 @@ def test_each_rank_keeps_its_own_experts_and_others_are_refused():
     assert run_ranks(refuse, 2) == [3, 3]
 
 
-def test_balance_is_that_of_the_formula():
-    load_E = torch.tensor([0.5, 1.5, 2.0, 0.0])
-    gini = sum(abs(a - b) for a in load_E.tolist() for b in load_E.tolist()) / (2 * 4 * 4 * load_E.mean().item())
-    assert measure_balance(load_E) == {"gini": pytest.approx(gini), "largest": 2.0, "idle": 0.25}
-    assert measure_balance(torch.ones(8)) == {"gini": 0.0, "largest": 1.0, "idle": 0.0}
-
-
 def measure_both(rank):
     """The loads of a layer under dp=2, and in one process on the tokens of both ranks."""
     task, batches = TokenTask(), build_batches("moe", 1)[0][:2]
@@ -69,9 +62,7 @@ def measure_both(rank):
     whole = build_model("moe")
     task.forward(whole, merge(batches))
     return parallel.measure_experts(), {
-        name: measure_balance(module.load_factor_E)
-        for name, module in whole.named_modules()
-        if isinstance(module, MoERouter)
+        name: module.measure_balance() for name, module in whole.named_modules() if isinstance(module, MoERouter)
     }
 
 

@@ -11,7 +11,7 @@ from deepseek.distributed.parallel.legality import (
 from deepseek.distributed.plan import Plan
 
 HEADS = (("num_heads", 4), ("num_kv_heads", 2))
-DECODER = ModelParts("Decoder", 6, HEADS, 8, has_tensor_rows=True, has_sequence_rows=True)
+DECODER = ModelParts("Decoder", 6, HEADS, 8, has_tensor_rows=True, has_sequence_rows=True, has_context_rows=True)
 OWN = ModelParts("Mine")
 ILLEGAL = [
     (Plan(tp=2), OWN, "tp=2 needs to know which layers of Mine to cut"),
@@ -24,7 +24,8 @@ ILLEGAL = [
     (Plan(dp=3, ep=3), DECODER, "ep=3 does not divide experts=8; choose one of 1, 2, 4, 8"),
     (Plan(dp=2, ep=4), DECODER, "does not divide dp=2"),
     (Plan(pp=2, zero_stage=3), DECODER, "zero_stage=3 gathers weights for every micro-batch and excludes pp=2"),
-    (Plan(cp=2), DECODER, "cp=2 needs attention over a ring of ranks"),
+    (Plan(cp=2), OWN, "cp=2 cuts sequences, and no rows say how tokens of Mine see each other; use cp=1"),
+    (Plan(cp=2, dp=4, zero_stage=3, shard_group=2), DECODER, "with cp=2 weights are shared over dp\\*cp"),
     (Plan(tp=2, dp=2, etp=2, ep=2), DECODER, "etp=2 cuts inside experts"),
     (Plan(pp=2, dp=2, zero_stage=1, schedule="zero_bubble"), DECODER, "after ZeRO has reduced them and excludes"),
     (Plan(dp=2, sequence_parallel=True), DECODER, "tp=1; leave it out"),
@@ -54,6 +55,7 @@ def test_the_nearest_plan_keeps_what_it_can():
     nearest = find_nearest_legal(Plan(pp=2, dp=2, zero_stage=3, micro_batch_size=4), DECODER)
     assert nearest == Plan(pp=2, dp=2, zero_stage=1, micro_batch_size=4)
     assert find_nearest_legal(Plan(tp=4, dp=2), DECODER) == Plan(tp=2, dp=4)
+    assert find_nearest_legal(Plan(tp=4, cp=2), DECODER) == Plan(tp=2, cp=2, dp=2)
 
 
 @pytest.mark.parametrize(

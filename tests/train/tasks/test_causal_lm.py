@@ -18,6 +18,7 @@ from deepseek.artifact.reading import read_manifest
 from deepseek.core.errors import ConfigError
 from deepseek.data.batching import IGNORED_TARGET, Batch
 from deepseek.data.tokenizing import load_tokenizer, save_tokenizer
+from deepseek.distributed.parallel.context import SequenceRing
 from deepseek.mixed_precision.layer_precision import Compute, set_compute_
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import load_model, make_int8_
@@ -43,6 +44,16 @@ def test_the_loss_is_torchs_over_the_targets_that_count() -> None:
     expected = F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(task.loss(outputs, batch), expected)
     assert task.count_units(batch) == 20
+
+
+def test_a_batch_is_cut_with_its_targets_and_documents() -> None:
+    task = CausalLM(TrainConfig.from_dict({"model": SHAPE, "data": {"sequence_length": 8, "max_len": 16}}))
+    tokens = torch.arange(8)[None]
+    targets = torch.where(tokens == 6, IGNORED_TARGET, tokens + 1)
+    cut = task.cut_sequence(Batch(tokens, targets, 7, documents_BT=tokens // 4), SequenceRing(None, 0, 2))  # type: ignore[arg-type]
+    assert cut.tokens_BT.tolist() == [[0, 1, 6, 7]] and cut.targets_BT.tolist() == [[1, 2, IGNORED_TARGET, 8]]
+    assert cut.documents_BT is not None and cut.documents_BT.tolist() == [[0, 0, 1, 1]]
+    assert cut.num_target_tokens == 3 and cut.sources_BT is None
 
 
 def make_batch() -> Batch:

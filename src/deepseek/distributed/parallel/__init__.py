@@ -11,6 +11,7 @@ from typing import Any
 _PUBLIC = {
     "build_mesh": "mesh",
     "PlanMesh": "mesh",
+    "SequenceRing": "context",
     "ModelParts": "legality",
     "ModelRows": "parallel_model",
     "ParallelModel": "parallel_model",

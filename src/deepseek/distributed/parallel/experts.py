@@ -38,7 +38,7 @@ class Router(Protocol):
 
     experts: Any
     """A module with `num_experts`, `forward` on groups of equal length and `run` on groups of any."""
-    _balance: Callable[[Tensor], None]
+    _balance: Callable[[Tensor, Tensor], None]
 
 
 def spread_experts_(router: nn.Module, group: dist.ProcessGroup, *, algorithm: str = "native") -> list[nn.Parameter]:
@@ -72,7 +72,7 @@ def spread_experts_(router: nn.Module, group: dist.ProcessGroup, *, algorithm: s
 
 
 def balance_over_ranks_(router: nn.Module, groups: Sequence[dist.ProcessGroup]) -> None:
-    """Count the load of the experts of `router` over the tokens of all ranks of `groups`."""
+    """Count the load of the experts of `router`, and what is dropped, over the tokens of all ranks of `groups`."""
     typed = cast("Router", router)
     num_tokens = torch.zeros((), dtype=torch.float64)
 
@@ -82,12 +82,12 @@ def balance_over_ranks_(router: nn.Module, groups: Sequence[dist.ProcessGroup]) 
     balance = typed._balance
 
     @torch.no_grad()
-    def balance_over_ranks(load_factor_E: Tensor) -> None:
+    def balance_over_ranks(load_factor_E: Tensor, dropped_share: Tensor) -> None:
         weight = num_tokens.to(load_factor_E.device, load_factor_E.dtype)
-        sums = torch.cat([load_factor_E * weight, weight[None]])
+        sums = torch.cat([load_factor_E * weight, (dropped_share * weight)[None], weight[None]])
         for group in groups:
             dist.all_reduce(sums, group=group)
-        balance(sums[:-1] / sums[-1])
+        balance(sums[:-2] / sums[-1], sums[-2] / sums[-1])
 
     router.register_forward_pre_hook(count)
     typed._balance = balance_over_ranks
@@ -119,16 +119,3 @@ def _forward_over_ranks(forward: Callable[[Tensor], Tensor], num_ranks: int, tra
     y_ECD = forward(x_RECD.transpose(0, 1).reshape(-1, num_ranks * capacity, size))
     y_RECD = y_ECD.view(-1, num_ranks, capacity, size).transpose(0, 1).contiguous()
     return travel(y_RECD.view(num_experts, capacity, size), even, even)
-
-
-def measure_balance(load_factor_E: Tensor) -> dict[str, float]:
-    """Return how unevenly experts are used: the Gini coefficient of their loads, the largest, and the share of idle.
-
-    >>> measure_balance(torch.tensor([2.0, 2.0, 0.0, 0.0]))
-    {'gini': 0.5, 'largest': 2.0, 'idle': 0.5}
-    """
-    load_E = load_factor_E.double().sort().values
-    count = len(load_E)
-    ranks_E = torch.arange(1, count + 1, dtype=torch.float64, device=load_E.device)
-    gini = float((2 * ranks_E - count - 1) @ load_E / (count * load_E.sum()))
-    return {"gini": round(gini, 6), "largest": float(load_E[-1]), "idle": float((load_E == 0).double().mean())}

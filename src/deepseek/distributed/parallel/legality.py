@@ -33,6 +33,8 @@ class ModelParts:
     """Whether it is known which layers tensor parallelism cuts."""
     has_sequence_rows: bool = False
     """Whether sequences may be cut between those layers."""
+    has_context_rows: bool = False
+    """Whether it is known how tokens see those of other ranks."""
 
 
 def check_plan_runs(plan: Plan, parts: ModelParts) -> None:
@@ -58,6 +60,8 @@ def _explain_unknown_parts(plan: Plan, parts: ModelParts) -> str | None:
         return f"tp={plan.tp} needs to know which layers of {parts.name} to cut; give rows, or use tp=1"
     if plan.tp > 1 and plan.sequence_parallel and not parts.has_sequence_rows:
         return f"sequence_parallel cuts sequences, and no rows say where {parts.name} has them; leave it out"
+    if plan.cp > 1 and not parts.has_context_rows:
+        return f"cp={plan.cp} cuts sequences, and no rows say how tokens of {parts.name} see each other; use cp=1"
     if plan.pp > 1 and not parts.num_layers:
         return f"pp={plan.pp} needs to know the layers of {parts.name}, which has no stages described; use pp=1"
     if plan.ep > 1 and not parts.num_experts:
@@ -88,7 +92,6 @@ def _explain_combination(plan: Plan) -> str | None:
             f"zero_stage={plan.zero_stage} gathers weights for every micro-batch and excludes pp={plan.pp}; "
             "use zero_stage=1",
         ),
-        (plan.cp > 1, f"cp={plan.cp} needs attention over a ring of ranks, which is not there yet; use cp=1"),
         (plan.etp > 1, f"etp={plan.etp} cuts inside experts, which is not there yet; use etp=1"),
         (
             plan.schedule == "zero_bubble" and plan.pp > 1 and plan.zero_stage > 0,
@@ -102,6 +105,11 @@ def _explain_combination(plan: Plan) -> str | None:
         (
             plan.shard_group > 0 and plan.zero_stage == 0,
             f"shard_group={plan.shard_group} says who shares weights and zero_stage=0 shares none; leave one out",
+        ),
+        (
+            plan.shard_group > 0 and plan.cp > 1,
+            f"shard_group={plan.shard_group} counts data parallel ranks, and with cp={plan.cp} weights are shared over "
+            "dp*cp; leave shard_group out",
         ),
     )
     return next((sentence for is_broken, sentence in rules if is_broken), None)
@@ -125,11 +133,17 @@ def list_nearest(plan: Plan, parts: ModelParts, num_ranks: int, *, limit: int = 
 def _list_candidates(plan: Plan) -> Iterator[Plan]:
     """Plans of as many ranks, whose choices are those of `plan` or the plainest."""
     world = plan.num_devices
-    sizes = [(tp, pp, world // tp // pp) for tp in list_divisors(world) for pp in list_divisors(world // tp)]
+    sizes = [
+        (tp, pp, cp, world // (tp * pp * cp))
+        for tp in list_divisors(world)
+        for pp in list_divisors(world // tp)
+        for cp in sorted({1, plan.cp})
+        if world // (tp * pp) % cp == 0
+    ]
     stages = sorted({plan.zero_stage, min(plan.zero_stage, 1), 0}, reverse=True)
     choices = itertools.product(sizes, stages, list_divisors(plan.ep), {plan.sequence_parallel, False})
-    for (tp, pp, dp), zero_stage, ep, sequence_parallel in choices:
-        changed: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "cp": 1, "etp": 1, "ep": ep, "zero_stage": zero_stage}
+    for (tp, pp, cp, dp), zero_stage, ep, sequence_parallel in choices:
+        changed: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "cp": cp, "etp": 1, "ep": ep, "zero_stage": zero_stage}
         changed |= {"sequence_parallel": sequence_parallel, "virtual_stages": 1, "schedule": "1f1b"}
         for kept in (dict[str, Any](), {"virtual_stages": plan.virtual_stages, "schedule": plan.schedule}):
             for shard_group in {plan.shard_group, 0}:
@@ -147,14 +161,15 @@ def list_plans(parts: ModelParts, num_ranks: int) -> list[Plan]:
     ['dp=2', 'dp=2 zero_stage=1', 'dp=2 zero_stage=2', 'dp=2 zero_stage=3']
     """
     found: dict[Plan, None] = {}
-    for dp, tp in itertools.product(reversed(list_divisors(num_ranks)), list_divisors(num_ranks)):
-        if num_ranks % (dp * tp):
+    divisors = list_divisors(num_ranks)
+    for dp, cp, tp in itertools.product(reversed(divisors), divisors, divisors):
+        if num_ranks % (dp * cp * tp):
             continue
-        pp = num_ranks // (dp * tp)
+        pp = num_ranks // (dp * cp * tp)
         for zero_stage, has_sequences, ep in itertools.product((0, 1, 2, 3), (False, True), list_divisors(dp)):
-            if zero_stage and dp == 1:
+            if zero_stage and dp * cp == 1:
                 continue
-            plan = Plan(tp=tp, pp=pp, dp=dp, ep=ep, zero_stage=zero_stage, sequence_parallel=has_sequences)
+            plan = Plan(tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, zero_stage=zero_stage, sequence_parallel=has_sequences)
             found |= dict.fromkeys(
                 candidate for candidate in _vary_schedule(plan) if explain_illegal(candidate, parts) is None
             )

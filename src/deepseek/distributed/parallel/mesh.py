@@ -5,8 +5,9 @@
 Three views of the same ranks, since torch's sharding takes one axis of a mesh at a time:
 
     base      (pp, dp, cp, tp)                        what every plan has
-    dense     (pp, dp_replica, dp_shard, cp, tp)      `base`, or with `dp` cut into groups that share weights (HSDP)
-    experts   (pp, dp_expert, ep, cp, tp)             `dp` cut into groups that spread the experts over `ep` ranks
+    dense     (pp, dp_cp, tp)                         who has the same weights, apart from experts, and other tokens
+              (pp, dp_replica, dp_shard, tp)          with `dp` cut into groups that share weights (HSDP)
+    experts   (pp, ep, expert_copies, tp)             `dp` cut into groups that spread the experts over `ep` ranks
 
 Making a mesh costs one process group per axis, so a program makes one and keeps it.
 """
@@ -33,6 +34,11 @@ class PlanMesh:
     base: DeviceMesh
     dense: DeviceMesh
     experts: DeviceMesh
+
+    @property
+    def data_axis(self) -> str:
+        """The axis of the ranks that have other tokens: other rows (`dp`), or other parts of the same rows, too."""
+        return "dp_cp" if self.plan.cp > 1 else "dp"
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """Return the group of this rank's neighbors along `axis`."""
@@ -66,23 +72,15 @@ def build_mesh(plan: Plan, device_type: str = "cpu") -> PlanMesh:
             f"tp*pp*dp*cp = {plan.tp}*{plan.pp}*{plan.dp}*{plan.cp} = {plan.num_devices} and there are {world_size} "
             "ranks; make the two equal"
         )
-    sizes = {"pp": plan.pp, "dp": plan.dp, "cp": plan.cp, "tp": plan.tp}
-    base = _build(device_type, sizes)
-    dense = base
-    if plan.shard_group and plan.shard_group < plan.dp:
-        inner = plan.shard_group
-        dense = _build(
-            device_type,
-            {"pp": plan.pp, "dp_replica": plan.dp // inner, "dp_shard": inner, "cp": plan.cp, "tp": plan.tp},
-        )
-    experts = base
+    ranks = torch.arange(world_size).view(plan.pp, plan.dp, plan.cp, plan.tp)
+    base = DeviceMesh(device_type, ranks, mesh_dim_names=AXES)
+    dense = experts = base
+    if plan.cp > 1:
+        dense = DeviceMesh(device_type, ranks.flatten(1, 2), mesh_dim_names=("pp", "dp_cp", "tp"))
+    elif plan.shard_group and plan.shard_group < plan.dp:
+        cut = ranks.view(plan.pp, plan.dp // plan.shard_group, plan.shard_group, plan.tp)
+        dense = DeviceMesh(device_type, cut, mesh_dim_names=("pp", "dp_replica", "dp_shard", "tp"))
     if plan.ep > 1:
-        experts = _build(
-            device_type, {"pp": plan.pp, "dp_expert": plan.dp // plan.ep, "ep": plan.ep, "cp": plan.cp, "tp": plan.tp}
-        )
+        spread = ranks.unflatten(1, (-1, plan.ep)).transpose(1, 2).flatten(2, 3)
+        experts = DeviceMesh(device_type, spread, mesh_dim_names=("pp", "ep", "expert_copies", "tp"))
     return PlanMesh(plan, base, dense, experts)
-
-
-def _build(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
-    ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
-    return DeviceMesh(device_type, ranks, mesh_dim_names=tuple(sizes))

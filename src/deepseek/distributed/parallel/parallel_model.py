@@ -1,6 +1,6 @@
 """A model under a plan: cut from outside by `cut`, and the gradients of a step over all its ranks.
 
-    broadcast -> stages (pp) -> experts (ep) -> rows (tp) -> ZeRO or buckets (dp)
+    broadcast -> stages (pp) -> experts (ep) -> sequences (cp) -> rows (tp) -> ZeRO or buckets (dp and cp)
 
 The order matters: a stage first loses what others hold, so that no rank cuts or sends what it does not keep; FSDP comes
 last, since it looks at DTensors and not the other way round. What a step needs of a task is a `Learner`, which every
@@ -33,9 +33,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from deepseek.core.errors import ConfigError, TrainingError
+from deepseek.distributed.parallel.context import SequenceRing, cut_batches
 from deepseek.distributed.parallel.cut_tensors import cut_whole, gather_whole, measure_norm, scale_, sum_over
 from deepseek.distributed.parallel.data_parallel import GradientReducer, as_local, read_loss, shard_
-from deepseek.distributed.parallel.experts import balance_over_ranks_, measure_balance, spread_experts_
+from deepseek.distributed.parallel.experts import balance_over_ranks_, spread_experts_
 from deepseek.distributed.parallel.layer_costs import split_layers
 from deepseek.distributed.parallel.legality import ModelParts, check_plan_runs
 from deepseek.distributed.parallel.mesh import PlanMesh
@@ -59,6 +60,8 @@ class ModelRows:
     """Pattern of the layers with experts."""
     keep_stage: Callable[[nn.Module, PipelineStage], Received | None] | None = None
     """Takes out of a model, in place, what the stage does not hold; returns where its input comes in."""
+    cut_sequences: Callable[[nn.Module, SequenceRing], None] | None = None
+    """Lets a model, in place, take the part of a sequence that lies on a rank, and see the rest by the ring."""
     embed_cost: float = 0.0
     """What the first stage computes besides its layers, in layers."""
     head_cost: float = 0.0
@@ -156,18 +159,21 @@ class ParallelModel:
         return cut_whole(whole, like, self.mesh, is_expert=self.is_expert(name))
 
     def count_units(self, learner: Learner, micro_batches: Sequence[Any]) -> int:
-        """Count the units of a step over all ranks."""
+        """Count the units of a step over all ranks, of batches that are cut already where sequences are."""
         count = torch.tensor(sum(learner.count_units(batch) for batch in micro_batches), dtype=torch.int64)
         count = count.to(self.mesh.base.device_type)
-        dist.all_reduce(count, group=self.mesh.group("dp"))
+        dist.all_reduce(count, group=self.mesh.group(self.mesh.data_axis))
         return int(count)
 
     def accumulate_gradients(self, learner: Learner, micro_batches: Sequence[Any]) -> StepTotals:
         """Set the gradients of the mean loss over all units of all ranks, which this rank has `micro_batches` of.
 
-        Every rank gives as many micro-batches; ranks that differ in `dp` give different ones, all others the same.
-        Raises `TrainingError` where no rank has anything to learn from.
+        Every rank gives as many micro-batches; ranks that differ in `dp` give different ones, all others the same,
+        which are cut here where sequences are (`cp`). Raises `TrainingError` where no rank has anything to learn from,
+        and `ConfigError` for a learner whose sequences cannot be cut.
         """
+        if self.plan.cp > 1:
+            micro_batches = cut_batches(learner, micro_batches, build_ring(self.mesh))
         num_units = self.count_units(learner, micro_batches)
         if num_units == 0:
             raise TrainingError(
@@ -210,10 +216,10 @@ class ParallelModel:
     def measure_experts(self) -> dict[str, dict[str, float]]:
         """Return how unevenly each layer of this rank used its experts in the last training pass, over all tokens."""
         return {
-            name: measure_balance(cast("Any", module).load_factor_E)
+            name: cast("Any", module).measure_balance()
             for chunk in self.chunks
             for name, module in chunk.module.named_modules()
-            if hasattr(module, "load_factor_E")
+            if hasattr(module, "measure_balance")
         }
 
     def _list_own_gradients(self) -> Iterator[tuple[Tensor, bool]]:
@@ -267,7 +273,7 @@ class ParallelModel:
 
     def _sum_loss(self, loss: float) -> float:
         total = torch.tensor(loss, dtype=torch.float64).to(self.mesh.base.device_type)
-        dist.all_reduce(total, group=self.mesh.group("dp"))
+        dist.all_reduce(total, group=self.mesh.group(self.mesh.data_axis))
         if self.plan.pp > 1:
             dist.all_reduce(total, group=self.mesh.group("pp"))
         return float(total)
@@ -277,10 +283,11 @@ class ParallelModel:
         experts = [parameter for name, parameter in named.items() if name in self._expert_names]
         others = [parameter for name, parameter in named.items() if name not in self._expert_names]
         reducers = []
-        if self.plan.dp > 1 and self.plan.zero_stage == 0:
-            reducers.append(GradientReducer(others, self.mesh.group("dp")))
-        if experts and self.plan.dp > self.plan.ep:
-            reducers.append(GradientReducer(experts, self.mesh.group("dp_expert" if self.plan.ep > 1 else "dp")))
+        num_copies = self.plan.dp * self.plan.cp
+        if num_copies > 1 and self.plan.zero_stage == 0:
+            reducers.append(GradientReducer(others, self.mesh.group(self.mesh.data_axis)))
+        if experts and num_copies > self.plan.ep:
+            reducers.append(GradientReducer(experts, self.mesh.group("expert_copies")))
         return reducers
 
     def _find_twin_rank(self) -> int | None:
@@ -331,6 +338,9 @@ def cut(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> Parall
     tied = find_tied(model)
     chunks = _split_stages(model, rows, plan, mesh)
     expert_names = frozenset(name for chunk in chunks for name in _spread_experts(chunk.module, rows, plan, mesh))
+    if plan.cp > 1 and rows.cut_sequences is not None:
+        for chunk in chunks:
+            rows.cut_sequences(chunk.module, build_ring(mesh))
     partial_names = frozenset(name for chunk in chunks for name in _cut_tensors(chunk.module, rows, plan, mesh))
     seed_ranks_(mesh)
     for chunk in chunks:
@@ -338,6 +348,11 @@ def cut(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> Parall
         if plan.pp > 1 and plan.schedule == "zero_bubble":
             chunk.weights = split_backward_(chunk.module)
     return ParallelModel(plan, mesh, chunks, tied=tied, partial_names=partial_names, expert_names=expert_names)
+
+
+def build_ring(mesh: PlanMesh) -> SequenceRing:
+    """Return the ranks that share a sequence with this one."""
+    return SequenceRing(mesh.group("cp"), mesh.coordinate("cp"), mesh.plan.cp)
 
 
 def broadcast_(model: nn.Module) -> None:
@@ -378,7 +393,7 @@ def _split_stages(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh)
 def _spread_experts(module: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> list[str]:
     """Spread the experts of all layers, count loads over all tokens, and return the names of the experts' weights."""
     names = []
-    groups = [mesh.group("dp")] if plan.dp > 1 else []
+    groups = [mesh.group(mesh.data_axis)] if plan.dp * plan.cp > 1 else []
     groups += [mesh.group("tp")] if plan.tp > 1 and plan.sequence_parallel else []
     for name, router in match_modules(module, rows.routers).items() if rows.routers else ():
         if not hasattr(router, "experts"):
@@ -403,10 +418,10 @@ def _cut_tensors(module: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh)
 
 
 def _shard(module: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh, expert_names: frozenset[str]) -> None:
-    if plan.zero_stage == 0 or plan.dp == 1:
+    if plan.zero_stage == 0 or plan.dp * plan.cp == 1:
         return
     names = mesh.dense.mesh_dim_names or ()
-    axes = ("dp_replica", "dp_shard") if "dp_shard" in names else ("dp",)
+    axes = ("dp_replica", "dp_shard") if "dp_shard" in names else (mesh.data_axis,)
     found = match_modules(module, rows.blocks).values() if rows.blocks else ()
     blocks = [block for block in found if any(True for _ in block.parameters())]
     ignored = {parameter for name, parameter in module.named_parameters() if name in expert_names}

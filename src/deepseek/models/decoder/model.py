@@ -267,32 +267,13 @@ class Decoder(nn.Module):
         the logits that it has in a row of its own. Experts with a capacity are the exception, in training: what they
         drop depends on all the tokens of a batch.
         """
-        lengths = lengths_B1
-        if documents_BT is not None:
-            if cache is not None or positions_BT is not None or lengths_B1 is not None:
-                raise ConfigError(
-                    "documents_BT decides positions and lengths and goes with no cache; leave cache, positions_BT and "
-                    "lengths_B1 out"
-                )
-            positions_BT, lengths = count_positions(documents_BT), count_lengths(documents_BT)
-        if positions_BT is None:
-            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        num_keys = tokens_BT.shape[1] if cache is None else cache.length
-        longest = max(num_keys, tokens_BT.shape[1])
-        if longest > self.config.max_length:
+        if documents_BT is not None and any(given is not None for given in (cache, positions_BT, lengths_B1)):
             raise ConfigError(
-                f"the sequence has {longest} tokens and this model was made for {self.config.max_length}; "
-                "shorten it, or make the model with a larger max_length"
+                "documents_BT decides positions and lengths and goes with no cache; leave cache, positions_BT and "
+                "lengths_B1 out"
             )
-        visibility = see(
-            positions_BT,
-            num_keys,
-            is_whole=cache is None,
-            local_distance=self.config.mask.local_distance if self.config.mask else None,
-            openness=self.mask_openness if self.config.mask else None,
-            window=self.config.sliding_window,
-            documents_BT=documents_BT,
-        )
+        lengths, visibility = self.locate(tokens_BT, positions_BT, cache, lengths_B1, documents_BT)
+        positions_BT = visibility.positions_BT
         x_BTD = self.embed(tokens_BT)
         if self.embed_scale is not None:
             x_BTD = x_BTD * self.embed_scale.to(x_BTD.dtype)
@@ -312,6 +293,40 @@ class Decoder(nn.Module):
         if self.config.logits_softcap is not None:
             logits_BTV = self.config.logits_softcap * (logits_BTV / self.config.logits_softcap).tanh()
         return logits_BTV
+
+    def locate(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None,
+        cache: CacheView | None,
+        lengths: Tensor | None,
+        documents_BT: Tensor | None,
+    ) -> tuple[Tensor | None, Visibility]:
+        """Return how long the texts of the tokens are, where it matters, with their positions and what they see."""
+        if documents_BT is not None:
+            positions_BT, lengths = count_positions(documents_BT), count_lengths(documents_BT)
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        num_keys = tokens_BT.shape[1] if cache is None else cache.length
+        self.check_length(max(num_keys, tokens_BT.shape[1]))
+        visibility = see(
+            positions_BT,
+            num_keys,
+            is_whole=cache is None,
+            local_distance=self.config.mask.local_distance if self.config.mask else None,
+            openness=self.mask_openness if self.config.mask else None,
+            window=self.config.sliding_window,
+            documents_BT=documents_BT,
+        )
+        return lengths, visibility
+
+    def check_length(self, longest: int) -> None:
+        """Raise a `ConfigError` for a sequence of more tokens than the model was made for."""
+        if longest > self.config.max_length:
+            raise ConfigError(
+                f"the sequence has {longest} tokens and this model was made for {self.config.max_length}; "
+                "shorten it, or make the model with a larger max_length"
+            )
 
     def new_cache(self, num_slots: int, max_length: int | None = None) -> KVCache:
         """Room for the keys and values of `num_slots` sequences, in the dtype and on the device of the weights."""

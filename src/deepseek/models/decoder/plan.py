@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek.core.errors import ConfigError
+from deepseek.distributed.parallel.context import AttentionRule, SequenceRing, attend_around_ring
 from deepseek.distributed.parallel.legality import ModelParts
 from deepseek.distributed.parallel.parallel_model import ModelRows
 from deepseek.distributed.parallel.pipeline import PipelineStage, Received, TakenOut
@@ -24,6 +29,9 @@ from deepseek.distributed.parallel.tensor_parallel import (
     within,
 )
 from deepseek.models.decoder.model import Decoder, DecoderConfig
+from deepseek.nn.attention import Attention
+from deepseek.nn.kv_cache import CacheView
+from deepseek.nn.masks import Visibility, count_lengths, count_positions
 
 
 def list_rows(model: Decoder) -> ModelRows:
@@ -43,11 +51,13 @@ def list_rows(model: Decoder) -> ModelRows:
             num_experts=config.moe.num_experts if config.moe else 0,
             has_tensor_rows=True,
             has_sequence_rows=True,
+            has_context_rows=True,
         ),
         tensor=tuple(_list_tensor_rows(config)),
         blocks="layers.*",
         routers="layers.*.feedforward" if config.moe else "",
         keep_stage=keep_stage,
+        cut_sequences=cut_sequences,
         head_cost=_measure_head(config),
     )
 
@@ -104,6 +114,89 @@ def keep_stage(model: nn.Module, stage: PipelineStage) -> Received | None:
     model.embed = received  # type: ignore[assignment]
     model.position_embed, model.embed_scale = None, None  # type: ignore[assignment]
     return received
+
+
+@dataclass(frozen=True)
+class RingVisibility(Visibility):
+    """What the tokens of one rank may see of a sequence that lies on several."""
+
+    documents_BS: Tensor | None = None
+    """The document of each token of the whole sequence; none is one a row."""
+
+
+def cut_sequences(model: nn.Module, ring: SequenceRing) -> None:
+    """Let a decoder take this rank's part of each sequence, at its places in the whole; the ring shows it the rest."""
+    assert isinstance(model, Decoder)
+    model.locate = partial(locate_in_ring, model, ring)  # type: ignore[method-assign]
+    model.register_forward_pre_hook(_refuse_last_only, with_kwargs=True)
+    for index, layer in enumerate(model.layers):
+        if isinstance(layer, TakenOut):
+            continue
+        attention: Any = layer.attention
+        attention._attend = partial(_attend_in_ring, attention, ring, model.config, model.config.window_of(index))
+
+
+def locate_in_ring(
+    model: Decoder,
+    ring: SequenceRing,
+    tokens_BT: Tensor,
+    positions_BT: Tensor | None,
+    cache: CacheView | None,
+    lengths: Tensor | None,
+    documents_BT: Tensor | None,
+) -> tuple[Tensor | None, Visibility]:
+    """Return what `Decoder.locate` does, for the tokens of this rank."""
+    if any(given is not None for given in (positions_BT, cache, lengths)):
+        raise ConfigError(
+            f"cp={ring.size} decides which tokens a rank has, for training; leave positions_BT, cache and lengths_B1 "
+            "out, or use cp=1"
+        )
+    num_local = tokens_BT.shape[1]
+    model.check_length(num_local * ring.size)
+    here = ring.positions(num_local, tokens_BT.device)
+    positions_BT, lengths, documents_BS = here[None], torch.full_like(here[None, :1], num_local * ring.size), None
+    if documents_BT is not None:
+        documents_BS = ring.gather(documents_BT)
+        positions_BT, lengths = count_positions(documents_BS)[:, here], count_lengths(documents_BS)[:, here]
+    openness = model.mask_openness if model.config.mask else None
+    return lengths, RingVisibility(positions_BT, None, None, openness, documents_BS=documents_BS)
+
+
+def _refuse_last_only(model: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+    if named.get("last_only"):
+        raise ConfigError("last_only asks for one token and cp spreads them over ranks; leave it out, or use cp=1")
+
+
+def _attend_in_ring(
+    attention: Attention,
+    ring: SequenceRing,
+    config: DecoderConfig,
+    window: int | None,
+    x_BTD: Tensor,
+    q_BNTH: Tensor,
+    k_BKTH: Tensor,
+    v_BKTH: Tensor,
+    visibility: RingVisibility,
+) -> Tensor:
+    """Compute what `Attention` does, with the keys of all ranks."""
+    far_BNT = _find_far_bias(attention, x_BTD, visibility) if config.mask is not None else None
+    rule = AttentionRule(
+        scale=attention.head_size**-0.5 if attention.scale is None else attention.scale,
+        softcap=attention.softcap,
+        window=window,
+        local_distance=None if config.mask is None else config.mask.local_distance,
+        documents_BT=visibility.documents_BS,
+    )
+    return attend_around_ring(q_BNTH, k_BKTH.to(q_BNTH.dtype), v_BKTH.to(q_BNTH.dtype), ring, rule, far_BNT)
+
+
+def _find_far_bias(attention: Attention, x_BTD: Tensor, visibility: Visibility) -> Tensor:
+    """(B, N, T) what each head adds to scores beyond the local distance: local heads come first, others add nothing."""
+    num_local_heads, num_global = attention.num_local_heads, attention.num_heads - attention.num_local_heads
+    if attention.far_gate is None:
+        hidden_BNT = torch.full((x_BTD.shape[0], num_local_heads, x_BTD.shape[1]), -torch.inf, device=x_BTD.device)
+        return F.pad(hidden_BNT, (0, 0, 0, num_global))
+    return F.pad(visibility.far_bias(attention.far_gate(x_BTD)), (0, 0, 0, num_global))
 
 
 def _measure_head(config: DecoderConfig) -> float:

@@ -23,6 +23,7 @@ from deepseek.data.chat_corpus import load_chats, prepare_chats
 from deepseek.data.config import ChatConfig, DataConfig
 from deepseek.data.corpus import load_data, prepare_data
 from deepseek.data.tokenizing import Tokenizer
+from deepseek.distributed.parallel.context import SequenceRing
 from deepseek.mixed_precision.layer_precision import has_compute
 from deepseek.models.decoder.keymap import FAMILIES
 from deepseek.models.decoder.model import Decoder
@@ -145,6 +146,15 @@ class CausalLM(Task):
     def _has_own_loss(self) -> bool:
         """Whether no class derived from this one computes outputs or loss in another way."""
         return all(getattr(type(self), name) is getattr(CausalLM, name) for name in ("inputs", "forward", "loss"))
+
+    def cut_sequence(self, batch: Batch, ring: SequenceRing) -> Batch:
+        """Return the tokens of `batch` that lie on this rank of a plan with `cp`, and their targets."""
+        cut = {
+            name: None if whole is None else ring.cut(whole)
+            for name, whole in (("documents_BT", batch.documents_BT), ("sources_BT", batch.sources_BT))
+        }
+        targets_BT = ring.cut(batch.targets_BT)
+        return Batch(ring.cut(batch.tokens_BT), targets_BT, int((targets_BT != IGNORED_TARGET).sum()), **cut)
 
     def class_logits(self, outputs: Tensor, batch: Batch) -> Tensor:
         """(N, V) logits for the targets that count."""
