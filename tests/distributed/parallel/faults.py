@@ -16,11 +16,18 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import RowwiseParallel
 
 from deepseek.distributed.differentiable_all_to_all import _RowExchange
-from deepseek.distributed.parallel import context, data_parallel, experts, parallel_model, pipeline, tensor_parallel
-from deepseek.distributed.parallel.context import SequenceRing
+from deepseek.distributed.parallel import (
+    data_parallel,
+    experts,
+    parallel_model,
+    pipeline,
+    sequence_ring,
+    tensor_parallel,
+)
 from deepseek.distributed.parallel.data_parallel import GradientReducer
 from deepseek.distributed.parallel.parallel_model import ParallelModel
 from deepseek.distributed.parallel.pipeline import Pipeline, PipelineStage
+from deepseek.distributed.parallel.sequence_ring import SequenceRing
 from deepseek.distributed.parallel.weight_gradients import WeightGradients
 from deepseek.distributed.plan import Plan
 from deepseek.models import parallelizing
@@ -313,12 +320,12 @@ FAULTS = {
     "loads are counted on each rank alone": Fault(
         "moe", {"dp": 2}, replace(parallel_model, "balance_over_ranks_", nothing), "loss"
     ),
-    "a block of keys is skipped": Fault("llama", {"cp": 2}, wrap(context, "_list_blocks", skip_a_block), "loss"),
+    "a block of keys is skipped": Fault("llama", {"cp": 2}, wrap(sequence_ring, "_list_blocks", skip_a_block), "loss"),
     "a query sees a key of its future": Fault(
-        "llama", {"cp": 2}, wrap(context, "_list_blocks", see_the_future), "loss"
+        "llama", {"cp": 2}, wrap(sequence_ring, "_list_blocks", see_the_future), "loss"
     ),
     "gradients of keys do not travel home": Fault(
-        "llama", {"cp": 2}, wrap(context, "_take_home", keep_gradients_of_keys), "gradient", "layers.1.attention"
+        "llama", {"cp": 2}, wrap(sequence_ring, "_take_home", keep_gradients_of_keys), "gradient", "layers.1.attention"
     ),
     "a rank learns the targets of another one": Fault(
         "llama", {"cp": 2}, wrap(SequenceRing, "cut", take_neighboring_targets), "loss"

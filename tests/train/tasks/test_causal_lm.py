@@ -18,7 +18,7 @@ from deepseek.artifact.reading import read_manifest
 from deepseek.core.errors import ConfigError
 from deepseek.data.batching import IGNORED_TARGET, Batch
 from deepseek.data.tokenizing import load_tokenizer, save_tokenizer
-from deepseek.distributed.parallel.context import SequenceRing
+from deepseek.distributed.parallel.sequence_ring import SequenceRing
 from deepseek.mixed_precision.layer_precision import Compute, set_compute_
 from deepseek.models.decoder.model import Decoder, DecoderConfig
 from deepseek.models.loading import load_model, make_int8_

@@ -11,7 +11,7 @@ from typing import Any
 _PUBLIC = {
     "build_mesh": "mesh",
     "PlanMesh": "mesh",
-    "SequenceRing": "context",
+    "SequenceRing": "sequence_ring",
     "ModelParts": "legality",
     "ModelRows": "parallel_model",
     "ParallelModel": "parallel_model",

@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from deepseek.core.errors import ConfigError, TrainingError
-from deepseek.distributed.parallel.context import SequenceRing, cut_batches
 from deepseek.distributed.parallel.cut_tensors import cut_whole, gather_whole, measure_norm, scale_, sum_over
 from deepseek.distributed.parallel.data_parallel import GradientReducer, as_local, read_loss, shard_
 from deepseek.distributed.parallel.experts import balance_over_ranks_, spread_experts_
@@ -41,6 +40,7 @@ from deepseek.distributed.parallel.layer_costs import split_layers
 from deepseek.distributed.parallel.legality import ModelParts, check_plan_runs
 from deepseek.distributed.parallel.mesh import PlanMesh
 from deepseek.distributed.parallel.pipeline import Learner, Pipeline, PipelineStage, Received, StageModule
+from deepseek.distributed.parallel.sequence_ring import SequenceRing, cut_batches
 from deepseek.distributed.parallel.tensor_parallel import Rows, TensorParallel, apply_rows, find_tied, match_modules
 from deepseek.distributed.parallel.weight_gradients import split_backward_
 from deepseek.distributed.plan import Plan

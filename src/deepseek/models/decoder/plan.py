@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed.parallel.context import AttentionRule, SequenceRing, attend_around_ring
 from deepseek.distributed.parallel.legality import ModelParts
 from deepseek.distributed.parallel.parallel_model import ModelRows
 from deepseek.distributed.parallel.pipeline import PipelineStage, Received, TakenOut
+from deepseek.distributed.parallel.sequence_ring import AttentionRule, SequenceRing, attend_around_ring
 from deepseek.distributed.parallel.tensor_parallel import (
     Style,
     TensorParallel,

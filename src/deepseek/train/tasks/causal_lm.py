@@ -23,7 +23,7 @@ from deepseek.data.chat_corpus import load_chats, prepare_chats
 from deepseek.data.config import ChatConfig, DataConfig
 from deepseek.data.corpus import load_data, prepare_data
 from deepseek.data.tokenizing import Tokenizer
-from deepseek.distributed.parallel.context import SequenceRing
+from deepseek.distributed.parallel.sequence_ring import SequenceRing
 from deepseek.mixed_precision.layer_precision import has_compute
 from deepseek.models.decoder.keymap import FAMILIES
 from deepseek.models.decoder.model import Decoder

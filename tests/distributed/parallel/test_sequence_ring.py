@@ -6,9 +6,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from deepseek.core.errors import ConfigError
-from deepseek.distributed.parallel import context
-from deepseek.distributed.parallel.context import AttentionRule, SequenceRing, attend_around_ring
+from deepseek.distributed.parallel import sequence_ring
 from deepseek.distributed.parallel.mesh import build_mesh
+from deepseek.distributed.parallel.sequence_ring import AttentionRule, SequenceRing, attend_around_ring
 from deepseek.distributed.plan import Plan
 from deepseek.models.parallelizing import parallelize
 from tests.distributed.parallel.cases import build_batches, build_model
@@ -19,7 +19,7 @@ LENGTH = 16
 
 def compare_with_torch(rank, dtype, rows_at_once):
     """The largest differences of outputs and gradients, with four query heads on two heads of keys."""
-    context.ROWS_AT_ONCE = rows_at_once
+    sequence_ring.ROWS_AT_ONCE = rows_at_once
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, LENGTH, 8) for heads in (4, 2, 2, 4)]
     q, k, v, towards = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
