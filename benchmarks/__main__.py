@@ -5,7 +5,16 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-SUPPORT = {"__init__", "__main__", "measuring", "smollm2", "collective_ranks", "shaped_hosts"}
+SUPPORT = {
+    "__init__",
+    "__main__",
+    "measuring",
+    "smollm2",
+    "collective_ranks",
+    "parallel_ranks",
+    "rank_processes",
+    "shaped_hosts",
+}
 
 
 def main() -> None:

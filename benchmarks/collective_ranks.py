@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.rank_processes import answer
 from deepseek.core.errors import DeepSeekError
 from deepseek.distributed import DeepSeekComm, average_gradients, comm_overlap
 from deepseek.distributed.collective_ledger import CollectiveLedger
@@ -30,8 +31,7 @@ def main() -> None:
     with DeepSeekComm.init("gloo", init_method=job["meeting"], timeout_s=240) as comm:
         result = {name: _PARTS[name](comm, job) for name in job["parts"]}
         if comm.get_rank() == 0:
-            sys.stdout.write("RESULT " + json.dumps(result) + "\n")
-            sys.stdout.flush()
+            answer(result)
         comm.barrier()
 
 
@@ -51,10 +51,12 @@ def time_all_reduces(comm: DeepSeekComm, job: dict[str, Any]) -> list[dict[str, 
             run()  # connects, and for auto: measures
         times: dict[str, list[float]] = {name: [] for name in sides}
         wires: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(job["rounds"]):
-            for name, run in sides.items():
+        names = list(sides)
+        for index in range(job["rounds"]):
+            first = index % len(names)  # another one each time: who follows a pause finds the connections slower
+            for name in names[first:] + names[:first]:
                 buffer.fill_(1.0)
-                seconds, wire = _measure(comm, run)
+                seconds, wire = _measure(comm, sides[name])
                 times[name].append(seconds)
                 wires[name].append(wire)
         chosen = comm.algorithms.find("world:all_reduce", size)
@@ -97,28 +99,31 @@ def _time_all_to_all(comm: DeepSeekComm, job: dict[str, Any], kind: str) -> dict
 
 
 def time_links(comm: DeepSeekComm, job: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """Seconds one way of messages inside a host and across, for the simulation's links."""
-    hosts = comm.topology.hosts
-    pairs = {
-        "inside": next(other for other in range(1, len(hosts)) if hosts[other] == hosts[0]),
-        "across": next(other for other in range(1, len(hosts)) if hosts[other] != hosts[0]),
-    }
+    """Seconds of a step of messages inside hosts and across, for the simulation's links.
+
+    All ranks take part, as in a step of a schedule: each swaps a message with one on its host, or on the next host, and
+    sizes are what all ranks of a host send together. Hosts have two ranks each, and their number is even.
+    """
+    placement, per_host = comm.topology.placement, comm.topology.domain_size
+    position = placement.index(comm.get_rank())
+    inside = placement[position ^ 1]
+    across = placement[position + per_host if position // per_host % 2 == 0 else position - per_host]
     found: dict[str, list[tuple[int, float]]] = {}
-    for link, other in pairs.items():
+    for link, other in (("inside", inside), ("across", across)):
         found[link] = []
         for size in (64, 1 << 14, 1 << 20, 1 << 22):
-            buffer = torch.zeros(size, dtype=torch.uint8)
+            share = torch.zeros(size // per_host, dtype=torch.uint8)
+            arrived = torch.empty_like(share)
             seconds = []
             for _ in range(6):
-                comm.barrier()
+                dist.barrier()
                 began_s = time.perf_counter()
-                if comm.get_rank() == 0:
-                    comm.send(buffer, other)
-                    comm.recv(buffer, other)
-                elif comm.get_rank() == other:
-                    comm.recv(buffer, 0)
-                    comm.send(buffer, 0)
-                seconds.append((time.perf_counter() - began_s) / 2)
+                operations = [dist.P2POp(dist.isend, share, other), dist.P2POp(dist.irecv, arrived, other)]
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
+                slowest = torch.tensor([time.perf_counter() - began_s], dtype=torch.float64)
+                dist.all_reduce(slowest, dist.ReduceOp.MAX)
+                seconds.append(float(slowest))
             found[link].append((size, sorted(seconds[1:])[len(seconds) // 2 - 1]))
     return found
 

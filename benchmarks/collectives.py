@@ -13,12 +13,8 @@ against the measured seconds before it says anything about 128 nodes.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import Bar, print_bars, write_json
-from benchmarks.shaped_hosts import Host, explain_absence, shaped_hosts
+from benchmarks.rank_processes import place_ranks, run_ranks
+from benchmarks.shaped_hosts import explain_absence, shaped_hosts
 from deepseek.distributed.collectives import COLLECTIVES
-from deepseek.distributed.collectives.messages import Step
+from deepseek.distributed.collectives.messages import Step, cut
+from deepseek.distributed.reduction_algorithms import count_slices
 from deepseek.distributed.topology import LinkClass, RankTopology
 
 SIZES = tuple(1 << bits for bits in (10, 14, 18, 20, 22, 24, 26))
@@ -38,7 +36,6 @@ QUICK_SIZES = (1 << 14, 1 << 22)
 RANKS_PER_HOST = 2
 LARGE_BYTES = 4 << 20  # from here on the bars on speed hold
 COUNTED_BYTES = 1 << 20  # below, headers and acknowledgements are what the counters see
-_TIMEOUT_S = 1500
 # 128 nodes of 8 accelerators: links of the class of NVLink 4 and of one 400 Gbit/s card for each accelerator.
 NUM_NODES, PER_NODE = 128, 8
 SCALE_UP, NETWORK = LinkClass(2e-6, 300e9), LinkClass(4e-6, 45e9)
@@ -89,7 +86,7 @@ def measure_hosts(
     sizes = [size for size in (QUICK_SIZES if arguments.quick else SIZES) if size <= arguments.largest_mib << 20]
     with shaped_hosts(num_hosts, rate) as hosts:
         for placement in ("contiguous", "dealt out"):
-            names = place_ranks(num_hosts, placement)
+            names = place_ranks(num_hosts, RANKS_PER_HOST, placement)
             parts = ["links", "all_reduce"]
             if placement == "contiguous":
                 parts += ["all_to_all", "overlap", "ledger"]
@@ -101,49 +98,13 @@ def measure_hosts(
                 "width": 512,
                 "batch": 2048 if not arguments.quick else 256,
             }
-            found = run_ranks([hosts[name] for name in names], job)
+            found = run_ranks("benchmarks.collective_ranks", [hosts[name] for name in names], job)
             world = f"{num_hosts}x{RANKS_PER_HOST}"
             for row in found["all_reduce"]:
                 rows += describe_row(world, placement, names, row, found["links"], rate)
             for part in parts[2:]:
                 extras.setdefault(part, {})[world] = found[part]
             print(f"measured {world}, {placement}", file=sys.stderr, flush=True)
-
-
-def place_ranks(num_hosts: int, placement: str) -> list[int]:
-    """Return the host of each rank."""
-    ranks = range(num_hosts * RANKS_PER_HOST)
-    return [rank // RANKS_PER_HOST if placement == "contiguous" else rank % num_hosts for rank in ranks]
-
-
-def run_ranks(hosts: Sequence[Host], job: dict[str, Any]) -> dict[str, Any]:
-    """Run the job with one rank on each of the hosts named, and return what rank 0 measured; none outlives the call."""
-    with tempfile.TemporaryDirectory() as folder:
-        job = {**job, "meeting": f"file://{folder}/store"}
-        ranks = []
-        for rank, host in enumerate(hosts):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(len(hosts)),
-                "GLOO_SOCKET_IFNAME": "eth0",
-                "OMP_NUM_THREADS": "1",
-                "DEEPSEEK_CACHE_DIR": folder,
-            }
-            command = host.command([sys.executable, "-m", "benchmarks.collective_ranks", json.dumps(job)])
-            ranks.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-            )
-        try:
-            answers = [rank.communicate(timeout=_TIMEOUT_S) for rank in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-    for rank, process in enumerate(ranks):
-        if process.returncode:
-            sys.exit(f"rank {rank} failed with exit code {process.returncode}:\n{answers[rank][1][-4000:]}")
-    line = next(line for line in answers[0][0].splitlines() if line.startswith("RESULT "))
-    return dict(json.loads(line.removeprefix("RESULT ")))
 
 
 def describe_row(
@@ -158,8 +119,8 @@ def describe_row(
     described = []
     for side, seconds in row["seconds"].items():
         ran = {"auto": row["chosen"], "gloo": "flat"}.get(side, side)
-        steps, ranks = list_steps(ran, hosts, row["bytes"] // 4)
-        leaving = count_leaving(steps, ranks)
+        slices, ranks = list_slices(ran, hosts, row["bytes"] // 4)
+        leaving = count_leaving([step for steps in slices for step in steps], ranks)
         wire = statistics.median(row["wire_bytes"][side])
         median_s = statistics.median(seconds)
         described.append(
@@ -178,7 +139,7 @@ def describe_row(
                 "wire_bytes": wire,
                 "formula_bytes": 4 * sum(leaving.values()),
                 "bound_share": 4 * max(leaving.values()) / rate / median_s,
-                "simulated_s": simulate(steps, ranks, 4, *fit_links(links))
+                "simulated_s": simulate(slices, ranks, 4, *fit_links(links))
                 if ran in ("ring", "hierarchical")
                 else None,
             }
@@ -186,14 +147,18 @@ def describe_row(
     return described
 
 
-def list_steps(algorithm: str, hosts: Sequence[int], num_elements: int) -> tuple[tuple[Step, ...], list[int]]:
-    """Return the messages of an all-reduce, and the host of each number in them; gloo's own is a ring in rank order."""
+def list_slices(algorithm: str, hosts: Sequence[int], num_elements: int) -> tuple[list[tuple[Step, ...]], list[int]]:
+    """Return the messages of an all-reduce by slice, and the host of each number in them.
+
+    Gloo's own is a ring in rank order.
+    """
     topology = RankTopology.of(hosts)
     order = range(len(hosts)) if algorithm == "flat" else topology.placement
     name = "ring" if algorithm == "flat" else algorithm
     domain = topology.domain_size if algorithm == "hierarchical" else 1
-    steps = COLLECTIVES[f"{name}_all_reduce"](len(hosts), num_elements, domain)
-    return steps, [topology.hosts[rank] for rank in order]
+    parts = cut(num_elements, 1 if algorithm == "flat" else count_slices(4 * num_elements))
+    slices = [COLLECTIVES[f"{name}_all_reduce"](len(hosts), stop - start, domain) for start, stop in parts]
+    return slices, [topology.hosts[rank] for rank in order]
 
 
 def count_leaving(steps: Sequence[Step], hosts: Sequence[int]) -> dict[int, int]:
@@ -215,26 +180,42 @@ def fit_links(links: dict[str, list[tuple[int, float]]]) -> tuple[LinkClass, Lin
 
 
 def simulate(
-    steps: Sequence[Step], hosts: Sequence[int], element_bytes: int, inside: LinkClass, across: LinkClass
+    slices: Sequence[Sequence[Step]], hosts: Sequence[int], element_bytes: int, inside: LinkClass, across: LinkClass
 ) -> float:
-    """Time a schedule step by step: messages that leave or reach one host in a step share its link."""
-    total_s = 0.0
-    for step in steps:
-        shared: dict[tuple[str, int], int] = defaultdict(int)
-        for message in step:
-            source, target = hosts[message.source], hosts[message.target]
-            num_bytes = message.num_elements * element_bytes
-            if source == target:
-                shared["inside", source] += num_bytes
-            else:
-                shared["out", source] += num_bytes
-                shared["in", target] += num_bytes
-        seconds = [
-            (inside if direction == "inside" else across).send_s(num_bytes)
-            for (direction, _), num_bytes in shared.items()
-        ]
-        total_s += max(seconds, default=0.0)
-    return total_s
+    """Time slices that take turns, step by step.
+
+    Messages that leave or reach one host in a step share its link, and a link carries one slice after the other. What a
+    step takes besides its bytes is time of the processor, which all hosts of this machine share.
+    """
+    ready_s = [0.0] * len(slices)
+    free_s: dict[tuple[str, int], float] = defaultdict(float)
+    processor_s = 0.0
+    for index in range(max(len(steps) for steps in slices)):
+        for number, steps in enumerate(slices):
+            if index >= len(steps):
+                continue
+            arrived_s, start_s = ready_s[number], 0.0
+            for (direction, host), num_bytes in share_links(steps[index], hosts, element_bytes).items():
+                link = inside if direction == "inside" else across
+                begin_s = max(ready_s[number], free_s[direction, host])
+                free_s[direction, host] = begin_s + num_bytes / link.bandwidth_bytes_per_s
+                arrived_s, start_s = max(arrived_s, free_s[direction, host]), max(start_s, link.alpha_s)
+            processor_s = ready_s[number] = max(arrived_s, processor_s) + start_s
+    return max(ready_s)
+
+
+def share_links(step: Step, hosts: Sequence[int], element_bytes: int) -> dict[tuple[str, int], int]:
+    """Return the bytes of a step over each link: inside a host, out of it and into it."""
+    shared: dict[tuple[str, int], int] = defaultdict(int)
+    for message in step:
+        source, target = hosts[message.source], hosts[message.target]
+        num_bytes = message.num_elements * element_bytes
+        if source == target:
+            shared["inside", source] += num_bytes
+        else:
+            shared["out", source] += num_bytes
+            shared["in", target] += num_bytes
+    return shared
 
 
 def simulate_nodes(num_bytes: int) -> dict[str, float]:

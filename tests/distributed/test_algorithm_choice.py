@@ -16,6 +16,12 @@ def test_one_slow_round_of_three_changes_no_choice():
     assert AlgorithmTable().learn("x", 1, "flat", {"flat": [1.0, 9.0, 1.0], "tree": [2.0, 2.0, 2.0]}) == "flat"
 
 
+def test_another_has_to_win_every_round():
+    times_s = {"flat": [1.0, 1.0, 1.0], "ring": [0.8, 0.8, 0.8]}
+    assert AlgorithmTable().learn("x", 1, "flat", times_s) == "ring"
+    assert AlgorithmTable().learn("x", 1, "flat", times_s | {"ring": [0.8, 0.8, 1.1]}) == "flat"
+
+
 def test_a_choice_holds_up_to_the_next_power_of_two_and_for_its_operation():
     table = AlgorithmTable()
     table.learn("all_reduce", 1024, "flat", {"ring": [1.0]})

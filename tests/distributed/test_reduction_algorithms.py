@@ -3,6 +3,7 @@ import torch
 import torch.distributed as dist
 
 from deepseek.core.errors import ConfigError
+from deepseek.distributed import reduction_algorithms
 from deepseek.distributed.reduction_algorithms import list_candidates, list_own_steps, name_operator
 from deepseek.distributed.topology import RankTopology
 from tests.distributed.ranks import run_ranks
@@ -20,6 +21,27 @@ def check_payload(rank):
             everywhere = comm.all_gather(found).view(WORLD, -1)
             assert (everywhere == everywhere[0]).all()
     return rank
+
+
+def reduce_in_slices(rank):
+    """Whether all ranks have the same sums, and how far these are from float64, of a buffer of 1, 3 and 4 slices."""
+    found = []
+    with join(hosts=HOSTS) as comm:
+        for slice_bytes in (1 << 20, 1500, 100):
+            reduction_algorithms.SLICE_BYTES = slice_bytes
+            for algorithm in ("ring", "hierarchical", "tree"):
+                numbers = [make_numbers(other, 1201) for other in range(WORLD)]
+                total = comm.all_reduce(numbers[rank].clone(), algorithm=algorithm)
+                everywhere = comm.all_gather(total).view(WORLD, -1)
+                is_equal = bool((everywhere == everywhere[0]).all())
+                exact = sum(each.double() for each in numbers)
+                found.append((is_equal, float((total - exact).abs().max() / exact.abs().max())))
+    return found
+
+
+def test_slices_that_take_turns_give_the_sums_and_all_ranks_the_same_bits():
+    for found in run_ranks(reduce_in_slices, WORLD, is_grouped=False):
+        assert len(found) == 9 and all(is_equal and error < 1e-6 for is_equal, error in found)
 
 
 def refuse_two_levels(rank):

@@ -11,6 +11,7 @@ IMPURE = {
     "machines/local_ranks.py",
     "machines/measured_collectives.py",
     "machines/measurement.py",
+    "machines/rank_measurement.py",
     "models/from_module.py",
 }
 PURE = sorted({path.relative_to(ROOM).as_posix() for path in ROOM.rglob("*.py")} - IMPURE)

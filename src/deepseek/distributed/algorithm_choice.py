@@ -2,8 +2,9 @@
 
 The first time that a group sees a size (rounded up to a power of two), all its ranks run every candidate on a scratch
 buffer, in turns, agree on the seconds of the slowest rank, and keep the answer: what `torch.backends.cudnn.benchmark`
-does for convolutions. torch's own algorithm stays unless another is faster by more than the noise. A table can be
-saved and given to the next run, which then measures nothing.
+does for convolutions. torch's own algorithm stays unless another is faster by more than the noise: in the median, and
+in each of the rounds, which a single disturbed one does not bring about. A table can be saved and given to the next
+run, which then measures nothing.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class AlgorithmTable:
         return self.choices.get((operation, num_bytes.bit_length()))
 
     def learn(self, operation: str, num_bytes: int, standard: str, times_s: Mapping[str, Sequence[float]]) -> str:
-        """Keep the algorithm with the lowest median, or `standard` where that is hardly slower."""
+        """Keep the algorithm with the lowest median, or `standard` where that is hardly slower, or was not always."""
         medians = {name: statistics.median(times) for name, times in times_s.items()}
         fastest = min(medians, key=lambda name: medians[name])
-        if medians.get(standard, float("inf")) <= medians[fastest] * WORTH_LEAVING:
-            fastest = standard
+        if standard in medians:
+            has_won = all(own < other for own, other in zip(times_s[fastest], times_s[standard], strict=True))
+            if medians[standard] <= medians[fastest] * WORTH_LEAVING or not has_won:
+                fastest = standard
         key = operation, num_bytes.bit_length()
         self.choices[key], self.seconds[key] = fastest, medians
         return fastest

@@ -38,7 +38,6 @@ from deepseek.core.errors import CollectiveMismatchError, ConfigError, Permanent
 from deepseek.core.names import explain_unknown
 from deepseek.distributed.algorithm_choice import HOPELESS, LONG_ROUND_S, NUM_ROUNDS, AlgorithmTable
 from deepseek.distributed.collective_ledger import CollectiveCall, CollectiveLedger
-from deepseek.distributed.collectives.executing import RankSteps
 from deepseek.distributed.communication_metrics import render_metrics
 from deepseek.distributed.differentiable_all_to_all import ALL_TO_ALLS, exchange_rows, swap_lengths
 from deepseek.distributed.hang_doctor import HangDoctor, first_sentence
@@ -49,7 +48,7 @@ from deepseek.distributed.reduction_algorithms import (
     RankGroup,
     all_gather,
     all_reduce_,
-    find_steps,
+    find_slices,
     list_candidates,
     name_operator,
     reduce_scatter,
@@ -241,6 +240,10 @@ class DeepSeekComm:
             hint = "" if names else "; give init(mesh={...}) to name axes"
             raise ConfigError(explain_unknown("axis of the mesh", axis, names) + hint)
         return DeepSeekComm(self._session, mesh.get_group(axis), axis)
+
+    def over(self, process_group: dist.ProcessGroup, name: str) -> DeepSeekComm:
+        """Return the communicator of a group that torch made of some of the ranks, this one among them."""
+        return DeepSeekComm(self._session, process_group, name)
 
     def all_reduce(
         self,
@@ -485,10 +488,9 @@ class DeepSeekComm:
         if algorithm == "flat":
             return self._count_ring(2 * tensor.nbytes)
         element_bytes = (payload or tensor.dtype).itemsize
-        steps: RankSteps = find_steps(algorithm, self._group, tensor.numel())
         placement, sent = self.topology.placement, dict[int, int]()
-        for messages, _ in steps:
-            for message in messages:
+        for _, _, steps in find_slices(algorithm, self._group, tensor, payload):
+            for message in (message for messages, _ in steps for message in messages):
                 target = placement[message.target]
                 sent[target] = sent.get(target, 0) + message.num_elements * element_bytes
         return self._count_by_link(sent)

@@ -1,12 +1,14 @@
 """Reductions of one tensor by the message lists of `collectives/`, on a group whose ranks are on known hosts.
 
-`DeepSeekComm` calls these. The list that is counted is the list that runs: `list_own_steps` is asked for both. "flat"
-is torch's own algorithm and is not here.
+`DeepSeekComm` calls these. The list that is counted is the list that runs: `find_slices` is asked for both. "flat" is
+torch's own algorithm and is not here.
+
+A long buffer is cut into slices that take turns, step by step: the link carries one while another is added up, and two
+levels overlap, so that the slow link does not wait for what happens inside the hosts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,11 +17,21 @@ import torch.distributed as dist
 
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.collectives import COLLECTIVES
-from deepseek.distributed.collectives.executing import RankSteps, exchange_, select_steps
+from deepseek.distributed.collectives.executing import (
+    Combination,
+    RankSteps,
+    Slice,
+    exchange_,
+    exchange_slices_,
+    select_steps,
+)
+from deepseek.distributed.collectives.messages import cut
 from deepseek.distributed.topology import RankTopology
 
 ALL_REDUCES = ("flat", "ring", "hierarchical", "tree")
-Combination = Callable[[torch.Tensor, torch.Tensor], object]
+SLICE_BYTES = 1 << 20
+"""A slice is at least so long: below, a step's start costs more than the link gains by not waiting."""
+MOST_SLICES = 4
 _COMBINE: dict[str, Combination] = {
     "SUM": torch.Tensor.add_,
     "AVG": torch.Tensor.add_,
@@ -79,10 +91,10 @@ def all_reduce_(
 
     With `payload` numbers travel in that type and are added in the tensor's own; all ranks end with the same bits.
     """
-    steps = find_steps(algorithm, group, tensor.numel())
+    slices = find_slices(algorithm, group, tensor, payload)
     flat_N = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
     placement, combine_ = group.topology.placement, _choose_combination(operator, payload)
-    exchange_(flat_N, flat_N, steps, placement, group.process_group, combine_=combine_, payload=payload)
+    exchange_slices_(flat_N, slices, placement, group.process_group, combine_=combine_, payload=payload)
     if payload is not None:
         flat_N.copy_(flat_N.to(payload))  # a rank's own part never traveled; the others have it rounded
     if operator == "AVG":
@@ -91,12 +103,27 @@ def all_reduce_(
         tensor.copy_(flat_N.view(tensor.shape))
 
 
-def find_steps(algorithm: str, group: RankGroup, num_elements: int) -> RankSteps:
-    """Return this rank's messages of an all-reduce of that many elements."""
+def find_slices(
+    algorithm: str, group: RankGroup, tensor: torch.Tensor, payload: torch.dtype | None = None
+) -> tuple[Slice, ...]:
+    """Return this rank's messages of an all-reduce of `tensor`, by slice."""
     if algorithm == "hierarchical":
         check_levels(group.topology, "'ring' or 'auto'")
     domain_size = group.topology.domain_size if algorithm == "hierarchical" else 1
-    return list_own_steps(f"{algorithm}_all_reduce", group.size, num_elements, domain_size, group.position)
+    name, num_bytes = f"{algorithm}_all_reduce", tensor.numel() * (payload or tensor.dtype).itemsize
+    return tuple(
+        (start, stop, list_own_steps(name, group.size, stop - start, domain_size, group.position))
+        for start, stop in cut(tensor.numel(), 1 if tensor.is_cuda else count_slices(num_bytes))
+    )
+
+
+def count_slices(num_bytes: int) -> int:
+    """Count the slices of a buffer, which NCCL, for whom messages have no tags, takes whole.
+
+    >>> count_slices(1000), count_slices(3 << 20), count_slices(1 << 30)
+    (1, 3, 4)
+    """
+    return min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES)
 
 
 def check_levels(topology: RankTopology, others: str) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from deepseek.models.decoder.keymap import FAMILIES, export_config, export_tenso
 from deepseek.models.decoder.model import Decoder
 from deepseek.models.loaded_model import LoadedModel, LoadedModule, Origin, RunModel, plain_module
 from deepseek.models.model_sources import INT8_KEPT, KNOWN_NAMES, LoadConfig, Opened, draw_for, open_source
+from deepseek.models.parallel_loading import check_whole, is_parallel, spread
 from deepseek.models.programs import Program
 from deepseek.models.transformers_models.model import TransformersModel
 from deepseek.models.weight_loading import dtype_of, is_int8, main_dtype, name_precision, stored_tensors
@@ -70,6 +71,9 @@ def load_model(
     weights: str | Path | None = None,
     verify: bool = True,
     packed: bool = False,
+    tensor_parallel_size: int | None = None,
+    pipeline_parallel_size: int | None = None,
+    device_map: Mapping[str, Sequence[int]] | None = None,
     on_event: Callable[[SelectionEvent], None] | None = None,
 ) -> LoadedModel:
     """Load the model that `source` names, in evaluation mode on the CPU.
@@ -84,6 +88,10 @@ def load_model(
     weights laid out for this machine's kernels (`nn/packed.py`): it decodes at up to twice the speed, and can be run
     but not trained or saved. `on_event` hears of every backend that is tried.
 
+    Under a launcher, `tensor_parallel_size` ranks cut each layer and `pipeline_parallel_size` stages hold some of the
+    layers each; every rank calls the model with the same inputs and gets the whole answer. `device_map` names the
+    devices of the ranks, in their order (`models/parallel_loading.py`).
+
     Raises `ConfigError` for an unknown name or setting and for a model that cannot be built or converted,
     `CorruptArtifactError`, `UnsafeFileError` for a pickle, `UnsupportedSchemaError`, and `ArtifactError` where there is
     no model.
@@ -94,7 +102,14 @@ def load_model(
     ...     load_model(folder + "/model")(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 10])
     """
-    settings = _settings_of(config, precision=precision, weights=weights)
+    settings = _settings_of(
+        config,
+        precision=precision,
+        weights=None if weights is None else str(weights),
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        device_map=None if device_map is None else dict(device_map),
+    )
     folder = find_model_folder(source)
     has_adapter = source not in KNOWN_NAMES and is_adapter(folder)
     if has_adapter and settings.backend is not None:
@@ -103,6 +118,7 @@ def load_model(
             "merge-adapter`"
         )
     if settings.backend is not None:
+        check_whole(f"backend {settings.backend!r}", source, settings)
         if packed:
             raise ConfigError(
                 "a packed model has a layout of its own and a backend was asked for; leave one of them out"
@@ -113,12 +129,26 @@ def load_model(
     )
     draw = partial(opened.draw_inputs, settings)
     if isinstance(opened.model, Program):
+        check_whole(f"the runtime {opened.model.runtime}", source, settings)
         program = opened.model
         return RunModel(program, Origin(opened.summary, draw, program.explain(), program.runtime, opened.folder), None)
     module = _as_precision(opened.model, settings.precision, source)
+    if is_parallel(settings):
+        return _spread_over_ranks(module, opened, settings, source, packed=packed, has_adapter=has_adapter)
     if packed:
         module = _as_packed(module, source)
     return LoadedModule(module, Origin(opened.summary, draw, _PLAIN, "torch", opened.folder))
+
+
+def _spread_over_ranks(
+    module: nn.Module, opened: Opened, settings: LoadConfig, source: str | Path, *, packed: bool, has_adapter: bool
+) -> RunModel:
+    """Return the model whose parts lie on the ranks of the launcher."""
+    if packed or has_adapter or is_int8(module.state_dict()):
+        check_whole("packed" if packed else "with an adapter" if has_adapter else "in int8", source, settings)
+    run, where = spread(module, settings)
+    draw = partial(opened.draw_inputs, settings)
+    return RunModel(run, Origin(f"{opened.summary}, spread by {where}", draw, where, where, opened.folder), None)
 
 
 def _open_adapter(folder: Path, settings: LoadConfig, *, verify: bool) -> Opened:
@@ -248,9 +278,7 @@ def count_stored_bytes(model: nn.Module) -> int:
 # ---- precision
 
 
-def _settings_of(
-    config: LoadConfig | Mapping[str, Any] | None, *, precision: str | None, weights: str | Path | None
-) -> LoadConfig:
+def _settings_of(config: LoadConfig | Mapping[str, Any] | None, **said: Any) -> LoadConfig:
     """One config from the two places where a user may say things."""
     if isinstance(config, LoadConfig):
         settings = config
@@ -258,8 +286,7 @@ def _settings_of(
         settings = LoadConfig.from_dict(config or {})
     else:
         raise ConfigError(f"config is {config!r}; give a LoadConfig or a dict of its settings")
-    said = {"precision": precision, "weights": weights}
-    return settings.override({name: str(value) for name, value in said.items() if value is not None})
+    return settings.override({name: value for name, value in said.items() if value is not None})
 
 
 def _as_precision(model: nn.Module, precision: str, source: str | Path) -> nn.Module:

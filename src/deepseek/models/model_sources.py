@@ -79,6 +79,15 @@ INT8_KEPT = ("gate", "refine", "far_gate")  # routers and gates of the mask: sma
 Tensors = dict[str, Tensor]
 
 
+class ModelParallel(Config):
+    """Over how many ranks a model is spread, as configurations of generation 3.x say it."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that cut each layer."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Stages that hold some of the layers each."""
+
+
 class LoadConfig(Config):
     """Settings of `load_model`."""
 
@@ -106,6 +115,14 @@ class LoadConfig(Config):
     """Longest time that measuring backends may take, in seconds."""
     tolerance: float | None = Field(default=None, gt=0)
     """Largest relative error of a backend's answer against FP32; none is the default of each precision."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that cut each layer, under a launcher such as torchrun."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Stages that hold some of the layers each, one after the other over those ranks."""
+    model_parallel: ModelParallel | None = None
+    """The same two sizes in one table, as older configurations have them."""
+    device_map: JsonValue = None
+    """Devices of the ranks in their order: {"gpu0": [0, 1], "gpu1": [2, 3]}. Without sizes each group is a stage."""
 
     @field_validator("precision", mode="before")
     @classmethod

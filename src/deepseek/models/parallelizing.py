@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from deepseek.core.errors import ConfigError
+from deepseek.distributed.communicator import DeepSeekComm
 from deepseek.distributed.parallel.layer_costs import measure_layers
 from deepseek.distributed.parallel.legality import ModelParts
 from deepseek.distributed.parallel.mesh import PlanMesh, build_mesh
@@ -37,20 +38,22 @@ def parallelize(
     *,
     rows: Mapping[str, str] | Rows | None = None,
     layer_costs: Sequence[float] = (),
+    comm: DeepSeekComm | None = None,
 ) -> ParallelModel:
     """Cut `model` by `plan`, in place, so that this rank holds its part; weights and the random seed are rank 0's.
 
     Every rank calls it, with the process group there. Without a `mesh` one is made on the device of the model. `rows`
     replace those known of the model. The stages of a pipeline are split by `layer_costs` where they are given
-    (`measure_layer_costs`; those of rank 0 count), else by an estimate. Raises `ConfigError` for a plan that cannot run
-    on such a model or on so many ranks, with the nearest one that can.
+    (`measure_layer_costs`; those of rank 0 count), else by an estimate. With a `comm`, gradients and shards travel by
+    its algorithms, which know the hosts of the ranks. Raises `ConfigError` for a plan that cannot run on such a model
+    or on so many ranks, with the nearest one that can.
 
     >>> list_model_rows(nn.Linear(2, 2), {"": "columns"}).parts.has_tensor_rows
     True
     """
     found = replace(list_model_rows(model, rows), layer_costs=tuple(layer_costs))
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    return cut(model, found, plan, mesh or build_mesh(plan, device))
+    return cut(model, found, plan, mesh or build_mesh(plan, device), comm)
 
 
 def measure_layer_costs(model: nn.Module, learner: Learner, batch: Any) -> list[float]:

@@ -171,6 +171,7 @@ def cluster_to_dict(cluster: Cluster) -> dict[str, Any]:
         "network": asdict(cluster.network),
         "links": asdict(cluster.links) if cluster.links else None,
         "domain_size": cluster.domain_size,
+        "num_cores": cluster.num_cores,
     }
 
 
@@ -197,7 +198,7 @@ def cluster_from_dict(values: Mapping[str, Any]) -> Cluster:
         raise ConfigError(
             f"the cluster file has a part of the wrong form ({error}); compare it with a measured one"
         ) from error
-    return Cluster(nodes, network, links, values.get("domain_size", 0))
+    return Cluster(nodes, network, links, values.get("domain_size", 0), values.get("num_cores", 0))
 
 
 def _read_accelerator(values: Mapping[str, Any]) -> Accelerator:

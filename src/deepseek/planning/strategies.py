@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from deepseek.core.device_map import read_device_groups
 from deepseek.core.errors import ConfigError
 from deepseek.core.names import explain_unknown
 from deepseek.distributed.plan import Plan
@@ -163,11 +164,7 @@ def read_device_map(device_map: Mapping[str, Any] | None) -> tuple[int, ...]:
     """
     if not device_map:
         return ()
-    devices = [device for group in device_map.values() for device in group]
-    wrong = [device for device in devices if not isinstance(device, int) or isinstance(device, bool) or device < 0]
-    if wrong or len(set(devices)) != len(devices):
-        raise ConfigError(f"device_map names {devices}; give every device once, as a number from 0")
-    return tuple(sorted(devices))
+    return tuple(sorted(device for group in read_device_groups(device_map) for device in group))
 
 
 def keep_devices(cluster: Cluster, devices: tuple[int, ...]) -> Cluster:

@@ -37,3 +37,26 @@ def test_too_few_steps_to_check_are_refused(call, machine):
 
 def test_only_recipes_are_trained(call, machine):
     assert_one_sentence(call("plan", "check", "Llama3-8B"), 2, "unknown recipe 'Llama3-8B'")
+
+
+def test_plans_on_ranks_are_asked_for_with_their_number(call):
+    assert_one_sentence(call("plan", "check", "decoder_tiny", "--plans", 3), 2, "add --ranks 4, or leave it out")
+    assert_one_sentence(call("plan", "check", "decoder_tiny", "--ranks", 1), 2, "give 2 to 64")
+    assert_one_sentence(call("plan", "check", "decoder_tiny", "--ranks", 4, "--steps", 1), 2, "give at least 3")
+
+
+def test_plans_on_ranks_are_shown_with_both_correlations(call, monkeypatch):
+    from deepseek.bench.plan_ranking import PlanRanking, RankedPlan
+
+    asked = {}
+
+    def rank_plans(config, shape, **settings):
+        asked.update(settings)
+        return PlanRanking(4, 2, tuple(RankedPlan({}, f"dp={n}", n, n / 2, 1e9 * n, 1e9) for n in (1.0, 2.0)))
+
+    monkeypatch.setattr("deepseek.bench.plan_ranking.rank_plans", rank_plans)
+    answer = call("plan", "check", "decoder_tiny", "--ranks", 4)
+    assert "Plans on 4 ranks that share 2 cores" in answer.out and "1.00 of step times" in answer.out
+    assert asked == {"num_ranks": 4, "num_plans": 12, "num_steps": 4, "global_batch": 16}
+    values = json.loads(call("plan", "check", "decoder_tiny", "--ranks", 4, "--plans", 2, "--json").out)
+    assert values["time_correlation"] == 1.0 and len(values["rows"]) == asked["num_plans"] == 2

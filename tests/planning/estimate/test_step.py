@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.plan import Plan
+from deepseek.distributed.schedules import order_work
 from deepseek.planning.estimate.columns import describe_case, spread_plans, stack_cases
+from deepseek.planning.estimate.communication import form_group, reduce_scatter_s
 from deepseek.planning.estimate.compute import time_layer
 from deepseek.planning.estimate.step import TIME_ITEMS, _exposed, predict, predict_columns, predict_times
 from deepseek.planning.machines.cluster import Cluster, get_accelerator
@@ -270,3 +272,94 @@ def test_places_of_experts_are_computed_whether_tokens_fill_them_or_not():
 def device_rate(name):
     device = get_accelerator(name)
     return device.get_peak_flops("bf16") * device.constants.matmul_fraction
+
+
+def play_on_shared_cores(plan, num_micro_batches, num_cores, forward_s=1.0, backward_s=2.0):
+    """Seconds of a pipeline whose ranks share cores, in time slices: an independent account of who works when.
+
+    `forward_s` and `backward_s` are those of a stage while all ranks compute.
+    """
+    orders = [order_work("1f1b", plan.pp, stage, num_micro_batches) for stage in range(plan.pp)]
+    done, left, place, clock_s, slice_s = set(), [None] * plan.pp, [0] * plan.pp, 0.0, 0.005
+    num_ranks = plan.num_devices
+    while any(place[stage] < len(orders[stage]) for stage in range(plan.pp)):
+        working = []
+        for stage in range(plan.pp):
+            if place[stage] == len(orders[stage]):
+                continue
+            work = orders[stage][place[stage]]
+            before = stage - 1 if work.kind == "forward" else stage + 1
+            if not 0 <= before < plan.pp or (work.kind, work.micro_batch, before) in done:
+                working.append(stage)
+                if left[stage] is None:
+                    left[stage] = forward_s if work.kind == "forward" else backward_s
+        num_busy = len(working) * num_ranks / plan.pp
+        speed = min(num_ranks / num_busy, num_ranks / num_cores)
+        for stage in working:
+            left[stage] -= slice_s * speed
+            if left[stage] <= 1e-9:
+                work = orders[stage][place[stage]]
+                done.add((work.kind, work.micro_batch, stage))
+                place[stage], left[stage] = place[stage] + 1, None
+        clock_s += slice_s
+    return clock_s
+
+
+@pytest.mark.parametrize(("pp", "dp", "num_cores"), [(4, 1, 2), (2, 2, 2), (2, 1, 1), (4, 1, 1), (4, 2, 4), (8, 1, 4)])
+@pytest.mark.parametrize("num_micro_batches", [8, 16])
+def test_a_bubble_costs_what_it_leaves_idle_of_the_cores_that_ranks_share(pp, dp, num_cores, num_micro_batches):
+    plan = Plan(pp=pp, dp=dp)
+    headless = replace(SMALL, vocabulary=1)  # equal stages, as those that are played
+    cluster = Cluster.of("A100-SXM-80GB", gpus_per_node=plan.num_devices)
+    alone, shared = (
+        predict(headless, replace(cluster, num_cores=cores), plan, num_micro_batches * dp).time_items_s
+        for cores in (plan.num_devices, num_cores)
+    )
+    played_alone, played_shared = (
+        play_on_shared_cores(plan, num_micro_batches, cores) - 3.0 * num_micro_batches
+        for cores in (plan.num_devices, num_cores)
+    )
+    assert played_alone == pytest.approx(3.0 * (pp - 1), rel=0.02)  # the usual bubble
+    share = shared["pipeline_bubble"] / alone["pipeline_bubble"]
+    assert share == pytest.approx(played_shared / played_alone, abs=0.03)
+
+
+def test_ranks_with_a_core_each_share_nothing():
+    plan = Plan(pp=4, dp=2)
+    alone = Cluster.of("A100-SXM-80GB")
+    assert predict(SMALL, replace(alone, num_cores=8), plan, 16) == predict(SMALL, alone, plan, 16)
+
+
+def test_a_heavy_head_is_carried_by_all_who_share_its_cores():
+    plan, cluster = Plan(pp=2), Cluster.of("A100-SXM-80GB", gpus_per_node=2)
+    heavy = replace(SMALL, vocabulary=1_000_000)
+    own, shared = (
+        predict(heavy, replace(cluster, num_cores=cores), plan, 8).time_items_s for cores in (2, 1)
+    )  # the same speeds of a rank, and as much to do: with one core for both, what one waits for the other gets
+    busy = ("matmul", "attention", "memory_bound", "head")
+    assert sum(shared[name] for name in busy) < 0.6 * sum(own[name] for name in busy)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_what_travels_and_stays_in_32_bits_is_twice_as_much(zero_stage):
+    plan = Plan(tp=2, dp=2, zero_stage=zero_stage)
+    cluster = Cluster.of("A100-SXM-80GB", gpus_per_node=4)
+    narrow, wide = (predict(SMALL, cluster, replace(plan, precision=name), 8) for name in ("bf16", "fp32"))
+    assert wide.memory_items_bytes["activations"] == pytest.approx(2 * narrow.memory_items_bytes["activations"])
+    states = ("weights", "gradients", "optimizer")
+    # 4 + 4 + 8 bytes of a weight against 2 + 4 + 12, of which shards keep 4 + 12.
+    share = 16 / (16 if zero_stage == 3 else 18)
+    assert sum(wide.memory_items_bytes[name] for name in states) == pytest.approx(
+        share * sum(narrow.memory_items_bytes[name] for name in states)
+    )
+
+
+def test_gloo_scatters_by_summing_all_of_a_buffer():
+    device = replace(get_accelerator("L4"), is_host=True)
+    columns = [
+        stack_cases([describe_case(SMALL, Cluster.of(kind, gpus_per_node=4), Plan(dp=4, zero_stage=2), 8)])
+        for kind in (get_accelerator("L4"), device)
+    ]
+    group = form_group(columns[0], np.array([4.0]), np.array([1.0]))
+    ring, gloo = (float(reduce_scatter_s(c, np.array([1e8]), group)[0] - c.collective_s[0]) for c in columns)
+    assert gloo == pytest.approx(2 * ring)

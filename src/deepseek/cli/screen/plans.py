@@ -21,6 +21,7 @@ from deepseek.planning.search.results import EstimatedPlan, PlanningResult, desc
 from deepseek.planning.search.throughput import Budget
 
 if TYPE_CHECKING:
+    from deepseek.bench.plan_ranking import PlanRanking
     from deepseek.bench.plan_trial import Checked
 
 _FRONT_SHOWN = 8
@@ -214,4 +215,26 @@ def show_check(result: PlanningResult, checked: Checked) -> None:
                 f"{checked.predicted_bytes / checked.measured_bytes:.2f}" if checked.measured_bytes else "-",
             ),
         ],
+    )
+
+
+def show_ranking(ranking: PlanRanking) -> None:
+    """Show plans that ran on local ranks, predicted beside measured, the fastest first."""
+    rows = [
+        (
+            row.description,
+            format_seconds(row.predicted_s),
+            format_seconds(row.measured_s),
+            f"{row.time_ratio:.2f}",
+            format_bytes(row.predicted_bytes),
+            format_bytes(row.measured_bytes),
+        )
+        for row in sorted(ranking.rows, key=lambda row: row.measured_s)
+    ]
+    title = f"Plans on {ranking.num_ranks} ranks that share {ranking.num_cores} cores, predicted against measured"
+    header = ("plan", "step, predicted", "measured", "ratio", "memory, predicted", "measured")
+    show_table(title, header, rows)
+    sys.stdout.write(
+        f"Spearman's rank correlation: {ranking.time_correlation:.2f} of step times, "
+        f"{ranking.memory_correlation:.2f} of memory\n"
     )

@@ -6,14 +6,15 @@
     zero_stage 3   weights are sharded within a step as well, and gathered block by block
 
 Stages 1 to 3 are torch's FSDP2. Gradients are sums over ranks everywhere and never averages: the loss is divided by the
-units of all ranks before (`parallel_model.py`), so that ranks may have different numbers of units.
+units of all ranks before (`parallel_model.py`), so that ranks may have different numbers of units. With a
+`DeepSeekComm`, its algorithms carry all of it: rings and two levels over the hosts that the ranks are on.
 Sources: Rajbhandari et al. 2020 (ZeRO); Li et al. 2020 (buckets).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+from deepseek.distributed.communicator import DeepSeekComm
+from deepseek.distributed.parallel.shard_messages import GatherShards, ScatterGradients
 
 BUCKET_BYTES = 25 * 1024**2
 """Gradients that are reduced in one message; that of torch's DDP."""
@@ -37,21 +41,36 @@ def read_loss(loss: Tensor) -> float:
     return float(plain.full_tensor() if isinstance(plain, DTensor) else plain)
 
 
+class _Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any:
+        """Return when it is done."""
+
+
 class GradientReducer:
     """Sums gradients over a group, a bucket at a time, while the backward pass computes others.
 
     A bucket is sent when its gradients and all buckets before it are there, so that all ranks send in one order. A
-    gradient that only some ranks have counts as zero on the others; one that no rank has stays `None`.
+    gradient that only some ranks have counts as zero on the others; one that no rank has stays `None`: how many ranks
+    have it travels with the bucket. With `comm`, which is over the same group, buckets travel by the algorithm that
+    is fastest there for their size.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, *, bucket_bytes: int = BUCKET_BYTES
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: dist.ProcessGroup,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        comm: DeepSeekComm | None = None,
     ) -> None:
         self._group = group
+        self._comm = comm
         self._buckets = fill_buckets(parameters, bucket_bytes)
         self._is_last = False
         self._waiting: list[set[nn.Parameter]] = []
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: list[tuple[_Pending, Tensor]] = []
         for parameter in (parameter for bucket in self._buckets for parameter in bucket):
             parameter.register_post_accumulate_grad_hook(self._note)
 
@@ -62,31 +81,14 @@ class GradientReducer:
         self._sent = []
 
     def finish(self) -> None:
-        """Send what is left, wait, and leave the sums in the gradients.
-
-        Which gradients are there at all is asked last: before, ranks would send their buckets in different orders.
-        """
+        """Send what is left, wait, and leave the sums in the gradients."""
         for waiting in self._waiting:
             waiting.clear()
         self._send_ready()
-        is_there = self._find_present()
         for bucket, (work, flat) in zip(self._buckets, self._sent, strict=True):
             work.wait()
-            for parameter in bucket:
-                if parameter.grad is None and parameter in is_there:
-                    parameter.grad = torch.zeros_like(parameter)
             _spread_out(bucket, flat)
         self._is_last = False
-
-    def _find_present(self) -> set[nn.Parameter]:
-        """Return the parameters that have a gradient on some rank."""
-        parameters = [parameter for bucket in self._buckets for parameter in bucket]
-        if not parameters:
-            return set()
-        flags = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        flags = flags.to(as_local(parameters[0]).device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        return {parameter for parameter, flag in zip(parameters, flags.tolist(), strict=True) if flag}
 
     def _note(self, parameter: nn.Parameter) -> None:
         if self._is_last:
@@ -97,9 +99,14 @@ class GradientReducer:
     def _send_ready(self) -> None:
         while len(self._sent) < len(self._buckets) and not self._waiting[len(self._sent)]:
             flat = _flatten(self._buckets[len(self._sent)])
-            work = dist.all_reduce(flat, group=self._group, async_op=True)
-            assert work is not None
-            self._sent.append((work, flat))
+            self._sent.append((self._sum(flat), flat))
+
+    def _sum(self, flat: Tensor) -> _Pending:
+        if self._comm is not None:
+            return cast("_Pending", self._comm.all_reduce(flat, async_op=True))
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        assert work is not None
+        return work
 
 
 def fill_buckets(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
@@ -122,26 +129,41 @@ def fill_buckets(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[
 
 
 def _flatten(bucket: Sequence[nn.Parameter]) -> Tensor:
+    """Return the gradients of a bucket one after the other, and behind them a 1 for each, or a 0 if there is none."""
     gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in bucket]
-    return torch.cat([as_local(gradient).reshape(-1) for gradient in gradients])
+    pieces = [as_local(gradient).reshape(-1) for gradient in gradients]
+    return torch.cat([*pieces, pieces[0].new_tensor([parameter.grad is not None for parameter in bucket])])
 
 
 def _spread_out(bucket: Sequence[nn.Parameter], flat: Tensor) -> None:
+    """Write sums into the gradients; one that only other ranks have is made, one that no rank has is not."""
     sizes = [as_local(parameter).numel() for parameter in bucket]
-    for parameter, piece in zip(bucket, flat.split(sizes), strict=True):
+    *pieces, holders = flat.split([*sizes, len(bucket)])
+    for parameter, piece, num_holders in zip(bucket, pieces, holders.tolist(), strict=True):
+        if num_holders and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
         if parameter.grad is not None:
             gradient = as_local(parameter.grad)
             gradient.copy_(piece.view_as(gradient))
 
 
 def shard_(
-    module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, zero_stage: int, ignored: set[nn.Parameter]
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    zero_stage: int,
+    ignored: set[nn.Parameter],
+    comm: DeepSeekComm | None = None,
 ) -> None:
     """Shard the weights of `module` over `mesh`, block by block and without those `ignored`, in place."""
     is_gathered_twice = zero_stage == 3
     for block in (*blocks, module):
         fully_shard(block, mesh=mesh, reshard_after_forward=is_gathered_twice, ignored_params=ignored)
-        sum_gradients_(cast("FSDPModule", block))
+        sharded = cast("FSDPModule", block)
+        sum_gradients_(sharded)
+        if comm is not None:
+            sharded.set_custom_all_gather(cast("Any", GatherShards(comm)))
+            sharded.set_custom_reduce_scatter(cast("Any", ScatterGradients(comm)))
 
 
 def sum_gradients_(sharded: FSDPModule) -> None:

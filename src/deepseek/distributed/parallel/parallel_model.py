@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from deepseek.core.errors import ConfigError, TrainingError
+from deepseek.distributed.communicator import DeepSeekComm
 from deepseek.distributed.parallel.cut_tensors import cut_whole, gather_whole, measure_norm, scale_, sum_over
 from deepseek.distributed.parallel.data_parallel import GradientReducer, as_local, read_loss, shard_
 from deepseek.distributed.parallel.experts import balance_over_ranks_, spread_experts_
@@ -110,9 +111,11 @@ class ParallelModel:
         tied: Sequence[tuple[str, str]],
         partial_names: frozenset[str],
         expert_names: frozenset[str],
+        comm: DeepSeekComm | None = None,
     ) -> None:
         self.plan = plan
         self.mesh = mesh
+        self._comm = comm
         self.chunks = list(chunks)
         self._first_name = {other: first for first, other in tied}
         self._partial_names = partial_names
@@ -285,10 +288,14 @@ class ParallelModel:
         reducers = []
         num_copies = self.plan.dp * self.plan.cp
         if num_copies > 1 and self.plan.zero_stage == 0:
-            reducers.append(GradientReducer(others, self.mesh.group(self.mesh.data_axis)))
+            reducers.append(self._build_reducer(others, self.mesh.data_axis))
         if experts and num_copies > self.plan.ep:
-            reducers.append(GradientReducer(experts, self.mesh.group("expert_copies")))
+            reducers.append(self._build_reducer(experts, "expert_copies"))
         return reducers
+
+    def _build_reducer(self, parameters: Sequence[nn.Parameter], axis: str) -> GradientReducer:
+        group = self.mesh.group(axis)
+        return GradientReducer(parameters, group, comm=self._comm and self._comm.over(group, axis))
 
     def _find_twin_rank(self) -> int | None:
         """Return the stage that holds a tied parameter of this one as well, if any."""
@@ -323,8 +330,12 @@ def _find_kind(parameter: nn.Parameter) -> object:
     return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
-def cut(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> ParallelModel:
+def cut(
+    model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh, comm: DeepSeekComm | None = None
+) -> ParallelModel:
     """Cut `model` by `plan`, in place, so that this rank holds its part; weights and the random seed are rank 0's.
+
+    With `comm`, its algorithms carry the messages of data parallelism, and torch's own without.
 
     Raises `ConfigError` for a plan that cannot run on such a model, with the nearest one that can.
     """
@@ -344,10 +355,12 @@ def cut(model: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh) -> Parall
     partial_names = frozenset(name for chunk in chunks for name in _cut_tensors(chunk.module, rows, plan, mesh))
     seed_ranks_(mesh)
     for chunk in chunks:
-        _shard(chunk.module, rows, plan, mesh, expert_names)
+        _shard(chunk.module, rows, plan, mesh, expert_names, comm)
         if plan.pp > 1 and plan.schedule == "zero_bubble":
             chunk.weights = split_backward_(chunk.module)
-    return ParallelModel(plan, mesh, chunks, tied=tied, partial_names=partial_names, expert_names=expert_names)
+    return ParallelModel(
+        plan, mesh, chunks, tied=tied, partial_names=partial_names, expert_names=expert_names, comm=comm
+    )
 
 
 def build_ring(mesh: PlanMesh) -> SequenceRing:
@@ -417,12 +430,15 @@ def _cut_tensors(module: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh)
     return [name for name, parameter in module.named_parameters() if id(parameter) in partial]
 
 
-def _shard(module: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh, expert_names: frozenset[str]) -> None:
-    if plan.zero_stage == 0 or plan.dp * plan.cp == 1:
+        num_copies = self.plan.dp * self.plan.cp
+        if num_copies > 1 and self.plan.zero_stage == 0:
+            reducers.append(self._build_reducer(others, self.mesh.data_axis))
+        if experts and num_copies > self.plan.ep:
+            reducers.append(self._build_reducer(experts, "expert_copies"))
         return
     names = mesh.dense.mesh_dim_names or ()
     axes = ("dp_replica", "dp_shard") if "dp_shard" in names else (mesh.data_axis,)
     found = match_modules(module, rows.blocks).values() if rows.blocks else ()
     blocks = [block for block in found if any(True for _ in block.parameters())]
     ignored = {parameter for name, parameter in module.named_parameters() if name in expert_names}
-    shard_(module, blocks, mesh.dense[axes], plan.zero_stage, ignored)
+    shard_(module, blocks, mesh.dense[axes], plan.zero_stage, ignored, comm)

@@ -151,6 +151,7 @@ class Columns(_ModelColumns, _PlanColumns, _SoftwareColumns, _ConstantColumns):
     gpus_per_node: Array
     num_devices: Array
     num_nodes: Array
+    num_cores: Array
     scale_up_size: Array
     peak_flops: Array
     peak_flops_16: Array
@@ -211,6 +212,7 @@ def describe_cluster(cluster: Cluster, precision: str) -> dict[str, float]:
         "gpus_per_node": float(cluster.gpus_per_node),
         "num_devices": float(cluster.num_devices),
         "num_nodes": float(len(cluster.nodes)),
+        "num_cores": float(cluster.num_cores or cluster.num_devices),
         "scale_up_size": float(cluster.scale_up_size),
         "peak_flops": share * slowest.get_peak_flops(precision),
         "peak_flops_16": share * slowest.get_peak_flops("bf16"),

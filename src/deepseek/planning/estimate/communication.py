@@ -93,6 +93,11 @@ def scatter_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Array:
     return _only_where(c, num_bytes, group, _pass_ring_s(c, num_bytes, group))
 
 
+def reduce_scatter_s(c: Columns, num_bytes: Array, group: Group) -> Array:
+    """Time a reduce-scatter by what carries it: Gloo, between processors, sums all of the buffer on every rank."""
+    return np.where(c.is_host > 0, ring_all_reduce_s(c, num_bytes, group), scatter_reduce_s(c, num_bytes, group))
+
+
 def ring_all_reduce_s(c: Columns, num_bytes: Array, group: Group) -> Array:
     """Time an all-reduce as two passes around a ring."""
     return _only_where(c, num_bytes, group, 2 * _pass_ring_s(c, num_bytes, group))

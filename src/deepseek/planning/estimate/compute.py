@@ -75,6 +75,11 @@ class LayerTime:
         return LayerTime(**{name: (1 - share) * one + share * two for name, (one, two) in pairs.items()})
 
 
+def count_element_bytes(c: Columns) -> Array:
+    """Count bytes of an activation, and of a weight as layers read it: 4 in 32 bits, 2 in all narrower precisions."""
+    return np.where(c.operand_bytes > 2, 4.0, 2.0)
+
+
 def count_tokens(c: Columns) -> Array:
     """Count tokens of one micro-batch on one device."""
     return c.micro_batch_size * c.sequence / c.cp
@@ -147,7 +152,8 @@ def _attend_s(c: Columns, tokens: Array) -> tuple[Array, Array]:
     flops = 2.0 * tokens * c.sequence * heads * (query + value)
     kernel = np.where(c.attention == FLASH, _FLASH_1_SPEED, 1.0)
     kernel = np.where((c.attention == FLASH_3) & (c.has_asynchronous_matmul > 0), _FLASH_3_SPEED, kernel)
-    speed = c.peak_flops_16 * c.matmul_fraction * c.attention_fraction * kernel
+    peak = np.where(c.operand_bytes > 2, c.peak_flops, c.peak_flops_16)
+    speed = peak * c.matmul_fraction * c.attention_fraction * kernel
     fused = 0.5 * flops / speed  # half of the scores lie above the diagonal and are skipped
     sequences = c.micro_batch_size * heads
     length = c.sequence / c.cp
@@ -234,7 +240,7 @@ def _assemble(
     score, score_backward = _attend_s(c, tokens)
     query, _ = count_score_dims(c)
     elementwise = _ROW_BYTES * _shared_rows(c, tokens) * c.hidden + _GATE_BYTES * (wide + narrow)
-    elementwise = elementwise + 4.0 * tokens * c.heads * query / c.tp
+    elementwise = (elementwise + 4.0 * tokens * c.heads * query / c.tp) * count_element_bytes(c) / 2.0
     operands = _cast_bytes(c, 2 * tokens * c.hidden + tokens * c.heads * query / c.tp + narrow)
     fused = np.where((c.is_compiled > 0) | (c.fuses_elementwise > 0), 1.0, _PLAIN_ELEMENTWISE)
     return LayerTime(

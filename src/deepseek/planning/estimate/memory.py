@@ -40,11 +40,12 @@ def measure_layer(c: Columns) -> Array:
     is_fused = (c.fuses_elementwise > 0) | (c.is_compiled > 0)
     stored = np.where(c.fuses_elementwise > 0, c.operand_bytes, 2.0)  # only fused casts keep what they made
     operand = np.minimum(np.maximum(stored, 1.0), 2.0)
-    return (
+    in_16_bits = (
         _measure_rows(c, tokens, cut, operand)
         + _measure_attention(c, tokens, operand, is_fused)
         + _measure_mlp(c, tokens, operand, is_fused)
     )
+    return np.asarray(in_16_bits * compute.count_element_bytes(c) / 2.0)
 
 
 def _measure_rows(c: Columns, tokens: Array, cut: Array, operand: Array) -> Array:
@@ -87,11 +88,13 @@ def _measure_activations(c: Columns, logits: Array) -> Array:
     layers = np.ceil(c.layers / c.pp)
     whole = measure_layer(c)
     tokens = compute.count_tokens(c)
-    entry = 2.0 * tokens * c.hidden / np.where(c.sequence_parallel > 0, c.tp, 1.0)
+    entry = compute.count_element_bytes(c) * tokens * c.hidden / np.where(c.sequence_parallel > 0, c.tp, 1.0)
     selected = np.where(c.attention != UNFUSED, _SELECTED_SHARE, 1.0) * whole
     kept = np.where(c.recomputation == FULL, entry, np.where(c.recomputation == SELECTIVE, selected, whole))
     is_plain = (c.fuses_elementwise == 0) & (c.is_compiled == 0)
-    gradients = 2.0 * tokens * is_plain * (3 * c.hidden + _measure_width(c) * (2 + (c.gated > 0)))
+    gradients = (
+        compute.count_element_bytes(c) * tokens * is_plain * (3 * c.hidden + _measure_width(c) * (2 + (c.gated > 0)))
+    )
     again = np.where(c.recomputation == FULL, whole, 0.0)
     return np.asarray(layers * count_in_flight(c) * kept + again + np.maximum(gradients - logits, 0.0))
 
@@ -104,7 +107,9 @@ def measure_memory(c: Columns) -> dict[str, Array]:
     gradient = np.where(c.has_fp32_gradients > 0, 4.0, 2.0) * (c.frozen_weights == 0)
     adam = np.where((c.offloads_optimizer > 0) | (c.frozen_weights > 0), 0.0, _count_adam_bytes(c))
     tokens = compute.count_tokens(c)
-    weight = np.where((c.zero_stage == 3) & (c.narrows_shards > 0) & (c.frozen_weights == 0), 0.0, 2.0)
+    has_only_shards = (c.zero_stage == 3) & (c.narrows_shards > 0) & (c.frozen_weights == 0)
+    is_narrow = c.operand_bytes <= 2
+    weight = np.where(has_only_shards & is_narrow, 0.0, compute.count_element_bytes(c))
     groups = (c.tp > 1) + 1.0 * (c.pp > 1) + (c.dp * c.cp > 1) + (c.ep > 1)
     logits = np.where(c.pp == 1, c.logit_bytes, 0.0) * tokens * c.vocabulary / c.tp
     items = {
@@ -122,12 +127,17 @@ def measure_memory(c: Columns) -> dict[str, Array]:
 
 
 def _count_adam_bytes(c: Columns) -> Array:
-    """Count master weight and two moments, 4 bytes each; with scaled fp16 gradients, as before 2022, one more copy."""
+    """Count master weight and two moments, 4 bytes each; with scaled fp16 gradients, as before 2022, one more copy.
+
+    Weights in 32 bits are their own master.
+    """
     has_copies = (c.has_fp32_gradients == 0) & (c.zero_stage < 3) & (c.attention == UNFUSED)
-    return np.where(has_copies, 16.0, 12.0)
+    return np.where(c.operand_bytes > 2, 8.0, np.where(has_copies, 16.0, 12.0))
 
 
 def _measure_buffers(c: Columns, tokens: Array, parameters: Array) -> Array:
-    gathered = np.where(c.zero_stage == 3, 2.0 * (1.0 + c.gathers_layers) * parameters / np.ceil(c.layers / c.pp), 0.0)
-    exchanged = 2.0 * tokens * c.hidden * (np.where(c.tp > 1, 2.0, 0.0) + np.where(c.pp > 1, 2.0, 0.0))
+    element = compute.count_element_bytes(c)
+    of_layer = element * (1.0 + c.gathers_layers) * parameters / np.ceil(c.layers / c.pp)
+    gathered = np.where(c.zero_stage == 3, of_layer, 0.0)
+    exchanged = element * tokens * c.hidden * (np.where(c.tp > 1, 2.0, 0.0) + np.where(c.pp > 1, 2.0, 0.0))
     return np.asarray(gathered + exchanged)

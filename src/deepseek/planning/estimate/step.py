@@ -96,7 +96,7 @@ def _exposed(c: Columns, communication_s: Array, computation_s: Array) -> Array:
 
 def _time_tensor_parallel(c: Columns) -> Array:
     """Time both exchanges of one layer's forward pass."""
-    num_bytes = 2.0 * compute.count_tokens(c) * c.hidden
+    num_bytes = compute.count_element_bytes(c) * compute.count_tokens(c) * c.hidden
     group = collectives.form_group(c, c.tp, np.ones_like(c.tp))
     one = np.where(
         c.sequence_parallel > 0,
@@ -112,14 +112,16 @@ def _time_context_parallel(c: Columns) -> Array:
     """Time keys and values of one layer's forward pass from all context ranks."""
     keys = np.where(c.is_latent > 0, c.kv_lora_rank + c.qk_rope_dim, 2.0 * c.kv_heads * c.head_dim / c.tp)
     group = collectives.form_group(c, c.cp, c.tp)
-    return collectives.scatter_reduce_s(c, 2.0 * c.micro_batch_size * c.sequence * keys, group)
+    return collectives.scatter_reduce_s(
+        c, compute.count_element_bytes(c) * c.micro_batch_size * c.sequence * keys, group
+    )
 
 
 def _time_expert_parallel(c: Columns) -> Array:
     """Time sending tokens to their experts and back, one layer's forward pass."""
     tokens = compute.count_tokens(c) * c.etp / c.tp
     group = collectives.form_group(c, c.ep, c.etp)
-    one_copy, choices = 2.0 * tokens * c.hidden * c.capacity_factor, np.maximum(c.top_k, 1.0)
+    one_copy, choices = compute.count_element_bytes(c) * tokens * c.hidden * c.capacity_factor, np.maximum(c.top_k, 1.0)
     devices = np.where(c.sends_tokens_once > 0, _count_reached(group.size, choices), choices)
     nodes = _count_reached(group.spread, choices) * (1.0 - 1.0 / group.spread)
     apart = choices * (group.size - group.inside) / group.size
@@ -149,8 +151,8 @@ def _time_sharded_weights(c: Columns) -> tuple[Array, Array]:
     pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER)
     weights = (shared + experts) / (layers * pieces)
     copies = np.where(c.gathers_layers > 0, 0.0, ranks * compute.KERNEL_S)
-    gather = pieces * (collectives.scatter_reduce_s(c, 2.0 * weights, group) + copies)
-    scatter = pieces * collectives.scatter_reduce_s(c, _count_gradient_bytes(c) * weights, group)
+    gather = pieces * (collectives.scatter_reduce_s(c, compute.count_element_bytes(c) * weights, group) + copies)
+    scatter = pieces * collectives.reduce_scatter_s(c, _count_gradient_bytes(c) * weights, group)
     is_sharded = c.zero_stage == 3
     return np.where(is_sharded, gather, 0.0), np.where(is_sharded, scatter, 0.0)
 
@@ -166,9 +168,11 @@ def _time_data_parallel(c: Columns) -> tuple[Array, Array]:
     reduce = reduce + collectives.all_reduce_s(c, gradient * experts, expert_group)
     pieces = np.where(c.gathers_layers > 0, 1.0, _TENSORS_PER_LAYER * np.ceil(c.layers / c.pp))
     scatter, gather = (
-        pieces * collectives.scatter_reduce_s(c, element * shared / pieces, group)
-        + collectives.scatter_reduce_s(c, element * experts, expert_group)
-        for element in (gradient, np.full_like(gradient, 2.0))
+        pieces * exchange(c, element * shared / pieces, group) + exchange(c, element * experts, expert_group)
+        for exchange, element in (
+            (collectives.reduce_scatter_s, gradient),
+            (collectives.scatter_reduce_s, compute.count_element_bytes(c)),
+        )
     )
     back = np.where(c.zero_stage == 0, reduce, np.where(c.zero_stage < 3, scatter, _time_shard_copies(c, shared)))
     ahead = np.where((c.zero_stage == 1) | (c.zero_stage == 2), gather, 0.0)
@@ -269,7 +273,9 @@ def _split_stages(c: Columns, layer_s: Array) -> _Stages:
 
 def _time_pipeline_message(c: Columns) -> Array:
     """Time passing one micro-batch on and its gradient back, as far as a stage waits for it."""
-    num_bytes = 2.0 * compute.count_tokens(c) * c.hidden / np.where(c.splits_messages > 0, c.tp, 1.0)
+    num_bytes = (
+        compute.count_element_bytes(c) * compute.count_tokens(c) * c.hidden / np.where(c.splits_messages > 0, c.tp, 1.0)
+    )
     is_remote = c.tp * c.cp * c.dp >= c.scale_up_size
     one = collectives.send_s(c, num_bytes, is_remote)
     exposed = np.where(c.virtual_stages > 1, c.exposed_fraction, 1.0)
@@ -280,10 +286,45 @@ def _time_bubble(c: Columns, layer: _Layer, stages: _Stages, micro_batches: Arra
     """Time filling and draining the pipeline: the other stages' share of one micro-batch."""
     busiest = stages.layers * layer.both_s + stages.head_s + stages.message_s
     everything = c.layers * layer.both_s + stages.all_head_s + c.pp * stages.message_s
-    bubble = np.maximum(everything - busiest, 0.0) / c.virtual_stages
+    bubble = np.maximum(everything - busiest, 0.0) / c.virtual_stages * _count_idle(c)
     weight = np.ceil(c.layers / c.pp) * layer.weight_gradient_s
     saved = np.minimum(2 * (c.pp - 1), micro_batches + c.pp - 2) * weight
     return bubble - np.where(c.schedule == ZERO_BUBBLE, np.clip(saved, 0.0, bubble), 0.0)
+
+
+def _count_crowd(c: Columns) -> Array:
+    """Count ranks for each core, where cores are fewer."""
+    return np.asarray(np.maximum(c.num_devices / c.num_cores, 1.0))
+
+
+def _count_idle(c: Columns) -> Array:
+    """Return the share of a bubble that leaves cores idle: where ranks share them, those that work go faster.
+
+    While a pipeline fills and drains, the first j stages work, each at up to the speed of a whole core.
+    """
+    crowd = _count_crowd(c)
+    if np.all(crowd == 1.0):
+        return np.ones_like(crowd)
+    on_stage = c.num_devices / c.pp
+    idle, all_of_it = np.zeros_like(on_stage), np.zeros_like(on_stage)
+    for stage in range(1, int(np.max(c.pp))):
+        is_filling = stage < c.pp
+        busy = stage * on_stage
+        faster = np.minimum(c.num_devices / busy, crowd)
+        idle = idle + is_filling * np.maximum(1.0 - busy / c.num_cores, 0.0) / faster
+        all_of_it = all_of_it + is_filling * (1.0 - stage / c.pp)
+    return np.where(crowd > 1.0, idle / np.maximum(all_of_it, 1e-9), 1.0)
+
+
+def _share_work(c: Columns, layer: _Layer, stages: _Stages) -> Array:
+    """Return how long the busiest stage takes, in units of what it takes while all others compute as well.
+
+    Ranks that share cores even out: a stage with more to do goes on when others have ended, at the speed of a core.
+    """
+    busiest = stages.layers * layer.both_s + stages.head_s + stages.message_s
+    average = (c.layers * layer.both_s + stages.all_head_s) / c.pp + stages.message_s
+    crowd = _count_crowd(c)
+    return np.where(crowd > 1.0, np.maximum(average / busiest, 1.0 / crowd), 1.0)
 
 
 def predict_times(c: Columns) -> dict[str, Array]:
@@ -291,9 +332,10 @@ def predict_times(c: Columns) -> dict[str, Array]:
     layer = _time_stage_layer(c)
     stages = _split_stages(c, layer.both_s)
     micro_batches = np.maximum(c.global_batch / (c.dp * c.micro_batch_size), 1.0)
-    items = {name: micro_batches * stages.layers * value for name, value in layer.items.items()}
-    items["head"] = micro_batches * stages.head_s
-    items["pipeline_messages"] = micro_batches * stages.message_s
+    passes = micro_batches * _share_work(c, layer, stages)
+    items = {name: passes * stages.layers * value for name, value in layer.items.items()}
+    items["head"] = passes * stages.head_s
+    items["pipeline_messages"] = passes * stages.message_s
     items["pipeline_bubble"] = _time_bubble(c, layer, stages, micro_batches)
     back, ahead = _time_data_parallel(c)
     hidden = _exposed(c, back, stages.layers * layer.backward_s)

@@ -55,8 +55,12 @@ class Accelerator:
         return self.shares or get_constants(self.family)
 
     def get_peak_flops(self, precision: str) -> float:
-        """Return dense peak for matrices in `precision`; a precision the device lacks runs at its 16 bit rate."""
-        return self.peak_flops.get(precision) or self.peak_flops.get("bf16") or self.peak_flops["fp16"]
+        """Return dense peak for matrices in `precision`; a precision the device lacks runs at its 16 bit rate.
+
+        One that was measured in 32 bits alone, as local ranks are that train in them, has that rate.
+        """
+        rates = (self.peak_flops.get(name) for name in (precision, "bf16", "fp16"))
+        return next((rate for rate in rates if rate), 0.0) or self.peak_flops["fp32"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class Cluster:
     """Boxes of accelerators and the links between them; boxes may differ in device and in number of devices.
 
     `network` is one device's share between scale-up domains. `links` and `domain_size` describe the domains where they
-    are not what the accelerators' datasheets say.
+    are not what the accelerators' datasheets say. `num_cores` are processor cores that all devices share where these
+    are ranks of one host: speeds of such a device are those that it has while all others compute as well, and a rank
+    that waits leaves its cores to others. 0: every device has its own.
 
     >>> Cluster.of("H100-SXM-80GB", nodes=4).num_devices
     32
@@ -84,11 +90,14 @@ class Cluster:
     network: LinkClass
     links: LinkClass | None = None
     domain_size: int = 0
+    num_cores: int = 0
 
     def __post_init__(self) -> None:
         """A cluster without devices runs nothing."""
         if not self.nodes or any(node.gpus < 1 for node in self.nodes):
             raise ConfigError("a cluster needs at least one node with at least one device")
+        if self.num_cores < 0:
+            raise ConfigError(f"num_cores={self.num_cores} is no number of cores; give 0 where devices share none")
 
     @classmethod
     def of(

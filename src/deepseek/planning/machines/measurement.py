@@ -118,15 +118,15 @@ def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | No
     rates: dict[str, dict[int, float]] = {}
     for precision in ("fp32", "bf16"):
         report(f"matmuls in {precision}")
-        found = [(shape[2], _rate_matmul(device, precision, shape, repeats)) for shape in sizes.matmuls]
+        found = [(shape[2], rate_matmul(device, precision, shape, repeats)) for shape in sizes.matmuls]
         depths = sorted({depth for depth, _ in found})
         rates[precision] = {deep: statistics.median(rate for depth, rate in found if depth == deep) for deep in depths}
     report("attention")
-    attention = _rate_attention(device, sizes.attention, repeats)
+    attention = rate_attention(device, "bf16", sizes.attention, repeats)
     report("memory and elementwise kernels")
-    bandwidth = _rate_memory(device, sizes.moved_bytes, repeats)
-    elementwise = _rate_elementwise(device, sizes.elementwise, repeats)
-    launch_s = _time_launch(device, repeats)
+    bandwidth = rate_memory(device, sizes.moved_bytes, repeats)
+    elementwise = rate_elementwise(device, "bf16", sizes.elementwise, repeats)
+    launch_s = time_launch(device, repeats)
     report("messages between two processes")
     link = measure_link()
     return Measured(
@@ -203,52 +203,60 @@ def fit_depth(rates: Mapping[int, float]) -> tuple[float, float]:
     return 1 / floor, slope / floor
 
 
-def _rate_matmul(device: Any, precision: str, shape: tuple[int, int, int], repeats: int) -> float:
+def rate_matmul(device: Any, precision: str, shape: tuple[int, int, int], repeats: int) -> float:
     """Measure FLOP/s of a linear layer going forward and back: its three matmuls lie in memory in three ways."""
     import torch
 
     rows, columns, depth = shape
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = _find_dtype(precision)
     input_RC, weight_NC = (torch.randn(n, depth, device=device).to(dtype).requires_grad_() for n in (rows, columns))
     gradient_RN = torch.randn(rows, columns, device=device).to(dtype)
 
     def run() -> None:
         torch.autograd.grad(torch.nn.functional.linear(input_RC, weight_NC), (input_RC, weight_NC), gradient_RN)
 
-    return 3 * 2.0 * rows * columns * depth / _median_s(run, device, repeats)
+    return 3 * 2.0 * rows * columns * depth / median_s(run, device, repeats)
 
 
-def _rate_memory(device: Any, moved_bytes: int, repeats: int) -> float:
+def _find_dtype(precision: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def rate_memory(device: Any, moved_bytes: int, repeats: int) -> float:
     """Measure bytes/s of reading one array and writing another, neither of which fits a cache."""
     import torch
 
     source = torch.ones(moved_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return 2.0 * moved_bytes / _median_s(lambda: target.copy_(source), device, repeats)
+    return 2.0 * moved_bytes / median_s(lambda: target.copy_(source), device, repeats)
 
 
-def _rate_elementwise(device: Any, shape: tuple[int, int], repeats: int) -> float:
+def rate_elementwise(device: Any, precision: str, shape: tuple[int, int], repeats: int) -> float:
     """Measure bytes/s of a layer's norm, gate and residual with gradients, by the bytes that `compute` counts."""
     import torch
     from torch.nn import functional as F
 
-    x_RC, gate_RC, up_RC = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(3))
+    dtype = _find_dtype(precision)
+    x_RC, gate_RC, up_RC = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
     gradient_RC = torch.randn_like(x_RC)
 
     def run() -> None:
-        normal_RC = F.rms_norm(x_RC.float(), shape[1:]).bfloat16()
+        normal_RC = F.rms_norm(x_RC.float(), shape[1:]).to(dtype)
         (normal_RC + F.silu(gate_RC) * up_RC).backward(gradient_RC)
 
-    return BYTES_OF_PLAIN_KERNELS * x_RC.numel() / _median_s(run, device, repeats)
+    return BYTES_OF_PLAIN_KERNELS * dtype.itemsize / 2 * x_RC.numel() / median_s(run, device, repeats)
 
 
-def _rate_attention(device: Any, shape: tuple[int, int, int, int], repeats: int) -> float:
+def rate_attention(device: Any, precision: str, shape: tuple[int, int, int, int], repeats: int) -> float:
     """Measure FLOP/s of causal attention going forward and back, counting the scores that are kept."""
     import torch
     from torch.nn import functional as F
 
     num_sequences, num_heads, num_tokens, size = shape
-    query_BNTH, key_BNTH, value_BNTH = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(3))
+    dtype = _find_dtype(precision)
+    query_BNTH, key_BNTH, value_BNTH = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
     gradient_BNTH = torch.randn_like(query_BNTH)
 
     def run() -> None:
@@ -256,10 +264,10 @@ def _rate_attention(device: Any, shape: tuple[int, int, int, int], repeats: int)
         mixed_BNTH.backward(gradient_BNTH)
 
     forward = 0.5 * 4 * num_sequences * num_heads * num_tokens**2 * size
-    return (1 + BACKWARD_ATTENTION) * forward / _median_s(run, device, repeats)
+    return (1 + BACKWARD_ATTENTION) * forward / median_s(run, device, repeats)
 
 
-def _time_launch(device: Any, repeats: int) -> float:
+def time_launch(device: Any, repeats: int) -> float:
     """Measure the seconds that the host needs for a kernel with nothing to do."""
     import torch
 
@@ -269,10 +277,10 @@ def _time_launch(device: Any, repeats: int) -> float:
         for _ in range(_NUM_LAUNCHES):
             x.add(1)
 
-    return _median_s(run, device, repeats) / _NUM_LAUNCHES
+    return median_s(run, device, repeats) / _NUM_LAUNCHES
 
 
-def _median_s(work: Callable[[], object], device: Any, repeats: int) -> float:
+def median_s(work: Callable[[], object], device: Any, repeats: int) -> float:
     """Measure seconds of `work` by the median after a first call, or by that alone where it is a long one."""
     import torch
 
