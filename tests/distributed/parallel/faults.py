@@ -72,7 +72,8 @@ def halve(original, bucket, flat):
 
 
 def forget_a_weight(original, bucket, flat):
-    original(bucket[1:], flat[bucket[0].numel() :])
+    counts = len(flat) - len(bucket)  # how many ranks have each gradient stands behind them
+    original(bucket[1:], torch.cat([flat[bucket[0].numel() : counts], flat[counts + 1 :]]))
 
 
 def drop_the_last_batch(original, self, learner, micro_batches, num_units):

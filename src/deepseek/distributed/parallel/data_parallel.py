@@ -106,7 +106,7 @@ class GradientReducer:
             return cast("_Pending", self._comm.all_reduce(flat, async_op=True))
         work = dist.all_reduce(flat, group=self._group, async_op=True)
         assert work is not None
-        return work
+        return cast("_Pending", work)
 
 
 def fill_buckets(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:

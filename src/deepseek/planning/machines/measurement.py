@@ -246,7 +246,7 @@ def rate_elementwise(device: Any, precision: str, shape: tuple[int, int], repeat
         normal_RC = F.rms_norm(x_RC.float(), shape[1:]).to(dtype)
         (normal_RC + F.silu(gate_RC) * up_RC).backward(gradient_RC)
 
-    return BYTES_OF_PLAIN_KERNELS * dtype.itemsize / 2 * x_RC.numel() / median_s(run, device, repeats)
+    return float(BYTES_OF_PLAIN_KERNELS * dtype.itemsize / 2 * x_RC.numel() / median_s(run, device, repeats))
 
 
 def rate_attention(device: Any, precision: str, shape: tuple[int, int, int, int], repeats: int) -> float:
