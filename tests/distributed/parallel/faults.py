@@ -94,9 +94,9 @@ def keep_partial_sums(original, layouts, use_local_output, module, outputs, mesh
     return original(layouts, use_local_output, module, outputs, mesh) if is_embedding else outputs.to_local()
 
 
-def swap_local(original, model, rows, plan, mesh):
+def swap_local(original, model, rows, plan, mesh, comm):
     """Swap the shards of one weight between the ranks."""
-    parallel = original(model, rows, plan, mesh)
+    parallel = original(model, rows, plan, mesh, comm)
     local = dict(parallel.named_parameters())["layers.0.attention.v_proj.weight"].to_local()
     parts = [torch.empty_like(local) for _ in range(2)]
     dist.all_gather(parts, local.detach())

@@ -430,11 +430,15 @@ def _cut_tensors(module: nn.Module, rows: ModelRows, plan: Plan, mesh: PlanMesh)
     return [name for name, parameter in module.named_parameters() if id(parameter) in partial]
 
 
-        num_copies = self.plan.dp * self.plan.cp
-        if num_copies > 1 and self.plan.zero_stage == 0:
-            reducers.append(self._build_reducer(others, self.mesh.data_axis))
-        if experts and num_copies > self.plan.ep:
-            reducers.append(self._build_reducer(experts, "expert_copies"))
+def _shard(
+    module: nn.Module,
+    rows: ModelRows,
+    plan: Plan,
+    mesh: PlanMesh,
+    expert_names: frozenset[str],
+    comm: DeepSeekComm | None,
+) -> None:
+    if plan.zero_stage == 0 or plan.dp * plan.cp == 1:
         return
     names = mesh.dense.mesh_dim_names or ()
     axes = ("dp_replica", "dp_shard") if "dp_shard" in names else (mesh.data_axis,)
