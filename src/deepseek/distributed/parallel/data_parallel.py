@@ -41,7 +41,7 @@ def read_loss(loss: Tensor) -> float:
     return float(plain.full_tensor() if isinstance(plain, DTensor) else plain)
 
 
-class _Pending(Protocol):
+class _Underway(Protocol):
     """A collective under way."""
 
     def wait(self) -> Any:
@@ -70,7 +70,7 @@ class GradientReducer:
         self._buckets = fill_buckets(parameters, bucket_bytes)
         self._is_last = False
         self._waiting: list[set[nn.Parameter]] = []
-        self._sent: list[tuple[_Pending, Tensor]] = []
+        self._sent: list[tuple[_Underway, Tensor]] = []
         for parameter in (parameter for bucket in self._buckets for parameter in bucket):
             parameter.register_post_accumulate_grad_hook(self._note)
 
@@ -101,12 +101,12 @@ class GradientReducer:
             flat = _flatten(self._buckets[len(self._sent)])
             self._sent.append((self._sum(flat), flat))
 
-    def _sum(self, flat: Tensor) -> _Pending:
+    def _sum(self, flat: Tensor) -> _Underway:
         if self._comm is not None:
-            return cast("_Pending", self._comm.all_reduce(flat, async_op=True))
+            return cast("_Underway", self._comm.all_reduce(flat, async_op=True))
         work = dist.all_reduce(flat, group=self._group, async_op=True)
         assert work is not None
-        return cast("_Pending", work)
+        return cast("_Underway", work)
 
 
 def fill_buckets(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
