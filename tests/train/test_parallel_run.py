@@ -26,6 +26,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "tp": {"tp": 2},
     "pp": {"pp": 2, "recomputation": "full"},
     "zero": {"dp": 2, "zero_stage": 3},
+    "cp": {"cp": 2},
 }
 
 

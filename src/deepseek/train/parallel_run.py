@@ -28,6 +28,7 @@ from deepseek.data.config import DataConfig
 from deepseek.data.samples import SampleLoader
 from deepseek.distributed.parallel.legality import describe, list_nearest
 from deepseek.distributed.parallel.parallel_model import ParallelModel
+from deepseek.distributed.parallel.sequence_ring import SequenceRing, cut_batches
 from deepseek.distributed.plan import Plan
 from deepseek.distributed.schedules import order_work
 from deepseek.mixed_precision.forward_precision import Precision, autocast
@@ -203,6 +204,10 @@ class PlanLearner:
     def count_units(self, batch: Any) -> int:
         """Count the units of a batch."""
         return self.task.count_units(batch)
+
+    def cut_sequence(self, batch: Any, ring: SequenceRing) -> Any:
+        """Return the tokens of a batch that lie on this rank, where the task says how it is cut."""
+        return cut_batches(self.task, [batch], ring)[0]
 
 
 @dataclass(frozen=True)

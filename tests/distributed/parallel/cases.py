@@ -16,6 +16,8 @@ from deepseek.models.vit.model import ViT, ViTConfig
 from deepseek.nn.masks import MaskConfig
 from deepseek.nn.moe import MoEConfig
 from deepseek.nn.rotary import RopeScaling
+from deepseek.optim.muon import Muon
+from deepseek.optim.optimizers import JointOptimizer
 
 BATCHES_PER_STEP = 4
 NUM_STEPS = 2
@@ -135,6 +137,14 @@ def adamw(groups):
     return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
 
 
+def muon(groups):
+    """All matrices by Muon, everything else by SGD, so that a wrong scale shows."""
+    matrices = [{"params": [weight for weight in group["params"] if weight.ndim == 2]} for group in groups]
+    others = [{"params": [weight for weight in group["params"] if weight.ndim != 2]} for group in groups]
+    kept, rest = ([group for group in part if group["params"]] for part in (matrices, others))
+    return JointOptimizer(Muon(kept, lr=0.05), torch.optim.SGD(rest, lr=0.1))
+
+
 def compare(name, plan, *, optimizer=sgd, seed=0, num_steps=NUM_STEPS):
     """Hold `plan` against one process."""
     steps, task = build_batches(name, num_steps), find_task(name)
@@ -157,4 +167,4 @@ def compare_all(rank, cases):
     return found
 
 
-OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
+OPTIMIZERS = {"sgd": sgd, "adamw": adamw, "muon": muon}

@@ -32,7 +32,8 @@ from deepseek.distributed.parallel.weight_gradients import WeightGradients
 from deepseek.distributed.plan import Plan
 from deepseek.models import parallelizing
 from deepseek.models.decoder import plan as decoder_plan
-from tests.distributed.parallel.cases import compare
+from deepseek.optim import muon
+from tests.distributed.parallel.cases import OPTIMIZERS, compare
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Fault:
     """Kind of the value that parts first."""
     name: str = ""
     """Part of its name."""
+    optimizer: str = "sgd"
 
 
 def replace(owner, name, value):
@@ -208,6 +210,18 @@ def take_neighboring_targets(original, self, tensor, dim=1):
     return original(other if tensor.min() < 0 else self, tensor, dim)
 
 
+def orthogonalize_alone(matrix):
+    """The matrix with zeros where others have their pieces."""
+    local = matrix.to_local()
+    whole = local.new_zeros(matrix.shape)
+    whole[: local.shape[0], : local.shape[1]] = local
+    return whole
+
+
+def lose_the_last(original, tensor, sender, mesh):
+    original(tensor.zero_() if sender == mesh.size() - 1 else tensor, sender, mesh)
+
+
 SEQUENCES = {"tp": 2, "sequence_parallel": True}
 ZERO_BUBBLE = {"pp": 2, "schedule": "zero_bubble"}
 FAULTS = {
@@ -331,6 +345,12 @@ FAULTS = {
     "a rank learns the targets of another one": Fault(
         "llama", {"cp": 2}, wrap(SequenceRing, "cut", take_neighboring_targets), "loss"
     ),
+    "each rank orthogonalizes its own piece": Fault(
+        "llama", {"tp": 2}, replace(muon, "gather", orthogonalize_alone), "parameter", "weight", optimizer="muon"
+    ),
+    "an update is lost on its way": Fault(
+        "llama", {"dp": 2, "zero_stage": 1}, wrap(muon, "send_to_all", lose_the_last), "parameter", "weight", "muon"
+    ),
     "an optimizer knows half of the weights": Fault(
         "llama", {"tp": 2}, wrap(ParallelModel, "parameter_groups", forget_a_group), "parameter"
     ),
@@ -345,7 +365,8 @@ def find_all(rank, names):
         seed = rank if fault.patch is FAULTS["ranks begin with weights of their own"].patch else 0
         with contextlib.ExitStack() as stack:
             stack.enter_context(fault.patch())
-            parity = compare(fault.model, Plan(**fault.plan), seed=seed, num_steps=1)
+            optimizer = OPTIMIZERS[fault.optimizer]
+            parity = compare(fault.model, Plan(**fault.plan), optimizer=optimizer, seed=seed, num_steps=1)
         first = parity.partings[0] if parity.partings else None
         found[name] = None if first is None else (first.kind, first.name, first.step)
     return found
