@@ -28,11 +28,11 @@ def launch(
     folder; if one rank fails or is killed, all end, and the same command goes on from the last checkpoint. Ctrl-C saves
     the run first.
 
-    Example: deepseek launch --ranks 2 train decoder_tiny --plan dp=2
-
-    On several machines the same command is started on each of them. Under Slurm, with one task a node, and in an
+    On several machines the same command is started once on each of them. Under Slurm, with one task a node, and in an
     Indexed Job of Kubernetes with WORLD_SIZE and MASTER_ADDR, they find each other; elsewhere give --nodes and
-    --endpoint: srun --ntasks-per-node 1 deepseek launch --ranks 8 train decoder_120m --plan dp=16,zero_stage=3
+    --endpoint.
+
+    Example: deepseek launch --ranks 2 train decoder_tiny --plan dp=2
 
     Parameters
     ----------
