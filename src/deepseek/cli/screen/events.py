@@ -309,10 +309,7 @@ _LINES = {
     "cache_ready": "text: {num_documents} documents, {num_tokens} tokens in {folder}",
     "init_loaded": "begins with {summary}{new_tensors}",
     "run_started": "model: {num_parameters} parameters, {precision}, steps {first_step} to {num_steps}",
-    "plan_applied": (
-        "plan: {plan} on {num_ranks} ranks, each with {num_micro_batches} micro-batches of {micro_batch_rows} rows "
-        "a step"
-    ),
+    "plan_applied": "plan: {plan} on {num_ranks} ranks, {num_micro_batches} x {micro_batch_rows} rows a step on each",
     "activations_checkpointed": "activations: {policy}, {num_blocks} blocks computed again in the backward pass",
     "step_done": "step {step} of {num_steps}: loss {loss:.3f}, {units_per_s} {unit}/s",
     "step_damped": "step {step} damped to {factor:.3g} of its learning rate: {reason}",
