@@ -94,6 +94,22 @@ def test_what_takes_long_is_timed_once(monkeypatch):
     assert counted == {1e9: 6, 0.0: 1}
 
 
+def test_after_a_matmul_that_takes_long_no_further_one_of_its_depth_is_timed(monkeypatch):
+    asked, shapes = [], SIZES["cpu"].matmuls
+    taken_s = {256: 0.5 * measurement.LONG_S, 1024: 3 * measurement.LONG_S}
+
+    def rate(device, precision, shape, repeats):
+        asked.append(shape)
+        return 6 * shape[0] * shape[1] * shape[2] / taken_s[shape[2]]
+
+    monkeypatch.setattr(measurement, "rate_matmul", rate)
+    rates = measurement._rate_matmuls(torch.device("cpu"), "bf16", shapes, 5)
+    assert tuple(asked) == shapes[:3] == ((2048, 256, 256), (2048, 1024, 256), (1024, 1024, 1024))
+    assert rates == pytest.approx(
+        {256: 6 * 256 * 2048 * (256 + 1024) / 2 / taken_s[256], 1024: 6 * 1024**3 / taken_s[1024]}
+    )
+
+
 def test_measurements_are_kept_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("DEEPSEEK_CACHE_DIR", str(tmp_path))
     assert default_file() == tmp_path / "cluster.json"

@@ -38,7 +38,7 @@ _NUM_LAUNCHES = 1000
 _MESSAGE_BYTES = (8, 65536, 1 << 20, 1 << 22)
 _NUM_ROUND_TRIPS = (15, 30, 60)  # of each size, in a first try at measuring a link, a second and a third
 _PROCESS_TIMEOUT_S = 120.0
-LONG_S = 2.0  # beside which warming up is nothing: a bf16 matmul of a CPU without bf16 takes twenty
+LONG_S = 1.0  # beside which warming up is nothing: a bf16 matmul of a CPU without bf16 takes up to twenty
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,7 @@ def measure_machine(*, repeats: int = 5, on_progress: Callable[[str], None] | No
     rates: dict[str, dict[int, float]] = {}
     for precision in ("fp32", "bf16"):
         report(f"matmuls in {precision}")
-        found = [(shape[2], rate_matmul(device, precision, shape, repeats)) for shape in sizes.matmuls]
-        depths = sorted({depth for depth, _ in found})
-        rates[precision] = {deep: statistics.median(rate for depth, rate in found if depth == deep) for deep in depths}
+        rates[precision] = _rate_matmuls(device, precision, sizes.matmuls, repeats)
     report("attention")
     attention = rate_attention(device, "bf16", sizes.attention, repeats)
     report("memory and elementwise kernels")
@@ -201,6 +199,23 @@ def fit_depth(rates: Mapping[int, float]) -> tuple[float, float]:
     if floor <= 0:  # a product this deep still gains in proportion; take it for the peak
         return high, 0.0
     return 1 / floor, slope / floor
+
+
+def _rate_matmuls(
+    device: Any, precision: str, shapes: tuple[tuple[int, int, int], ...], repeats: int
+) -> dict[int, float]:
+    """Measure FLOP/s by depth, the median over its shapes; after one that takes long, none of its depth is timed."""
+    rates: dict[int, list[float]] = {}
+    long: set[int] = set()
+    for shape in shapes:
+        rows, columns, depth = shape
+        if depth in long:
+            continue
+        rate = rate_matmul(device, precision, shape, repeats)
+        rates.setdefault(depth, []).append(rate)
+        if 3 * 2.0 * rows * columns * depth / rate > LONG_S:
+            long.add(depth)
+    return {depth: statistics.median(rates[depth]) for depth in sorted(rates)}
 
 
 def rate_matmul(device: Any, precision: str, shape: tuple[int, int, int], repeats: int) -> float:
