@@ -46,6 +46,7 @@ MODEL = {
     "max_length": 128,
     "tie_embeddings": False,
 }
+QUICK_MODEL = MODEL | {"vocab_size": 512, "num_layers": 2, "hidden_size": 64, "ffn_size": 128, "max_length": 32}
 NUM_ROWS = 8
 MICRO_BATCHES = 4
 WIDTHS = {True: 256, False: 512}  # of the BERT, quick and not
@@ -83,7 +84,7 @@ def run_local(arguments: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     rows: list[Row] = []
     bars: list[Bar] = []
     for world_size in WORLD_SIZES[:1] if arguments.quick else WORLD_SIZES:
-        job = describe_job(list(FAMILIES), has_comm=False, num_rounds=1 if arguments.quick else 9, num_steps=3)
+        job = describe_job(list(FAMILIES), has_comm=False, is_quick=arguments.quick, num_rounds=9, num_steps=3)
         found = run_ranks("benchmarks.parallel_ranks", [None] * world_size, job)
         print(f"measured {world_size} ranks", file=sys.stderr, flush=True)
         for family, result in found.items():
@@ -103,7 +104,7 @@ def run_links(arguments: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     with shaped_hosts(NUM_HOSTS, arguments.rate_mbit * 1e6 / 8) as hosts:
         for placement in PLACEMENTS:
             chosen: list[Host | None] = [hosts[host] for host in place_ranks(NUM_HOSTS, RANKS_PER_HOST, placement)]
-            job = describe_job(LINK_FAMILIES, has_comm=True, num_rounds=1 if arguments.quick else 5, num_steps=1)
+            job = describe_job(LINK_FAMILIES, has_comm=True, is_quick=arguments.quick, num_rounds=5, num_steps=1)
             found = run_ranks("benchmarks.parallel_ranks", chosen, job)
             print(f"measured {placement} ranks over links", file=sys.stderr, flush=True)
             for family, result in found.items():
@@ -113,16 +114,18 @@ def run_links(arguments: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     return rows, bars
 
 
-def describe_job(families: Sequence[str], *, has_comm: bool, num_rounds: int, num_steps: int) -> dict[str, Any]:
+def describe_job(
+    families: Sequence[str], *, has_comm: bool, is_quick: bool, num_rounds: int, num_steps: int
+) -> dict[str, Any]:
     """Return what the ranks are to do."""
     return {
         "kind": "time",
         "families": list(families),
-        "model": MODEL,
+        "model": QUICK_MODEL if is_quick else MODEL,
         "rows": NUM_ROWS,
         "micro_batches": MICRO_BATCHES,
         "has_comm": has_comm,
-        "rounds": num_rounds,
+        "rounds": 1 if is_quick else num_rounds,
         "steps": num_steps,
     }
 
