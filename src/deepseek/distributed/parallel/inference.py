@@ -15,9 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from deepseek.core.errors import ConfigError
 from deepseek.distributed.parallel.parallel_model import ParallelModel
-
-_MOST_DIMS = 8
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+from deepseek.distributed.parallel.tensor_headers import allocate, empty_header, write_header
 
 
 @torch.no_grad()
@@ -48,35 +46,23 @@ def _gather(output: Any) -> Tensor:
     return whole.contiguous()
 
 
-def _describe(tensor: Tensor) -> Tensor:
-    header = torch.zeros(2 + _MOST_DIMS, dtype=torch.int64)
-    values = [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
-    header[: len(values)] = torch.tensor(values)
-    return header.to(tensor.device)
-
-
-def _allocate(header: Tensor, device: torch.device) -> Tensor:
-    dtype, num_dims, *sizes = header.tolist()
-    return torch.empty(sizes[:num_dims], dtype=_DTYPES[dtype], device=device)
-
-
 def _send(tensor: Tensor, group: dist.ProcessGroup, target: int) -> None:
-    for message in (_describe(tensor), tensor):
+    for message in (write_header(tensor), tensor):
         dist.send(message, group=group, group_dst=target)
 
 
 def _receive(group: dist.ProcessGroup, source: int, device: torch.device) -> Tensor:
-    header = torch.zeros(2 + _MOST_DIMS, dtype=torch.int64, device=device)
+    header = empty_header(device)
     dist.recv(header, group=group, group_src=source)
-    tensor = _allocate(header, device)
+    tensor = allocate(header, device)
     dist.recv(tensor, group=group, group_src=source)
     return tensor
 
 
 def _spread(tensor: Tensor | None, group: dist.ProcessGroup, source: int, device: torch.device) -> Tensor:
     """Return on every rank of `group` the tensor that rank `source` of it has."""
-    header = torch.zeros(2 + _MOST_DIMS, dtype=torch.int64, device=device) if tensor is None else _describe(tensor)
+    header = empty_header(device) if tensor is None else write_header(tensor)
     dist.broadcast(header, group=group, group_src=source)
-    whole = _allocate(header, device) if tensor is None else tensor
+    whole = allocate(header, device) if tensor is None else tensor
     dist.broadcast(whole, group=group, group_src=source)
     return whole

@@ -25,12 +25,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseek.distributed.parallel.data_parallel import read_loss
+from deepseek.distributed.parallel.tensor_headers import allocate, empty_header, write_header
 from deepseek.distributed.parallel.weight_gradients import Deferred, WeightGradients, accumulate_
 from deepseek.distributed.plan import Plan
 from deepseek.distributed.schedules import Work, order_work
-
-_HEADER_SIZE = 10
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Learner(Protocol):
@@ -211,19 +209,15 @@ class Pipeline:
 
     def _send(self, tensor: Tensor, stage: int, work: Work, *, is_gradient: bool) -> None:
         tag = self._tag(stage, work, is_gradient=is_gradient)
-        values = [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
-        header = torch.zeros(_HEADER_SIZE, dtype=torch.int64)
-        header[: len(values)] = torch.tensor(values)
-        for message, message_tag in ((header.to(self._device), tag), (tensor.contiguous(), tag + 1)):
+        for message, message_tag in ((write_header(tensor), tag), (tensor.contiguous(), tag + 1)):
             work_handle = dist.isend(message, group=self._group, group_dst=stage % self._plan.pp, tag=message_tag)
             assert work_handle is not None
             self._kept.append((work_handle, message))
 
     def _receive(self, sender: int, stage: int, work: Work, *, is_gradient: bool) -> Tensor:
         tag, source = self._tag(stage, work, is_gradient=is_gradient), sender % self._plan.pp
-        header = torch.zeros(_HEADER_SIZE, dtype=torch.int64, device=self._device)
+        header = empty_header(self._device)
         dist.recv(header, group=self._group, group_src=source, tag=tag)
-        dtype, ndim, *sizes = header.tolist()
-        tensor = torch.empty(sizes[:ndim], dtype=_DTYPES[dtype], device=self._device)
+        tensor = allocate(header, self._device)
         dist.recv(tensor, group=self._group, group_src=source, tag=tag + 1)
         return tensor
