@@ -5,9 +5,11 @@ At the end of a run stands what the slowest files took, beside pytest's slowest 
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,6 +25,15 @@ os.environ.setdefault("DEEPSEEK_CACHE_DIR", tempfile.mkdtemp(prefix="deepseek-te
 # How long an example takes says something about who else uses the machine, and nothing about the code.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
+    """Keep what earlier tests left out of sight of Python's collector: a whole suite has millions of objects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -206,6 +206,7 @@ class Siblings(nn.Module):
         return y
 
 
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("ending", ["whole", "no backward", "error"])
 def test_no_activation_outlives_its_forward_pass(ending):
     model, x = Siblings(), torch.ones(512, 64)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,7 @@ from deepseek.train.memory_profile import LOOKS, PAGE, find_constant, find_growi
 from deepseek.train.task import TaskData
 from tests.train.own_task import Line, configure
 
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects() -> Iterator[None]:
-    """Keep what earlier tests left out of sight: a look goes through all objects, and a whole suite has millions."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("few_objects")  # a look goes through all of them
 
 
 class Hoarding(nn.Module):
